@@ -1,0 +1,298 @@
+"""The parts of a T5 layer, with T5X's parameter names, axis names and arithmetic.
+
+Axis letters: B batch, N tokens (Q queries, L keys), D embedding, H heads.
+Parameters are float32 unless the caller holds them otherwise; `dtype` is that of the computation.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import operator
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import partitioning
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+Dtype = Any
+Initializer = Callable[..., Array]
+
+_MASKED_LOGIT = -1e10
+_fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_fan_in_truncated_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def activation_function(name: str) -> Callable[[Array], Array]:
+    """The function of that name in `flax.linen`, or the identity for "linear"."""
+    if name == "linear":
+        return lambda x: x
+    if not callable(getattr(nn, name, None)):
+        raise ValueError(f"unknown activation {name!r}: name a function of flax.linen or 'linear'")
+    return getattr(nn, name)
+
+
+class Dense(nn.Module):
+    """x W, without bias. W is one matrix [inputs, outputs], also where it makes several heads.
+
+    Attributes:
+        features: size of the last axis of the result.
+        kernel_axes: logical names of the kernel's two axes.
+        kernel_init: initializer of the kernel.
+        dtype: of the computation.
+    """
+
+    features: int
+    kernel_axes: tuple[str, str]
+    kernel_init: Initializer = _fan_in_truncated_normal
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... f"]:
+        kernel = partitioning.param_with_axes(
+            "kernel",
+            self.kernel_init,
+            (x.shape[-1], self.features),
+            jnp.float32,
+            axes=self.kernel_axes,
+        )
+        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """T5's layer norm, x / rms(x) * scale: no mean is subtracted and there is no bias."""
+
+    epsilon: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        scale = partitioning.param_with_axes(
+            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+        )
+        x = x.astype(jnp.float32)
+        x *= lax.rsqrt(jnp.mean(lax.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Embed(nn.Module):
+    """Token embeddings, and their transpose as the output layer of tied models."""
+
+    num_embeddings: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        self.embedding = partitioning.param_with_axes(
+            "embedding",
+            nn.initializers.normal(1.0),
+            (self.num_embeddings, self.features),
+            jnp.float32,
+            axes=("vocab", "embed"),
+        )
+
+    def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return partitioning.with_sharding_constraint(x, ("batch", "length", "embed"))
+
+    def attend(self, x: Float[Array, "b n d"]) -> Float[Array, "b n v"]:
+        """Logits x E^T in float32."""
+        return x.astype(jnp.float32) @ self.embedding.astype(jnp.float32).T
+
+
+class MlpBlock(nn.Module):
+    """The feed-forward block: a product of activated projections, projected back.
+
+    Attributes:
+        intermediate_dim: width of the hidden layer.
+        activations: one name per projection; ("relu",) for T5 1.0, ("gelu", "linear") for v1.1.
+        dropout_rate: on the hidden layer.
+        dtype: of the computation.
+    """
+
+    intermediate_dim: int
+    activations: Sequence[str] = ("relu",)
+    dropout_rate: float = 0.1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"], deterministic: bool) -> Float[Array, "b n d"]:
+        def hidden(name, activation):
+            y = Dense(self.intermediate_dim, ("embed", "mlp"), dtype=self.dtype, name=name)(x)
+            return activation_function(activation)(y)
+
+        names = ["wi"] if len(self.activations) == 1 else None
+        names = names or [f"wi_{i}" for i in range(len(self.activations))]
+        y = functools.reduce(operator.mul, map(hidden, names, self.activations))
+        y = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(y, deterministic=deterministic)
+        y = partitioning.with_sharding_constraint(y, ("batch", "length", "mlp"))
+        return Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="wo")(y)
+
+
+def relative_position_bucket(
+    distance: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """T5's bucket of each distance (key position - query position), as static numpy arithmetic.
+
+    Half of the buckets hold one distance each, the other half grow in logarithmic steps up to
+    `max_distance`, beyond which all share the last.
+    """
+    bucket = np.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket += np.where(distance > 0, num_buckets, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    max_exact = num_buckets // 2
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / max_exact)
+    ratio = ratio / np.float32(np.log(max_distance / max_exact))
+    large = max_exact + (ratio * (num_buckets - max_exact)).astype(distance.dtype)
+    return bucket + np.where(distance < max_exact, distance, np.minimum(large, num_buckets - 1))
+
+
+class RelativePositionBiases(nn.Module):
+    """T5's relative position bias, computed from the positions of the queries and the keys.
+
+    Attributes:
+        num_buckets: number of learned values per head.
+        max_distance: all distances from here on share one bucket.
+        num_heads: H.
+        bidirectional: whether keys after the query have buckets of their own.
+        dtype: of the result.
+    """
+
+    num_buckets: int
+    max_distance: int
+    num_heads: int
+    bidirectional: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, query_positions: Int[Array, "b q"], key_positions: Int[Array, "b l"]
+    ) -> Float[Array, "b h q l"]:
+        rel_embedding = partitioning.param_with_axes(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (self.num_heads, self.num_buckets),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        # Distances are few and buckets static: one value per head and distance, then a look-up.
+        limit = self.max_distance
+        buckets = relative_position_bucket(
+            np.arange(-limit, limit + 1), self.bidirectional, self.num_buckets, limit
+        )
+        by_distance = rel_embedding.astype(self.dtype)[:, buckets]
+        distance = key_positions[:, None, :] - query_positions[:, :, None]
+        distance = jnp.clip(distance, -limit, limit) + limit
+        return jnp.moveaxis(jnp.take(by_distance, distance, axis=1), 0, 1)
+
+
+def attend(
+    query: Float[Array, "b q h k"],
+    key: Float[Array, "b l h k"],
+    value: Float[Array, "b l h k"],
+    bias: Float[Array, "..."] | None,
+    mask: Bool[Array, "..."] | None,
+    *,
+    float32_logits: bool = False,
+    dropout: Callable[[Array], Array] = lambda weights: weights,
+) -> Float[Array, "b q h k"]:
+    """softmax(q k^T + bias) v over the keys that the mask allows; T5 does not scale the logits.
+
+    Args:
+        query: [B, Q, H, head_dim].
+        key: [B, L, H, head_dim].
+        value: [B, L, H, head_dim].
+        bias: broadcasts to [B, H, Q, L].
+        mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
+        float32_logits: whether logits and softmax are float32 where the computation is not.
+        dropout: applied to the attention weights.
+    """
+    dtype = query.dtype
+    if float32_logits:
+        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    logits = jnp.einsum("bqhd,blhd->bhql", query, key)
+    if bias is not None:
+        logits += bias.astype(logits.dtype)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
+    weights = dropout(jax.nn.softmax(logits).astype(dtype))
+    return jnp.einsum("bhql,blhd->bqhd", weights, value)
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases, with a cache for decoding.
+
+    Attributes:
+        num_heads: H.
+        head_dim: of each head.
+        dropout_rate: on the attention weights.
+        float32_logits: whether logits and softmax are float32 where `dtype` is not.
+        dtype: of the computation.
+    """
+
+    num_heads: int
+    head_dim: int
+    dropout_rate: float = 0.0
+    float32_logits: bool = False
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        def project(init):
+            return Dense(
+                self.num_heads * self.head_dim, ("embed", "joined_kv"), init, dtype=self.dtype
+            )
+
+        # T5 folds the 1 / sqrt(head_dim) of the logits into the start of the query projection.
+        self.query = project(lambda *args: _fan_in_normal(*args) * self.head_dim**-0.5)
+        self.key = project(_fan_in_normal)
+        self.value = project(_fan_in_normal)
+        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+    def keys_values(
+        self, x: Float[Array, "b l d"]
+    ) -> tuple[Float[Array, "b l h k"], Float[Array, "b l h k"]]:
+        """The keys and values of x, each [B, L, H, head_dim]."""
+        return self._heads(self.key(x)), self._heads(self.value(x))
+
+    def _heads(self, x):
+        x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+        return partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+
+    @nn.compact
+    def __call__(
+        self,
+        x_q: Float[Array, "b q d"],
+        keys_values: tuple[Float[Array, "c l h k"], Float[Array, "c l h k"]],
+        mask: Bool[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | None = None,
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "b q d"]:
+        """Attends from x_q to keys and values that `keys_values` made.
+
+        The keys may have fewer rows than the queries, [C, L, ...] with B = C * beams: the beams of
+        a row then share its keys, and mask is that of the C rows.
+        """
+        key, value = keys_values
+        query = self._heads(self.query(x_q))
+        rows = query.shape
+        query = query.reshape(key.shape[0], -1, *rows[2:])
+        y = attend(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            float32_logits=self.float32_logits,
+            dropout=lambda weights: self.dropout(weights, deterministic=deterministic),
+        )
+        y = y.reshape(*rows[:2], self.num_heads * self.head_dim)
+        return Dense(
+            x_q.shape[-1], ("joined_kv", "embed"), _fan_in_normal, dtype=self.dtype, name="out"
+        )(y)

@@ -1,0 +1,129 @@
+"""What a training run keeps on disk and how it stops: checkpoints, logs, SIGTERM."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Interruption(Exception):
+    """The run was asked to stop; its state is saved and the same command continues it."""
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM only sets the flag that the yielded function returns."""
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def metric_writer(directory: str | pathlib.Path) -> Iterator[Callable[[int, Mapping], None]]:
+    """Yields write(step, metrics): to TensorBoard, through clu, where TensorFlow is installed."""
+    if importlib.util.find_spec("tensorflow") is None or importlib.util.find_spec("clu") is None:
+        yield lambda step, metrics: None
+        return
+    from clu import metric_writers  # imports tensorflow, which accelerator hosts may lack
+
+    writer = metric_writers.SummaryWriter(os.fspath(directory))
+    try:
+        yield writer.write_scalars
+    finally:
+        writer.close()
+
+
+def write_atomically(path: str | pathlib.Path, text: str) -> None:
+    """Writes a file that is either the old or the new one, also if the process is killed."""
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def claim_directory(directory: str | pathlib.Path, run: Mapping[str, Any]) -> pathlib.Path:
+    """Makes the directory a run's own: its description is in `run.json`.
+
+    Raises:
+        ValueError: the directory holds another run; the differences are listed.
+    """
+    directory = pathlib.Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    run = json.loads(json.dumps(run))
+    path = directory / "run.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(run, indent=2) + "\n")
+        return directory
+    found = json.loads(path.read_text())
+    differences = [
+        f"  {key}: there {found.get(key)!r}, here {run.get(key)!r}"
+        for key in sorted(found.keys() | run.keys())
+        if found.get(key) != run.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{directory} holds another run; choose another directory:\n" + "\n".join(differences)
+        )
+    return directory
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, written in the background, through orbax."""
+
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        run: Mapping[str, Any],
+        keep: int,
+        best_metric: str | None = None,
+        best_mode: str = "max",
+    ):
+        directory = claim_directory(directory, run)
+        self._manager = ocp.CheckpointManager(
+            directory / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                best_fn=None if best_metric is None else lambda metrics: metrics[best_metric],
+                best_mode=best_mode,
+                cleanup_tmp_directories=True,
+            ),
+        )
+        self._by_metric = best_metric is not None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._manager.close()
+
+    def save(self, state, metrics: Mapping[str, float] | None) -> None:
+        """Saves the state under its step; returns before the files are complete."""
+        self._manager.save(
+            int(state.step), args=ocp.args.StandardSave(state), metrics=metrics and dict(metrics)
+        )
+
+    def restore(self, state, step: int | None = None):
+        """The newest checkpoint (or that of `step`) in the place of `state`; without any, `state`."""
+        step = self._manager.latest_step() if step is None else step
+        if step is None:
+            return state
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def best(self, state) -> tuple[Any, dict[str, float]]:
+        """The best checkpoint where a metric chooses, else `state`; and its metrics."""
+        self._manager.wait_until_finished()
+        step = self._manager.best_step() if self._by_metric else int(state.step)
+        if step != int(state.step):
+            state = self.restore(state, step)
+        return state, dict(self._manager.metrics(step) or {})

@@ -1,0 +1,358 @@
+"""What the commands do: a model, data and options, as gin configures them, put together.
+
+The functions here are the ones that gin files name. Those that need seqio import it when called, so
+that training from a cache file runs where neither seqio nor TensorFlow is installed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import dataclasses
+import itertools
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from coda_jax import batches as batches_lib
+from coda_jax import checkpoints, training
+from coda_jax import params as params_lib
+from coda_jax.adapters import AdapterConfig
+from coda_jax.checkpoints.adapter_files import fingerprint
+from coda_jax.inference import Decoding, Predictor
+from coda_jax.models import EncoderDecoder
+from coda_jax.network import T5Config
+from coda_jax.routing import CodaConfig
+from coda_jax.run_files import write_atomically
+
+VOCABULARY_FILE = "spiece.model"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with its parameters, and where they came from.
+
+    Attributes:
+        config: the model's configuration.
+        params: the parameter tree.
+        directory: the checkpoint's folder, or None for a model that starts at random.
+    """
+
+    config: T5Config
+    params: Mapping[str, Any] = dataclasses.field(repr=False)
+    directory: pathlib.Path | None
+
+
+def load_model(
+    checkpoint: str | None = None,
+    *,
+    config: T5Config | None = None,
+    adapter_checkpoint: str | None = None,
+    adapter: AdapterConfig | None = None,
+    coda: CodaConfig | None = None,
+    reduction: float | tuple[float, ...] | None = None,
+    dtype: Any = "float32",
+    dropout_rate: float = 0.0,
+    seed: int = 0,
+) -> LoadedModel:
+    """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
+
+    Args:
+        checkpoint: folder in Hugging Face layout; None to start at random from `config`.
+        config: the sizes of a model that starts at random.
+        adapter_checkpoint: folder that `save_adapter` wrote for this checkpoint.
+        adapter: the adapter to create where `adapter_checkpoint` brings none.
+        coda: the routing to create, or, with `adapter_checkpoint`, how to route instead.
+        reduction: replaces that of the routing.
+        dtype: of the computation.
+        dropout_rate: in training.
+        seed: of what is created.
+
+    Raises:
+        ValueError: both or none of `checkpoint` and `config` are given; `adapter` contradicts
+            `adapter_checkpoint`; `reduction` is given for a model that does not route.
+    """
+    if (checkpoint is None) == (config is None):
+        raise ValueError("load_model needs either a checkpoint or, to start at random, a config")
+    rng = jax.random.key(seed)
+    if checkpoint is None:
+        params = EncoderDecoder(config.dense()).init(rng)
+    else:
+        config, params = checkpoints.load_hf(checkpoint)
+    if adapter_checkpoint is not None:
+        config, params = checkpoints.load_adapter(adapter_checkpoint, params)
+        if adapter not in (None, config.adapter):
+            raise ValueError(f"{adapter_checkpoint} holds {config.adapter}, not {adapter}")
+    config = config.replace(
+        adapter=adapter or config.adapter,
+        coda=coda or config.coda,
+        dtype=jnp.dtype(dtype).type,
+        dropout_rate=dropout_rate,
+    )
+    if reduction is not None:
+        if config.coda is None:
+            raise ValueError(f"reduction={reduction} is given for a model that does not route")
+        config = config.replace(coda=dataclasses.replace(config.coda, reduction=reduction))
+    if adapter_checkpoint is None and (config.adapter or config.coda):
+        params = checkpoints.swap_in(params, config, rng)
+    return LoadedModel(config, params, checkpoint and pathlib.Path(checkpoint))
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where examples come from: a seqio task or mixture, or a file that `coda cache` wrote.
+
+    Attributes:
+        feature_lengths: the most tokens of "inputs" and of "targets".
+        task: name of a registered seqio task or mixture.
+        cache: path of the file instead.
+        split: the task's split.
+        batch_size: rows of a batch.
+        pack: whether several examples share a row.
+        shuffle: whether the order is random, anew in each epoch.
+        seed: of the order and of random preprocessing.
+    """
+
+    feature_lengths: Mapping[str, int]
+    task: str | None = None
+    cache: str | None = None
+    split: str = "train"
+    batch_size: int = 32
+    pack: bool = False
+    shuffle: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.task is None) == (self.cache is None):
+            raise ValueError(f"give either a task or a cache file: {self.task=}, {self.cache=}")
+
+    def batches(self, config: T5Config, repeat: bool) -> Iterable[dict]:
+        """Batches: for ever in full, or one pass whose last is filled up with empty rows."""
+        if self.cache is not None:
+            cached, _ = batches_lib.read_cache(self.cache)
+            examples = batches_lib.epochs(
+                cached,
+                seed=self.seed,
+                num_epochs=None if repeat else 1,
+                shuffle=self.shuffle,
+            )
+        else:
+            from coda_jax import data
+
+            examples = data.seqio_examples(
+                self.task,
+                self.split,
+                feature_lengths=self.feature_lengths,
+                seed=self.seed,
+                shuffle=self.shuffle,
+                num_epochs=None if repeat else 1,
+            )
+        return batches_lib.batch_examples(
+            examples,
+            batch_size=self.batch_size,
+            feature_lengths=self.feature_lengths,
+            pack=self.pack,
+            max_segments=config.coda.max_segments if self.pack and config.coda else None,
+            drop_remainder=repeat,
+        )
+
+    def check_vocabulary(self, model: LoadedModel) -> None:
+        """Raises ValueError where the data's token ids are not those of the model."""
+        if self.cache is not None:
+            _, metadata = batches_lib.read_cache(self.cache)
+            fingerprint, num_ids = metadata["vocabulary"], metadata["vocab_size"]
+        else:
+            from coda_jax import data
+
+            vocabulary = data.task_vocabulary(self.task)
+            fingerprint = data.vocabulary_fingerprint(vocabulary)
+            num_ids = vocabulary.vocab_size
+        batches_lib.check_vocabulary(fingerprint, num_ids, model.config.vocab_size, model.directory)
+
+
+def train(
+    directory: str,
+    model: LoadedModel,
+    data: Data,
+    options: training.TrainOptions,
+    optimizer: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    eval_data: Data | None = None,
+    z_loss: float = 0.0,
+) -> dict[str, float]:
+    """`coda train`: trains and exports into `directory`/export what `load_model` reads.
+
+    Training all leaves exports the dense model in Hugging Face layout; a model with adapters exports
+    them into its folder `adapter`.
+
+    Returns:
+        The metrics of the exported parameters.
+    """
+    data.check_vocabulary(model)
+    if eval_data is not None:
+        eval_data.check_vocabulary(model)
+    base_fingerprint = fingerprint(model.params)
+    trained_model = EncoderDecoder(model.config, z_loss)
+    params, metrics = training.train(
+        trained_model,
+        model.params,
+        data.batches(model.config, repeat=True),
+        options=options,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        directory=directory,
+        run={
+            "model": _as_json(model.config),
+            "base": base_fingerprint,
+            "data": _as_json(data),
+            "trained": options.trained,
+            "accumulation": options.accumulation,
+            "seed": options.seed,
+        },
+        eval_batches=eval_data and (lambda: eval_data.batches(model.config, repeat=False)),
+    )
+    export = pathlib.Path(directory) / "export"
+    dense, _ = params_lib.split_new(params)
+    if options.trained == "all":
+        checkpoints.save_hf(export, model.config.dense(), dense)
+        if model.directory is not None and (model.directory / VOCABULARY_FILE).exists():
+            shutil.copy(model.directory / VOCABULARY_FILE, export)
+    if model.config.adapter or model.config.coda:
+        checkpoints.save_adapter(export / "adapter", params, model.config)
+    report = json.dumps(metrics, indent=2)
+    (pathlib.Path(directory) / "metrics.json").write_text(report + "\n")
+    print(f"exported to {export}: {report}")
+    return metrics
+
+
+def _as_json(config: Any) -> Any:
+    """A configuration as JSON values; dtypes by name."""
+    values = dataclasses.asdict(config)
+    if "dtype" in values:
+        values["dtype"] = jnp.dtype(values["dtype"]).name
+    return values
+
+
+def evaluate(
+    model: LoadedModel,
+    task: str,
+    feature_lengths: Mapping[str, int],
+    decoding: Decoding,
+    split: str = "validation",
+    output: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """`coda evaluate`: the metrics of a seqio task, from decoded outputs.
+
+    Args:
+        model: what to evaluate.
+        task: name of a registered seqio task or mixture.
+        feature_lengths: the most tokens of "inputs" and of "targets".
+        decoding: how outputs are searched for.
+        split: of the task.
+        output: JSON file for the metrics.
+
+    Returns:
+        {task: {metric: value}}.
+    """
+    import seqio
+
+    from coda_jax import data
+
+    data.check_vocabulary(data.vocabulary_of(task), model.config.vocab_size, model.directory)
+    decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
+    predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
+
+    def predict(dataset):
+        indices, inputs = [], []
+        for index, example in dataset.as_numpy_iterator():
+            tokens = example["encoder_input_tokens"]
+            indices.append(int(index))
+            inputs.append(tokens[: np.flatnonzero(tokens).max(initial=-1) + 1])
+        progress = tqdm(predictor(inputs), total=len(inputs), desc=task, unit="example")
+        return [(indices[place], tokens.tolist()) for place, tokens in progress]
+
+    evaluator = seqio.Evaluator(
+        task,
+        seqio.EncDecFeatureConverter(pack=False),
+        eval_split=split,
+        sequence_length=dict(feature_lengths),
+    )
+    metrics, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)
+    metrics = {
+        name: {metric: float(value) for metric, value in values.items()}
+        for name, values in metrics.result().items()
+    }
+    report = json.dumps(metrics, indent=2)
+    print(report)
+    if output is not None:
+        write_atomically(output, report + "\n")
+    return metrics
+
+
+def predict(
+    model: LoadedModel,
+    inputs: str,
+    output: str,
+    decoding: Decoding,
+    vocabulary: str | None = None,
+    chunk_size: int = 4096,
+) -> None:
+    """`coda predict`: one JSON line {"inputs", "prediction"} for each input, in their order.
+
+    Args:
+        model: what answers.
+        inputs: a text file with one input a line, a .jsonl file whose lines have "inputs", or "-"
+            for text lines from standard input.
+        output: the JSONL file to write, or "-" for standard output.
+        decoding: how outputs are searched for.
+        vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
+        chunk_size: inputs held at once.
+    """
+    from coda_jax import data
+
+    vocabulary = data.load_vocabulary(vocabulary or model.directory)
+    data.check_vocabulary(vocabulary, model.config.vocab_size, model.directory)
+    predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
+    texts = iter(data.read_inputs(inputs))
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))
+        progress = stack.enter_context(tqdm(unit="example", file=sys.stderr))
+        while chunk := list(itertools.islice(texts, chunk_size)):
+            tokens = [np.array([*vocabulary.encode(text), vocabulary.eos_id]) for text in chunk]
+            answers = {}
+            for index, answer in predictor(tokens):
+                answers[index] = vocabulary.decode(answer.tolist())
+                progress.update()
+            for index, text in enumerate(chunk):
+                line = {"inputs": text, "prediction": answers[index]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+    if predictor.num_truncated:
+        logging.warning(
+            "%d inputs were longer than %d tokens and were cut",
+            predictor.num_truncated,
+            decoding.max_input_length,
+        )
+
+
+def cache(
+    task: str,
+    output: str,
+    feature_lengths: Mapping[str, int],
+    split: str = "train",
+    seed: int = 0,
+    num_epochs: int = 1,
+) -> None:
+    """`coda cache`: a task's tokenised examples in one npz file, to train without TensorFlow."""
+    from coda_jax import data
+
+    data.cache_task(
+        task, split, output, feature_lengths=feature_lengths, seed=seed, num_epochs=num_epochs
+    )

@@ -1,0 +1,1 @@
+"""seqio tasks, installed as `coda_jax.tasks`; importing a module registers its tasks."""

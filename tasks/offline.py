@@ -1,0 +1,255 @@
+"""Tasks that need no download: text-to-text tasks over Python's standard library.
+
+Importing this module registers the tasks for the bundled SentencePiece vocabulary, and again with
+the suffix "_bytes" for bytes. `python -m coda_jax.tasks.offline --write_vocabulary=DIR` trains the
+vocabulary.
+
+Adaptation tasks: `stdlib_module` (function -> its top-level module) and `stdlib_exception`
+(function -> the exception that it raises). Pretraining: the mixture `stdlib_pretrain` of span
+corruption and four supervised tasks over the functions of the train split only.
+"""
+
+import argparse
+import collections
+from collections.abc import Sequence
+import functools
+import os
+import pathlib
+import re
+
+import seqio
+import tensorflow as tf
+
+from coda_jax import data
+from coda_jax.tasks import preprocessors, stdlib_corpus
+
+VOCABULARY_FILE = os.path.join(
+    os.path.dirname(os.path.abspath(data.__file__)), "bundled", "stdlib_vocabulary", "spiece.model"
+)
+NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
+
+MIN_CLASS_SIZE = 10
+MAX_SIBLINGS = 6
+MAX_IMPORTS = 12
+SENTINEL = "<extra_id_0>"
+PRETRAIN_RATES = {
+    "stdlib_span_corruption": 2.0,
+    "stdlib_siblings": 2.0,
+    "stdlib_imports": 2.0,
+    "stdlib_function_name": 1.0,
+    "stdlib_docstring": 1.0,
+}
+
+_Columns = dict[str, list[str]]
+
+
+def _functions(split: str) -> list[stdlib_corpus.Function]:
+    return [f for f in stdlib_corpus.read_corpus().functions if f.split == split]
+
+
+def _pairs(pairs) -> _Columns:
+    inputs, targets = zip(*pairs, strict=True)
+    return {"inputs": list(inputs), "targets": list(targets)}
+
+
+def mask_name(source: str, name: str) -> str:
+    """Replaces every standalone occurrence of a name by a sentinel.
+
+    Args:
+      source: Python source.
+      name: an identifier.
+
+    Returns:
+      The source with the sentinel's text, after a space: SentencePiece knows it only there.
+    """
+    return re.sub(rf" ?(?<!\w){re.escape(name)}(?!\w)", " " + SENTINEL, source)
+
+
+@functools.lru_cache(maxsize=1)
+def module_classes() -> tuple[str, ...]:
+    """Returns the classes of `stdlib_module`: modules with at least `MIN_CLASS_SIZE` functions."""
+    sizes = collections.Counter(f.module for f in stdlib_corpus.read_corpus().functions)
+    return tuple(sorted(m for m, size in sizes.items() if size >= MIN_CLASS_SIZE))
+
+
+def _module(split: str) -> _Columns:
+    classes = frozenset(module_classes())
+    return _pairs(
+        ("module: " + f.source, f.module) for f in _functions(split) if f.module in classes
+    )
+
+
+def _exception(split: str) -> _Columns:
+    return _pairs(
+        ("exception: " + f.source, f.exceptions[0])
+        for f in _functions(split)
+        if len(f.exceptions) == 1
+    )
+
+
+def _function_name(split: str) -> _Columns:
+    return _pairs(("name: " + mask_name(f.source, f.name), f.name) for f in _functions(split))
+
+
+def _docstring(split: str) -> _Columns:
+    return _pairs(
+        ("docstring: " + f.undocumented, f.docstring) for f in _functions(split) if f.docstring
+    )
+
+
+def _imports(split: str) -> _Columns:
+    """The file's own module is left out: `stdlib_module` is not a pretraining task."""
+    imports = {
+        file.path: [name for name in file.imports if name != file.module][:MAX_IMPORTS]
+        for file in stdlib_corpus.read_corpus().files
+    }
+    return _pairs(
+        ("imports: " + f.source, " ".join(imports[f.file]))
+        for f in _functions(split)
+        if imports[f.file]
+    )
+
+
+def _siblings(split: str) -> _Columns:
+    """The targets are all names in the file that may be asked for; `_sample_names` draws some."""
+    names = {file.path: list(file.classes) for file in stdlib_corpus.read_corpus().files}
+    for function in _functions("train"):
+        names[function.file].append(function.name)
+    rows = []
+    for f in _functions(split):
+        others = [n for n in dict.fromkeys(names[f.file]) if n not in (f.name, f.module)]
+        if others:
+            rows.append(("siblings: " + mask_name(f.source, f.name), " ".join(others)))
+    return _pairs(rows)
+
+
+def _texts(split: str) -> _Columns:
+    if split == "train":
+        texts = [file.text for file in stdlib_corpus.read_corpus().files]
+    else:
+        texts = [f.source for f in _functions(split)]
+    return {"targets": texts}
+
+
+@seqio.map_over_dataset(num_seeds=1)
+def _sample_names(example, seed):
+    names = tf.strings.split(example["targets"], " ")
+    names = tf.random.experimental.stateless_shuffle(names, seed)[:MAX_SIBLINGS]
+    return {**example, "targets": tf.strings.reduce_join(names, separator=" ")}
+
+
+def _add_task(name, load, vocabulary, splits, steps, metric_fns=()):
+    def load_checked(split):
+        check_vocabulary_file(vocabulary)
+        return load(split)
+
+    return seqio.TaskRegistry.add(
+        name,
+        source=data.MemorySource(load_checked, splits),
+        preprocessors=steps,
+        output_features=data.output_features(vocabulary),
+        postprocess_fn=data.strip_text,
+        metric_fns=list(metric_fns),
+        shuffle_buffer_size=10_000,  # More than any split: a full shuffle.
+    )
+
+
+def check_vocabulary_file(vocabulary: seqio.Vocabulary) -> None:
+    """Raises FileNotFoundError, saying how to make it, if the vocabulary's file is missing."""
+    path = getattr(vocabulary, "sentencepiece_model_file", None)
+    if path and not tf.io.gfile.exists(path):
+        raise FileNotFoundError(
+            f"No vocabulary at {path!r}. Write it with "
+            "`python -m coda_jax.tasks.offline --write_vocabulary=DIR`."
+        )
+
+
+def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
+    """Registers all tasks of this module and the mixture `stdlib_pretrain` for a vocabulary.
+
+    Args:
+      vocabulary: for inputs and targets; span corruption uses its extra ids.
+      suffix: is added to each name.
+
+    Returns:
+      The mixture.
+
+    Raises:
+      ValueError: a task of such a name is registered already.
+    """
+    text_steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+    for name, load in (("stdlib_module", _module), ("stdlib_exception", _exception)):
+        splits = ("train", "validation", "test")
+        _add_task(name + suffix, load, vocabulary, splits, text_steps, [data.accuracy])
+    splits = ("train", "validation")
+    for name, load, first in (
+        ("stdlib_function_name", _function_name, []),
+        ("stdlib_docstring", _docstring, []),
+        ("stdlib_imports", _imports, []),
+        ("stdlib_siblings", _siblings, [_sample_names]),
+    ):
+        _add_task(name + suffix, load, vocabulary, splits, [*first, *text_steps], [data.accuracy])
+    corruption_steps = [
+        functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+        preprocessors.span_corruption,
+        seqio.preprocessors.append_eos,
+    ]
+    _add_task("stdlib_span_corruption" + suffix, _texts, vocabulary, splits, corruption_steps)
+    return seqio.MixtureRegistry.add(
+        "stdlib_pretrain" + suffix, [(name + suffix, rate) for name, rate in PRETRAIN_RATES.items()]
+    )
+
+
+def write_vocabulary(directory: str | os.PathLike) -> pathlib.Path:
+    """Trains the SentencePiece vocabulary on the functions of the train split.
+
+    White space is kept as it is: line ends and runs of spaces are pieces or parts of pieces, and
+    what no piece covers falls back to bytes.
+
+    Args:
+      directory: where `spiece.model` is written; made if it does not exist.
+
+    Returns:
+      The path of the file.
+    """
+    import sentencepiece  # Here, because only the training needs it.
+
+    path = pathlib.Path(directory) / "spiece.model"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([function.source for function in _functions("train")]),
+            model_writer=f,
+            model_type="unigram",
+            vocab_size=NUM_PIECES,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            # No user-defined symbols: where two of them tie, versions of SentencePiece differ.
+            allow_whitespace_only_pieces=True,
+            split_by_unicode_script=False,
+            seed_sentencepiece_size=100_000,
+            max_sentence_length=2 * stdlib_corpus.MAX_BYTES,
+            num_threads=2,
+            minloglevel=2,
+        )
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Trains the vocabulary of the stdlib tasks.")
+    parser.add_argument("--write_vocabulary", metavar="DIR", required=True)
+    print(write_vocabulary(parser.parse_args(argv).write_vocabulary))
+
+
+add_tasks(seqio.SentencePieceVocabulary(VOCABULARY_FILE, extra_ids=data.EXTRA_IDS))
+add_tasks(seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS), suffix="_bytes")
+
+if __name__ == "__main__":
+    main()

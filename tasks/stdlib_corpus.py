@@ -1,0 +1,270 @@
+"""The running Python's own standard library as a data set of functions and files.
+
+Nothing is imported or executed: the sources are read and parsed with `ast`. Every function is put
+into a split by a hash of its source, so that the split does not depend on the order of the files,
+and the functions of the validation and test splits are cut out of the file texts.
+"""
+
+import ast
+from collections.abc import Iterator
+import dataclasses
+import functools
+import hashlib
+import os
+import sysconfig
+import textwrap
+import tokenize
+
+MIN_BYTES = 200
+MAX_BYTES = 2000
+
+_SKIPPED_DIRECTORIES = frozenset(
+    {"__pycache__", "dist-packages", "idle_test", "lib-dynload", "site-packages", "test", "tests"}
+)
+_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """One function of the standard library.
+
+    Attributes:
+      source: its text, decorators included, without the indentation of its place.
+      module: the top-level module that holds it ("asyncio" for asyncio/events.py).
+      file: the path of its file, relative to the library, with "/" between the parts.
+      qualname: its name with the classes and functions around it, "Class.method".
+      name: its name.
+      docstring: the first line of its docstring, or None.
+      undocumented: `source` without the docstring; None where there is no docstring.
+      exceptions: the distinct exceptions that it raises by name, in order.
+      split: "train", "validation" or "test".
+    """
+
+    source: str
+    module: str
+    file: str
+    qualname: str
+    name: str
+    docstring: str | None
+    undocumented: str | None
+    exceptions: tuple[str, ...]
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of the standard library that holds at least one `Function`.
+
+    Attributes:
+      path: the path relative to the library, with "/" between the parts.
+      module: the top-level module.
+      text: the text, without the functions of the validation and test splits.
+      imports: the names that it imports outside of functions, in order.
+      classes: the names of its classes outside of functions, in order.
+    """
+
+    path: str
+    module: str
+    text: str
+    imports: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What `read_corpus` returns: all functions (each text once) and all files, in path order."""
+
+    functions: tuple[Function, ...]
+    files: tuple[SourceFile, ...]
+
+
+def normalized(source: str) -> str:
+    """Returns the source with every run of white space as one space: the key of a function."""
+    return " ".join(source.split())
+
+
+def split_of(source: str) -> str:
+    """Returns "train", "validation" or "test" (80, 10, 10 %) by a hash of the normalised source."""
+    digest = hashlib.sha256(normalized(source).encode()).digest()
+    bucket = int.from_bytes(digest[:8], "big") % 10
+    return {8: "validation", 9: "test"}.get(bucket, "train")
+
+
+@functools.lru_cache(maxsize=1)
+def read_corpus(directory: str | None = None) -> Corpus:
+    """Reads all functions and files of a standard library.
+
+    Args:
+      directory: where the library lies; the running Python's own if None.
+
+    Returns:
+      A `Corpus`; the same library gives the same corpus.
+
+    Raises:
+      ValueError: there is no function of a fitting size in the directory.
+    """
+    directory = directory or sysconfig.get_paths()["stdlib"]
+    functions, files, seen = [], [], set()
+    for path in _python_files(directory):
+        parsed = _parse(os.path.join(directory, path))
+        if parsed is None:
+            continue
+        lines, tree = parsed
+        taken = list(_taken_functions(lines, tree, path))
+        for function in taken:
+            key = normalized(function.source)
+            if key not in seen:
+                seen.add(key)
+                functions.append(function)
+        if taken:  # Files without functions are tables of characters and the like.
+            files.append(_source_file(path, lines, tree))
+    if not functions:
+        raise ValueError(f"No function of {MIN_BYTES} to {MAX_BYTES} bytes under {directory!r}.")
+    return Corpus(tuple(functions), tuple(files))
+
+
+def _python_files(directory: str) -> list[str]:
+    paths = []
+    for parent, directories, names in os.walk(directory):
+        directories[:] = [
+            d
+            for d in directories
+            if d not in _SKIPPED_DIRECTORIES and not d.startswith(("config-", "test_"))
+        ]
+        for name in names:
+            # _sysconfigdata* describes one build, not the library.
+            if name.endswith(".py") and not name.startswith(("test_", "_sysconfigdata")):
+                paths.append(os.path.relpath(os.path.join(parent, name), directory))
+    return sorted(path.replace(os.sep, "/") for path in paths)
+
+
+def _parse(path: str) -> tuple[list[str], ast.Module] | None:
+    """Returns the lines and the syntax tree; None for a file that is not Python of this version."""
+    try:
+        with tokenize.open(path) as f:
+            text = f.read()
+        # Not splitlines: it also splits at form feeds, which ast does not count.
+        return text.split("\n"), ast.parse(text)
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return None
+
+
+def _module_of(path: str) -> str:
+    first = path.split("/")[0]
+    return first.removesuffix(".py")
+
+
+def _first_line(node: _Function) -> int:
+    return min([node.lineno, *(d.lineno for d in node.decorator_list)])
+
+
+def _source(lines: list[str], node: _Function) -> str:
+    # ast.get_source_segment splits the whole file at every call.
+    text = "\n".join(lines[_first_line(node) - 1 : node.end_lineno])
+    return textwrap.dedent(text).strip("\n")
+
+
+def _all_functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[_Function, str]]:
+    """Yields every function, also nested ones, with its qualified name, outer ones first."""
+    for node in ast.iter_child_nodes(tree):
+        named = isinstance(node, (*_FUNCTION, ast.ClassDef))
+        if isinstance(node, _FUNCTION):
+            yield node, prefix + node.name
+        yield from _all_functions(node, prefix + node.name + "." if named else prefix)
+
+
+def _taken_functions(lines: list[str], tree: ast.Module, path: str) -> Iterator[Function]:
+    end = 0  # The last line of the last function taken: those nested in it are skipped.
+    for node, qualname in _all_functions(tree):
+        source = _source(lines, node)
+        if node.lineno <= end or not MIN_BYTES <= len(source.encode()) <= MAX_BYTES:
+            continue
+        split = split_of(source)
+        if split == "train" and _holds_heldout(lines, node):
+            continue
+        end = node.end_lineno
+        docstring, undocumented = _docstring(lines, node)
+        yield Function(
+            source=source,
+            module=_module_of(path),
+            file=path,
+            qualname=qualname,
+            name=node.name,
+            docstring=docstring,
+            undocumented=undocumented,
+            exceptions=_exceptions(node),
+            split=split,
+        )
+
+
+def _is_heldout(source: str) -> bool:
+    return MIN_BYTES <= len(source.encode()) <= MAX_BYTES and split_of(source) != "train"
+
+
+def _holds_heldout(lines: list[str], node: _Function) -> bool:
+    """Whether a function nested in this one would itself be held out (it may be, elsewhere)."""
+    return any(_is_heldout(_source(lines, inner)) for inner, _ in _all_functions(node))
+
+
+def _docstring(lines: list[str], node: _Function) -> tuple[str | None, str | None]:
+    """Returns the docstring's first line and the source without the docstring, or two Nones."""
+    docstring = ast.get_docstring(node)
+    statement = node.body[0]
+    first_line = docstring.strip().split("\n")[0].strip() if docstring else ""
+    if not first_line or statement.lineno <= node.lineno:
+        return None, None
+    kept = lines[_first_line(node) - 1 : statement.lineno - 1]
+    kept += lines[statement.end_lineno : node.end_lineno]
+    return first_line, textwrap.dedent("\n".join(kept)).strip("\n")
+
+
+def _exceptions(node: _Function) -> tuple[str, ...]:
+    raises = [n for n in ast.walk(node) if isinstance(n, ast.Raise) and n.exc is not None]
+    names = []
+    for statement in sorted(raises, key=lambda n: (n.lineno, n.col_offset)):
+        exc = statement.exc
+        name = _last_name(exc.func if isinstance(exc, ast.Call) else exc)
+        # `raise error` raises again what was caught: not the name of a class.
+        if name and name[:1].isupper():
+            names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
+def _last_name(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, _FUNCTION):
+            yield node
+            yield from _outside_functions(node)
+
+
+def _imports(tree: ast.Module) -> tuple[str, ...]:
+    names = []
+    for node in _outside_functions(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [alias.name if alias.name != "*" else node.module for alias in node.names]
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _source_file(path: str, lines: list[str], tree: ast.Module) -> SourceFile:
+    cut = set()
+    for node, _ in _all_functions(tree):
+        if _is_heldout(_source(lines, node)):
+            cut.update(range(_first_line(node) - 1, node.end_lineno))
+    text = "\n".join(line for i, line in enumerate(lines) if i not in cut)
+    classes = [node.name for node in _outside_functions(tree) if isinstance(node, ast.ClassDef)]
+    return SourceFile(
+        path=path,
+        module=_module_of(path),
+        text=text,
+        imports=_imports(tree),
+        classes=tuple(dict.fromkeys(classes)),
+    )

@@ -1,0 +1,140 @@
+"""Tiny models and the calls that most tests make of them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import brentq
+
+from coda_jax import params as params_lib
+from coda_jax.adapters import AdapterConfig
+from coda_jax.network import T5Config, Transformer
+from coda_jax.routing import CodaConfig
+
+TINY = T5Config(
+    vocab_size=20,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    head_dim=8,
+    mlp_dim=24,
+    mlp_activations=("gelu", "linear"),
+    relpos_num_buckets=8,
+    relpos_max_distance=16,
+)
+ADAPTER = AdapterConfig(bottleneck=4)
+
+
+def config(coda=None, adapter=None, **changes):
+    """Returns the tiny config with changes; a dict as `coda` is what differs from its defaults."""
+    if isinstance(coda, dict):
+        coda = CodaConfig(**coda)
+    if coda is not None and adapter is None:
+        adapter = ADAPTER
+    return dataclasses.replace(TINY, coda=coda, adapter=adapter, **changes)
+
+
+def shapes(cfg):
+    """Returns what `init` makes, as shapes: the collections "params" and "params_axes"."""
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    init = functools.partial(Transformer(cfg).init, enable_dropout=False)
+    return jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
+
+
+def random_params(cfg, seed=0, fresh=False):
+    """Returns parameters with nothing zero or one in them, as after training.
+
+    Args:
+        cfg: the model's config.
+        seed: of the random numbers.
+        fresh: whether the adapters are as new, with a zero up-projection.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape)
+        if path.endswith("norm/scale"):
+            values = 1 + 0.2 * values
+        elif path.endswith("query/kernel"):
+            values *= (leaf.shape[0] * cfg.head_dim) ** -0.5
+        elif path.endswith("kernel"):
+            values *= leaf.shape[0] ** -0.5
+        if fresh and path.endswith("adapter/wo/kernel"):
+            values *= 0
+        return jnp.asarray(values, leaf.dtype)
+
+    flat = params_lib.flatten(shapes(cfg)["params"])
+    return params_lib.unflatten({path: draw(path, leaf) for path, leaf in flat.items()})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(cfg, params, inputs, decoder_inputs, targets, segments=None, target_segments=None):
+    """Returns the logits [B, T, V], without dropout."""
+    return Transformer(cfg).apply(
+        {"params": params},
+        inputs,
+        decoder_inputs,
+        targets,
+        segments,
+        target_segments,
+        enable_dropout=False,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(cfg, params, inputs, segments=None):
+    """Returns (the encoder's output [B, N, D], {layer: its Selection})."""
+    encoded, state = Transformer(cfg).apply(
+        {"params": params},
+        inputs,
+        segments,
+        enable_dropout=False,
+        method="encode",
+        mutable=["intermediates"],
+    )
+    sown = state.get("intermediates", {}).get("encoder", {})
+    return encoded, {name: layer["router"]["selection"][0] for name, layer in sown.items()}
+
+
+def solution(scores, k, epsilon):
+    """Returns the soft top-k of one row in float64.
+
+    It is the root in `a` of sum(min(1, exp((s + a) / eps))) = k.
+    """
+    scores = np.asarray(scores, np.float64)
+    if k >= len(scores):
+        return np.ones_like(scores)
+
+    def weights(a):
+        return np.exp(np.minimum((scores + a) / epsilon, 0))
+
+    # With this `a` all are at least 1 / N * k; with that one, even all together are at most k.
+    low = epsilon * np.log(k / len(scores)) - scores.max()
+    high = -scores.min()
+    a = brentq(lambda a: weights(a).sum() - k, low - 1e-9, high + 1e-9, xtol=1e-14, rtol=1e-15)
+    return weights(a)
+
+
+def random_tokens(rng, lengths, num_tokens, vocab_size=TINY.vocab_size):
+    """Returns int32 tokens [len(lengths), num_tokens] of 2..vocab_size-1, then 0 for padding."""
+    tokens = rng.integers(2, vocab_size, (len(lengths), num_tokens))
+    return np.where(np.arange(num_tokens) < np.array(lengths)[:, None], tokens, 0).astype(np.int32)
+
+
+def shift_right(targets):
+    """Returns the decoder's input: the targets a place later, with 0 in front."""
+    return np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+
+
+def pack(rows, num_tokens):
+    """Returns (tokens [1, num_tokens], segment ids 1.. [1, num_tokens]) of rows in one row."""
+    tokens, segments = np.zeros((2, 1, num_tokens), np.int32)
+    start = 0
+    for i, row in enumerate(rows):
+        tokens[0, start : start + len(row)] = row
+        segments[0, start : start + len(row)] = i + 1
+        start += len(row)
+    return tokens, segments
