@@ -1,4 +1,4 @@
-"""Installs coda_jax; `tasks/` and `gin_configs/` become `coda_jax.tasks` and `coda_jax.gin_configs`."""
+"""Installs coda_jax; `tasks/` and `gin_configs/` become packages of it."""
 
 import pathlib
 import re

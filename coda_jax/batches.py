@@ -19,7 +19,6 @@ import numpy as np
 
 FEATURES = ("inputs", "targets")
 VOCABULARY_NAME = "spiece.model"  # As Hugging Face names it in a T5 checkpoint's directory.
-VOCABULARY_NAME = "spiece.model"
 CACHE_FORMAT = "coda_jax examples 1"
 
 Example = Mapping[str, np.ndarray]
@@ -379,69 +378,3 @@ def _check_offsets(path, tokens, offsets) -> None:
     counts = {key: len(offsets[key]) - 1 for key in FEATURES}
     if len(set(counts.values())) > 1:
         raise ValueError(f"{os.fspath(path)!r}: different numbers of examples: {counts}.")
-
-
-def file_fingerprint(path: str | os.PathLike) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def check_token_ids(
-    source: str,
-    fingerprint: str,
-    num_ids: int,
-    vocab_size: int,
-    checkpoint_directory: str | os.PathLike | None = None,
-) -> None:
-    """Checks that token ids are those that a model was trained with.
-
-    Args:
-      source: what has the ids, for the message.
-      fingerprint: "bytes", or the SHA-256 of the SentencePiece model that made the ids.
-      num_ids: how many ids there are.
-      vocab_size: the model's number of embeddings; more than there are ids is fine.
-      checkpoint_directory: where the model's `spiece.model` may lie.
-
-    Raises:
-      ValueError: there are more ids than embeddings, or the vocabulary is another one.
-    """
-    if num_ids > vocab_size:
-        raise ValueError(f"{source} has a vocabulary of {num_ids} ids, the model of {vocab_size}.")
-    if checkpoint_directory is None:
-        return
-    file = os.path.join(checkpoint_directory, VOCABULARY_NAME)
-    if os.path.isfile(file) and file_fingerprint(file) != fingerprint:
-        raise ValueError(
-            f"{source} has another vocabulary than the checkpoint's {file!r}: "
-            f"{fingerprint}, not {file_fingerprint(file)} (SHA-256)."
-        )
-
-
-def check_cache(
-    path: str | os.PathLike,
-    metadata: Mapping,
-    vocab_size: int,
-    checkpoint_directory: str | os.PathLike | None = None,
-) -> None:
-    """Checks that a cache's token ids are those that a model was trained with.
-
-    Args:
-      path: the cache file, for the message.
-      metadata: what `read_cache` gave, with the keys "vocabulary" and "vocab_size".
-      vocab_size: the model's number of embeddings.
-      checkpoint_directory: where the model's `spiece.model` may lie.
-
-    Raises:
-      ValueError: the metadata lack the keys, or as for `check_token_ids`.
-    """
-    missing = [key for key in ("vocabulary", "vocab_size") if key not in metadata]
-    if missing:
-        raise ValueError(f"{os.fspath(path)!r}: its metadata lack {missing}.")
-    check_token_ids(
-        f"The cache {os.fspath(path)!r}",
-        metadata["vocabulary"],
-        metadata["vocab_size"],
-        vocab_size,
-        checkpoint_directory,
-    )

@@ -1,6 +1,6 @@
 """The command `coda`: gin files and bindings in, one function of `coda_jax.runs` called.
 
-    coda train --gin_file=coda_jax/gin_configs/runs/finetune.gin --gin.MODEL_DIR="'/tmp/run'"
+    coda train --gin_file=runs/finetune.gin --gin_file=methods/coda.gin --gin.MODEL_DIR="'/tmp/run'"
 
 Flags follow T5X: --gin_file and --gin_search_paths may be repeated, and --gin.NAME=VALUE binds what
 the files leave open, VALUE being written as in a gin file.
@@ -8,13 +8,12 @@ the files leave open, VALUE being written as in a gin file.
 
 import argparse
 from collections.abc import Sequence
-import pathlib
 import sys
 
 import gin
 
 import coda_jax
-from coda_jax import runs
+from coda_jax import gin_configs, runs
 from coda_jax.run_files import Interruption
 
 COMMANDS = {
@@ -51,9 +50,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], list[str]
 def configure(gin_files: Sequence[str], search_paths: Sequence[str], bindings: Sequence[str]):
     """Reads gin files and bindings; a name that does not exist is an error that names it."""
     gin.clear_config()
-    # `include 'coda_jax/gin_configs/...'` works from anywhere, also from a source tree.
-    for package_path in coda_jax.__path__:
-        gin.add_config_file_search_path(str(pathlib.Path(package_path).parent))
+    # The package's own files are found under short names, such as methods/coda.gin.
+    for folder in gin_configs.__path__:
+        gin.add_config_file_search_path(folder)
     for path in search_paths:
         gin.add_config_file_search_path(path)
     gin.parse_config_files_and_bindings(list(gin_files), list(bindings))

@@ -160,7 +160,7 @@ def cache_task(
         shuffle=isinstance(provider, seqio.Mixture),
         num_epochs=num_epochs,
     )
-    vocabulary = vocabulary_of(provider)
+    vocabulary = task_vocabulary(provider)
     metadata = {
         "task": provider.name,
         "split": split,
@@ -220,8 +220,36 @@ def add_jsonl_task(
         output_features=output_features(vocabulary),
         postprocess_fn=strip_text,
         metric_fns=[accuracy] if metric_fns is None else list(metric_fns),
-        shuffle_buffer_size=max(counts.values()),  # A full shuffle.
+        shuffle_buffer_size=1,  # The source shuffles all records.
     )
+
+
+def jsonl_task(
+    *,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    test_file: str | None = None,
+    vocabulary: str,
+) -> str:
+    """Returns the name of the task over these files; see `add_jsonl_task`. For gin files.
+
+    Args:
+      train_file: the file of the split "train", if there is one.
+      validation_file: the file of the split "validation", if there is one.
+      test_file: the file of the split "test", if there is one.
+      vocabulary: a path, or "bytes", for `load_vocabulary`.
+    """
+    files = (train_file, validation_file, test_file)
+    name = "jsonl_" + hashlib.sha256(repr((files, vocabulary)).encode()).hexdigest()[:12]
+    if name not in seqio.TaskRegistry.names():
+        add_jsonl_task(
+            name,
+            train_file=train_file,
+            validation_file=validation_file,
+            test_file=test_file,
+            vocabulary=load_vocabulary(vocabulary),
+        )
+    return name
 
 
 def read_jsonl(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, list[str]]:
@@ -316,11 +344,6 @@ def load_vocabulary(path: str | os.PathLike) -> seqio.Vocabulary:
     return seqio.SentencePieceVocabulary(file, extra_ids=0 if has_extra_ids else EXTRA_IDS)
 
 
-def vocabulary_of(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Vocabulary:
-    """Returns the vocabulary of a task's or mixture's inputs; ValueError for an unknown name."""
-    return _provider(task_or_mixture).output_features["inputs"].vocabulary
-
-
 def vocabulary_fingerprint(vocabulary: seqio.Vocabulary) -> str:
     """Returns "bytes", or the SHA-256 of a SentencePiece vocabulary's file."""
     if isinstance(vocabulary, seqio.ByteVocabulary):
@@ -344,10 +367,6 @@ def check_vocabulary(
     Raises:
       ValueError: the vocabulary has more ids than the model, or differs from the checkpoint's.
     """
-    batches.check_token_ids(
-        "The task",
-        vocabulary_fingerprint(vocabulary),
-        vocabulary.vocab_size,
-        vocab_size,
-        checkpoint_directory,
+    batches.check_vocabulary(
+        vocabulary_fingerprint(vocabulary), vocabulary.vocab_size, vocab_size, checkpoint_directory
     )

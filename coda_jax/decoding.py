@@ -21,7 +21,7 @@ from coda_jax.network import Transformer
 Cache = Any
 Step = Callable[[Cache, Int[Array, " rows"]], tuple[Float[Array, "rows v"], Cache]]
 
-# The log-probability of what must not be chosen, as T5X has it: finite, so that no `inf - inf` arises.
+# The log-probability of what must not be chosen, as in T5X: finite, so that no `inf - inf` arises.
 _IMPOSSIBLE = -1e7
 
 
@@ -112,9 +112,9 @@ def beam_search(
     """The M best outputs found, by log p / ((5 + length) / 6)^alpha, the end token counted.
 
     T5X's search: in each step the 2M best continuations of the live beams are looked at; those that
-    end compete with the finished beams, the M best of the others live on. It stops when no live beam
-    can displace a finished one in any row. A row in which no beam ended returns its live beams with
-    their log-probabilities, without the length penalty. Slots for which there are fewer than M
+    end compete with the finished beams, the M best of the others live on. It stops when no live
+    beam can displace a finished one in any row. A row in which no beam ended returns its live beams
+    with their log-probabilities, without the length penalty. Slots for which there are fewer than M
     different outputs score below -1e6.
 
     Args:

@@ -115,7 +115,13 @@ class EncoderDecoder:
         return sums.loss, sums
 
     def predict(
-        self, params, encoder_input_tokens, *, max_decode_length: int, num_beams: int, alpha: float
+        self,
+        params,
+        encoder_input_tokens,
+        *,
+        max_decode_length: int,
+        num_beams: int = 1,
+        alpha: float = 0.6,
     ) -> Array:
         """The most probable outputs found, [B, max_decode_length] tokens; one beam is greedy."""
         if num_beams == 1:
@@ -131,3 +137,27 @@ class EncoderDecoder:
             alpha=alpha,
         )
         return tokens[:, 0]
+
+    def routing(self, params, encoder_input_tokens) -> Float[Array, "layers b n"]:
+        """The weight with which each encoder layer takes each token, 0 where it does not.
+
+        A layer without a router, or with r = 1, takes every token with weight 1.
+        """
+        _, variables = self.module.apply(
+            {"params": params},
+            encoder_input_tokens,
+            enable_dropout=False,
+            method="encode",
+            mutable=["intermediates"],
+        )
+        encoder = variables.get("intermediates", {}).get("encoder", {})
+
+        def weights(layer):
+            if f"layers_{layer}" not in encoder:
+                return (encoder_input_tokens > 0).astype(jnp.float32)
+            (selection,) = encoder[f"layers_{layer}"]["router"]["selection"]
+            rows = jnp.arange(encoder_input_tokens.shape[0])[:, None]
+            zeros = jnp.zeros(encoder_input_tokens.shape, jnp.float32)
+            return zeros.at[rows, selection.indices].set(selection.weights)
+
+        return jnp.stack([weights(i) for i in range(self.config.num_encoder_layers)])

@@ -108,22 +108,26 @@ class RunCheckpoints:
 
     def save(self, state, metrics: Mapping[str, float] | None) -> None:
         """Saves the state under its step; returns before the files are complete."""
+        metrics = dict(metrics or {})
+        items = {"state": ocp.args.StandardSave(state), "evaluation": ocp.args.JsonSave(metrics)}
         self._manager.save(
-            int(state.step), args=ocp.args.StandardSave(state), metrics=metrics and dict(metrics)
+            int(state.step), args=ocp.args.Composite(**items), metrics=metrics or None
         )
 
-    def restore(self, state, step: int | None = None):
-        """The newest checkpoint (or that of `step`) in the place of `state`; without any, `state`."""
+    def restore(self, state, step: int | None = None) -> tuple[Any, dict[str, float]]:
+        """The newest checkpoint, or that of `step`, in the place of `state`; and its metrics.
+
+        Without any checkpoint, `state` itself and no metrics.
+        """
         step = self._manager.latest_step() if step is None else step
         if step is None:
-            return state
+            return state, {}
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        items = {"state": ocp.args.StandardRestore(abstract), "evaluation": ocp.args.JsonRestore()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return restored["state"], restored["evaluation"]
 
     def best(self, state) -> tuple[Any, dict[str, float]]:
-        """The best checkpoint where a metric chooses, else `state`; and its metrics."""
+        """The best checkpoint where a metric chooses, else the newest; and its metrics."""
         self._manager.wait_until_finished()
-        step = self._manager.best_step() if self._by_metric else int(state.step)
-        if step != int(state.step):
-            state = self.restore(state, step)
-        return state, dict(self._manager.metrics(step) or {})
+        return self.restore(state, self._manager.best_step() if self._by_metric else None)

@@ -32,8 +32,6 @@ from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
 from coda_jax.run_files import write_atomically
 
-VOCABULARY_FILE = "spiece.model"
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -107,7 +105,7 @@ def load_model(
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where examples come from: a seqio task or mixture, or a file that `coda cache` wrote.
+    """Where examples come from: a seqio task or mixture, a file that `coda cache` wrote, or nothing.
 
     Attributes:
         feature_lengths: the most tokens of "inputs" and of "targets".
@@ -130,8 +128,13 @@ class Data:
     seed: int = 0
 
     def __post_init__(self):
-        if (self.task is None) == (self.cache is None):
-            raise ValueError(f"give either a task or a cache file: {self.task=}, {self.cache=}")
+        if self.task is not None and self.cache is not None:
+            raise ValueError(f"give a task or a cache file, not both: {self.task=}, {self.cache=}")
+
+    @property
+    def exists(self) -> bool:
+        """Whether a task or a file is named at all."""
+        return self.task is not None or self.cache is not None
 
     def batches(self, config: T5Config, repeat: bool) -> Iterable[dict]:
         """Batches: for ever in full, or one pass whose last is filled up with empty rows."""
@@ -176,6 +179,14 @@ class Data:
             num_ids = vocabulary.vocab_size
         batches_lib.check_vocabulary(fingerprint, num_ids, model.config.vocab_size, model.directory)
 
+    def vocabulary_file(self) -> str | None:
+        """The SentencePiece file of the task, None for bytes or a cache."""
+        if self.task is None:
+            return None
+        from coda_jax import data
+
+        return getattr(data.task_vocabulary(self.task), "sentencepiece_model_file", None)
+
 
 def train(
     directory: str,
@@ -186,16 +197,22 @@ def train(
     learning_rate: optax.ScalarOrSchedule,
     eval_data: Data | None = None,
     z_loss: float = 0.0,
-) -> dict[str, float]:
+    export_dtype: Any = None,
+) -> tuple[LoadedModel, dict[str, float]]:
     """`coda train`: trains and exports into `directory`/export what `load_model` reads.
 
     Training all leaves exports the dense model in Hugging Face layout; a model with adapters exports
-    them into its folder `adapter`.
+    them into its folder `adapter`. Where all leaves were trained, they are exported, and returned,
+    as `export_dtype` if that is given; a frozen leaf always stays what it was.
 
     Returns:
-        The metrics of the exported parameters.
+        The trained model and the metrics of its evaluation.
     """
+    if not data.exists:
+        raise ValueError("there is nothing to train on: name a task or a cache file")
     data.check_vocabulary(model)
+    if eval_data is not None and not eval_data.exists:
+        eval_data = None
     if eval_data is not None:
         eval_data.check_vocabulary(model)
     base_fingerprint = fingerprint(model.params)
@@ -219,17 +236,22 @@ def train(
         eval_batches=eval_data and (lambda: eval_data.batches(model.config, repeat=False)),
     )
     export = pathlib.Path(directory) / "export"
-    dense, _ = params_lib.split_new(params)
     if options.trained == "all":
+        if export_dtype is not None:
+            params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
+        dense, _ = params_lib.split_new(params)
         checkpoints.save_hf(export, model.config.dense(), dense)
-        if model.directory is not None and (model.directory / VOCABULARY_FILE).exists():
-            shutil.copy(model.directory / VOCABULARY_FILE, export)
+        vocabulary_file = data.vocabulary_file()
+        if model.directory is not None and (model.directory / batches_lib.VOCABULARY_NAME).exists():
+            vocabulary_file = model.directory / batches_lib.VOCABULARY_NAME
+        if vocabulary_file is not None:
+            shutil.copy(vocabulary_file, export / batches_lib.VOCABULARY_NAME)
     if model.config.adapter or model.config.coda:
         checkpoints.save_adapter(export / "adapter", params, model.config)
     report = json.dumps(metrics, indent=2)
     (pathlib.Path(directory) / "metrics.json").write_text(report + "\n")
     print(f"exported to {export}: {report}")
-    return metrics
+    return dataclasses.replace(model, params=params), metrics
 
 
 def _as_json(config: Any) -> Any:
@@ -265,7 +287,7 @@ def evaluate(
 
     from coda_jax import data
 
-    data.check_vocabulary(data.vocabulary_of(task), model.config.vocab_size, model.directory)
+    data.check_vocabulary(data.task_vocabulary(task), model.config.vocab_size, model.directory)
     decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
     predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
 

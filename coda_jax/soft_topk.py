@@ -39,7 +39,8 @@ def soft_topk(
 ) -> Float[Array, "*batch n"]:
     """Weights in [0, 1] that sum to k and are monotone in the scores.
 
-    Where at most k tokens are unmasked, each of them gets exactly 1. All arithmetic is float32.
+    Where at most k tokens are unmasked, the exact solver gives each of them exactly 1; the iterative
+    one only comes near it, as with every sum. All arithmetic is float32.
 
     Args:
         scores: [..., N].

@@ -231,7 +231,7 @@ def train(
         metric_writer(directory) as write,
         interruption() as interrupted,
     ):
-        state = checkpoints.restore(state)
+        state, _ = checkpoints.restore(state)
         number = int(state.step)
         with _Progress(options.total_steps, number) as progress:
             for batch in itertools.islice(batches, number, options.total_steps):

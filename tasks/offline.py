@@ -138,7 +138,7 @@ def _sample_names(example, seed):
     return {**example, "targets": tf.strings.reduce_join(names, separator=" ")}
 
 
-def _add_task(name, load, vocabulary, splits, steps, metric_fns=()):
+def _add_task(name, load, vocabulary, splits, steps, metric_fns=(), shuffle_buffer_size=1):
     def load_checked(split):
         check_vocabulary_file(vocabulary)
         return load(split)
@@ -150,7 +150,7 @@ def _add_task(name, load, vocabulary, splits, steps, metric_fns=()):
         output_features=data.output_features(vocabulary),
         postprocess_fn=data.strip_text,
         metric_fns=list(metric_fns),
-        shuffle_buffer_size=10_000,  # More than any split: a full shuffle.
+        shuffle_buffer_size=shuffle_buffer_size,  # 1: the source shuffles all records.
     )
 
 
@@ -194,7 +194,14 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
         preprocessors.span_corruption,
         seqio.preprocessors.append_eos,
     ]
-    _add_task("stdlib_span_corruption" + suffix, _texts, vocabulary, splits, corruption_steps)
+    _add_task(
+        "stdlib_span_corruption" + suffix,
+        _texts,
+        vocabulary,
+        splits,
+        corruption_steps,
+        shuffle_buffer_size=1000,  # Neighbours are parts of one text.
+    )
     return seqio.MixtureRegistry.add(
         "stdlib_pretrain" + suffix, [(name + suffix, rate) for name, rate in PRETRAIN_RATES.items()]
     )

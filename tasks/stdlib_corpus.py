@@ -14,6 +14,7 @@ import os
 import sysconfig
 import textwrap
 import tokenize
+from typing import NamedTuple
 
 MIN_BYTES = 200
 MAX_BYTES = 2000
@@ -111,14 +112,15 @@ def read_corpus(directory: str | None = None) -> Corpus:
         if parsed is None:
             continue
         lines, tree = parsed
-        taken = list(_taken_functions(lines, tree, path))
+        found = [_Found(n, name, _source(lines, n)) for n, name in _all_functions(tree)]
+        taken = list(_taken_functions(lines, found, path))
         for function in taken:
             key = normalized(function.source)
             if key not in seen:
                 seen.add(key)
                 functions.append(function)
         if taken:  # Files without functions are tables of characters and the like.
-            files.append(_source_file(path, lines, tree))
+            files.append(_source_file(path, lines, tree, found))
     if not functions:
         raise ValueError(f"No function of {MIN_BYTES} to {MAX_BYTES} bytes under {directory!r}.")
     return Corpus(tuple(functions), tuple(files))
@@ -165,46 +167,65 @@ def _source(lines: list[str], node: _Function) -> str:
     return textwrap.dedent(text).strip("\n")
 
 
+class _Found(NamedTuple):
+    """A function of any size, in its place in the file."""
+
+    node: _Function
+    qualname: str
+    source: str
+
+    @property
+    def fits(self) -> bool:
+        return MIN_BYTES <= len(self.source.encode()) <= MAX_BYTES
+
+    @property
+    def is_heldout(self) -> bool:
+        return self.fits and split_of(self.source) != "train"
+
+
+def _inner_statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields the statements right below a node; expressions hold no functions, save lambdas."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield child
+
+
 def _all_functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[_Function, str]]:
     """Yields every function, also nested ones, with its qualified name, outer ones first."""
-    for node in ast.iter_child_nodes(tree):
+    for node in _inner_statements(tree):
         named = isinstance(node, (*_FUNCTION, ast.ClassDef))
         if isinstance(node, _FUNCTION):
             yield node, prefix + node.name
         yield from _all_functions(node, prefix + node.name + "." if named else prefix)
 
 
-def _taken_functions(lines: list[str], tree: ast.Module, path: str) -> Iterator[Function]:
+def _taken_functions(lines: list[str], found: list[_Found], path: str) -> Iterator[Function]:
+    heldout = [f for f in found if f.is_heldout]
     end = 0  # The last line of the last function taken: those nested in it are skipped.
-    for node, qualname in _all_functions(tree):
-        source = _source(lines, node)
-        if node.lineno <= end or not MIN_BYTES <= len(source.encode()) <= MAX_BYTES:
+    for candidate in found:
+        node = candidate.node
+        if node.lineno <= end or not candidate.fits:
             continue
-        split = split_of(source)
-        if split == "train" and _holds_heldout(lines, node):
+        # A function nested in this one may itself be held out, here or in another file.
+        if candidate not in heldout and any(_is_inside(f.node, node) for f in heldout):
             continue
         end = node.end_lineno
         docstring, undocumented = _docstring(lines, node)
         yield Function(
-            source=source,
+            source=candidate.source,
             module=_module_of(path),
             file=path,
-            qualname=qualname,
+            qualname=candidate.qualname,
             name=node.name,
             docstring=docstring,
             undocumented=undocumented,
             exceptions=_exceptions(node),
-            split=split,
+            split=split_of(candidate.source),
         )
 
 
-def _is_heldout(source: str) -> bool:
-    return MIN_BYTES <= len(source.encode()) <= MAX_BYTES and split_of(source) != "train"
-
-
-def _holds_heldout(lines: list[str], node: _Function) -> bool:
-    """Whether a function nested in this one would itself be held out (it may be, elsewhere)."""
-    return any(_is_heldout(_source(lines, inner)) for inner, _ in _all_functions(node))
+def _is_inside(inner: _Function, outer: _Function) -> bool:
+    return outer.lineno < inner.lineno and inner.end_lineno <= outer.end_lineno
 
 
 def _docstring(lines: list[str], node: _Function) -> tuple[str | None, str | None]:
@@ -238,7 +259,7 @@ def _last_name(node: ast.expr) -> str | None:
 
 
 def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
+    for node in _inner_statements(tree):
         if not isinstance(node, _FUNCTION):
             yield node
             yield from _outside_functions(node)
@@ -254,11 +275,11 @@ def _imports(tree: ast.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def _source_file(path: str, lines: list[str], tree: ast.Module) -> SourceFile:
+def _source_file(path: str, lines: list[str], tree: ast.Module, found: list[_Found]) -> SourceFile:
     cut = set()
-    for node, _ in _all_functions(tree):
-        if _is_heldout(_source(lines, node)):
-            cut.update(range(_first_line(node) - 1, node.end_lineno))
+    for function in found:
+        if function.is_heldout:
+            cut.update(range(_first_line(function.node) - 1, function.node.end_lineno))
     text = "\n".join(line for i, line in enumerate(lines) if i not in cut)
     classes = [node.name for node in _outside_functions(tree) if isinstance(node, ast.ClassDef)]
     return SourceFile(

@@ -15,7 +15,7 @@ from coda_jax import params as params_lib
 from coda_jax.network import Transformer
 
 EOS = 1
-config = functools.partial(any_config, num_encoder_layers=1)
+config = functools.partial(any_config, num_encoder_layers=1, num_decoder_layers=2)
 CODA = {"reduction": 2, "epsilon": 0.1}
 CONFIGS = {
     "dense, untied": config(),
@@ -227,7 +227,7 @@ def test_beams_never_do_worse_than_greedy_where_its_path_survives(rng):
 
 
 def test_one_beam_of_a_sharp_model_is_greedy(rng):
-    """One beam differs from greedy only where EOS is the runner-up; not if the winner is certain."""
+    """One beam differs from greedy where EOS is the runner-up: not if the winner is certain."""
     cfg = config()
     params = ending_params(cfg, seed=2, strength=0.4)
     kernel = params["decoder"]["logits_dense"]["kernel"]

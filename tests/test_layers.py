@@ -122,8 +122,7 @@ def test_attend_equals_numpy(rng):
 
 
 def test_float32_logits_keep_what_bfloat16_would_lose(rng):
-    query = jnp.asarray(8 * rng.normal(size=(1, 6, 1, 64)), jnp.bfloat16)
-    key, value = (jnp.asarray(rng.normal(size=(1, 9, 1, 64)), jnp.bfloat16) for _ in range(2))
+    query, key, value = jnp.asarray(rng.normal(size=(3, 1, 64, 1, 64)), jnp.bfloat16)
     exact = layers.attend(*(x.astype(jnp.float32) for x in (query, key, value)), None, None)
     precise = layers.attend(query, key, value, None, None, float32_logits=True)
     coarse = layers.attend(query, key, value, None, None)

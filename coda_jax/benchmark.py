@@ -1,0 +1,72 @@
+"""Speed and FLOPs of compiled functions, measured side by side."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one function's runs, in the order in which they were taken.
+
+    Attributes:
+        seconds: one entry per round.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median of the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+
+def time_interleaved(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2
+) -> dict[str, Timing]:
+    """Times functions in turn, A B C A B C ..., so that a slow spell of the machine hits all.
+
+    Args:
+        functions: by name; each returns arrays, and a run ends when they are ready.
+        rounds: runs of each that are counted.
+        warm_up: runs of each before that.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in tqdm(range(-warm_up, rounds), desc="timing", unit="round", leave=False):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if round_number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def speed_up(baseline: Timing, other: Timing) -> tuple[float, float, float]:
+    """How many times as fast `other` is: the median of the rounds' ratios, and their quartiles."""
+    ratios = [a / b for a, b in zip(baseline.seconds, other.seconds, strict=True)]
+    if len(ratios) < 2:
+        return ratios[0], ratios[0], ratios[0]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return middle, low, high
+
+
+def flops(function: Callable, *arguments: Any) -> float:
+    """Floating-point operations of the compiled program, by XLA's cost analysis."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return float(compiled.cost_analysis()["flops"])
+
+
+def versions(packages: Sequence[str] = ("jax", "jaxlib", "flax", "numpy")) -> dict[str, str]:
+    """Versions of packages, and the device that programs run on."""
+    from importlib import metadata
+
+    device = jax.devices()[0]
+    found = {name: metadata.version(name) for name in packages}
+    return found | {"device": device.device_kind, "platform": device.platform}
