@@ -12,27 +12,27 @@ GIN_FOLDERS = sorted(path.parent for path in (ROOT / "gin_configs").rglob("__ini
 GIN_PACKAGES = [".".join(("coda_jax", *path.relative_to(ROOT).parts)) for path in GIN_FOLDERS]
 
 INSTALL_REQUIRES = [
-    "jax>=0.10,<0.12",
+    "jax>=0.10.2,<0.11",
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8,<0.3",  # optimizers and schedules
     "orbax-checkpoint>=0.12.8,<0.13",  # training checkpoints
-    "numpy>=2,<3",
+    "numpy>=2.4,<3",
     "safetensors>=0.8,<0.9",  # Hugging Face checkpoints and adapter files
     "jaxtyping>=0.3.11,<0.4",  # shapes in annotations
-    "tqdm>=4.66,<5",  # progress bars
+    "tqdm>=4.70,<5",  # progress bars
     "gin-config>=0.5,<0.6",  # configuration
     "seqio>=0.0.20,<0.1",  # tasks, vocabularies, metrics
     "tensorflow-datasets>=4.9.10,<5",  # data sets of seqio tasks
     "tensorflow>=2.21,<2.22",  # seqio's data pipelines
     "clu>=0.0.12,<0.1",  # TensorBoard
-    "matplotlib>=3.10,<4",  # pictures of the routing
+    "matplotlib>=3.11,<4",  # pictures of the routing
+    "scikit-learn>=1.9,<2",  # the demo's linear baseline
 ]
 TEST = [
-    "pytest>=9,<10",
-    "hypothesis>=6.150,<7",  # property tests
+    "pytest>=9.2,<10",
+    "hypothesis>=6.170,<7",  # property tests
     "scipy>=1.17,<2",  # reference for the soft top-k
-    "scikit-learn>=1.8,<2",  # the demo's linear baseline
-    "beartype>=0.22,<0.24",  # checks the jaxtyping annotations
+    "beartype>=0.23,<0.24",  # checks the jaxtyping annotations
 ]
 
 setup(
@@ -56,6 +56,6 @@ setup(
         **{package: ["*.gin"] for package in GIN_PACKAGES},
     },
     install_requires=INSTALL_REQUIRES,
-    extras_require={"test": TEST, "dev": [*TEST, "ruff==0.17.6", "wheel>=0.45"]},
+    extras_require={"test": TEST, "dev": [*TEST, "ruff==0.17.6", "wheel>=0.46"]},
     entry_points={"console_scripts": ["coda = coda_jax.cli:main"]},
 )

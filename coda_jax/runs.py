@@ -170,6 +170,9 @@ class Data:
         """Raises ValueError where the data's token ids are not those of the model."""
         if self.cache is not None:
             _, metadata = batches_lib.read_cache(self.cache)
+            missing = {"vocabulary", "vocab_size"} - metadata.keys()
+            if missing:
+                raise ValueError(f"{self.cache} does not say its {sorted(missing)}")
             fingerprint, num_ids = metadata["vocabulary"], metadata["vocab_size"]
         else:
             from coda_jax import data

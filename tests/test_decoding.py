@@ -194,13 +194,15 @@ def test_beam_search_equals_enumeration(alpha, rng):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_beam_scores_are_those_of_the_tokens(name, rng):
     cfg = CONFIGS[name]
-    params = random_params(cfg, seed=5)
+    tied = cfg.logits_via_embedding
+    params = random_params(cfg, seed=5) if tied else ending_params(cfg, seed=5, strength=0.4)
     inputs = random_tokens(rng, [7, 3, 9, 1, 0, 5], 9)
     kwargs = {"max_decode_length": 7, "num_beams": 3, "alpha": 0.6}
     tokens, scores = map(np.asarray, beam_search(cfg, params, inputs, **kwargs))
     assert tokens.shape == (6, 3, 7) and scores.dtype == np.float32
     assert (np.diff(scores, axis=-1) <= 0).all()
     ended = (tokens == EOS).any(-1)
+    assert tied or (ended.any(-1).any() and len(np.unique(lengths(tokens))) > 2)
     penalty = np.where(ended.any(-1, keepdims=True), ((5 + lengths(tokens)) / 6) ** 0.6, 1.0)
     flat = tokens.reshape(-1, 7)
     total = total_log_prob(cfg, params, np.repeat(inputs, 3, axis=0), flat).reshape(6, 3)
