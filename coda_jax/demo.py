@@ -8,6 +8,7 @@ report.md and routing.png.
 
 import argparse
 from collections.abc import Mapping
+import functools
 import json
 import pathlib
 import re
@@ -79,22 +80,11 @@ def measure(models: Mapping[str, runs.LoadedModel], rounds: int = 15) -> dict[st
     tokens = _timed_tokens()
     functions, flops = {}, {}
     for name, model in models.items():
-        answer = EncoderDecoder(model.config)
+        encode, predict = _programs(model)
         weights = jax.device_put(model.params)
-
-        def encode(weights, tokens, answer=answer):
-            return answer.module.apply(
-                {"params": weights}, tokens, enable_dropout=False, method="encode"
-            )
-
-        def predict(weights, tokens, answer=answer):
-            return answer.predict(
-                weights, tokens, max_decode_length=FEATURE_LENGTHS["targets"], num_beams=1
-            )
-
         flops[name] = benchmark.flops(encode, weights, tokens)
-        for part, function in (("encoder", encode), ("end_to_end", predict)):
-            functions[f"{part}/{name}"] = lambda f=jax.jit(function), w=weights: f(w, tokens)
+        functions[f"encoder/{name}"] = functools.partial(jax.jit(encode), weights, tokens)
+        functions[f"end_to_end/{name}"] = functools.partial(jax.jit(predict), weights, tokens)
     timings = benchmark.time_interleaved(functions, rounds)
     first = next(iter(models))
     report = {}
@@ -109,6 +99,21 @@ def measure(models: Mapping[str, runs.LoadedModel], rounds: int = 15) -> dict[st
                 f"{part}_speed_up_quartiles": [low, high],
             }
     return report
+
+
+def _programs(model: runs.LoadedModel):
+    """What is timed: (parameters, tokens) -> encoding, and -> answer."""
+    answer = EncoderDecoder(model.config)
+
+    def encode(params, tokens):
+        return answer.module.apply(
+            {"params": params}, tokens, enable_dropout=False, method="encode"
+        )
+
+    def predict(params, tokens):
+        return answer.predict(params, tokens, max_decode_length=FEATURE_LENGTHS["targets"])
+
+    return encode, predict
 
 
 def _heldout(count: int | None = None) -> list[np.ndarray]:
@@ -137,7 +142,9 @@ def draw_routing(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) ->
         predicted = answer.predict(
             model.params, tokens[None], max_decode_length=FEATURE_LENGTHS["targets"]
         )
-        heading = f"a function of the test split; answer: {vocabulary.decode(predicted[0].tolist())}"
+        heading = (
+            f"a function of the test split; answer: {vocabulary.decode(predicted[0].tolist())}"
+        )
         examples.append((heading, [_text(vocabulary, token) for token in tokens], weights))
     plots.routed_text(
         path,
@@ -162,7 +169,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"Held-out accuracy on `{TASK}`, {report['steps']} steps of adaptation each; speed at "
         f"{TIMED_LENGTH} input tokens, batch {TIMED_BATCH}, on {report['versions']['device']}.",
         "",
-        "| | trained parameters | accuracy | encoder | speed-up | FLOPs ratio | end to end | speed-up |",
+        "| | trained | accuracy | encoder | speed-up | FLOPs ratio | end to end | speed-up |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["methods"].items():
@@ -222,7 +229,9 @@ def main() -> None:
     arguments = parser.parse_args()
     directory = pathlib.Path(arguments.directory)
     report = run(directory, arguments.random_base)
-    print(f"\n{markdown(report)}\n{report['seconds']:.0f} s; see {directory}/report.md, routing.png")
+    print(
+        f"\n{markdown(report)}\n{report['seconds']:.0f} s; see {directory}/report.md, routing.png"
+    )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Tokens:
 
     Attributes:
         x: [B, n, D] the residual stream.
-        u: [B, n, D] the normalised residual stream, which the layer, the adapter and the router read.
+        u: [B, n, D] the normalised residual stream, which layer, adapter and router read.
         positions: [B or 1, n] int32, each token's place in its row.
         mask: [B, n] bool, False for padding and for empty slots.
         segment_ids: [B, n] int, or None where rows are not packed.
@@ -166,7 +166,7 @@ def select(
         indices [B, K] int32, strictly ascending; valid [B, K], False in empty slots, whose indices
         are those of tokens that were not picked.
     """
-    batch, length = scores.shape
+    length = scores.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), scores.shape)
     segments = jnp.where(mask, 1 if segment_ids is None else segment_ids, 0)
     # Order by segment, then by falling score; a token's rank is its place within its segment.

@@ -105,7 +105,7 @@ def load_model(
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where examples come from: a seqio task or mixture, a file that `coda cache` wrote, or nothing.
+    """Where examples come from: a seqio task or mixture, a file of `coda cache`, or nothing.
 
     Attributes:
         feature_lengths: the most tokens of "inputs" and of "targets".
@@ -204,9 +204,9 @@ def train(
 ) -> tuple[LoadedModel, dict[str, float]]:
     """`coda train`: trains and exports into `directory`/export what `load_model` reads.
 
-    Training all leaves exports the dense model in Hugging Face layout; a model with adapters exports
-    them into its folder `adapter`. Where all leaves were trained, they are exported, and returned,
-    as `export_dtype` if that is given; a frozen leaf always stays what it was.
+    Training all leaves exports the dense model in Hugging Face layout; a model with adapters
+    exports them into its folder `adapter`. Where all leaves were trained, they are exported, and
+    returned, as `export_dtype` if that is given; a frozen leaf always stays what it was.
 
     Returns:
         The trained model and the metrics of its evaluation.

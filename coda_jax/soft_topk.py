@@ -39,13 +39,13 @@ def soft_topk(
 ) -> Float[Array, "*batch n"]:
     """Weights in [0, 1] that sum to k and are monotone in the scores.
 
-    Where at most k tokens are unmasked, the exact solver gives each of them exactly 1; the iterative
-    one only comes near it, as with every sum. All arithmetic is float32.
+    Where at most k tokens are unmasked, the exact solver gives each of them exactly 1; the
+    iterative one only comes near it, as with every sum. All arithmetic is float32.
 
     Args:
         scores: [..., N].
-        k: number of tokens to pick, at least 1: an int, or an int array that broadcasts to the batch
-            axes. With `segment_ids` it has one more axis, [..., S]: `k[..., j]` belongs to the
+        k: number of tokens to pick, at least 1: an int, or an int array that broadcasts to the
+            batch axes. With `segment_ids` it has one more axis, [..., S]: `k[..., j]` belongs to the
             segment with id `j + 1`. In an array, 0 picks nothing.
         epsilon: temperature, above 0, in units of the scores.
         solver: "exact", the closed form over the sorted scores, whose gradient is the closed form
@@ -61,8 +61,8 @@ def soft_topk(
         [..., N] float32.
 
     Raises:
-        ValueError: k below 1, epsilon not above 0, an unknown solver, or `segment_ids` with a scalar
-            k.
+        ValueError: k below 1, epsilon not above 0, an unknown solver, or `segment_ids` with a
+            scalar k.
 
     Reference: Lei et al. 2023, Conditional Adapters, section 3.3 and appendix (soft top-k).
     """
@@ -151,7 +151,8 @@ _exact.defvjp(_exact_fwd, _exact_bwd)
 def _iterative(scores, k, mask, epsilon, num_iterations, epsilon_init, epsilon_decay):
     """The paper's coordinate updates of the dual variables a and b with a decaying temperature.
 
-    a = eps_t (ln k - logsumexp((s + b) / eps_t));  b = min(-(s + a), 0);  lam = exp((s + a + b) / eps)
+    a = eps_t (ln k - logsumexp((s + b) / eps_t)), b = min(-(s + a), 0); at the end
+    lam = exp((s + a + b) / eps).
     """
     scores = jnp.where(mask, scores, _MASKED)
     log_k = jnp.log(jnp.maximum(k, 1).astype(jnp.float32))

@@ -2,9 +2,9 @@
 
 Only the trained leaves have gradients, optimizer state and a place in the checkpoints; the frozen
 ones are an argument of the step. A run is a function of its arguments alone: the batches come in a
-fixed order, the dropout of a step depends on the seed and the step, and a checkpoint holds the step,
-the position in the data, the trained leaves and the optimizer's state. So a run that is cut off and
-started again ends where an uncut one does, to the last bit.
+fixed order, one a step, the dropout of a step depends on the seed and the step, and a checkpoint
+holds the step (and so the position in the data), the trained leaves and the optimizer's state. So a
+run that is cut off and started again ends where an uncut one does, to the last bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

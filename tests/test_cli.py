@@ -77,13 +77,19 @@ def test_methods_make_a_model(name):
     layer = shapes["encoder"]["layers_0"]
     assert ("adapter" in layer) == (adapter is not None) == ("full" not in name)
     assert ("router" in layer) == (coda is not None) == ("coda" in name)
-    assert trained == ("all" if name in ("methods/full.gin", "methods/coda_pretrain.gin") else "adapters")
+    assert trained == (
+        "all" if name in ("methods/full.gin", "methods/coda_pretrain.gin") else "adapters"
+    )
 
 
 @pytest.mark.parametrize("name", files("runs"))
 def test_runs_parse_with_what_they_require(name):
-    text = "".join((FOLDER / file).read_text() for file in (name, "runs/train.gin", "runs/infer.gin"))
-    bindings = [f"{macro}={value}" for macro, value in REQUIRED.items() if f"{macro} = %gin" in text]
+    text = "".join(
+        (FOLDER / file).read_text() for file in (name, "runs/train.gin", "runs/infer.gin")
+    )
+    bindings = [
+        f"{macro}={value}" for macro, value in REQUIRED.items() if f"{macro} = %gin" in text
+    ]
     cli.configure(["methods/coda.gin", name], [], bindings)
     if "train.gin" in (FOLDER / name).read_text() or name == "runs/train.gin":
         options = gin.get_configurable(training.TrainOptions)()

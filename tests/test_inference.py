@@ -50,7 +50,9 @@ def test_long_inputs_are_cut_and_counted(rng):
     assert predictor.num_truncated == 1
 
 
-@pytest.mark.parametrize("name", ["max_input_length", "max_decode_length", "num_beams", "batch_size"])
+@pytest.mark.parametrize(
+    "name", ["max_input_length", "max_decode_length", "num_beams", "batch_size"]
+)
 def test_lengths_of_zero_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         Decoding(**{name: 0})

@@ -122,8 +122,11 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     whole = run(tmp_path / "whole", cfg=cfg)[1]
     options = dataclasses.replace(OPTIONS, accumulation=2)
     parts = run(tmp_path / "parts", cfg=cfg, options=options)[1]
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)  # Adam divides by small numbers
-    jax.tree.map(close, whole, parts)
+
+    def check(a, b):
+        np.testing.assert_allclose(a, b, atol=2e-4)  # Adam divides by small numbers
+
+    jax.tree.map(check, whole, parts)
 
 
 def test_two_devices_give_the_gradients_of_one():
@@ -186,7 +189,10 @@ def test_the_best_checkpoint_is_kept_and_returned(tmp_path):
     options = dataclasses.replace(
         OPTIONS, total_steps=8, save_every=2, keep=1, best_metric="loss", best_mode="min"
     )
-    schedule = lambda step: jnp.where(step < 4, 1e-2, 0.5)  # good steps first, then wild ones
+
+    def schedule(step):
+        return jnp.where(step < 4, 1e-2, 0.5)  # good steps first, then wild ones
+
     _, _, metrics = run(tmp_path, options=options, learning_rate=schedule)
     (kept,) = (tmp_path / "checkpoints").iterdir()
     assert int(kept.name) < 8
