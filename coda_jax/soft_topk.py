@@ -45,8 +45,8 @@ def soft_topk(
     Args:
         scores: [..., N].
         k: number of tokens to pick, at least 1: an int, or an int array that broadcasts to the
-            batch axes. With `segment_ids` it has one more axis, [..., S]: `k[..., j]` belongs to the
-            segment with id `j + 1`. In an array, 0 picks nothing.
+            batch axes. With `segment_ids` it has one more axis, [..., S], and `k[..., j]` is for
+            the segment with id `j + 1`. In an array, 0 picks nothing.
         epsilon: temperature, above 0, in units of the scores.
         solver: "exact", the closed form over the sorted scores, whose gradient is the closed form
             too; or "iterative", the paper's fixed number of steps, differentiated step by step.

@@ -195,7 +195,7 @@ def test_beam_search_equals_enumeration(alpha, rng):
 def test_beam_scores_are_those_of_the_tokens(name, rng):
     cfg = CONFIGS[name]
     tied = cfg.logits_via_embedding
-    params = random_params(cfg, seed=5) if tied else ending_params(cfg, seed=5, strength=0.4)
+    params = random_params(cfg, seed=5) if tied else ending_params(cfg, seed=5, strength=1.4)
     inputs = random_tokens(rng, [7, 3, 9, 1, 0, 5], 9)
     kwargs = {"max_decode_length": 7, "num_beams": 3, "alpha": 0.6}
     tokens, scores = map(np.asarray, beam_search(cfg, params, inputs, **kwargs))

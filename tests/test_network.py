@@ -288,7 +288,7 @@ def numpy_encoder(cfg, params, tokens, segment_ids):
 )
 def test_encoder_equals_the_equations_token_by_token(coda, rng):
     """Two layers, a packed row, a half-empty one, and distances past the last bucket."""
-    cfg = config(coda)
+    cfg = config({"max_segments": 3, **coda})
     params = random_params(cfg, seed=2)
     tokens = random_tokens(rng, [23, 17], 24)
     segment_ids = np.array([[1] * 2 + [2] * 20 + [3] * 1 + [0], [1] * 17 + [0] * 7])

@@ -103,6 +103,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     try:
         # transformers reads only files that say that they hold PyTorch's layout.
         save_file(contiguous, temporary, metadata={"format": "pt"})
+        os.chmod(temporary, 0o644)  # save_file makes files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
