@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
 ]
 TEST = [
     "pytest>=9.2,<10",
+    "pytest-xdist>=3.8,<4",  # two test files at a time
     "hypothesis>=6.170,<7",  # property tests
     "scipy>=1.17,<2",  # reference for the soft top-k
     "beartype>=0.23,<0.24",  # checks the jaxtyping annotations

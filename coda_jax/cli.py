@@ -8,6 +8,7 @@ the files leave open, VALUE being written as in a gin file.
 
 import argparse
 from collections.abc import Sequence
+import pathlib
 import sys
 
 import gin
@@ -48,14 +49,22 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], list[str]
 
 
 def configure(gin_files: Sequence[str], search_paths: Sequence[str], bindings: Sequence[str]):
-    """Reads gin files and bindings; a name that does not exist is an error that names it."""
+    """Reads gin files and bindings; a name that does not exist is an error that names it.
+
+    Args:
+        gin_files: paths, or short names of the package's own files, such as methods/coda.gin.
+        search_paths: folders in which gin looks for files too.
+        bindings: as on a line of a gin file.
+    """
     gin.clear_config()
-    # The package's own files are found under short names, such as methods/coda.gin.
-    for folder in gin_configs.__path__:
-        gin.add_config_file_search_path(folder)
     for path in search_paths:
         gin.add_config_file_search_path(path)
-    gin.parse_config_files_and_bindings(list(gin_files), list(bindings))
+    own = pathlib.Path(next(iter(gin_configs.__path__)))
+    files = [
+        str(own / name) if (own / name).is_file() and not pathlib.Path(name).exists() else name
+        for name in gin_files
+    ]
+    gin.parse_config_files_and_bindings(files, list(bindings))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,9 +30,9 @@ from coda_jax.training import TrainOptions
 
 TASK = "stdlib_module"
 FEATURE_LENGTHS = {"inputs": 256, "targets": 8}
-STEPS = 240
+STEPS = 320
 BATCH_SIZE = 32
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 5e-2
 MAX_SEGMENTS = 4  # training packs up to four functions into a row
 TIMED_LENGTH = 1024
 TIMED_BATCH = 4

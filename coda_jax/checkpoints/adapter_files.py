@@ -7,7 +7,6 @@ A directory with `adapter.safetensors` (adapters, routers and norm scales; see `
 from collections.abc import Mapping
 import dataclasses
 import hashlib
-from importlib import metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+import coda_jax
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.checkpoints import files
@@ -87,13 +87,6 @@ def _from_json(cls: type, values: Any, name: str) -> Any:
         raise ValueError(f"{name} is not valid: {error}") from error
 
 
-def _package_version() -> str:
-    try:
-        return metadata.version("coda_jax")
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
-
-
 def save_adapter(path: str | os.PathLike, params: Mapping, config: T5Config) -> None:
     """Saves what an adaptation trained: adapters, routers and norm scales.
 
@@ -114,7 +107,7 @@ def save_adapter(path: str | os.PathLike, params: Mapping, config: T5Config) -> 
     base_config = _to_json(dataclasses.replace(config, adapter=None, coda=None))
     manifest = {
         "format_version": FORMAT_VERSION,
-        "package_version": _package_version(),
+        "package_version": coda_jax.__version__,
         "base_config": {k: v for k, v in base_config.items() if k not in ("adapter", "coda")},
         "adapter": _to_json(config.adapter),
         "coda": _to_json(config.coda),
