@@ -24,7 +24,8 @@ INSTALL_REQUIRES = [
     "seqio>=0.0.20,<0.1",  # tasks, vocabularies, metrics
     "tensorflow-datasets>=4.9.10,<5",  # data sets of seqio tasks
     "tensorflow>=2.21,<2.22",  # seqio's data pipelines
-    "clu>=0.0.12,<0.1",  # TensorBoard
+    "clu>=0.0.12,<0.1",  # logs for TensorBoard
+    "tensorboard>=2.21,<2.22",  # without it TensorFlow cannot write them
     "matplotlib>=3.11,<4",  # pictures of the routing
     "scikit-learn>=1.9,<2",  # the demo's linear baseline
 ]

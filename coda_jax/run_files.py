@@ -30,8 +30,8 @@ def interruption() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def metric_writer(directory: str | pathlib.Path) -> Iterator[Callable[[int, Mapping], None]]:
-    """Yields write(step, metrics): to TensorBoard, through clu, where TensorFlow is installed."""
-    if importlib.util.find_spec("tensorflow") is None or importlib.util.find_spec("clu") is None:
+    """Yields write(step, metrics): to TensorBoard, through clu, where that is installed."""
+    if not all(map(importlib.util.find_spec, ("clu", "tensorflow", "tensorboard"))):
         yield lambda step, metrics: None
         return
     from clu import metric_writers  # imports tensorflow, which accelerator hosts may lack
