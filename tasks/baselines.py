@@ -1,9 +1,21 @@
-"""What needs no neural network: the majority class and a linear classifier on word counts."""
+"""What a task's accuracy is to be compared with: simple classifiers, without and on top of a model.
 
+`python -m coda_jax.tasks.baselines --checkpoint=DIR` prints what a linear classifier makes of a
+model's embeddings and of its encoder's outputs. If the second is the worse, the encoder has lost
+what the task needs, and adapters will not find it there.
+"""
+
+import argparse
 from collections import Counter
 from collections.abc import Callable
 
+import jax
+import numpy as np
 import seqio
+
+from coda_jax import runs
+from coda_jax.models import EncoderDecoder
+from coda_jax.tasks import offline  # noqa: F401 (registers the tasks)
 
 FEATURE_LENGTHS = {"inputs": 4096, "targets": 512}
 
@@ -58,3 +70,75 @@ def baselines(task_name: str, split: str = "test") -> dict[str, float]:
         "majority_class": majority_class(task_name, split),
         "linear_svm": linear_svm(task_name, split),
     }
+
+
+def linear_probe(model: runs.LoadedModel, task_name: str, length: int = 256) -> dict[str, float]:
+    """Linear support vector machines on the mean over an input's tokens.
+
+    Args:
+      model: whose embeddings and encoder outputs are taken, without training.
+      task_name: a seqio text task with classes as targets.
+      length: tokens of an input that are read.
+
+    Returns:
+      {"embeddings": ..., "encoder": ...}, accuracies on the test split in per cent; "mean_cosine",
+      between the encoder's outputs for any two tokens: near 1 where they have collapsed.
+    """
+    from sklearn import preprocessing, svm
+
+    train, targets = _mean_features(model, task_name, "train", length)
+    test, test_targets = _mean_features(model, task_name, "test", length)
+    result = {"mean_cosine": float((test.pop("directions").mean(0) ** 2).sum())}
+    for name, features in test.items():
+        scaler = preprocessing.StandardScaler().fit(train[name])
+        classifier = svm.LinearSVC(C=0.01, random_state=0)
+        classifier.fit(scaler.transform(train[name]), targets)
+        result[name] = 100.0 * classifier.score(scaler.transform(features), test_targets)
+    return result
+
+
+def _mean_features(model, task_name, split, length):
+    """Means over the tokens, {name: [examples, D]}, and the targets as text."""
+    module = EncoderDecoder(model.config).module
+    embedding = np.asarray(model.params["token_embedder"]["embedding"], np.float32)
+
+    @jax.jit
+    def encode(params, tokens):
+        return module.apply({"params": params}, tokens, enable_dropout=False, method="encode")
+
+    features = {"embeddings": [], "encoder": [], "directions": []}
+    targets = []
+    data = runs.Data({"inputs": length, "targets": 16}, task_name, split=split, shuffle=False)
+    for batch in data.batches(model.config, repeat=False):
+        tokens = batch["encoder_input_tokens"]
+        present = (tokens > 0)[..., None]
+        rows = tokens.any(-1)  # the last batch is filled up with empty ones
+        count = np.maximum(present.sum(1), 1)
+        encoded = np.asarray(encode(model.params, tokens), np.float32)
+        directions = encoded / np.linalg.norm(encoded, axis=-1, keepdims=True)
+        for name, values in (
+            ("embeddings", embedding[tokens]),
+            ("encoder", encoded),
+            ("directions", directions),
+        ):
+            features[name].append(((values * present).sum(1) / count)[rows])
+        targets += [str(row) for row in batch["decoder_target_tokens"][rows]]
+    return {name: np.concatenate(values) for name, values in features.items()}, targets
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--checkpoint", required=True, help="folder in Hugging Face layout")
+    parser.add_argument("--task", default="stdlib_module")
+    parser.add_argument("--random", action="store_true", help="random numbers in its place")
+    arguments = parser.parse_args()
+    model = runs.load_model(arguments.checkpoint)
+    if arguments.random:
+        model = runs.load_model(config=model.config)
+    for name, value in linear_probe(model, arguments.task).items():
+        print(f"{name}: {value:.2f}")
+
+
+if __name__ == "__main__":
+    main()
