@@ -54,7 +54,7 @@ setup(
     ],
     package_dir={"coda_jax.tasks": "tasks", "coda_jax.gin_configs": "gin_configs"},
     package_data={
-        "coda_jax.bundled": ["*/*"],
+        "coda_jax.bundled": ["*/*", "*/*/*"],
         **{package: ["*.gin"] for package in GIN_PACKAGES},
     },
     install_requires=INSTALL_REQUIRES,

@@ -252,7 +252,7 @@ def train(
     if model.config.adapter or model.config.coda:
         checkpoints.save_adapter(export / "adapter", params, model.config)
     report = json.dumps(metrics, indent=2)
-    (pathlib.Path(directory) / "metrics.json").write_text(report + "\n")
+    write_atomically(pathlib.Path(directory) / "metrics.json", report + "\n")
     print(f"exported to {export}: {report}")
     return dataclasses.replace(model, params=params), metrics
 
