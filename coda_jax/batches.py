@@ -8,6 +8,7 @@ seqio's EncDecFeatureConverter: `encoder_input_tokens`, `decoder_input_tokens`,
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -224,7 +225,6 @@ def epochs(
     seed: int,
     num_epochs: int | None = None,
     shuffle: bool = True,
-    start: int = 0,
 ) -> Iterator[Example]:
     """Goes through the examples again and again, each epoch in an order of its own.
 
@@ -233,31 +233,26 @@ def epochs(
       seed: gives, with the number of the epoch, the order.
       num_epochs: how often; None for ever.
       shuffle: False keeps the given order.
-      start: how many examples, counted over the epochs, to pass over: where a run goes on.
 
     Returns:
       An iterator of examples.
 
     Raises:
-      ValueError: no examples, no epochs, or a negative start.
+      ValueError: no examples or no epochs.
     """
     if num_epochs is not None:
         check_positive(num_epochs=num_epochs)
     check_positive(**{"the number of examples": len(examples)})
-    if start < 0:
-        raise ValueError(f"start must not be negative: {start}.")
-    return _epochs(examples, seed, num_epochs, shuffle, start)
+    return _epochs(examples, seed, num_epochs, shuffle)
 
 
-def _epochs(examples, seed, num_epochs, shuffle, start) -> Iterator[Example]:
-    epoch, skipped = divmod(start, len(examples))
-    while num_epochs is None or epoch < num_epochs:
+def _epochs(examples, seed, num_epochs, shuffle) -> Iterator[Example]:
+    for epoch in itertools.count() if num_epochs is None else range(num_epochs):
         order = np.arange(len(examples))
         if shuffle:
             order = np.random.default_rng((seed, epoch)).permutation(order)
-        for i in order[skipped:]:
+        for i in order:
             yield examples[int(i)]
-        epoch, skipped = epoch + 1, 0
 
 
 class CachedExamples(Sequence[dict[str, np.ndarray]]):

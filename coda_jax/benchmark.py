@@ -57,10 +57,19 @@ def speed_up(baseline: Timing, other: Timing) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def flops(function: Callable, *arguments: Any) -> float:
-    """Floating-point operations of the compiled program, by XLA's cost analysis."""
-    compiled = jax.jit(function).lower(*arguments).compile()
+def flops(compiled: jax.stages.Compiled) -> float:
+    """Floating-point operations of a compiled program, by XLA's cost analysis.
+
+    The body of a loop whose number of rounds is unknown counts once.
+    """
     return float(compiled.cost_analysis()["flops"])
+
+
+def peak_memory(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a compiled program needs: arguments, results and temporaries."""
+    sizes = compiled.memory_analysis()
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return total - sizes.alias_size_in_bytes
 
 
 def versions(packages: Sequence[str] = ("jax", "jaxlib", "flax", "numpy")) -> dict[str, str]:

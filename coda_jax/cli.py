@@ -3,7 +3,8 @@
     coda train --gin_file=runs/finetune.gin --gin_file=methods/coda.gin --gin.MODEL_DIR="'/tmp/run'"
 
 Flags follow T5X: --gin_file and --gin_search_paths may be repeated, and --gin.NAME=VALUE binds what
-the files leave open, VALUE being written as in a gin file.
+the files leave open, VALUE being written as in a gin file. `coda bench` has flags of its own and
+needs no gin.
 """
 
 import argparse
@@ -11,10 +12,8 @@ from collections.abc import Sequence
 import pathlib
 import sys
 
-import gin
-
 import coda_jax
-from coda_jax import gin_configs, runs
+from coda_jax import bench, gin_configs, runs
 from coda_jax.run_files import Interruption
 
 COMMANDS = {
@@ -32,7 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], list[str]
         SystemExit: the command line is not understood; the usage is printed.
     """
     parser = argparse.ArgumentParser(prog="coda", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("command", choices=list(COMMANDS))
+    parser.add_argument("command", choices=[*COMMANDS, "bench"])
     parser.add_argument("--gin_file", action="append", default=[], help="a gin file; repeatable")
     parser.add_argument(
         "--gin_search_paths", action="append", default=[], help="folders of gin files; repeatable"
@@ -56,6 +55,8 @@ def configure(gin_files: Sequence[str], search_paths: Sequence[str], bindings: S
         search_paths: folders in which gin looks for files too.
         bindings: as on a line of a gin file.
     """
+    import gin  # Here: `coda bench` runs where gin is not installed.
+
     gin.clear_config()
     for path in search_paths:
         gin.add_config_file_search_path(path)
@@ -69,10 +70,13 @@ def configure(gin_files: Sequence[str], search_paths: Sequence[str], bindings: S
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
-    command, files, paths, bindings = parse_arguments(
-        sys.argv[1:] if arguments is None else arguments
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:
+        return bench.main(arguments[1:])
+    command, files, paths, bindings = parse_arguments(arguments)
     configure(files, paths, bindings)
+    import gin
+
     try:
         gin.get_configurable(COMMANDS[command])()
     except Interruption as interruption:

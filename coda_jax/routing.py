@@ -106,6 +106,7 @@ class Selection:
     weights: Float[Array, "b k"]
     valid: Bool[Array, "b k"]
 
+    @jax.named_scope("gather")
     def gather(self, tokens: Tokens) -> Tokens:
         """The selected tokens, [B, N, ...] -> [B, K, ...]."""
 
@@ -116,6 +117,7 @@ class Selection:
         segment_ids = None if tokens.segment_ids is None else take(tokens.segment_ids)
         return Tokens(take(tokens.x), take(tokens.u), self.indices, self.valid, segment_ids)
 
+    @jax.named_scope("scatter")
     def scatter_add(
         self, x: Float[Array, "b n d"], delta: Float[Array, "b k d"]
     ) -> Float[Array, "b n d"]:

@@ -73,7 +73,7 @@ def baselines(task_name: str, split: str = "test") -> dict[str, float]:
 
 
 def linear_probe(model: runs.LoadedModel, task_name: str, length: int = 256) -> dict[str, float]:
-    """Linear support vector machines on the mean over an input's tokens.
+    """Linear classifiers (ridge regression on the classes) of the mean over an input's tokens.
 
     Args:
       model: whose embeddings and encoder outputs are taken, without training.
@@ -84,14 +84,14 @@ def linear_probe(model: runs.LoadedModel, task_name: str, length: int = 256) -> 
       {"embeddings": ..., "encoder": ...}, accuracies on the test split in per cent; "mean_cosine",
       between the encoder's outputs for any two tokens: near 1 where they have collapsed.
     """
-    from sklearn import preprocessing, svm
+    from sklearn import linear_model, preprocessing
 
     train, targets = _mean_features(model, task_name, "train", length)
     test, test_targets = _mean_features(model, task_name, "test", length)
     result = {"mean_cosine": float((test.pop("directions").mean(0) ** 2).sum())}
     for name, features in test.items():
         scaler = preprocessing.StandardScaler().fit(train[name])
-        classifier = svm.LinearSVC(C=0.01, random_state=0)
+        classifier = linear_model.RidgeClassifier(alpha=30.0)
         classifier.fit(scaler.transform(train[name]), targets)
         result[name] = 100.0 * classifier.score(scaler.transform(features), test_targets)
     return result

@@ -29,15 +29,13 @@ VOCABULARY_FILE = os.path.join(
 NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
 
 MIN_CLASS_SIZE = 10
-MAX_SIBLINGS = 6
-MAX_IMPORTS = 12
 SENTINEL = "<extra_id_0>"
 PRETRAIN_RATES = {
-    "stdlib_span_corruption": 2.0,
+    "stdlib_summary": 3.0,
     "stdlib_siblings": 2.0,
-    "stdlib_imports": 2.0,
     "stdlib_function_name": 1.0,
     "stdlib_docstring": 1.0,
+    "stdlib_span_corruption": 1.0,
 }
 
 _Columns = dict[str, list[str]]
@@ -52,17 +50,18 @@ def _pairs(pairs) -> _Columns:
     return {"inputs": list(inputs), "targets": list(targets)}
 
 
-def mask_name(source: str, name: str) -> str:
+def mask_name(source: str, name: str, flags: int = 0) -> str:
     """Replaces every standalone occurrence of a name by a sentinel.
 
     Args:
-      source: Python source.
+      source: Python source or other text.
       name: an identifier.
+      flags: of `re`.
 
     Returns:
       The source with the sentinel's text, after a space: SentencePiece knows it only there.
     """
-    return re.sub(rf" ?(?<!\w){re.escape(name)}(?!\w)", " " + SENTINEL, source)
+    return re.sub(rf" ?(?<!\w){re.escape(name)}(?!\w)", " " + SENTINEL, source, flags=flags)
 
 
 @functools.lru_cache(maxsize=1)
@@ -97,21 +96,22 @@ def _docstring(split: str) -> _Columns:
     )
 
 
-def _imports(split: str) -> _Columns:
-    """The file's own module is left out: `stdlib_module` is not a pretraining task."""
-    imports = {
-        file.path: [name for name in file.imports if name != file.module][:MAX_IMPORTS]
+def _summary(split: str) -> _Columns:
+    """The file's own module is masked: `stdlib_module` is not a pretraining task."""
+    summaries = {
+        file.path: mask_name(file.summary, file.module, re.IGNORECASE)
         for file in stdlib_corpus.read_corpus().files
+        if file.summary
     }
     return _pairs(
-        ("imports: " + f.source, " ".join(imports[f.file]))
+        ("summary: " + f.source, summaries[f.file])
         for f in _functions(split)
-        if imports[f.file]
+        if f.file in summaries
     )
 
 
 def _siblings(split: str) -> _Columns:
-    """The targets are all names in the file that may be asked for; `_sample_names` draws some."""
+    """The targets are all names in the file that may be asked for; `_sample_name` draws one."""
     names = {file.path: list(file.classes) for file in stdlib_corpus.read_corpus().files}
     for function in _functions("train"):
         names[function.file].append(function.name)
@@ -132,10 +132,9 @@ def _texts(split: str) -> _Columns:
 
 
 @seqio.map_over_dataset(num_seeds=1)
-def _sample_names(example, seed):
+def _sample_name(example, seed):
     names = tf.strings.split(example["targets"], " ")
-    names = tf.random.experimental.stateless_shuffle(names, seed)[:MAX_SIBLINGS]
-    return {**example, "targets": tf.strings.reduce_join(names, separator=" ")}
+    return {**example, "targets": tf.random.experimental.stateless_shuffle(names, seed)[0]}
 
 
 def _add_task(name, load, vocabulary, splits, steps, metric_fns=(), shuffle_buffer_size=1):
@@ -185,8 +184,8 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
     for name, load, first in (
         ("stdlib_function_name", _function_name, []),
         ("stdlib_docstring", _docstring, []),
-        ("stdlib_imports", _imports, []),
-        ("stdlib_siblings", _siblings, [_sample_names]),
+        ("stdlib_summary", _summary, []),
+        ("stdlib_siblings", _siblings, [_sample_name]),
     ):
         _add_task(name + suffix, load, vocabulary, splits, [*first, *text_steps], [data.accuracy])
     corruption_steps = [

@@ -61,14 +61,14 @@ class SourceFile:
       path: the path relative to the library, with "/" between the parts.
       module: the top-level module.
       text: the text, without the functions of the validation and test splits.
-      imports: the names that it imports outside of functions, in order.
+      summary: the first line of its docstring, or None.
       classes: the names of its classes outside of functions, in order.
     """
 
     path: str
     module: str
     text: str
-    imports: tuple[str, ...]
+    summary: str | None
     classes: tuple[str, ...]
 
 
@@ -230,14 +230,19 @@ def _is_inside(inner: _Function, outer: _Function) -> bool:
 
 def _docstring(lines: list[str], node: _Function) -> tuple[str | None, str | None]:
     """Returns the docstring's first line and the source without the docstring, or two Nones."""
-    docstring = ast.get_docstring(node)
+    first_line = _summary(node)
     statement = node.body[0]
-    first_line = docstring.strip().split("\n")[0].strip() if docstring else ""
-    if not first_line or statement.lineno <= node.lineno:
+    if first_line is None or statement.lineno <= node.lineno:
         return None, None
     kept = lines[_first_line(node) - 1 : statement.lineno - 1]
     kept += lines[statement.end_lineno : node.end_lineno]
     return first_line, textwrap.dedent("\n".join(kept)).strip("\n")
+
+
+def _summary(node: _Function | ast.Module) -> str | None:
+    """Returns the first line of a docstring, None where there is none or it is empty."""
+    docstring = (ast.get_docstring(node) or "").strip()
+    return docstring.split("\n")[0].strip() or None
 
 
 def _exceptions(node: _Function) -> tuple[str, ...]:
@@ -265,16 +270,6 @@ def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _outside_functions(node)
 
 
-def _imports(tree: ast.Module) -> tuple[str, ...]:
-    names = []
-    for node in _outside_functions(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name.split(".")[0] for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [alias.name if alias.name != "*" else node.module for alias in node.names]
-    return tuple(dict.fromkeys(name for name in names if name))
-
-
 def _source_file(path: str, lines: list[str], tree: ast.Module, found: list[_Found]) -> SourceFile:
     cut = set()
     for function in found:
@@ -286,6 +281,6 @@ def _source_file(path: str, lines: list[str], tree: ast.Module, found: list[_Fou
         path=path,
         module=_module_of(path),
         text=text,
-        imports=_imports(tree),
+        summary=_summary(tree),
         classes=tuple(dict.fromkeys(classes)),
     )

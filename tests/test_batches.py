@@ -135,16 +135,13 @@ def test_epochs_are_permutations_that_differ_and_repeat_with_the_seed():
     assert sorted(first[:30]) == sorted(first[30:]) == numbers
     assert first[:30] != first[30:] and first[:30] != numbers
     assert list(batches.epochs(numbers, seed=3, num_epochs=2, shuffle=False)) == numbers * 2
-    assert list(batches.epochs(numbers, seed=3, num_epochs=2, start=37)) == first[37:]
     endless = batches.epochs(numbers, seed=3)
     assert [next(endless) for _ in range(60)] == first
 
 
-@pytest.mark.parametrize(
-    ("examples", "kwargs"), [([], {}), ([1], {"num_epochs": 0}), ([1], {"start": -1})]
-)
+@pytest.mark.parametrize(("examples", "kwargs"), [([], {}), ([1], {"num_epochs": 0})])
 def test_epochs_of_nothing_are_refused(examples, kwargs):
-    with pytest.raises(ValueError, match=r"0|-1"):
+    with pytest.raises(ValueError, match="0"):
         batches.epochs(examples, seed=0, **kwargs)
 
 

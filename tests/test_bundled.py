@@ -50,30 +50,30 @@ def test_each_loads_in_transformers(name):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def token_accuracy(model, split="validation"):
-    """Of the first 64 examples of a pretraining task, teacher-forced."""
-    lengths = {"inputs": 256, "targets": 64}
+def exact_match(model):
+    """Of 160 validation examples of a pretraining task: whose file is this function from?"""
+    lengths = {"inputs": 128, "targets": 32}
     examples = data.seqio_examples(
-        "stdlib_imports", split, feature_lengths=lengths, seed=0, shuffle=False, num_epochs=1
+        "stdlib_summary", "validation", feature_lengths=lengths, seed=0, shuffle=True, num_epochs=1
     )
     batches = batches_lib.batch_examples(
-        (example for _, example in zip(range(64), examples, strict=False)),
-        batch_size=16,
+        (example for _, example in zip(range(160), examples, strict=False)),
+        batch_size=32,
         feature_lengths=lengths,
     )
     metrics = training.evaluate(
         EncoderDecoder(model.config), model.params, batches, training.Placement()
     )
-    return metrics["token_accuracy"]
+    return metrics["exact_match"]
 
 
 def test_both_know_what_they_were_taught_and_a_random_one_does_not():
     dense = runs.load_model(str(bundled.DENSE))
     coda = runs.load_model(str(bundled.CODA), adapter_checkpoint=str(bundled.CODA / "adapter"))
     random = runs.load_model(config=dense.config)
-    assert token_accuracy(dense) > 0.6
-    assert token_accuracy(coda) > 0.6
-    assert token_accuracy(random) < 0.1
+    assert exact_match(dense) > 0.4
+    assert exact_match(coda) > 0.4
+    assert exact_match(random) == 0
 
 
 def test_the_demos_methods_train_adapters_only():

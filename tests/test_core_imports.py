@@ -6,14 +6,14 @@ import sys
 CORE = [
     *["soft_topk", "routing", "layers", "adapters", "conditional", "network", "decoding", "models"],
     *["params", "checkpoints", "batches", "run_files", "training", "inference", "runs"],
-    *["benchmark", "plots"],
+    *["benchmark", "breakdown", "flops", "bench", "plots"],
 ]
 
 
 def test_the_core_imports_without_tensorflow_seqio_gin_and_t5x():
     code = "import sys\nfor name in ('tensorflow', 'seqio', 'gin', 't5x', 'torch'):\n"
     code += "    sys.modules[name] = None  # an import of it is an ImportError\n"
-    code += "\n".join(f"import coda_jax.{name}" for name in CORE)
+    code += "\n".join(f"import coda_jax.{name}" for name in [*CORE, "cli"])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

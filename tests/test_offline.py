@@ -1,16 +1,20 @@
 """Tests of the offline tasks: no held-out text leaks, and the noise is T5's."""
 
 import collections
+import dataclasses
+import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
-from coda_jax import data
+from coda_jax import data, runs
+from coda_jax.network import T5Config
 from coda_jax.tasks import baselines, offline, preprocessors, stdlib_corpus
 
-SUPERVISED = ("stdlib_function_name", "stdlib_docstring", "stdlib_imports", "stdlib_siblings")
+SUPERVISED = ("stdlib_function_name", "stdlib_docstring", "stdlib_summary", "stdlib_siblings")
 LENGTHS = {"inputs": 128, "targets": 64}
 
 
@@ -85,7 +89,7 @@ def test_functions_are_found_with_their_decorators_names_and_exceptions(tmp_path
     read = write_library(
         tmp_path,
         {
-            "pack/mod.py": "import os.path, sys\nfrom a import b as c\n\n\nclass K:\n" + method,
+            "pack/mod.py": '"""Of pack.\n\nMore."""\n\n\nclass K:\n' + method,
             "pack/tests/test_a.py": function_text("test"),
             "pack/test_b.py": function_text("test2"),
             "site-packages/c.py": function_text("third"),
@@ -101,7 +105,7 @@ def test_functions_are_found_with_their_decorators_names_and_exceptions(tmp_path
     assert function.undocumented.startswith("@property\ndef value(self):\n    raise errors.Late")
     assert function.exceptions == ("Late", "ValueError")
     (file,) = read.files
-    assert file.imports == ("os", "sys", "b")
+    assert file.summary == "Of pack."
     assert file.classes == ("K",)
 
 
@@ -142,7 +146,7 @@ def test_no_held_out_source_is_in_a_supervised_pretraining_task(corpus):
         return stdlib_corpus.normalized("\n".join(sorted(inputs)))
 
     masked = text("stdlib_function_name", "stdlib_siblings")
-    plain, undocumented = text("stdlib_imports"), text("stdlib_docstring")
+    plain, undocumented = text("stdlib_summary"), text("stdlib_docstring")
     for f in corpus.functions:
         if f.split == "train":
             continue
@@ -177,11 +181,11 @@ def test_pretraining_has_no_test_split_and_its_validation_no_test_functions(corp
     validation = {f.source for f in corpus.functions if f.split == "validation"}
     assert {r["targets"] for r in records("stdlib_span_corruption", "validation")} == validation
     assert {
-        r["inputs"].removeprefix("imports: ") for r in records("stdlib_imports", "validation")
+        r["inputs"].removeprefix("summary: ") for r in records("stdlib_summary", "validation")
     } <= validation
 
 
-def test_siblings_and_imports_name_no_held_out_function_and_not_the_module(corpus):
+def test_siblings_and_summaries_name_no_held_out_function_and_not_the_module(corpus):
     by_masked = {offline.mask_name(f.source, f.name): f for f in corpus.functions}
     names = collections.defaultdict(set)
     for f in corpus.functions:
@@ -197,10 +201,12 @@ def test_siblings_and_imports_name_no_held_out_function_and_not_the_module(corpu
             assert f.name not in targets and f.module not in targets
             assert names[f.file].issuperset(targets)
     by_source = {f.source: f for f in corpus.functions}
-    for record in records("stdlib_imports", "train"):
-        f = by_source[record["inputs"].removeprefix("imports: ")]
-        assert f.module not in record["targets"].split(" ")
-        assert len(record["targets"].split(" ")) <= offline.MAX_IMPORTS
+    summaries = {file.path: file.summary for file in corpus.files}
+    for record in records("stdlib_summary", "train"):
+        f = by_source[record["inputs"].removeprefix("summary: ")]
+        assert f.module.lower() not in re.findall(r"\w+", record["targets"].lower())
+        if offline.SENTINEL not in record["targets"]:
+            assert record["targets"] == summaries[f.file]
 
 
 @pytest.mark.parametrize("task", ["stdlib_module", "stdlib_exception"])
@@ -391,3 +397,28 @@ def test_a_linear_classifier_beats_the_majority_class_by_far():
     result = baselines.baselines("stdlib_exception")
     assert 10 < result["majority_class"] < 50
     assert 65 < result["linear_svm"] < 100
+
+
+def test_a_linear_probe_sees_what_the_features_hold():
+    config = T5Config(
+        vocab_size=4096,
+        emb_dim=32,
+        num_heads=2,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        head_dim=8,
+        mlp_dim=32,
+    )
+    random = runs.load_model(config=config)
+    found = baselines.linear_probe(random, "stdlib_exception")
+    majority = baselines.majority_class("stdlib_exception")
+    assert min(found["embeddings"], found["encoder"]) > majority + 5
+    assert found["mean_cosine"] < 0.5
+
+    # All tokens look the same: nothing to tell examples apart by is left.
+    table = random.params["token_embedder"]["embedding"]
+    same = {"embedding": jnp.broadcast_to(table[:1], table.shape)}
+    blind = dataclasses.replace(random, params={**random.params, "token_embedder": same})
+    found = baselines.linear_probe(blind, "stdlib_exception")
+    assert max(found["embeddings"], found["encoder"]) <= majority + 5
+    assert found["mean_cosine"] > 0.99

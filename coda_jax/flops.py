@@ -1,0 +1,71 @@
+"""What a model's arithmetic should cost: floating-point operations counted by hand.
+
+A multiplication and the addition of its result count as two, as in XLA's cost analysis. Only
+matrix products are counted; norms, softmaxes and sorts are a few per cent more.
+
+Axis letters: B batch, N input tokens, K selected tokens, T output tokens.
+"""
+
+from coda_jax.network import T5Config
+from coda_jax.routing import capacity
+
+
+def encoder_flops(config: T5Config, batch: int, length: int) -> float:
+    """Operations of encoding B rows of N tokens, adapters and routers included.
+
+    Each layer works on K = ceil(N / r) tokens, which attend to each other or to all N.
+    """
+    total = 0.0
+    for reduction in _reductions(config):
+        selected = capacity(length, reduction)
+        k_to_all = config.coda is not None and config.coda.attention == "k_to_all"
+        context = length if k_to_all else selected
+        total += _attention(config, batch, selected, context) + _keys_values(config, batch, context)
+        total += _mlp(config, batch, selected) + _adapter(config, batch, length)
+        if config.coda is not None and config.coda.routing != "truncation":
+            total += 2 * batch * length * config.emb_dim
+    return total
+
+
+def answer_flops(config: T5Config, batch: int, length: int, target_length: int) -> float:
+    """Operations of encoding B rows of N tokens and decoding T tokens of each greedily.
+
+    Keys and values are cached: those of the input are computed once. Self-attention reads the whole
+    cache of T places in each step.
+    """
+    steps = target_length
+    decoder = _keys_values(config, batch, length)
+    decoder += steps * _attention(config, batch, 1, length)
+    decoder += steps * (
+        _attention(config, batch, 1, target_length) + _keys_values(config, batch, 1)
+    )
+    decoder += steps * (_mlp(config, batch, 1) + _adapter(config, batch, 1))
+    logits = 2 * steps * batch * config.emb_dim * config.vocab_size
+    return encoder_flops(config, batch, length) + config.num_decoder_layers * decoder + logits
+
+
+def _reductions(config: T5Config) -> tuple[float, ...]:
+    if config.coda is None:
+        return (1,) * config.num_encoder_layers
+    return config.coda.reductions(config.num_encoder_layers)
+
+
+def _keys_values(config, batch, length):
+    return 2 * 2 * batch * length * config.emb_dim * config.num_heads * config.head_dim
+
+
+def _attention(config, batch, queries, keys):
+    """Projections of queries and outputs, logits, and the weighted sum of the values."""
+    width = config.num_heads * config.head_dim
+    return 2 * 2 * batch * queries * width * (config.emb_dim + keys)
+
+
+def _mlp(config, batch, length):
+    kernels = len(config.mlp_activations) + 1
+    return kernels * 2 * batch * length * config.emb_dim * config.mlp_dim
+
+
+def _adapter(config, batch, length):
+    if config.adapter is None:
+        return 0
+    return 2 * 2 * batch * length * config.emb_dim * config.adapter.bottleneck
