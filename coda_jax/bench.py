@@ -35,6 +35,7 @@ SIZES = {
     "xxl": (4096, 64, 24, 10240),
 }
 BASELINE = "parallel adapter"
+BOTTLENECK = 64
 MEASURES = ("encoder", "end_to_end", "train_step", "parts")
 
 
@@ -58,7 +59,7 @@ def t5_1_1(size: str, dtype: Any = "float32") -> T5Config:
 
 def methods(dense: T5Config, reductions: Sequence[float]) -> dict[str, T5Config]:
     """The configurations that are compared, by name, the baseline first."""
-    adapter = AdapterConfig(bottleneck=64)
+    adapter = AdapterConfig(BOTTLENECK)
     configs = {BASELINE: dense.replace(adapter=adapter, coda=None)}
     for attention in ("k_to_k", "k_to_all"):
         for r in reductions:

@@ -25,7 +25,7 @@ OTHER = "other"  # norms before the attention, embedding, residual connections
 
 def part_of(op_name: str) -> str:
     """The part that an operation belongs to, by its path of scopes, "jit(f)/encoder/.../dot"."""
-    scopes = set(op_name.split("/"))
+    scopes = set(re.split(r"[/.]", op_name))  # "attention.keys_values" is a method's scope
     return next((part for part, names in PARTS.items() if scopes.intersection(names)), OTHER)
 
 

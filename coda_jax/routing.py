@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coda_jax.soft_topk import SOLVERS, soft_topk
+from coda_jax.soft_topk import SOLVERS, kth_largest, one_row_per_constraint, soft_topk
 
 ROUTINGS = ("soft_topk", "sigmoid", "truncation")
 ATTENTIONS = ("k_to_k", "k_to_all")
@@ -168,23 +168,24 @@ def select(
         indices [B, K] int32, strictly ascending; valid [B, K], False in empty slots, whose indices
         are those of tokens that were not picked.
     """
-    length = scores.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), scores.shape)
-    segments = jnp.where(mask, 1 if segment_ids is None else segment_ids, 0)
-    # Order by segment, then by falling score; a token's rank is its place within its segment.
-    segments_in_order, _, order = lax.sort((segments, -scores, positions), num_keys=2)
-    counts = jnp.sum(
-        segments[:, None, :] == jnp.arange(k.shape[-1] + 1)[:, None], axis=-1, dtype=jnp.int32
-    )
-    starts = jnp.cumsum(counts, axis=-1) - counts
-    rank = positions - jnp.take_along_axis(starts, segments_in_order, axis=-1)
-    limits = jnp.pad(k, ((0, 0), (1, 0)))  # no token of segment 0, padding, is picked
-    picked = rank < jnp.take_along_axis(limits, segments_in_order, axis=-1)
-    # The picked ones come first; the rest of the slots hold other tokens, so that no index repeats.
-    first = lax.sort((~picked, order), num_keys=1)[1][:, :num_slots]
-    valid = jnp.arange(num_slots) < picked.sum(-1, keepdims=True)
-    indices, valid = lax.sort((first, valid), num_keys=1)
-    return indices, valid
+    positions = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
+    segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
+    scores, k, mask = one_row_per_constraint(lax.stop_gradient(scores), k, mask, segments)
+    threshold = kth_largest(scores, k, mask)
+    above = mask & (scores > threshold)
+    ties = mask & (scores == threshold)
+    wanted = k - above.sum(-1, keepdims=True)
+    picked = (above | (ties & (jnp.cumsum(ties, axis=-1) <= wanted))).any(axis=1)
+    # The rest of the slots hold the first other tokens, so that no index repeats.
+    spare = num_slots - picked.sum(-1, keepdims=True)
+    taken = picked | (~picked & (jnp.cumsum(~picked, axis=-1) <= spare))
+    slots = jnp.where(taken, jnp.cumsum(taken, axis=-1) - 1, num_slots)
+
+    def place(slots, positions):
+        return jnp.zeros(num_slots, jnp.int32).at[slots].set(positions, mode="drop")
+
+    indices = jax.vmap(place)(slots, positions)
+    return indices, jnp.take_along_axis(picked, indices, axis=1, mode="promise_in_bounds")
 
 
 class Router(nn.Module):

@@ -48,8 +48,9 @@ def soft_topk(
             batch axes. With `segment_ids` it has one more axis, [..., S], and `k[..., j]` is for
             the segment with id `j + 1`. In an array, 0 picks nothing.
         epsilon: temperature, above 0, in units of the scores.
-        solver: "exact", the closed form over the sorted scores, whose gradient is the closed form
-            too; or "iterative", the paper's fixed number of steps, differentiated step by step.
+        solver: "exact", Newton's method, which ends at the solution, and whose gradient is the
+            closed form; or "iterative", the paper's fixed number of steps, differentiated step by
+            step.
         num_iterations: steps of the iterative solver.
         epsilon_init: temperature of its first step.
         epsilon_decay: factor on the temperature after each step, until it reaches `epsilon`.
@@ -67,23 +68,37 @@ def soft_topk(
     Reference: Lei et al. 2023, Conditional Adapters, section 3.3 and appendix (soft top-k).
     """
     _check(k, epsilon, solver, num_iterations, segment_ids)
+    scores, k, mask = one_row_per_constraint(scores, k, mask, segment_ids)
+    if solver == "exact":
+        weights = _exact(scores, k, mask, epsilon)
+    else:
+        weights = _iterative(scores, k, mask, epsilon, num_iterations, epsilon_init, epsilon_decay)
+    return weights if segment_ids is None else weights.sum(-2)
+
+
+def one_row_per_constraint(
+    scores: Float[Array, "*batch n"],
+    k: int | Int[Array, "..."],
+    mask: Bool[Array, "*#batch n"] | None,
+    segment_ids: Int[Array, "*#batch n"] | None,
+) -> tuple[Float[Array, "... n"], Int[Array, "... 1"], Bool[Array, "... n"]]:
+    """Scores, k and mask of the same batch axes; each segment a row in which the rest is masked.
+
+    Returns:
+        scores [..., N] float32 or [..., S, N]; k [..., 1], at most the mask's count; and the mask,
+        False also where k is 0.
+    """
     scores = jnp.asarray(scores, jnp.float32)
     k = jnp.asarray(k, jnp.int32)
     mask = jnp.ones(scores.shape, bool) if mask is None else mask
     if segment_ids is not None:
-        # A segment is a row of its own in which all other tokens are masked.
         segments = jnp.arange(1, k.shape[-1] + 1)[:, None]
         mask = (segment_ids[..., None, :] == segments) & mask[..., None, :]
         scores = scores[..., None, :]
     scores, mask = jnp.broadcast_arrays(scores, mask)
     k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
     k = jnp.minimum(k, mask.sum(-1, keepdims=True))
-    mask &= k > 0
-    if solver == "exact":
-        weights = _exact(scores, k, mask, epsilon)
-    else:
-        weights = _iterative(scores, k, mask, epsilon, num_iterations, epsilon_init, epsilon_decay)
-    return weights if segment_ids is None else weights.sum(-2)
+    return scores, k, mask & (k > 0)
 
 
 def _check(k, epsilon, solver, num_iterations, segment_ids):
@@ -103,29 +118,62 @@ def _check(k, epsilon, solver, num_iterations, segment_ids):
 def _exact(scores, k, mask, epsilon):
     """The optimum over the last axis: scores, mask [..., N]; k [..., 1], at most the mask's count.
 
-    Let z = s / eps be sorted in descending order. If the first m weights are saturated at 1, the
-    others share what is left: exp(a / eps) = (k - m) / sum_{i >= m} exp(z_i). The right m is the
-    smallest for which the largest of the others stays at or below 1; m = k - 1 always qualifies.
-    """
-    z = jnp.where(mask, scores, -jnp.inf)
-    top = z.max(-1, keepdims=True)
-    z = (z - jnp.where(jnp.isfinite(top), top, 0.0)) / epsilon
-    descending = -jnp.sort(-z, axis=-1)
-    left = k - jnp.arange(z.shape[-1])
-    shift = jnp.log(jnp.maximum(left, 1)) - lax.cumlogsumexp(
-        descending, axis=z.ndim - 1, reverse=True
-    )
-    fits = (left > 0) & (descending + shift <= 0)
-    num_saturated = jnp.argmax(fits, axis=-1, keepdims=True)
-    z += jnp.take_along_axis(shift, num_saturated, axis=-1)
+    Let z = (s - s_k) / eps, where s_k is the k-th largest score, n the number of scores. The root a
+    of `sum_i min(1, exp(z_i + a)) = k` lies between -ln(n - k + 1) and 0, since the k - 1 larger
+    weights are at most 1 and the others at most exp(a). In t = exp(a) the sum is concave and
+    piecewise linear, so Newton's method from the left,
 
-    saturated = mask & ((z >= 0) | (k == mask.sum(-1, keepdims=True)))
-    weights = jnp.where(saturated, 1.0, jnp.where(mask, jnp.exp(jnp.minimum(z, 0.0)), 0.0))
-    # |z| can be in the hundreds, where float32 resolves 1e-5: the sum is met to the last digit by
-    # scaling the unsaturated weights.
+        t = (k - |S|) / sum_{i not in S} exp(z_i),    S = {i: z_i + a > 0},
+
+    rises to the root and is exact once S stays the same: after at most about log2(n) steps.
+    """
+    z = (scores - kth_largest(scores, k, mask)) / epsilon
+    z = jnp.where(mask, z, -jnp.inf)
+    exp_z = jnp.exp(z)  # infinite only where saturated from the start
+
+    def newton(_, a):
+        saturated = z + a > 0
+        left = k - saturated.sum(-1, keepdims=True)
+        free = jnp.where(saturated, 0.0, exp_z).sum(-1, keepdims=True)
+        # Only where nothing is asked for (k = 0) is `left` not positive.
+        return jnp.minimum(jnp.log(jnp.maximum(left, 1) / free), 0.0)
+
+    start = -jnp.log((mask.sum(-1, keepdims=True) - k + 1).astype(jnp.float32))
+    a = lax.fori_loop(0, scores.shape[-1].bit_length(), newton, start)
+    saturated = mask & (z + a >= 0)
+    weights = jnp.where(mask, jnp.exp(jnp.minimum(z + a, 0.0)), 0.0)
+    # The sum is met to the last digit by scaling the unsaturated weights.
     free = jnp.where(saturated, 0.0, weights).sum(-1, keepdims=True)
     scale = (k - saturated.sum(-1, keepdims=True)) / jnp.where(free > 0, free, 1.0)
     return jnp.where(saturated, 1.0, jnp.minimum(weights * scale, 1.0))
+
+
+def kth_largest(
+    scores: Float[Array, "*batch n"], k: Int[Array, "*batch 1"], mask: Bool[Array, "*batch n"]
+) -> Float[Array, "*batch 1"]:
+    """The k-th largest of the unmasked scores, without sorting.
+
+    Digit by digit: the largest key such that at least k of the scores' keys reach it, where a key
+    is a float32 as a whole number that is ordered like it.
+
+    Args:
+        scores: [..., N] float32.
+        k: [..., 1]; 0 counts as 1.
+        mask: [..., N]. Where fewer than k are unmasked, the result is meaningless.
+    """
+    bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
+    top_bit = jnp.uint32(1 << 31)
+    keys = jnp.where(mask, jnp.where(bits < top_bit, bits | top_bit, ~bits), 0)
+    k = jnp.maximum(k, 1)
+    digits = jnp.arange(1, 4, dtype=jnp.uint32)
+    found = jnp.zeros(k.shape, jnp.uint32)
+    for shift in range(30, -1, -2):
+        candidates = found | (digits << shift)
+        reached = (keys[..., None, :] >= candidates[..., :, None]).sum(-1)
+        digit = (reached >= k).sum(-1, keepdims=True, dtype=jnp.uint32)
+        found |= digit << shift
+    bits = jnp.where(found < top_bit, ~found, found ^ top_bit)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _exact_fwd(scores, k, mask, epsilon):

@@ -67,6 +67,7 @@ def test_the_answers_count_is_xlas_which_counts_one_step(name):
 def test_operations_belong_to_the_part_that_their_scopes_name():
     path = "jit(encode)/Transformer/encode/encoder/layers_3/"
     assert breakdown.part_of(path + "attention/query/dot_general") == "attention"
+    assert breakdown.part_of(path + "attention.keys_values/key/dot_general") == "attention"
     assert breakdown.part_of(path + "router/sort") == "router"
     assert breakdown.part_of(path + "gather/jit(take)/gather") == "gather"
     assert breakdown.part_of(path + "pre_attention_layer_norm/mul") == breakdown.OTHER

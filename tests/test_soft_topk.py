@@ -12,6 +12,7 @@ import pytest
 from scipy.special import logsumexp, softmax
 
 from coda_jax import soft_topk
+from coda_jax.soft_topk import kth_largest
 
 few_examples = settings(max_examples=25, deadline=None, derandomize=True)
 EPSILONS = (0.02, 0.1, 0.5, 1.0, 4.0)
@@ -91,6 +92,44 @@ def test_weights_are_in_range_sum_to_k_and_are_monotone(scores, k, epsilon):
         assert (np.diff(weights[np.argsort(scores, kind="stable")]) >= -1e-6).all()
         if solver is exact:
             assert abs(weights.sum(dtype=np.float64) - k) < 1e-5 * k
+
+
+@pytest.mark.parametrize("n", [7, 512, 4096])
+def test_newton_arrives_however_the_scores_are_spread(n, rng):
+    places = np.arange(n)
+    spreads = [
+        rng.normal(size=n),
+        rng.exponential(size=n),
+        rng.standard_cauchy(n),
+        rng.random(n) * 100,
+        -np.log1p(places),
+        -2 * np.log1p(places),
+        0.01 * places,
+        1.0 * places,
+    ]
+    scores = jnp.asarray(np.stack(spreads), jnp.float32)
+    for k in sorted({1, n // 8 or 2, n // 2, 9 * n // 10, n - 1}):
+        for epsilon in (0.1, 1.0):
+            expected = np.stack([solution(row, k, epsilon) for row in scores])
+            np.testing.assert_allclose(exact(scores, k=k, epsilon=epsilon), expected, atol=2e-4)
+
+
+@given(
+    scores=st.lists(
+        st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1e-40]),
+        min_size=8,
+        max_size=8,
+    ),
+    k=st.integers(1, 8),
+    masked=st.integers(0, 7),
+)
+@few_examples
+def test_kth_largest_is_that_of_sorting(scores, k, masked):
+    k = min(k, 8 - masked)
+    scores = np.array(scores, np.float32)
+    mask = np.arange(8) >= masked
+    found = kth_largest(jnp.asarray(scores), jnp.array([k]), jnp.asarray(mask))
+    assert found == np.sort(scores[mask])[-k]
 
 
 def test_equal_scores_share_equally():

@@ -1,0 +1,97 @@
+"""Times of the parts for which the method's speed depends on one function: soft top-k and decoding.
+
+    python benchmarks/operators.py --json=benchmarks/results/operators.json
+
+1. The exact soft top-k beside the paper's 20 iterations, forward and with its gradient.
+2. Decoding, T5 v1.1 base shapes: greedy to 16, 32 and 64 tokens, from which the cost of a token
+   follows, and beam search with 4 beams. Random weights and no end token: all lengths are reached.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coda_jax import bench, benchmark, decoding
+from coda_jax.models import EncoderDecoder
+from coda_jax.run_files import write_atomically
+from coda_jax.soft_topk import SOLVERS, soft_topk
+
+BATCH, INPUT_LENGTH, LENGTHS, BEAMS = 4, 512, (16, 32, 64), 4
+
+
+def soft_topk_calls(batch: int, length: int, reduction: int = 3) -> dict:
+    """Calls of both solvers, with and without the gradient, by name."""
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(batch, length)), jnp.float32)
+    target = jnp.asarray(np.random.default_rng(1).normal(size=(batch, length)), jnp.float32)
+    calls = {}
+    for solver in SOLVERS:
+        forward = functools.partial(soft_topk, k=-(-length // reduction), solver=solver)
+
+        def loss(scores, forward=forward):
+            return (forward(scores) * target).sum()
+
+        for name, function in (("forward", forward), ("with gradient", jax.value_and_grad(loss))):
+            compiled = jax.jit(function).lower(scores).compile()
+            calls[f"{solver}, {name}"] = functools.partial(compiled, scores)
+    return calls
+
+
+def decoding_calls() -> dict:
+    """Calls of greedy search to several lengths, and of beam search, by name."""
+    config = bench.t5_1_1("base")
+    model = EncoderDecoder(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = jnp.asarray(
+        bench.random_batch(config, BATCH, INPUT_LENGTH, LENGTHS[0])["encoder_input_tokens"]
+    )
+
+    def search(function, length, **kwargs):
+        search = functools.partial(
+            function, model.module, max_decode_length=length, eos_id=-1, **kwargs
+        )
+        compiled = jax.jit(search).lower(params, tokens).compile()
+        return functools.partial(compiled, params, tokens)
+
+    calls = {f"greedy, {length}": search(decoding.greedy, length) for length in LENGTHS}
+    calls[f"{BEAMS} beams, {LENGTHS[0]}"] = search(
+        decoding.beam_search, LENGTHS[0], num_beams=BEAMS
+    )
+
+    def encode(params, tokens):
+        return model.module.apply({"params": params}, tokens, enable_dropout=False, method="encode")
+
+    compiled = jax.jit(encode).lower(params, tokens).compile()
+    return {"encoder": functools.partial(compiled, params, tokens), **calls}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", help="file for the report")
+    options = parser.parse_args()
+    groups = {
+        "soft top-k [16, 512]": soft_topk_calls(16, 512),
+        "soft top-k [16, 4096]": soft_topk_calls(16, 4096),
+        f"decoding, batch {BATCH}, input {INPUT_LENGTH}": decoding_calls(),
+    }
+    report = {"versions": benchmark.versions(), "rounds": options.rounds, "ms": {}}
+    for group, calls in groups.items():
+        timings = benchmark.time_interleaved(calls, options.rounds)
+        report["ms"][group] = {name: 1e3 * timing.median for name, timing in timings.items()}
+        print(f"\n**{group}**\n\n| | time |\n|---|---|")
+        for name, ms in report["ms"][group].items():
+            print(f"| {name} | {ms:.2f} ms |")
+    if options.json:
+        path = pathlib.Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
