@@ -22,7 +22,7 @@ def encoder_flops(config: T5Config, batch: int, length: int) -> float:
         context = length if k_to_all else selected
         total += _attention(config, batch, selected, context) + _keys_values(config, batch, context)
         total += _mlp(config, batch, selected) + _adapter(config, batch, length)
-        if config.coda is not None and config.coda.routing != "truncation":
+        if reduction > 1 and config.coda.routing != "truncation":
             total += 2 * batch * length * config.emb_dim
     return total
 
