@@ -29,11 +29,11 @@ from coda_jax.tasks import baselines, offline  # noqa: F401 (registers the tasks
 from coda_jax.training import TrainOptions
 
 TASK = "stdlib_module"
-FEATURE_LENGTHS = {"inputs": 256, "targets": 8}
-STEPS = 320
-BATCH_SIZE = 32
-LEARNING_RATE = 5e-2
-MAX_SEGMENTS = 4  # training packs up to four functions into a row
+FEATURE_LENGTHS = {"inputs": 128, "targets": 8}  # as in pretraining
+STEPS = 1200
+ROWS = 8  # of packed functions: on a CPU, many small steps teach more than few large ones
+LEARNING_RATE = 3e-2
+MAX_SEGMENTS = 4  # functions in a row
 TIMED_LENGTH = 1024
 TIMED_BATCH = 4
 REDUCTIONS = (3, 5)
@@ -67,10 +67,10 @@ def adapt(model: runs.LoadedModel, directory: pathlib.Path) -> runs.LoadedModel:
     result, _ = runs.train(
         str(directory),
         model,
-        data=runs.Data(FEATURE_LENGTHS, TASK, batch_size=BATCH_SIZE // 2, pack=True),
+        data=runs.Data(FEATURE_LENGTHS, TASK, batch_size=ROWS, pack=True),
         options=TrainOptions(STEPS, save_every=STEPS),
         optimizer=optax.adam,
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 20, STEPS),
+        learning_rate=optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 50, STEPS),
     )
     return result
 
