@@ -9,6 +9,7 @@ report.md and routing.png.
 import argparse
 from collections.abc import Mapping
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -117,35 +118,35 @@ def _programs(model: runs.LoadedModel):
     return encode, predict
 
 
-def _heldout(count: int | None = None) -> list[np.ndarray]:
-    """Inputs of the test split as tokens."""
+def _heldout(count: int) -> list[dict[str, np.ndarray]]:
+    """Examples of the test split as tokens."""
     lengths = {"inputs": 4096, "targets": 64}
     examples = data.seqio_examples(
         TASK, "test", feature_lengths=lengths, seed=0, shuffle=True, num_epochs=1
     )
-    return [example["inputs"] for _, example in zip(range(count or 10**9), examples, strict=False)]
+    return list(itertools.islice(examples, count))
 
 
 def _timed_tokens() -> np.ndarray:
     """Held-out functions, one after the other, in rows of the timed length."""
-    stream = np.concatenate(_heldout(100))
+    stream = np.concatenate([example["inputs"] for example in _heldout(100)])
     return stream[: TIMED_BATCH * TIMED_LENGTH].reshape(TIMED_BATCH, TIMED_LENGTH)
 
 
 def draw_routing(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     """The picture of what each layer takes, for held-out functions of medium length."""
     vocabulary = data.task_vocabulary(TASK)
-    chosen = [tokens for tokens in _heldout(200) if 90 <= len(tokens) <= 220][:count]
+    chosen = [e for e in _heldout(200) if 90 <= len(e["inputs"]) <= 220][:count]
     answer = EncoderDecoder(model.config)
     examples = []
-    for tokens in chosen:
+    for example in chosen:
+        tokens = example["inputs"]
         weights = np.asarray(answer.routing(model.params, tokens[None]))[:, 0]
         predicted = answer.predict(
             model.params, tokens[None], max_decode_length=FEATURE_LENGTHS["targets"]
         )
-        heading = (
-            f"a function of the test split; answer: {vocabulary.decode(predicted[0].tolist())}"
-        )
+        right, found = (vocabulary.decode(t.tolist()) for t in (example["targets"], predicted[0]))
+        heading = f"held-out function of {right}; answer: {found}"
         examples.append((heading, [_text(vocabulary, token) for token in tokens], weights))
     plots.routed_text(
         path,

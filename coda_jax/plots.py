@@ -54,7 +54,12 @@ def routed_text(
         listing = figure.add_subplot(grid[row, 0])
         _draw_listing(listing, tokens, weights, max_lines, max_columns)
         listing.set_title(heading, fontsize=8.5, loc="left")
-        _draw_map(figure.add_subplot(grid[row, 1]), weights)
+        layer_map = figure.add_subplot(grid[row, 1])
+        _draw_map(layer_map, weights)
+        if row == 0:
+            layer_map.set_title("routing weight (grey: not taken)", fontsize=7.5, loc="left")
+        if row == len(examples) - 1:
+            layer_map.set_xlabel("token", fontsize=7)
     figure.savefig(path)
 
 
@@ -88,5 +93,3 @@ def _draw_map(axes, weights):
     axes.imshow(image, aspect="auto", cmap=_COLORS, vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(weights)), [f"layer {i}" for i in range(len(weights))], fontsize=7)
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_xlabel("token", fontsize=7)
-    axes.set_title("routing weight (grey: not taken)", fontsize=7.5, loc="left")
