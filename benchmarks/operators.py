@@ -9,8 +9,6 @@
 
 import argparse
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ import numpy as np
 
 from coda_jax import bench, benchmark, decoding
 from coda_jax.models import EncoderDecoder
-from coda_jax.run_files import write_atomically
+from coda_jax.run_files import write_report
 from coda_jax.soft_topk import SOLVERS, soft_topk
 
 BATCH, INPUT_LENGTH, LENGTHS, BEAMS = 4, 512, (16, 32, 64), 4
@@ -62,10 +60,7 @@ def decoding_calls() -> dict:
         decoding.beam_search, LENGTHS[0], num_beams=BEAMS
     )
 
-    def encode(params, tokens):
-        return model.module.apply({"params": params}, tokens, enable_dropout=False, method="encode")
-
-    compiled = jax.jit(encode).lower(params, tokens).compile()
+    compiled = jax.jit(model.encode).lower(params, tokens).compile()
     return {"encoder": functools.partial(compiled, params, tokens), **calls}
 
 
@@ -89,9 +84,7 @@ def main() -> None:
         for name, ms in report["ms"][group].items():
             print(f"| {name} | {ms:.2f} ms |")
     if options.json:
-        path = pathlib.Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(report, indent=2) + "\n")
+        write_report(options.json, report)
 
 
 if __name__ == "__main__":

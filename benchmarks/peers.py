@@ -18,8 +18,6 @@
 
 import argparse
 from collections.abc import Callable
-import json
-import pathlib
 import tempfile
 
 import adapters
@@ -33,7 +31,7 @@ import transformers
 from coda_jax import bench, benchmark, checkpoints
 from coda_jax.models import EncoderDecoder
 from coda_jax.routing import num_selected
-from coda_jax.run_files import write_atomically
+from coda_jax.run_files import write_report
 
 TORCH = "transformers + adapters, parallel adapter"
 
@@ -166,9 +164,7 @@ def main() -> None:
     }
     print(markdown(report))
     if options.json:
-        path = pathlib.Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(report, indent=2) + "\n")
+        write_report(options.json, report)
 
 
 if __name__ == "__main__":

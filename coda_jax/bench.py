@@ -9,8 +9,6 @@ floating-point operations. Needs jax and flax only.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -24,7 +22,7 @@ from coda_jax.adapters import AdapterConfig
 from coda_jax.models import EncoderDecoder
 from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
-from coda_jax.run_files import write_atomically
+from coda_jax.run_files import write_report
 
 # T5 v1.1: emb_dim, num_heads, layers of encoder and of decoder, mlp_dim.
 SIZES = {
@@ -86,13 +84,8 @@ class Programs:
 
     def encoder(self) -> tuple[jax.stages.Compiled, Callable]:
         """Encodes the batch."""
-        module = self._model.module
-
-        def encode(params, tokens):
-            return module.apply({"params": params}, tokens, enable_dropout=False, method="encode")
-
         arguments = self.params, self._batch["encoder_input_tokens"]
-        compiled = jax.jit(encode).lower(*arguments).compile()
+        compiled = jax.jit(self._model.encode).lower(*arguments).compile()
         return compiled, lambda: compiled(*arguments)
 
     def end_to_end(self) -> tuple[jax.stages.Compiled, Callable]:
@@ -316,9 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(markdown(report))
     if options.json:
-        path = pathlib.Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(report, indent=2) + "\n")
+        write_report(options.json, report)
     return 0
 
 

@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Mapping
 import functools
 import itertools
-import json
 import pathlib
 import re
 import time
@@ -25,7 +24,7 @@ from coda_jax.adapters import AdapterConfig
 from coda_jax.inference import Decoding
 from coda_jax.models import EncoderDecoder
 from coda_jax.routing import CodaConfig
-from coda_jax.run_files import write_atomically
+from coda_jax.run_files import write_atomically, write_report
 from coda_jax.tasks import baselines, offline  # noqa: F401 (registers the tasks)
 from coda_jax.training import TrainOptions
 
@@ -107,15 +106,10 @@ def _programs(model: runs.LoadedModel):
     """What is timed: (parameters, tokens) -> encoding, and -> answer."""
     answer = EncoderDecoder(model.config)
 
-    def encode(params, tokens):
-        return answer.module.apply(
-            {"params": params}, tokens, enable_dropout=False, method="encode"
-        )
-
     def predict(params, tokens):
         return answer.predict(params, tokens, max_decode_length=FEATURE_LENGTHS["targets"])
 
-    return encode, predict
+    return answer.encode, predict
 
 
 def _heldout(count: int) -> list[dict[str, np.ndarray]]:
@@ -216,7 +210,7 @@ def run(directory: pathlib.Path, random_base: bool = False) -> dict[str, Any]:
         "versions": benchmark.versions(),
     }
     draw_routing(adapted[f"CoDA r = {REDUCTIONS[0]}"], directory / "routing.png")
-    write_atomically(directory / "report.json", json.dumps(report, indent=2) + "\n")
+    write_report(directory / "report.json", report)
     write_atomically(directory / "report.md", markdown(report))
     return report
 

@@ -83,6 +83,12 @@ class EncoderDecoder:
             rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         )
 
+    def encode(self, params, encoder_input_tokens) -> Float[Array, "b n d"]:
+        """The encoder's output, [B, N, D], without dropout."""
+        return self.module.apply(
+            {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
+        )
+
     def loss(
         self, params, batch: Batch, dropout_rng: Array | None = None
     ) -> tuple[Float[Array, ""], Sums]:

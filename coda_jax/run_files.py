@@ -51,6 +51,12 @@ def write_atomically(path: str | pathlib.Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def write_report(path: str | pathlib.Path, report: Any) -> None:
+    """Writes values that JSON can hold, atomically; makes the folder if there is none."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
+
+
 def claim_directory(directory: str | pathlib.Path, run: Mapping[str, Any]) -> pathlib.Path:
     """Makes the directory a run's own: its description is in `run.json`.
 

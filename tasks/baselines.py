@@ -99,13 +99,9 @@ def linear_probe(model: runs.LoadedModel, task_name: str, length: int = 256) -> 
 
 def _mean_features(model, task_name, split, length):
     """Means over the tokens, {name: [examples, D]}, and the targets as text."""
-    module = EncoderDecoder(model.config).module
     embedding = np.asarray(model.params["token_embedder"]["embedding"], np.float32)
 
-    @jax.jit
-    def encode(params, tokens):
-        return module.apply({"params": params}, tokens, enable_dropout=False, method="encode")
-
+    encode = jax.jit(EncoderDecoder(model.config).encode)
     features = {"embeddings": [], "encoder": [], "directions": []}
     targets = []
     data = runs.Data({"inputs": length, "targets": 16}, task_name, split=split, shuffle=False)

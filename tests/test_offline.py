@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import re
 
+from helpers import config
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import seqio
 import tensorflow as tf
 
 from coda_jax import data, runs
-from coda_jax.network import T5Config
 from coda_jax.tasks import baselines, offline, preprocessors, stdlib_corpus
 
 SUPERVISED = ("stdlib_function_name", "stdlib_docstring", "stdlib_summary", "stdlib_siblings")
@@ -400,16 +400,7 @@ def test_a_linear_classifier_beats_the_majority_class_by_far():
 
 
 def test_a_linear_probe_sees_what_the_features_hold():
-    config = T5Config(
-        vocab_size=4096,
-        emb_dim=32,
-        num_heads=2,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        head_dim=8,
-        mlp_dim=32,
-    )
-    random = runs.load_model(config=config)
+    random = runs.load_model(config=config(vocab_size=4096, emb_dim=32))
     found = baselines.linear_probe(random, "stdlib_exception")
     majority = baselines.majority_class("stdlib_exception")
     assert min(found["embeddings"], found["encoder"]) > majority + 5
