@@ -21,6 +21,9 @@ Dtype = Any
 Initializer = Callable[..., Array]
 
 _MASKED_LOGIT = -1e10
+# Of `_blocked_product`, as measured: rows of a block, and the size of a result up to which it wins.
+_BLOCK = 16
+_BLOCKED_SIZE = 16384
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _fan_in_truncated_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -58,7 +61,28 @@ class Dense(nn.Module):
             jnp.float32,
             axes=self.kernel_axes,
         )
-        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+        return _product(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+def _product(x: Float[Array, "... d"], kernel: Float[Array, "d f"]) -> Float[Array, "... f"]:
+    """x W; for the one token of a decoding step in whichever way the platform reads W fastest."""
+    rows, (inputs, features) = x.size // x.shape[-1], kernel.shape
+    one_token = x.ndim == 3 and x.shape[1] == 1
+    if one_token and inputs % _BLOCK == 0 and 1 < rows <= _BLOCKED_SIZE // features:
+        return lax.platform_dependent(x, kernel, cpu=_blocked_product, default=jnp.matmul)
+    return x @ kernel
+
+
+def _blocked_product(x, kernel):
+    """x W as a sum over blocks of W's rows.
+
+    XLA's CPU backend rearranges W before it multiplies, column by column: a few rows of x then wait
+    for the memory. It reads small blocks in their order, up to twice as fast (docs/performance.md).
+    """
+    blocks = kernel.reshape(-1, _BLOCK, kernel.shape[1])
+    x_blocks = x.reshape(*x.shape[:-1], -1, _BLOCK)
+    parts = jnp.einsum("bqgk,gkf->gbqf", x_blocks, blocks, preferred_element_type=jnp.float32)
+    return parts.sum(axis=0).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -193,21 +217,21 @@ class RelativePositionBiases(nn.Module):
 
 
 def attend(
-    query: Float[Array, "b q h k"],
-    key: Float[Array, "b l h k"],
-    value: Float[Array, "b l h k"],
+    query: Float[Array, "b h q k"],
+    key: Float[Array, "b h l k"],
+    value: Float[Array, "b h l k"],
     bias: Float[Array, "..."] | None,
     mask: Bool[Array, "..."] | None,
     *,
     float32_logits: bool = False,
     dropout: Callable[[Array], Array] = lambda weights: weights,
-) -> Float[Array, "b q h k"]:
+) -> Float[Array, "b h q k"]:
     """softmax(q k^T + bias) v over the keys that the mask allows; T5 does not scale the logits.
 
     Args:
-        query: [B, Q, H, head_dim].
-        key: [B, L, H, head_dim].
-        value: [B, L, H, head_dim].
+        query: [B, H, Q, head_dim].
+        key: [B, H, L, head_dim].
+        value: [B, H, L, head_dim].
         bias: broadcasts to [B, H, Q, L].
         mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
         float32_logits: whether logits and softmax are float32 where the computation is not.
@@ -216,13 +240,13 @@ def attend(
     dtype = query.dtype
     if float32_logits:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    logits = jnp.einsum("bqhd,blhd->bhql", query, key)
+    logits = jnp.einsum("bhqd,bhld->bhql", query, key)
     if bias is not None:
         logits += bias.astype(logits.dtype)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
     weights = dropout(jax.nn.softmax(logits).astype(dtype))
-    return jnp.einsum("bhql,blhd->bqhd", weights, value)
+    return jnp.einsum("bhql,bhld->bhqd", weights, value)
 
 
 class Attention(nn.Module):
@@ -256,19 +280,21 @@ class Attention(nn.Module):
 
     def keys_values(
         self, x: Float[Array, "b l d"]
-    ) -> tuple[Float[Array, "b l h k"], Float[Array, "b l h k"]]:
-        """The keys and values of x, each [B, L, H, head_dim]."""
+    ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h l k"]]:
+        """The keys and values of x, each [B, H, L, head_dim]."""
         return self._heads(self.key(x)), self._heads(self.value(x))
 
     def _heads(self, x):
+        """[B, L, H * head_dim] -> [B, H, L, head_dim], as the matrix products want it."""
         x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
-        return partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+        x = partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+        return jnp.swapaxes(x, 1, 2)
 
     @nn.compact
     def __call__(
         self,
         x_q: Float[Array, "b q d"],
-        keys_values: tuple[Float[Array, "c l h k"], Float[Array, "c l h k"]],
+        keys_values: tuple[Float[Array, "c h l k"], Float[Array, "c h l k"]],
         mask: Bool[Array, "..."] | None = None,
         bias: Float[Array, "..."] | None = None,
         *,
@@ -276,15 +302,13 @@ class Attention(nn.Module):
     ) -> Float[Array, "b q d"]:
         """Attends from x_q to keys and values that `keys_values` made.
 
-        The keys may have fewer rows than the queries, [C, L, ...] with B = C * beams: the beams of
-        a row then share its keys, and mask is that of the C rows.
+        The keys may have fewer rows than the queries, [C, ...] with B = C * beams: the beams of a
+        row then share its keys, and mask is that of the C rows.
         """
         key, value = keys_values
-        query = self._heads(self.query(x_q))
-        rows = query.shape
-        query = query.reshape(key.shape[0], -1, *rows[2:])
+        query = self.query(x_q)
         y = attend(
-            query,
+            self._heads(query.reshape(key.shape[0], -1, query.shape[-1])),
             key,
             value,
             bias,
@@ -292,7 +316,7 @@ class Attention(nn.Module):
             float32_logits=self.float32_logits,
             dropout=lambda weights: self.dropout(weights, deterministic=deterministic),
         )
-        y = y.reshape(*rows[:2], self.num_heads * self.head_dim)
+        y = jnp.swapaxes(y, 1, 2).reshape(query.shape)
         return Dense(
             x_q.shape[-1], ("joined_kv", "embed"), _fan_in_normal, dtype=self.dtype, name="out"
         )(y)

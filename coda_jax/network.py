@@ -158,16 +158,16 @@ class KeyValueCache(nn.Module):
 
     @nn.compact
     def __call__(self, key, value):
-        """(key, value [B, L, H, head_dim], positions of the queries [1, Q])."""
+        """(key, value [B, H, L, head_dim], positions of the queries [1, Q])."""
         exists = self.has_variable("cache", "cached_key")
         cached_key = self.variable("cache", "cached_key", jnp.zeros_like, key)
         cached_value = self.variable("cache", "cached_value", jnp.zeros_like, value)
         index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
         if not exists:
-            return key, value, jnp.arange(key.shape[1], dtype=jnp.int32)[None]
-        if key.shape[1] != 1:
-            raise ValueError(f"cached decoding takes one token a step, got {key.shape[1]}")
-        start = (0, index.value, 0, 0)
+            return key, value, jnp.arange(key.shape[2], dtype=jnp.int32)[None]
+        if key.shape[2] != 1:
+            raise ValueError(f"cached decoding takes one token a step, got {key.shape[2]}")
+        start = (0, 0, index.value, 0)
         cached_key.value = lax.dynamic_update_slice(cached_key.value, key, start)
         cached_value.value = lax.dynamic_update_slice(cached_value.value, value, start)
         position = index.value[None, None]
@@ -192,7 +192,7 @@ class DecoderLayer(nn.Module):
         query_positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         if decode:
             key, value, query_positions = KeyValueCache(name="cache")(key, value)
-        key_positions = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+        key_positions = jnp.arange(key.shape[2], dtype=jnp.int32)[None]
         visible = (key_positions[:, None, :] <= query_positions[:, :, None])[:, None]
         if self_mask is not None:
             visible &= self_mask

@@ -6,7 +6,7 @@ vocabulary.
 
 Adaptation tasks: `stdlib_module` (function -> its top-level module) and `stdlib_exception`
 (function -> the exception that it raises). Pretraining: the mixture `stdlib_pretrain` of span
-corruption and four supervised tasks over the functions of the train split only.
+corruption and five supervised tasks, over functions of the train split and files without the others.
 """
 
 import argparse
@@ -29,13 +29,15 @@ VOCABULARY_FILE = os.path.join(
 NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
 
 MIN_CLASS_SIZE = 10
+PASSAGE_BYTES = (128, 256)
 SENTINEL = "<extra_id_0>"
 PRETRAIN_RATES = {
-    "stdlib_summary": 3.0,
-    "stdlib_siblings": 2.0,
-    "stdlib_function_name": 1.0,
-    "stdlib_docstring": 1.0,
-    "stdlib_span_corruption": 1.0,
+    "stdlib_passage": 5.0,
+    "stdlib_summary": 2.0,
+    "stdlib_siblings": 1.0,
+    "stdlib_function_name": 0.5,
+    "stdlib_docstring": 0.5,
+    "stdlib_span_corruption": 0.5,
 }
 
 _Columns = dict[str, list[str]]
@@ -96,18 +98,61 @@ def _docstring(split: str) -> _Columns:
     )
 
 
-def _summary(split: str) -> _Columns:
-    """The file's own module is masked: `stdlib_module` is not a pretraining task."""
-    summaries = {
+def _summaries() -> dict[str, str]:
+    """The first line of each file's docstring, by path.
+
+    The file's own module is masked: `stdlib_module` is not a pretraining task.
+    """
+    return {
         file.path: mask_name(file.summary, file.module, re.IGNORECASE)
         for file in stdlib_corpus.read_corpus().files
         if file.summary
     }
+
+
+def _summary(split: str) -> _Columns:
+    summaries = _summaries()
     return _pairs(
         ("summary: " + f.source, summaries[f.file])
         for f in _functions(split)
         if f.file in summaries
     )
+
+
+def _passage(split: str) -> _Columns:
+    """What `stdlib_summary` asks, of all passages of a file: of its classes and constants too."""
+    if split == "train":
+        texts = [(file.undocumented, file.path) for file in stdlib_corpus.read_corpus().files]
+    else:
+        texts = [(f.source, f.file) for f in _functions(split)]
+    summaries = _summaries()
+    return _pairs(
+        ("summary: " + passage, summaries[path])
+        for text, path in texts
+        if path in summaries
+        for size in PASSAGE_BYTES
+        for passage in passages(text, size)
+    )
+
+
+def passages(text: str, min_bytes: int) -> list[str]:
+    """Cuts a text into runs of whole lines.
+
+    Args:
+      text: any text.
+      min_bytes: a run ends with the line that brings it to this size; the last may be smaller.
+
+    Returns:
+      The runs, which together are the text.
+    """
+    found, start, size = [], 0, 0
+    lines = text.splitlines(keepends=True)
+    for i, line in enumerate(lines, start=1):
+        size += len(line.encode())
+        if size >= min_bytes or i == len(lines):
+            found.append("".join(lines[start:i]))
+            start, size = i, 0
+    return found
 
 
 def _siblings(split: str) -> _Columns:
@@ -185,6 +230,7 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
         ("stdlib_function_name", _function_name, []),
         ("stdlib_docstring", _docstring, []),
         ("stdlib_summary", _summary, []),
+        ("stdlib_passage", _passage, []),
         ("stdlib_siblings", _siblings, [_sample_name]),
     ):
         _add_task(name + suffix, load, vocabulary, splits, [*first, *text_steps], [data.accuracy])

@@ -61,6 +61,7 @@ class SourceFile:
       path: the path relative to the library, with "/" between the parts.
       module: the top-level module.
       text: the text, without the functions of the validation and test splits.
+      undocumented: `text` without the file's docstring.
       summary: the first line of its docstring, or None.
       classes: the names of its classes outside of functions, in order.
     """
@@ -68,6 +69,7 @@ class SourceFile:
     path: str
     module: str
     text: str
+    undocumented: str
     summary: str | None
     classes: tuple[str, ...]
 
@@ -275,12 +277,20 @@ def _source_file(path: str, lines: list[str], tree: ast.Module, found: list[_Fou
     for function in found:
         if function.is_heldout:
             cut.update(range(_first_line(function.node) - 1, function.node.end_lineno))
-    text = "\n".join(line for i, line in enumerate(lines) if i not in cut)
+    summary = _summary(tree)
+    docstring = set()
+    if summary is not None:
+        docstring.update(range(tree.body[0].lineno - 1, tree.body[0].end_lineno))
+
+    def text(without: set[int]) -> str:
+        return "\n".join(line for i, line in enumerate(lines) if i not in without)
+
     classes = [node.name for node in _outside_functions(tree) if isinstance(node, ast.ClassDef)]
     return SourceFile(
         path=path,
         module=_module_of(path),
-        text=text,
-        summary=_summary(tree),
+        text=text(cut),
+        undocumented=text(cut | docstring),
+        summary=summary,
         classes=tuple(dict.fromkeys(classes)),
     )

@@ -314,8 +314,8 @@ def test_cache_has_one_entry_per_input_not_per_beam(rng):
         Transformer(cfg), random_params(cfg), random_tokens(rng, [5, 3], 6), rows=8, length=7
     )
     layer = cache["decoder"]["layers_0"]
-    assert layer["encoded_key"].shape == layer["encoded_value"].shape == (2, 6, 2, 8)
-    assert layer["cache"]["cached_key"].shape == (8, 7, 2, 8)
+    assert layer["encoded_key"].shape == layer["encoded_value"].shape == (2, 2, 6, 8)
+    assert layer["cache"]["cached_key"].shape == (8, 2, 7, 8)
     assert layer["cache"]["cache_index"] == 0
 
 

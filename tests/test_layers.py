@@ -114,7 +114,9 @@ def test_attend_equals_numpy(rng):
     bias = rng.normal(size=(2, 3, 5, 7)).astype(np.float32)
     mask = rng.random((2, 5, 7)) < 0.6
     mask[0, 2] = False
-    found = layers.attend(*map(jnp.asarray, (query, key, value, bias, mask[:, None])))
+    heads_first = (jnp.asarray(x).swapaxes(1, 2) for x in (query, key, value))
+    found = layers.attend(*heads_first, jnp.asarray(bias), jnp.asarray(mask[:, None]))
+    found = found.swapaxes(1, 2)
     np.testing.assert_allclose(found, numpy_attention(query, key, value, bias, mask), atol=1e-5)
     # A query that may see no key gets the mean of the values.
     np.testing.assert_allclose(found[0, 2], value[0].mean(0), atol=1e-5)
@@ -122,7 +124,7 @@ def test_attend_equals_numpy(rng):
 
 
 def test_float32_logits_keep_what_bfloat16_would_lose(rng):
-    query, key, value = jnp.asarray(rng.normal(size=(3, 1, 64, 1, 64)), jnp.bfloat16)
+    query, key, value = jnp.asarray(rng.normal(size=(3, 1, 1, 64, 64)), jnp.bfloat16)
     exact = layers.attend(*(x.astype(jnp.float32) for x in (query, key, value)), None, None)
     precise = layers.attend(query, key, value, None, None, float32_logits=True)
     coarse = layers.attend(query, key, value, None, None)
@@ -162,6 +164,23 @@ def test_attention_equals_numpy_and_beams_share_keys(beams, rng):
     )
     expected = y.reshape(*x_q.shape[:2], -1) @ kernels["out"]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "features"),
+    [(4, 48, 40), (4, 48, 5000), (1, 48, 40), (4, 40, 8)],  # blocks; too wide; one row; no blocks
+)
+def test_the_product_of_one_token_equals_numpy(rows, inputs, features, dtype, rng):
+    x = jnp.asarray(rng.normal(size=(rows, 1, inputs)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(inputs, features)), dtype)
+    found = jax.jit(layers._product)(x, kernel)
+    assert found.dtype == dtype
+    expected = np.float64(x) @ np.float64(kernel)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(np.float64(found), expected, rtol=tolerance, atol=5 * tolerance)
+    blocked = layers._blocked_product if inputs % layers._BLOCK == 0 else layers._product
+    np.testing.assert_allclose(blocked(x, kernel).astype(float), expected, atol=5 * tolerance)
 
 
 def test_query_kernel_starts_small_enough_for_unscaled_logits():
