@@ -6,7 +6,7 @@ vocabulary.
 
 Adaptation tasks: `stdlib_module` (function -> its top-level module) and `stdlib_exception`
 (function -> the exception that it raises). Pretraining: the mixture `stdlib_pretrain` of span
-corruption and five supervised tasks, over functions of the train split and files without the others.
+corruption and five supervised tasks, over the train split's functions and the files' other text.
 """
 
 import argparse

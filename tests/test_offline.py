@@ -14,7 +14,13 @@ import tensorflow as tf
 from coda_jax import data, runs
 from coda_jax.tasks import baselines, offline, preprocessors, stdlib_corpus
 
-SUPERVISED = ("stdlib_function_name", "stdlib_docstring", "stdlib_summary", "stdlib_siblings")
+SUPERVISED = (
+    "stdlib_function_name",
+    "stdlib_docstring",
+    "stdlib_summary",
+    "stdlib_passage",
+    "stdlib_siblings",
+)
 LENGTHS = {"inputs": 128, "targets": 64}
 
 
@@ -106,6 +112,7 @@ def test_functions_are_found_with_their_decorators_names_and_exceptions(tmp_path
     assert function.exceptions == ("Late", "ValueError")
     (file,) = read.files
     assert file.summary == "Of pack."
+    assert file.undocumented == file.text.replace('"""Of pack.\n\nMore."""\n', "", 1)
     assert file.classes == ("K",)
 
 
@@ -160,6 +167,28 @@ def test_no_held_out_source_is_in_a_supervised_pretraining_task(corpus):
                 assert stdlib_corpus.normalized(source) not in searched, (f.file, f.qualname)
 
 
+def test_passages_hold_neither_held_out_functions_nor_the_summary(corpus):
+    inputs = [r["inputs"].removeprefix("summary: ") for r in records("stdlib_passage", "train")]
+    text = stdlib_corpus.normalized("".join(inputs))
+    shown = [stdlib_corpus.normalized(f.source) in text for f in corpus.functions]
+    assert not any(s for s, f in zip(shown, corpus.functions, strict=True) if f.split != "train")
+    assert sum(shown) > 0.6 * len(shown)  # The train split in files with a docstring.
+    for file in corpus.files:
+        if file.summary and len(file.summary) > 50:
+            assert file.undocumented.count(file.summary) == file.text.count(file.summary) - 1
+
+
+def test_passages_are_whole_lines_of_at_least_a_size_and_together_the_text(corpus):
+    text = corpus.files[3].text
+    for size in (1, 100, 10_000_000):
+        found = offline.passages(text, size)
+        assert "".join(found) == text
+        for passage in found[:-1]:
+            lines = passage.splitlines(keepends=True)
+            assert len(passage.encode()) >= size > len("".join(lines[:-1]).encode())
+    assert offline.passages("", 5) == []
+
+
 def test_no_held_out_source_is_in_the_span_corruption(corpus, vocabulary):
     lengths = {"inputs": 1024, "targets": 256}
     noised = examples("stdlib_span_corruption", "train", lengths=lengths)
@@ -180,9 +209,9 @@ def test_pretraining_has_no_test_split_and_its_validation_no_test_functions(corp
     assert set(mixture.splits) == {"train", "validation"}
     validation = {f.source for f in corpus.functions if f.split == "validation"}
     assert {r["targets"] for r in records("stdlib_span_corruption", "validation")} == validation
-    assert {
-        r["inputs"].removeprefix("summary: ") for r in records("stdlib_summary", "validation")
-    } <= validation
+    for task in ("stdlib_summary", "stdlib_passage"):
+        for record in records(task, "validation")[::20]:
+            assert any(record["inputs"].removeprefix("summary: ") in text for text in validation)
 
 
 def test_siblings_and_summaries_name_no_held_out_function_and_not_the_module(corpus):
