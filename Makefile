@@ -4,13 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-t5x lint format clean
 
+# By default glibc returns large buffers to the kernel after each step and asks for them in the next.
+demo: export MALLOC_MMAP_MAX_ := 0
+demo: export MALLOC_TRIM_THRESHOLD_ := 1000000000000
+demo: export MALLOC_TOP_PAD_ := 268435456
+demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 demo: $(INSTALLED)
 	$(BIN)/python -m coda_jax.demo --directory=build/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# T5X_PATH: a folder with clones of google-research/t5x, google/airio and google-research/jestimator.
+test-t5x: $(INSTALLED)
+	@test -d "$(T5X_PATH)/t5x/t5x" || { echo "make test-t5x T5X_PATH=FOLDER, with clones of \
+	google-research/t5x, google/airio and google-research/jestimator in FOLDER"; exit 1; }
+	$(BIN)/python -m pip install --quiet --editable '.[dev,t5x]'
+	PYTHONPATH=$(T5X_PATH)/t5x:$(T5X_PATH)/airio:$(T5X_PATH)/jestimator $(BIN)/python -m pytest -k t5x
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

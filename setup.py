@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8,<0.3",  # optimizers and schedules
     "orbax-checkpoint>=0.12.8,<0.13",  # training checkpoints
+    "tensorstore>=0.1.86,<0.2",  # the arrays of T5X checkpoints; orbax brings it
     "numpy>=2.4,<3",
     "safetensors>=0.8,<0.9",  # Hugging Face checkpoints and adapter files
     "jaxtyping>=0.3.11,<0.4",  # shapes in annotations
@@ -28,6 +29,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.21,<2.22",  # without it TensorFlow cannot write them
     "matplotlib>=3.11,<4",  # pictures of the routing
     "scikit-learn>=1.9,<2",  # the demo's linear baseline
+    "rouge-score>=0.1.2,<0.2",  # ROUGE, the metric of summaries
 ]
 TEST = [
     "pytest>=9.2,<10",
@@ -35,6 +37,13 @@ TEST = [
     "hypothesis>=6.170,<7",  # property tests
     "scipy>=1.17,<2",  # reference for the soft top-k
     "beartype>=0.23,<0.24",  # checks the jaxtyping annotations
+]
+
+# T5X itself is on no package registry: see docs/tpu.md.
+T5X = [
+    "fiddle>=0.3,<0.4",  # imported by T5X
+    "cached_property>=2,<3",  # imported by T5X
+    "grain>=0.2.18,<0.3",  # imported by T5X
 ]
 
 setup(
@@ -58,6 +67,6 @@ setup(
         **{package: ["*.gin"] for package in GIN_PACKAGES},
     },
     install_requires=INSTALL_REQUIRES,
-    extras_require={"test": TEST, "dev": [*TEST, "ruff==0.17.6", "wheel>=0.46"]},
+    extras_require={"t5x": T5X, "test": TEST, "dev": [*TEST, "ruff==0.17.6", "wheel>=0.46"]},
     entry_points={"console_scripts": ["coda = coda_jax.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""The command `coda`: gin files and bindings in, one function of `coda_jax.runs` called.
+"""The command `coda`: gin files and bindings in, one function called.
 
     coda train --gin_file=runs/finetune.gin --gin_file=methods/coda.gin --gin.MODEL_DIR="'/tmp/run'"
 
@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 import coda_jax
-from coda_jax import bench, gin_configs, runs
+from coda_jax import bench, convert, exporting, gin_configs, runs
 from coda_jax.run_files import Interruption
 
 COMMANDS = {
@@ -21,6 +21,8 @@ COMMANDS = {
     "evaluate": runs.evaluate,
     "predict": runs.predict,
     "cache": runs.cache,
+    "export": exporting.export,
+    "convert": convert.convert,
 }
 
 

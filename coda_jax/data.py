@@ -332,8 +332,9 @@ def load_vocabulary(path: str | os.PathLike) -> seqio.Vocabulary:
     path = os.fspath(path)
     if path == "bytes":
         return seqio.ByteVocabulary(extra_ids=BYTE_EXTRA_IDS)
-    file = os.path.join(path, batches.VOCABULARY_NAME) if os.path.isdir(path) else path
-    if not os.path.isfile(file):
+    # gfile: pods keep it in a bucket.
+    file = os.path.join(path, batches.VOCABULARY_NAME) if tf.io.gfile.isdir(path) else path
+    if not tf.io.gfile.exists(file):
         raise FileNotFoundError(f'No vocabulary {file!r}. For a model of bytes (ByT5) say "bytes".')
     try:
         plain = seqio.SentencePieceVocabulary(file)

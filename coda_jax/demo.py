@@ -1,9 +1,9 @@
 """The main job on bundled data: adapt one checkpoint three ways with one budget, and compare.
 
 `python -m coda_jax.demo` adapts the bundled checkpoint to `stdlib_module` (which module of Python's
-standard library is this function from?) with the parallel adapter and with CoDA at r = 3 and r = 5,
-evaluates each on the held-out split, times all three side by side, and writes report.json,
-report.md and routing.png.
+standard library is this function from?) with the parallel adapter and with CoDA at r = 3 and 5,
+from random windows of the training functions. It evaluates each on the held-out functions, times
+all three side by side, and writes report.json, report.md and routing.png.
 """
 
 import argparse
@@ -29,11 +29,13 @@ from coda_jax.tasks import baselines, offline  # noqa: F401 (registers the tasks
 from coda_jax.training import TrainOptions
 
 TASK = "stdlib_module"
-FEATURE_LENGTHS = {"inputs": 128, "targets": 8}  # as in pretraining
-STEPS = 1200
-ROWS = 8  # of packed functions: on a CPU, many small steps teach more than few large ones
+FEATURE_LENGTHS = {"inputs": 512, "targets": 8}  # a whole function, the name of a module
+TRAIN_TASK = "stdlib_module_windows"  # of the same task's training functions
+TRAIN_LENGTHS = {"inputs": 128, "targets": 24}  # as in pretraining
+STEPS = 1600
+ROWS = 8  # of packed windows: on a CPU, many small steps teach more than few large ones
 LEARNING_RATE = 3e-2
-MAX_SEGMENTS = 4  # functions in a row
+MAX_SEGMENTS = 4  # windows in a row
 TIMED_LENGTH = 1024
 TIMED_BATCH = 4
 REDUCTIONS = (3, 5)
@@ -67,7 +69,7 @@ def adapt(model: runs.LoadedModel, directory: pathlib.Path) -> runs.LoadedModel:
     result, _ = runs.train(
         str(directory),
         model,
-        data=runs.Data(FEATURE_LENGTHS, TASK, batch_size=ROWS, pack=True),
+        data=runs.Data(TRAIN_LENGTHS, TRAIN_TASK, batch_size=ROWS, pack=True),
         options=TrainOptions(STEPS, save_every=STEPS),
         optimizer=optax.adam,
         learning_rate=optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 50, STEPS),

@@ -131,7 +131,7 @@ class EncoderLayer(nn.Module):
             visible = context.mask[:, None, None, :]
             if context.segment_ids is not None:
                 same = tokens.segment_ids[:, :, None] == context.segment_ids[:, None, :]
-                visible &= same[:, None]
+                visible = visible & same[:, None]
             bias = self.relpos_bias(tokens.positions, context.positions)
             y = attention(
                 tokens.u,
@@ -338,8 +338,8 @@ class Transformer(nn.Module):
         self_mask = None if decode else (decoder_target_tokens > 0)[:, None, None, :]
         if encoder_segment_ids is not None:
             segments = decoder_segment_ids[:, None, :, None]
-            self_mask &= segments == decoder_segment_ids[:, None, None, :]
-            cross_mask &= segments == encoder_segment_ids[:, None, None, :]
+            self_mask = self_mask & (segments == decoder_segment_ids[:, None, None, :])
+            cross_mask = cross_mask & (segments == encoder_segment_ids[:, None, None, :])
         return self.decoder(
             encoded,
             decoder_input_tokens,

@@ -9,6 +9,8 @@ import math
 import re
 from typing import Any
 
+import jax
+
 # The one table. A leaf belongs to a group if any of the group's patterns is found in its path.
 NEW = (r"(^|/)(adapter|router)/",)  # created by the swap, in no dense checkpoint
 NORMS = (r"(^|/)\w*norm/scale$",)  # in the dense checkpoint, trained with the new leaves
@@ -75,11 +77,16 @@ def trained_mask(params: Mapping, trained: str = "adapters") -> dict:
     return unflatten({path: matches(path, patterns) for path in flatten(params)})
 
 
-def labels(params: Mapping, trained: str = "adapters") -> dict:
+def labels(params: Mapping, trained: str = "adapters") -> Mapping:
     """Returns a tree of "trained" and "frozen", as `optax.multi_transform` takes it."""
     patterns = _patterns(trained)
-    words = {True: "trained", False: "frozen"}
-    return unflatten({path: words[matches(path, patterns)] for path in flatten(params)})
+
+    def word(path, leaf):
+        joined = "/".join(str(key.key) for key in path)
+        return "trained" if matches(joined, patterns) else "frozen"
+
+    # Not `unflatten`: what is a FrozenDict must stay one, T5X has both.
+    return jax.tree_util.tree_map_with_path(word, params)
 
 
 def split(params: Mapping, patterns: tuple[str, ...]) -> tuple[dict, dict]:

@@ -4,9 +4,10 @@ Importing this module registers the tasks for the bundled SentencePiece vocabula
 the suffix "_bytes" for bytes. `python -m coda_jax.tasks.offline --write_vocabulary=DIR` trains the
 vocabulary.
 
-Adaptation tasks: `stdlib_module` (function -> its top-level module) and `stdlib_exception`
-(function -> the exception that it raises). Pretraining: the mixture `stdlib_pretrain` of span
-corruption and five supervised tasks, over the train split's functions and the files' other text.
+Adaptation tasks: `stdlib_module` (function -> its top-level module), `stdlib_module_windows` (from
+random windows of its training functions) and `stdlib_exception` (function -> the exception that it
+raises). Pretraining: the mixture `stdlib_pretrain` of span corruption and five supervised tasks,
+over the functions of the train split and the files' other text.
 """
 
 import argparse
@@ -30,6 +31,7 @@ NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
 
 MIN_CLASS_SIZE = 10
 PASSAGE_BYTES = (128, 256)
+WINDOW_TOKENS = 56
 SENTINEL = "<extra_id_0>"
 PRETRAIN_RATES = {
     "stdlib_passage": 5.0,
@@ -78,6 +80,12 @@ def _module(split: str) -> _Columns:
     return _pairs(
         ("module: " + f.source, f.module) for f in _functions(split) if f.module in classes
     )
+
+
+def _module_function(split: str) -> _Columns:
+    """As `_module`, without the prefix, which `preprocessors.random_window` adds."""
+    classes = frozenset(module_classes())
+    return _pairs((f.source, f.module) for f in _functions(split) if f.module in classes)
 
 
 def _exception(split: str) -> _Columns:
@@ -225,6 +233,11 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
     for name, load in (("stdlib_module", _module), ("stdlib_exception", _exception)):
         splits = ("train", "validation", "test")
         _add_task(name + suffix, load, vocabulary, splits, text_steps, [data.accuracy])
+    window = functools.partial(
+        preprocessors.random_window, num_tokens=WINDOW_TOKENS, prefix="module: "
+    )
+    steps = [seqio.preprocessors.tokenize, window, seqio.preprocessors.append_eos]
+    _add_task("stdlib_module_windows" + suffix, _module_function, vocabulary, ["train"], steps)
     splits = ("train", "validation")
     for name, load, first in (
         ("stdlib_function_name", _function_name, []),

@@ -1,4 +1,4 @@
-"""T5's span corruption as seqio preprocessors.
+"""T5's span corruption, and random windows, as seqio preprocessors.
 
 The algorithm is that of T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): 15 % of the
 tokens are noise, in spans of 3 tokens on average; the inputs hold one sentinel for each noise span,
@@ -123,6 +123,33 @@ def nonnoise_span_to_unique_sentinel(
 ) -> tf.Tensor:
     """Replaces each span that is not noise by one sentinel; see `noise_span_to_unique_sentinel`."""
     return noise_span_to_unique_sentinel(tokens, tf.logical_not(noise_mask), vocabulary)
+
+
+def random_window(
+    dataset: tf.data.Dataset, output_features, num_tokens: int, prefix: str
+) -> tf.data.Dataset:
+    """Keeps a random window of the inputs, drawn afresh whenever an example comes.
+
+    Args:
+      dataset: examples with int32 "inputs".
+      output_features: seqio features.
+      num_tokens: of the window; shorter inputs stay whole.
+      prefix: text to put before the window.
+
+    Returns:
+      A dataset of the same examples with shorter "inputs".
+    """
+    prefix_tokens = output_features["inputs"].vocabulary.encode_tf(prefix)
+
+    @seqio.map_over_dataset(num_seeds=1)
+    def window(example, seed):
+        tokens = example["inputs"]
+        spare = tf.maximum(tf.size(tokens) - num_tokens, 0)
+        start = tf.random.stateless_uniform([], seed, maxval=spare + 1, dtype=tf.int32)
+        kept = tokens[start : start + num_tokens]
+        return {**example, "inputs": tf.concat([prefix_tokens, kept], axis=0)}
+
+    return window(dataset)
 
 
 def concatenate_and_split(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from coda_jax import batches as batches_lib
-from coda_jax import checkpoints, cli, gin_configs, runs, training
+from coda_jax import bench, checkpoints, cli, gin_configs, runs, training
+from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.models import EncoderDecoder
 from coda_jax.network import T5Config
@@ -50,8 +51,41 @@ def files(folder):
 
 
 def test_every_gin_file_is_in_a_folder_that_is_tested():
-    tested = [file for folder in ("models", "methods", "runs", "tasks") for file in files(folder)]
+    folders = ("models", "methods", "runs", "tasks", "t5x")  # t5x: test_t5x.py
+    tested = [file for folder in folders for file in files(folder)]
     assert sorted(tested) == sorted(str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*.gin"))
+
+
+# As published with the checkpoints.
+PARAMETERS = {
+    "t5_1_0_small": 60_506_624,
+    "t5_1_0_base": 222_903_552,
+    "t5_1_0_large": 737_668_096,
+    "t5_1_0_3b": 2_851_598_336,
+    "t5_1_0_11b": 11_307_321_344,
+    "t5_1_1_small": 76_961_152,
+    "t5_1_1_base": 247_577_856,
+    "t5_1_1_large": 783_150_080,
+    "t5_1_1_xl": 2_849_757_184,
+    "t5_1_1_xxl": 11_135_332_352,
+    "mt5_small": 300_176_768,
+    "mt5_base": 582_401_280,
+    "mt5_large": 1_229_581_312,
+    "mt5_xl": 3_742_619_648,
+    "mt5_xxl": 12_921_057_280,
+    "byt5_small": 299_637_760,
+    "byt5_base": 581_653_248,
+}
+
+
+def count_parameters(cfg):
+    """Of a model of any depth, from one with a single layer in encoder and decoder."""
+    shallow = cfg.replace(num_encoder_layers=1, num_decoder_layers=1)
+    shapes = jax.eval_shape(EncoderDecoder(shallow).init, jax.random.key(0))
+    count = params_lib.count(shapes)
+    for stack, layers in (("encoder", cfg.num_encoder_layers), ("decoder", cfg.num_decoder_layers)):
+        count += (layers - 1) * params_lib.count(shapes[stack]["layers_0"])
+    return count
 
 
 @pytest.mark.parametrize("name", files("models"))
@@ -61,9 +95,16 @@ def test_models_have_the_sizes_that_they_say_or_require_them(name):
             cli.configure([name], [], [])
         return
     cli.configure([name], [], [])
-    cfg = gin.get_configurable(T5Config)()
-    shapes = jax.eval_shape(EncoderDecoder(cfg).init, jax.random.key(0))
-    assert shapes["token_embedder"]["embedding"].shape == (cfg.vocab_size, cfg.emb_dim)
+    count = count_parameters(gin.get_configurable(T5Config)())
+    known = pathlib.Path(name).stem.replace("flan_t5", "t5_1_1")
+    assert count == PARAMETERS.get(known, count)
+    assert 4_000_000 < count < 14_000_000_000
+
+
+@pytest.mark.parametrize("size", bench.SIZES)
+def test_the_bench_has_the_sizes_of_the_gin_files(size):
+    cli.configure([f"models/t5_1_1_{size}.gin"], [], ["T5Config.dropout_rate=0.0"])
+    assert gin.get_configurable(T5Config)() == bench.t5_1_1(size)
 
 
 @pytest.mark.parametrize("name", files("methods"))

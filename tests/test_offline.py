@@ -260,6 +260,26 @@ def test_adaptation_tasks_ask_for_the_right_class(task, corpus):
         assert len(sizes) > 50
 
 
+def test_windows_are_parts_of_training_functions_drawn_afresh(vocabulary):
+    prefix = vocabulary.encode("module: ")
+    functions = records("stdlib_module", "train")
+    assert set(seqio.TaskRegistry.get("stdlib_module_windows").splits) == {"train"}
+    windows = examples("stdlib_module_windows", "train", num_epochs=2)
+    assert len(windows) == 2 * len(functions)
+    starts = []
+    for index in range(0, len(functions), 97):
+        whole = vocabulary.encode(functions[index]["inputs"].removeprefix("module: "))
+        for window in (windows[index], windows[index + len(functions)]):
+            tokens = window["inputs"].tolist()
+            assert tokens[: len(prefix)] == prefix and tokens[-1] == vocabulary.eos_id
+            body = tokens[len(prefix) : -1]
+            assert len(body) == min(len(whole), offline.WINDOW_TOKENS)
+            found = [i for i in range(len(whole)) if whole[i : i + len(body)] == body]
+            assert found and vocabulary.decode(window["targets"]) == functions[index]["targets"]
+            starts.append(found[0])
+    assert np.mean(np.array(starts[::2]) != starts[1::2]) > 0.7
+
+
 def test_the_name_is_masked_wherever_it_stands_alone_and_becomes_a_sentinel(corpus, vocabulary):
     masked = offline.mask_name(
         "def run(self):\n    run(self.run, rerun, run_2)\n    x.run()", "run"
@@ -325,8 +345,8 @@ def test_a_missing_vocabulary_is_an_error_that_says_how_to_make_it(tmp_path):
         for task in seqio.MixtureRegistry.get("stdlib_pretrain_missing").tasks:
             seqio.TaskRegistry.remove(task.name)
         seqio.MixtureRegistry.remove("stdlib_pretrain_missing")
-        for name in ("stdlib_module_missing", "stdlib_exception_missing"):
-            seqio.TaskRegistry.remove(name)
+        for name in ("stdlib_module", "stdlib_module_windows", "stdlib_exception"):
+            seqio.TaskRegistry.remove(name + "_missing")
 
 
 def test_the_tasks_exist_for_bytes():

@@ -1,0 +1,110 @@
+"""A model as files that answer with jax and numpy alone: `jax.export` programs beside its weights.
+
+A program takes one batch size and one length of inputs. All of them share one file of weights. To
+load them:
+
+    manifest = json.load(open(f"{folder}/manifest.json"))
+    arrays = np.load(f"{folder}/weights.npz")
+    weights = [arrays[k].view(jnp.dtype(t))[..., 0] for k, t in manifest["weights"].items()]
+    program = jax.export.deserialize(open(f"{folder}/predict_32x64.jax_export", "rb").read())
+    tokens = program.call(weights, inputs)
+"""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from coda_jax import params as params_lib
+from coda_jax.inference import Decoding, bucket
+from coda_jax.models import EncoderDecoder
+from coda_jax.run_files import write_report
+from coda_jax.runs import LoadedModel
+
+MANIFEST_NAME = "manifest.json"
+WEIGHTS_NAME = "weights.npz"
+
+
+def program_name(batch_size: int, length: int) -> str:
+    """The file of the program for a batch size and a length of inputs."""
+    return f"predict_{batch_size}x{length}.jax_export"
+
+
+def lengths(decoding: Decoding) -> list[int]:
+    """All padded lengths of inputs that `coda predict` knows, ascending."""
+    longest = decoding.max_input_length
+    return sorted({bucket(length, longest) for length in range(1, longest + 1)})
+
+
+def export(
+    model: LoadedModel,
+    output: str,
+    decoding: Decoding,
+    batch_sizes: Sequence[int] | None = None,
+    platforms: Sequence[str] = ("cpu",),
+) -> None:
+    """`coda export`: (weights, input tokens [B, N] int32) -> output tokens [B, L].
+
+    Args:
+        model: what answers.
+        output: the folder to write; it must not exist yet or be empty.
+        decoding: how outputs are searched for, and the longest input.
+        batch_sizes: B of the programs; None for that of `decoding`.
+        platforms: "cpu", "cuda", "rocm" or "tpu"; each program holds all of them.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        ValueError: a batch size below 1.
+    """
+    directory = pathlib.Path(output)
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; name a new folder")
+    batch_sizes = [decoding.batch_size] if batch_sizes is None else list(batch_sizes)
+    if min(batch_sizes) < 1:
+        raise ValueError(f"batch sizes must be at least 1, got {batch_sizes}")
+    directory.mkdir(parents=True, exist_ok=True)
+    flat = {path: np.asarray(leaf) for path, leaf in params_lib.flatten(model.params).items()}
+    predict = _predict_function(EncoderDecoder(model.config), list(flat), decoding)
+    weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
+    shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
+    for shape in tqdm(shapes, desc="export", unit="program"):
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        exported = jax.export.export(predict, platforms=list(platforms))(weights, tokens)
+        (directory / program_name(*shape)).write_bytes(exported.serialize())
+    _write_weights(directory, flat)
+    manifest = {
+        "programs": {program_name(*shape): shape for shape in shapes},
+        "weights": {path: str(leaf.dtype) for path, leaf in flat.items()},
+        "max_decode_length": decoding.max_decode_length,
+        "platforms": list(platforms),
+        "jax": jax.__version__,
+    }
+    write_report(directory / MANIFEST_NAME, manifest)  # the last file: without it nothing counts
+
+
+def _predict_function(model: EncoderDecoder, paths: Sequence[str], decoding: Decoding):
+    """Takes the weights as a list, so that a loader needs neither Flax nor the tree."""
+
+    @jax.jit
+    def predict(weights, tokens):
+        params = params_lib.unflatten(dict(zip(paths, weights, strict=True)))
+        return model.predict(
+            params,
+            tokens,
+            max_decode_length=decoding.max_decode_length,
+            num_beams=decoding.num_beams,
+            alpha=decoding.alpha,
+        )
+
+    return predict
+
+
+def _write_weights(directory: pathlib.Path, flat: Mapping[str, Any]) -> None:
+    """npz knows no bfloat16: every leaf is stored as bytes, its dtype in the manifest."""
+    raw = {path: leaf.reshape(*leaf.shape, 1).view(np.uint8) for path, leaf in flat.items()}
+    with open(directory / WEIGHTS_NAME, "wb") as file:
+        np.savez(file, **raw)

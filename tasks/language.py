@@ -1,0 +1,398 @@
+"""Language tasks as seqio tasks: T5's text formats, and two sets of intents.
+
+`task(name, vocabulary)` registers one of `SPECS` for a vocabulary. The texts of C4, MNLI, RTE,
+BoolQ, SQuAD and ReCoRD are byte for byte those of the public T5 tasks (Raffel et al. 2020, arXiv
+1910.10683, appendix D), and XSum's have the form of T5's other summaries, so that T5's checkpoints
+know them. Test splits without labels, as MNLI's, are left out: a score would mean nothing.
+
+The data come from TFDS, which downloads them into $TFDS_DATA_DIR when they are first read, or from
+a folder. Registering reads neither.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import csv
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import os
+
+import seqio
+import tensorflow as tf
+
+from coda_jax import data
+from coda_jax.tasks import metrics, preprocessors, stdlib_corpus
+
+CLINC_FILE = "data_full.json"
+CLINC_KEYS = {
+    "train": "train",
+    "validation": "val",
+    "test": "test",
+    "oos_train": "oos_train",
+    "oos_validation": "oos_val",
+    "oos_test": "oos_test",
+}
+BANKING_COLUMNS = ["text", "category"]
+LINES_PER_TEXT = 64
+VALIDATION_BUCKETS = 20  # One of them, 5 % of a folder's texts, is the validation split.
+
+_SPLITS = ("train", "validation", "test")
+_Columns = dict[str, list[str]]
+_Preprocessor = Callable[..., tf.data.Dataset]
+
+
+# --- From records to texts. ---
+
+
+def glue(record, name: str, fields: Sequence[str], labels: Sequence[str]):
+    """T5's text of a GLUE or SuperGLUE record: "mnli hypothesis: ... premise: ...".
+
+    Args:
+      record: has the fields, and "label", an index. TFDS marks a missing label by -1: an error.
+      name: the first word of the text.
+      fields: in the order of the text; T5 sorts them.
+      labels: the texts of the labels.
+
+    Returns:
+      {"inputs", "targets"}.
+    """
+    parts = [name]
+    for field in fields:
+        parts += [f"{field}:", record[field]]
+    targets = tf.gather(list(labels), record["label"])
+    return {"inputs": tf.strings.join(parts, " "), "targets": targets}
+
+
+def _spaced(text: tf.Tensor) -> tf.Tensor:
+    """Puts a space on both sides of each ASCII punctuation mark, and makes one of any run."""
+    return _single_spaces(tf.strings.regex_replace(text, "[[:punct:]]", r" \0 "))
+
+
+def _single_spaces(text: tf.Tensor) -> tf.Tensor:
+    return tf.strings.regex_replace(text, r"\s+", " ")
+
+
+def squad(record):
+    """T5's text of a SQuAD record: "question: ... context: ...", punctuation set off by spaces.
+
+    Args:
+      record: has "question", "context" and "answers" with at least one "text".
+
+    Returns:
+      {"inputs", "targets": the first answer, "answers": all of them, for the metric}.
+    """
+    parts = ["question:", _spaced(record["question"]), "context:", _spaced(record["context"])]
+    answers = _spaced(record["answers"]["text"])
+    inputs = _single_spaces(tf.strings.join(parts, " "))
+    return {"inputs": inputs, "targets": answers[0], "answers": answers}
+
+
+def record(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """T5's texts of ReCoRD: "record query: ... entities: ... passage: ..." for each right answer.
+
+    The highlights below an article become sentences of it.
+
+    Args:
+      dataset: records with "passage", "query", "entities", "answers", and "idx" with the numbers of
+        "passage" and "query"; one without an answer is an error.
+
+    Returns:
+      A dataset of {"inputs", "targets": one answer, "answers": all, "group": [2] int32 the two
+      numbers}; the last two are for the metric.
+    """
+
+    def texts(x):
+        number = tf.stack([x["idx"]["passage"], x["idx"]["query"]])
+        has_answers = tf.size(x["answers"]) > 0
+        tf.debugging.Assert(has_answers, ["ReCoRD: no answer to (passage, query)", number])
+        passage = tf.strings.regex_replace(x["passage"], r"([.?!\"'])\n@highlight\n", r"\1 ")
+        passage = tf.strings.regex_replace(passage, r"\n@highlight\n", ". ")
+        entities = tf.strings.reduce_join(x["entities"], separator=", ")
+        parts = ["record query:", x["query"], "entities:", entities, "passage:", passage]
+        shared = {"inputs": tf.strings.join(parts, " "), "answers": x["answers"], "group": number}
+        answers = tf.data.Dataset.from_tensor_slices(x["answers"])
+        return answers.map(lambda answer: {**shared, "targets": answer})
+
+    return dataset.flat_map(texts)
+
+
+def prefixed(record, prefix: str, source: str, target: str):
+    """The text of a set with one input, "<prefix>: <input>".
+
+    Args:
+      record: has the two fields.
+      prefix: "summarize" for XSum as for T5's summaries; the name of the set for intents.
+      source: the field with the input.
+      target: the field with the summary or the intent's name.
+
+    Returns:
+      {"inputs", "targets"}.
+    """
+    inputs = tf.strings.join([f"{prefix}:", record[source]], " ")
+    return {"inputs": inputs, "targets": record[target]}
+
+
+# --- Folders. ---
+
+
+def read_clinc(directory: str, split: str) -> _Columns:
+    """Reads a split of CLINC150 from the published `data_full.json`.
+
+    Args:
+      directory: where the file lies.
+      split: one of `CLINC_KEYS`; "oos_..." are the out-of-scope queries, in no other split.
+
+    Returns:
+      The columns "text" and "intent_name".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not as published; the place is named.
+    """
+    path, key = os.path.join(directory, CLINC_FILE), CLINC_KEYS[split]
+    with open(path, "rb") as f:
+        try:
+            splits = json.loads(f.read().decode("utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{path}: not JSON: {e}.") from e
+    if not isinstance(splits, dict) or not isinstance(splits.get(key), list) or not splits[key]:
+        raise ValueError(f"{path}: there must be a list of pairs [text, intent] under {key!r}.")
+    for number, pair in enumerate(splits[key]):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair))):
+            raise ValueError(f"{path}: {key}[{number}] must be [text, intent], not {pair!r}.")
+    texts, intents = zip(*splits[key], strict=True)
+    return {"text": list(texts), "intent_name": list(intents)}
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def read_banking(directory: str, split: str) -> _Columns:
+    """Reads a split of Banking77 from the published `train.csv` and `test.csv`.
+
+    There is no published validation split: it is the 10 % of train.csv that a hash of the text
+    picks, and they are missing in "train".
+
+    Args:
+      directory: where the files lie.
+      split: "train", "validation" or "test".
+
+    Returns:
+      The columns "text" and "category".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a file is not as published (file and line are named), or nothing is in the split.
+    """
+    path = os.path.join(directory, "test.csv" if split == "test" else "train.csv")
+    rows = _read_csv(path)
+    if split != "test":
+        wanted = split == "validation"
+        rows = [r for r in rows if (stdlib_corpus.split_of(r[0]) == "validation") == wanted]
+    if not rows:
+        raise ValueError(f"{path}: there is no query of the split {split!r}.")
+    texts, categories = zip(*rows, strict=True)
+    return {"text": list(texts), "category": list(categories)}
+
+
+def _read_csv(path: str) -> list[list[str]]:
+    """Returns the rows after the header, which must be `BANKING_COLUMNS`."""
+    rows: list[list[str]] = []
+    with open(path, encoding="utf-8", newline="") as f:
+        reader = csv.reader(f, strict=True)
+        try:
+            if (header := next(reader, None)) != BANKING_COLUMNS:
+                raise ValueError(f"the first line must be {BANKING_COLUMNS}, not {header}")
+            for row in reader:
+                if len(row) != len(BANKING_COLUMNS) or not all(map(_is_text, row)):
+                    raise ValueError(f"not a row of {BANKING_COLUMNS}: {row}")
+                rows.append(row)
+        except (ValueError, csv.Error) as e:  # UnicodeDecodeError is a ValueError.
+            raise ValueError(f"{path}:{reader.line_num}: {e}.") from e
+    return rows
+
+
+class TextFolder(seqio.FileDataSource):
+    """The `*.txt` files of a folder, streamed as records {"text"} of 64 lines.
+
+    A hash of the record picks the split "validation", so that it depends neither on the order nor
+    on the names of the files, and no text is in both splits.
+    """
+
+    def __init__(self, directory: str):
+        """Makes the source of a folder with UTF-8 files; nothing is looked for yet."""
+        self._directory = directory
+        pattern = os.path.join(glob.escape(directory), "*.txt")
+        super().__init__(_read_texts, {"train": pattern, "validation": pattern})
+
+    def list_shards(self, split):
+        """Returns the files; FileNotFoundError if there are none."""
+        files = super().list_shards(split)
+        if not files:
+            raise FileNotFoundError(f"There are no *.txt files in {self._directory!r}.")
+        return files
+
+    def get_dataset(self, split="train", **kwargs):
+        """Returns a split as a tf.data.Dataset; see `seqio.DataSource.get_dataset`."""
+
+        def is_of_split(example):
+            bucket = tf.strings.to_hash_bucket_fast(example["text"], VALIDATION_BUCKETS)
+            return (bucket == 0) == (split == "validation")
+
+        return super().get_dataset(split, **kwargs).filter(is_of_split)
+
+
+def _read_texts(path: tf.Tensor) -> tf.data.Dataset:
+    def join(lines):
+        text = tf.strings.reduce_join(lines + "\n")
+        is_utf8 = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace") == text
+        tf.debugging.Assert(is_utf8, ["not UTF-8:", path])
+        return {"text": text}
+
+    return tf.data.TextLineDataset(path).batch(LINES_PER_TEXT).map(join)
+
+
+# --- The tasks. ---
+
+
+def _mapped(function: Callable, **kwargs) -> _Preprocessor:
+    return seqio.map_over_dataset(functools.partial(function, **kwargs))
+
+
+def _glue(name: str, fields: Sequence[str], labels: Sequence[str]) -> _Preprocessor:
+    return _mapped(glue, name=name, fields=fields, labels=labels)
+
+
+def _memory_source(read: Callable[[str, str], _Columns], splits: Sequence[str]):
+    return lambda directory: data.MemorySource(functools.partial(read, directory), splits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One row of `SPECS`.
+
+    Attributes:
+      texts: seqio preprocessor, from records to texts.
+      tfds_name: name and version of the TFDS data set; None: only a folder is read.
+      splits: those of TFDS, or a dict from the task's names of them to TFDS's.
+      folder: makes the source of a folder; None: only TFDS is read.
+      noise: seqio preprocessor of tokens, if there is one.
+      metric_fns: of seqio.
+      postprocess: seqio's `postprocess_fn`.
+    """
+
+    texts: _Preprocessor
+    tfds_name: str | None
+    splits: Sequence[str] | Mapping[str, str] = ("train", "validation")
+    folder: Callable[[str], seqio.DataSource] | None = None
+    noise: _Preprocessor | None = None
+    metric_fns: Sequence[Callable] = (data.accuracy,)
+    postprocess: Callable = data.strip_text
+
+
+SPECS = {
+    "c4": Spec(
+        functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
+        "c4/en:3.1.0",
+        folder=TextFolder,
+        noise=preprocessors.span_corruption,
+        metric_fns=(),
+    ),
+    "mnli": Spec(
+        _glue("mnli", ("hypothesis", "premise"), ("entailment", "neutral", "contradiction")),
+        "glue/mnli:2.0.0",
+        splits={
+            "train": "train",
+            "validation": "validation_matched",
+            "validation_mismatched": "validation_mismatched",
+        },
+    ),
+    "rte": Spec(
+        _glue("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment")),
+        "glue/rte:2.0.0",
+    ),
+    "boolq": Spec(
+        _glue("boolq", ("passage", "question"), ("False", "True")), "super_glue/boolq:1.0.2"
+    ),
+    "squad": Spec(
+        _mapped(squad),
+        "squad/v1.1:3.0.0",
+        metric_fns=(metrics.squad,),
+        postprocess=metrics.all_answers,
+    ),
+    "record": Spec(
+        record,
+        "super_glue/record:1.0.2",
+        metric_fns=(metrics.record,),
+        postprocess=metrics.grouped_answers,
+    ),
+    "xsum": Spec(
+        _mapped(prefixed, prefix="summarize", source="document", target="summary"),
+        "xsum:1.1.0",
+        splits=_SPLITS,
+        metric_fns=(metrics.rouge,),
+    ),
+    "clinc150": Spec(
+        _mapped(prefixed, prefix="clinc150", source="text", target="intent_name"),
+        "clinc_oos:0.1.0",
+        splits={s: s for s in _SPLITS} | {f"oos_{s}": f"{s}_oos" for s in _SPLITS},
+        folder=_memory_source(read_clinc, tuple(CLINC_KEYS)),
+    ),
+    "banking77": Spec(
+        _mapped(prefixed, prefix="banking77", source="text", target="category"),
+        None,
+        folder=_memory_source(read_banking, _SPLITS),
+    ),
+}
+
+
+def _source(name: str, directory: str | None) -> seqio.DataSource:
+    spec = SPECS[name]
+    if directory is None:
+        if spec.tfds_name is None:
+            raise ValueError(f"{name!r} is not in TFDS: it needs the directory with its files.")
+        return seqio.TfdsDataSource(spec.tfds_name, splits=spec.splits)
+    if spec.folder is None:
+        raise ValueError(
+            f"{name!r} reads no directory, so directory={directory!r} cannot be: it is read by "
+            f"TFDS ({spec.tfds_name}), whose folder is $TFDS_DATA_DIR."
+        )
+    return spec.folder(directory)
+
+
+def task(name: str, vocabulary: str, directory: str | None = None) -> str:
+    """Registers a task, once, and returns the name that it has in seqio. For gin files.
+
+    Args:
+      name: a key of `SPECS`.
+      vocabulary: a path, or "bytes", for `data.load_vocabulary`.
+      directory: for "c4" a folder of text files, for "clinc150" and "banking77" the folder with the
+        published files; None: TFDS.
+
+    Returns:
+      "<name>_<hash of the arguments>".
+
+    Raises:
+      ValueError: an unknown name, or a directory where none is read or none where one is needed.
+      FileNotFoundError: there is no such vocabulary.
+    """
+    if name not in SPECS:
+        raise ValueError(f"There is no language task {name!r}, only {sorted(SPECS)}.")
+    source = _source(name, directory)
+    arguments = repr((name, vocabulary, directory))
+    registered = f"{name}_{hashlib.sha256(arguments.encode()).hexdigest()[:12]}"
+    if registered not in seqio.TaskRegistry.names():
+        spec = SPECS[name]
+        text_steps = [spec.texts, seqio.preprocessors.tokenize]
+        noise_steps = [spec.noise] if spec.noise else []
+        seqio.TaskRegistry.add(
+            registered,
+            source=source,
+            preprocessors=[*text_steps, *noise_steps, seqio.preprocessors.append_eos],
+            output_features=data.output_features(data.load_vocabulary(vocabulary)),
+            postprocess_fn=spec.postprocess,
+            metric_fns=list(spec.metric_fns),
+        )
+    return registered

@@ -1,0 +1,78 @@
+"""Exported programs answer as `Predictor` does, with jax and numpy alone."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+from helpers import config, random_params
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coda_jax import exporting
+from coda_jax.inference import Decoding, Predictor
+from coda_jax.models import EncoderDecoder
+from coda_jax.runs import LoadedModel
+
+CONFIG = config(coda={"reduction": 2.0})
+DECODING = Decoding(max_input_length=40, max_decode_length=4, num_beams=2, batch_size=4)
+
+
+@pytest.fixture(scope="module", params=[jnp.float32, jnp.bfloat16])
+def model(request):
+    params = jax.tree.map(lambda x: jnp.asarray(x, request.param), random_params(CONFIG))
+    return LoadedModel(CONFIG.replace(dtype=request.param), params, None)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("export") / "new"
+    exporting.export(model, str(directory), DECODING)
+    return directory
+
+
+def test_a_fresh_interpreter_gives_the_same_tokens_with_jax_and_numpy_alone(model, folder):
+    lines = exporting.__doc__.split("To\nload them:")[1]
+    code = f"""
+        import json, sys
+        import jax, jax.export, jax.numpy as jnp, numpy as np
+        folder = {str(folder)!r}
+        inputs = jnp.array(json.loads(sys.argv[1]), jnp.int32)
+        {textwrap.indent(textwrap.dedent(lines.replace("32x64", "4x32")), " " * 8).strip()}
+        assert not any(n.split(".")[0] in ("coda_jax", "flax", "tensorflow") for n in sys.modules)
+        print(json.dumps(tokens.tolist()))
+    """
+    inputs = np.random.default_rng(0).integers(2, 20, (4, 32))
+    inputs[1, 5:] = 0
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), json.dumps(inputs.tolist())],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    predictor = Predictor(EncoderDecoder(model.config), model.params, DECODING)
+    expected = dict(predictor([row[row > 0] for row in inputs]))
+    assert json.loads(found.stdout) == [expected[row].tolist() for row in range(4)]
+
+
+def test_the_manifest_lists_a_program_for_each_bucket(model, folder):
+    manifest = json.loads((folder / exporting.MANIFEST_NAME).read_text())
+    assert manifest["programs"] == {
+        "predict_4x32.jax_export": [4, 32],
+        "predict_4x40.jax_export": [4, 40],
+    }
+    assert set(map(pathlib.Path, manifest["programs"])) < {
+        path.relative_to(folder) for path in folder.iterdir()
+    }
+    assert set(manifest["weights"].values()) == {jnp.dtype(model.config.dtype).name}
+
+
+def test_bad_requests_are_refused(model, folder, tmp_path):
+    with pytest.raises(FileExistsError, match="is not empty"):
+        exporting.export(model, str(folder), DECODING)
+    with pytest.raises(ValueError, match=r"at least 1, got \[2, 0\]"):
+        exporting.export(model, str(tmp_path), DECODING, batch_sizes=[2, 0])
