@@ -268,7 +268,8 @@ def test_windows_are_parts_of_training_functions_drawn_afresh(vocabulary):
     assert len(windows) == 2 * len(functions)
     starts = []
     for index in range(0, len(functions), 97):
-        whole = vocabulary.encode(functions[index]["inputs"].removeprefix("module: "))
+        source = functions[index]["inputs"].removeprefix("module: ")
+        whole = vocabulary.encode_tf(source).numpy().tolist()
         for window in (windows[index], windows[index + len(functions)]):
             tokens = window["inputs"].tolist()
             assert tokens[: len(prefix)] == prefix and tokens[-1] == vocabulary.eos_id
