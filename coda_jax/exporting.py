@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from coda_jax import params as params_lib
-from coda_jax.inference import Decoding, bucket
+from coda_jax.inference import Decoding, bucket, predict_function
 from coda_jax.models import EncoderDecoder
 from coda_jax.run_files import write_report
 from coda_jax.runs import LoadedModel
@@ -89,18 +89,13 @@ def export(
 def _predict_function(model: EncoderDecoder, paths: Sequence[str], decoding: Decoding):
     """Takes the weights as a list, so that a loader needs neither Flax nor the tree."""
 
-    @jax.jit
-    def predict(weights, tokens):
-        params = params_lib.unflatten(dict(zip(paths, weights, strict=True)))
-        return model.predict(
-            params,
-            tokens,
-            max_decode_length=decoding.max_decode_length,
-            num_beams=decoding.num_beams,
-            alpha=decoding.alpha,
-        )
+    predict = predict_function(model, decoding)
 
-    return predict
+    @jax.jit
+    def predict_from_list(weights, tokens):
+        return predict(params_lib.unflatten(dict(zip(paths, weights, strict=True))), tokens)
+
+    return predict_from_list
 
 
 def _write_weights(directory: pathlib.Path, flat: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Outputs for lists of inputs: batches of equal, bucketed lengths, so that little is compiled."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -42,6 +43,18 @@ def bucket(length: int, longest: int) -> int:
     return min(longest, max(_SHORTEST_BUCKET, 1 << (max(length, 1) - 1).bit_length()))
 
 
+def predict_function(
+    model: EncoderDecoder, decoding: Decoding
+) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
+    """(parameters, input tokens [B, N]) -> output tokens [B, max_decode_length]."""
+    return functools.partial(
+        model.predict,
+        max_decode_length=decoding.max_decode_length,
+        num_beams=decoding.num_beams,
+        alpha=decoding.alpha,
+    )
+
+
 class Predictor:
     """A model ready to answer; it compiles one program per bucket of input lengths."""
 
@@ -50,18 +63,7 @@ class Predictor:
         self.num_truncated = 0
         self._placement = Placement()
         self._params = self._placement.params(params)
-
-        @jax.jit
-        def predict(params, tokens):
-            return model.predict(
-                params,
-                tokens,
-                max_decode_length=decoding.max_decode_length,
-                num_beams=decoding.num_beams,
-                alpha=decoding.alpha,
-            )
-
-        self._predict = predict
+        self._predict = jax.jit(predict_function(model, decoding))
 
     @property
     def num_programs(self) -> int:

@@ -75,17 +75,9 @@ def module_classes() -> tuple[str, ...]:
     return tuple(sorted(m for m, size in sizes.items() if size >= MIN_CLASS_SIZE))
 
 
-def _module(split: str) -> _Columns:
+def _module(split: str, prefix: str = "module: ") -> _Columns:
     classes = frozenset(module_classes())
-    return _pairs(
-        ("module: " + f.source, f.module) for f in _functions(split) if f.module in classes
-    )
-
-
-def _module_function(split: str) -> _Columns:
-    """As `_module`, without the prefix, which `preprocessors.random_window` adds."""
-    classes = frozenset(module_classes())
-    return _pairs((f.source, f.module) for f in _functions(split) if f.module in classes)
+    return _pairs((prefix + f.source, f.module) for f in _functions(split) if f.module in classes)
 
 
 def _exception(split: str) -> _Columns:
@@ -237,7 +229,8 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
         preprocessors.random_window, num_tokens=WINDOW_TOKENS, prefix="module: "
     )
     steps = [seqio.preprocessors.tokenize, window, seqio.preprocessors.append_eos]
-    _add_task("stdlib_module_windows" + suffix, _module_function, vocabulary, ["train"], steps)
+    load = functools.partial(_module, prefix="")  # The window gets the prefix.
+    _add_task("stdlib_module_windows" + suffix, load, vocabulary, ["train"], steps)
     splits = ("train", "validation")
     for name, load, first in (
         ("stdlib_function_name", _function_name, []),

@@ -138,3 +138,12 @@ def pack(rows, num_tokens):
         segments[0, start : start + len(row)] = i + 1
         start += len(row)
     return tokens, segments
+
+
+def assert_same_tree(first, second):
+    """The same paths, dtypes and bits."""
+    first, second = params_lib.flatten(first), params_lib.flatten(second)
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        assert leaf.dtype == second[path].dtype, path
+        assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path

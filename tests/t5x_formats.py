@@ -73,11 +73,3 @@ def array_folder(kind, directory, path):
 
 KINDS = ("legacy", "orbax", "orbax_zarr")
 FOLDERS = ("legacy", "orbax_zarr")  # in which every array has a folder of its own
-
-
-def assert_same(first, second):
-    first, second = params_lib.flatten(first), params_lib.flatten(second)
-    assert first.keys() == second.keys()
-    for path, leaf in first.items():
-        assert leaf.dtype == second[path].dtype, path
-        assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 import shutil
 
+from helpers import assert_same_tree
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,14 +58,6 @@ def edit_manifest(directory, change):
     (directory / "adapter.json").write_text(json.dumps(manifest))
 
 
-def assert_same(first, second):
-    first, second = params_lib.flatten(first), params_lib.flatten(second)
-    assert first.keys() == second.keys()
-    for path, leaf in first.items():
-        assert leaf.dtype == second[path].dtype, path
-        assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("reduction", [3, (1, 2.5)])
 def test_round_trip_is_bit_identical(tmp_path, dtype, reduction):
@@ -72,7 +65,7 @@ def test_round_trip_is_bit_identical(tmp_path, dtype, reduction):
     save_adapter(tmp_path, params, config)
     loaded_config, loaded = load_adapter(tmp_path, base)
     assert loaded_config == config
-    assert_same(loaded, params)
+    assert_same_tree(loaded, params)
 
 
 def test_file_holds_what_is_trained_and_nothing_else(saved):
@@ -91,7 +84,7 @@ def test_bfloat16_base_and_other_saved_dtypes_are_kept(saved_once, tmp_path):
     params = params_lib.merge(trained, jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen))
     save_adapter(tmp_path, params, config)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
-    assert_same(load_adapter(tmp_path, half)[1], params)
+    assert_same_tree(load_adapter(tmp_path, half)[1], params)
     with pytest.raises(ValueError, match="fingerprint"):
         load_adapter(tmp_path, base)
 
@@ -104,7 +97,7 @@ def test_saving_again_replaces_the_adapter(saved):
     save_adapter(directory, params, config)
     loaded_config, loaded = load_adapter(directory, base)
     assert loaded_config == config
-    assert_same(loaded, params)
+    assert_same_tree(loaded, params)
 
 
 def test_fingerprint_depends_on_the_frozen_leaves_alone(saved):

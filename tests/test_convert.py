@@ -7,14 +7,13 @@ import shutil
 import tarfile
 
 import gin
-from helpers import logits
+from helpers import assert_same_tree, logits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
-from t5x_formats import assert_same
 
 from coda_jax import batches as batches_lib
 from coda_jax import checkpoints, cli, runs, training
@@ -71,7 +70,7 @@ def test_hf_to_t5x_to_hf_is_bit_identical(tmp_path, name):
     convert(tmp_path / "t5x", tmp_path / "hf", "hf")
     again_config, again = checkpoints.load_hf(tmp_path / "hf")
     assert again_config == config
-    assert_same(again, params)
+    assert_same_tree(again, params)
     first, second = (golden_logits(config, tree, name) for tree in (params, again))
     assert first.tobytes() == second.tobytes()
 
@@ -84,7 +83,7 @@ def test_what_shapes_do_not_tell_comes_from_the_config(tmp_path):
     convert(tmp_path / "t5x", tmp_path / "hf", "hf", config=config)
     again_config, again = checkpoints.load_hf(tmp_path / "hf")
     assert again_config == config
-    assert_same(again, params)
+    assert_same_tree(again, params)
 
 
 @pytest.mark.parametrize("name", ["v1_1", "v1_0"])
@@ -93,18 +92,18 @@ def test_adapters_make_the_round_trip(tmp_path, name):
     config, params = adapted(base, dense_config)
     checkpoints.save_adapter(tmp_path / "adapter", params, config)
     convert(tmp_path / "adapter", tmp_path / "t5x", "t5x", base=GOLDEN / name)
-    assert_same(checkpoints.load_t5x(tmp_path / "t5x"), params)
+    assert_same_tree(checkpoints.load_t5x(tmp_path / "t5x"), params)
 
     convert(tmp_path / "t5x", tmp_path / "hf", "hf", adapter=ADAPTER, coda=CODA)
     again_dense_config, dense = checkpoints.load_hf(tmp_path / "hf")
     assert again_dense_config == dense_config
     again_config, again = checkpoints.load_adapter(tmp_path / "hf" / "adapter", dense)
     assert again_config == config
-    assert_same(again, params)
+    assert_same_tree(again, params)
     first, second = (golden_logits(config, tree, name) for tree in (params, again))
     assert first.tobytes() == second.tobytes()
     # The new dense checkpoint has the norms that were trained; the adapter brings its own.
-    assert_same(checkpoints.load_adapter(tmp_path / "hf" / "adapter", base)[1], params)
+    assert_same_tree(checkpoints.load_adapter(tmp_path / "hf" / "adapter", base)[1], params)
 
 
 def test_transformers_reads_a_checkpoint_of_t5x(tmp_path):
@@ -154,7 +153,7 @@ def test_the_adapter_of_a_t5x_run_belongs_to_its_base_again(t5x_run, base, tmp_p
     trained, _ = params_lib.partition(params)
     _, frozen = params_lib.partition(base_params)
     assert frozen["token_embedder"]["embedding"].dtype == jnp.bfloat16
-    assert_same(loaded, params_lib.merge(trained, frozen))
+    assert_same_tree(loaded, params_lib.merge(trained, frozen))
 
     convert(folder, tmp_path / "other", "adapter", adapter=ADAPTER, coda=CODA)
     with pytest.raises(ValueError, match="fingerprint"):  # it is that of float32 leaves
@@ -166,7 +165,7 @@ def test_a_step_of_a_t5x_run_is_chosen(t5x_run, base, tmp_path):
     options = {"adapter": ADAPTER, "coda": CODA}
     convert(folder, tmp_path / "t5x", "t5x", step=10, **options)
     assert (tmp_path / "t5x" / "checkpoint_10").is_dir()
-    assert_same(checkpoints.load_t5x(tmp_path / "t5x"), checkpoints.load_t5x(folder, 10))
+    assert_same_tree(checkpoints.load_t5x(tmp_path / "t5x"), checkpoints.load_t5x(folder, 10))
 
 
 def test_a_base_whose_leaves_were_not_frozen_is_refused(t5x_run, base, tmp_path):
@@ -221,12 +220,12 @@ def test_the_adapter_of_a_local_run_is_what_the_run_exported(train, base, tmp_pa
     assert (tmp_path / "t5x" / batches_lib.VOCABULARY_NAME).read_text() == "pieces"
     _, base_params = checkpoints.load_hf(base)
     _, params = checkpoints.load_adapter(tmp_path / "adapter", base_params)
-    assert_same(checkpoints.load_t5x(tmp_path / "t5x"), params)
+    assert_same_tree(checkpoints.load_t5x(tmp_path / "t5x"), params)
 
     convert(run, tmp_path / "hf", "hf", base=base)
     assert (tmp_path / "hf" / batches_lib.VOCABULARY_NAME).read_text() == "pieces"
     _, dense = checkpoints.load_hf(tmp_path / "hf")
-    assert_same(checkpoints.load_adapter(tmp_path / "hf" / "adapter", dense)[1], params)
+    assert_same_tree(checkpoints.load_adapter(tmp_path / "hf" / "adapter", dense)[1], params)
 
     with pytest.raises(ValueError, match="only what was trained"):
         convert(run, tmp_path / "x", "adapter")

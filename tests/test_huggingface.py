@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 import shutil
 
+from helpers import assert_same_tree
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from coda_jax import params as params_lib
 from coda_jax.checkpoints import huggingface, load_hf, save_hf
 from coda_jax.network import Transformer
 
@@ -33,14 +33,6 @@ def our_logits(config, params, inputs):
 def assert_same_logits(ours, theirs, inputs):
     valid = inputs["decoder_targets"] > 0
     np.testing.assert_allclose(ours[valid], theirs[valid], rtol=1e-4, atol=1e-5)
-
-
-def assert_same_tree(first, second):
-    first, second = params_lib.flatten(first), params_lib.flatten(second)
-    assert first.keys() == second.keys()
-    for path, leaf in first.items():
-        assert leaf.dtype == second[path].dtype, path
-        assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
 
 
 @pytest.fixture(name="golden_module")

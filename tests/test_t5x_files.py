@@ -8,13 +8,13 @@ import shutil
 import tarfile
 
 from flax.core import freeze
-from helpers import logits
+from helpers import assert_same_tree, logits
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from t5x_formats import CODA, KINDS, assert_same, fresh_params, write, write_legacy
+from t5x_formats import CODA, KINDS, fresh_params, write, write_legacy
 
 from coda_jax import params as params_lib
 from coda_jax.checkpoints import load_t5x, save_t5x
@@ -65,13 +65,13 @@ def test_the_optimizer_of_a_checkpoint_of_t5x_is_not_read(golden):
     assert len(folders) == len(params_lib.flatten(expected))
     for chunk in (file for folder in folders for file in folder.iterdir()):
         chunk.unlink()
-    assert_same(load_t5x(checkpoint), expected)
+    assert_same_tree(load_t5x(checkpoint), expected)
 
 
 def test_the_optimizer_of_a_checkpoint_of_orbax_is_not_read(tmp_path, params):
     write("orbax_zarr", tmp_path, params)
     shutil.rmtree(tmp_path / "state" / "state.param_states.x")
-    assert_same(load_t5x(tmp_path), params)
+    assert_same_tree(load_t5x(tmp_path), params)
 
 
 # --- The formats ---
@@ -84,7 +84,7 @@ def test_every_leaf_is_read_bit_for_bit(tmp_path, params, kind, dtype):
     write(kind, tmp_path / "checkpoint_7", params)
     loaded, step = read_t5x(tmp_path)
     assert step == 7
-    assert_same(loaded, params)
+    assert_same_tree(loaded, params)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -93,7 +93,7 @@ def test_small_arrays_lie_in_the_msgpack_file(tmp_path, params, dtype):
     norms = [path for path in params_lib.flatten(params) if path.endswith("scale")]
     write_legacy(tmp_path, params, inline=norms)
     assert not list(tmp_path.glob("*.scale"))
-    assert_same(load_t5x(tmp_path), params)
+    assert_same_tree(load_t5x(tmp_path), params)
 
 
 def gcs(spec):
@@ -111,7 +111,7 @@ def before_2021(spec):
 @pytest.mark.parametrize("edit_spec", [gcs, before_2021])
 def test_arrays_that_were_written_elsewhere_are_found_here(tmp_path, params, edit_spec):
     write_legacy(tmp_path, params, edit_spec=edit_spec)
-    assert_same(load_t5x(tmp_path), params)
+    assert_same_tree(load_t5x(tmp_path), params)
 
 
 @pytest.mark.parametrize("wrap", ["params", "no optimizer", "both"])
@@ -125,7 +125,7 @@ def test_other_places_of_the_parameters_are_known(tmp_path, params, wrap):
             tree.update(inner)
 
     write_legacy(tmp_path, params, inline=params_lib.flatten(params), edit_tree=edit_tree)
-    assert_same(load_t5x(tmp_path), params)
+    assert_same_tree(load_t5x(tmp_path), params)
 
 
 # --- Which checkpoint ---
@@ -210,7 +210,7 @@ def num_layers(stack):
 @pytest.mark.parametrize("kind", KINDS)
 def test_scanned_layers_are_unstacked(tmp_path, params, kind, axis):
     write(kind, tmp_path, scalable(params, axis))
-    assert_same(load_t5x(tmp_path), params)
+    assert_same_tree(load_t5x(tmp_path), params)
 
 
 @pytest.mark.parametrize("axis", [None, 1])
@@ -258,7 +258,7 @@ def test_what_is_saved_is_loaded(tmp_path, params, dtype):
     assert path == tmp_path / "new" / "run" / "checkpoint_12"
     loaded, step = read_t5x(tmp_path / "new" / "run")
     assert step == 12
-    assert_same(loaded, params)
+    assert_same_tree(loaded, params)
 
 
 def test_a_checkpoint_is_not_overwritten_and_others_are_kept(tmp_path, params):
@@ -320,7 +320,7 @@ def test_loads_what_t5x_saves(t5x_checkpoints, tmp_path, params, kind):
         manager.close()
     loaded, step = read_t5x(tmp_path)
     assert step == 5
-    assert_same(loaded, params)
+    assert_same_tree(loaded, params)
 
 
 def test_t5x_restores_what_is_saved(t5x_checkpoints, tmp_path, params):
@@ -334,4 +334,4 @@ def test_t5x_restores_what_is_saved(t5x_checkpoints, tmp_path, params):
     manager = t5x_checkpoints.OrbaxCheckpointManagerInterface(str(tmp_path), inference, partitioner)
     restored = manager.restore(path=str(path))
     assert restored.step == 5
-    assert_same(restored.params, params)
+    assert_same_tree(restored.params, params)
