@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 import coda_jax
-from coda_jax import bench, convert, exporting, gin_configs, runs
+from coda_jax import bench, check, convert, exporting, gin_configs, runs
 from coda_jax.run_files import Interruption
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "cache": runs.cache,
     "export": exporting.export,
     "convert": convert.convert,
+    "check": check.check,
 }
 
 

@@ -64,7 +64,7 @@ def load_model(
 
     Args:
         checkpoint: folder in Hugging Face layout; None to start at random from `config`.
-        config: the sizes of a model that starts at random.
+        config: the sizes of a model that starts at random; a checkpoint's must be the same.
         adapter_checkpoint: folder that `save_adapter` wrote for this checkpoint.
         adapter: the adapter to create where `adapter_checkpoint` brings none.
         coda: the routing to create, or, with `adapter_checkpoint`, how to route instead.
@@ -74,16 +74,17 @@ def load_model(
         seed: of what is created.
 
     Raises:
-        ValueError: both or none of `checkpoint` and `config` are given; `adapter` contradicts
-            `adapter_checkpoint`; `reduction` is given for a model that does not route.
+        ValueError: neither `checkpoint` nor `config` is given, or they differ; `adapter`
+            contradicts `adapter_checkpoint`; `reduction` is given for a model that does not route.
     """
-    if (checkpoint is None) == (config is None):
-        raise ValueError("load_model needs either a checkpoint or, to start at random, a config")
     rng = jax.random.key(seed)
-    if checkpoint is None:
+    if checkpoint is not None:
+        given, (config, params) = config, checkpoints.load_hf(checkpoint)
+        _check_sizes(given or config, config, checkpoint)
+    elif config is not None:
         params = EncoderDecoder(config.dense()).init(rng)
     else:
-        config, params = checkpoints.load_hf(checkpoint)
+        raise ValueError("load_model needs a checkpoint or, to start at random, a config")
     if adapter_checkpoint is not None:
         config, params = checkpoints.load_adapter(adapter_checkpoint, params)
         if adapter not in (None, config.adapter):
@@ -101,6 +102,18 @@ def load_model(
     if adapter_checkpoint is None and (config.adapter or config.coda):
         params = checkpoints.swap_in(params, config, rng)
     return LoadedModel(config, params, checkpoint and pathlib.Path(checkpoint))
+
+
+def _check_sizes(given: T5Config, stored: T5Config, checkpoint: str) -> None:
+    """Raises ValueError where a config differs in more than how it computes and is trained."""
+    given = given.dense().replace(dtype=stored.dtype, dropout_rate=stored.dropout_rate)
+    different = [
+        f"{field.name}={getattr(given, field.name)!r}, not {getattr(stored, field.name)!r}"
+        for field in dataclasses.fields(stored)
+        if getattr(given, field.name) != getattr(stored, field.name)
+    ]
+    if different:
+        raise ValueError(f"{checkpoint} is not of the given config: {'; '.join(different)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ The network is `network.Transformer` as it is. The only module that imports t5x.
 import copy
 from typing import Any
 
+from absl import logging
 import clu.metrics
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,33 @@ import optax
 from t5x import models, optimizers
 
 from coda_jax import params as param_lib
+from coda_jax.check import check_leaves
 from coda_jax.routing import Selection
 
 
 class CodaEncoderDecoderModel(models.EncoderDecoderModel):
-    """T5X's encoder-decoder model, which also logs how each encoder layer routes."""
+    """T5X's encoder-decoder model, which checks its checkpoint and logs how each layer routes.
+
+    Args:
+        checkpoint: where the run starts from; its leaves are compared with the model's before
+            anything is restored, as `coda check` does. A remote one is left unchecked, with a
+            warning.
+        new_leaves: whether adapters and routers are "created" or "restored".
+        *args: T5X's.
+        **kwargs: T5X's.
+
+    Raises:
+        ValueError: leaves are missing, extra or misshapen (all are listed).
+    """
+
+    def __init__(self, *args, checkpoint: str | None = None, new_leaves: str = "created", **kwargs):
+        super().__init__(*args, **kwargs)
+        if checkpoint is None:
+            return
+        if "://" in checkpoint:
+            logging.warning("%s is remote and not checked; see `coda check`.", checkpoint)
+        else:
+            check_leaves(self.module.config, checkpoint, new_leaves)
 
     def loss_fn(self, params, batch, dropout_rng):
         """T5X's loss and metrics, and those of `routing_metrics`, from one pass; see T5X."""

@@ -30,15 +30,15 @@ VOCABULARY_FILE = os.path.join(
 NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
 
 MIN_CLASS_SIZE = 10
-PASSAGE_BYTES = (128, 256)
+PASSAGE_BYTES = 1000
 WINDOW_TOKENS = 56
 SENTINEL = "<extra_id_0>"
 PRETRAIN_RATES = {
-    "stdlib_passage": 5.0,
-    "stdlib_summary": 2.0,
-    "stdlib_siblings": 1.0,
-    "stdlib_function_name": 0.5,
-    "stdlib_docstring": 0.5,
+    "stdlib_passage": 7.0,
+    "stdlib_summary": 1.5,
+    "stdlib_siblings": 0.5,
+    "stdlib_function_name": 0.25,
+    "stdlib_docstring": 0.25,
     "stdlib_span_corruption": 0.5,
 }
 
@@ -120,18 +120,17 @@ def _summary(split: str) -> _Columns:
 
 
 def _passage(split: str) -> _Columns:
-    """What `stdlib_summary` asks, of all passages of a file: of its classes and constants too."""
+    """What `stdlib_summary` asks, of windows of whole files: of their classes and constants too."""
     if split == "train":
         texts = [(file.undocumented, file.path) for file in stdlib_corpus.read_corpus().files]
     else:
         texts = [(f.source, f.file) for f in _functions(split)]
     summaries = _summaries()
     return _pairs(
-        ("summary: " + passage, summaries[path])
+        (passage, summaries[path])
         for text, path in texts
         if path in summaries
-        for size in PASSAGE_BYTES
-        for passage in passages(text, size)
+        for passage in passages(text, PASSAGE_BYTES)
     )
 
 
@@ -225,18 +224,21 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
     for name, load in (("stdlib_module", _module), ("stdlib_exception", _exception)):
         splits = ("train", "validation", "test")
         _add_task(name + suffix, load, vocabulary, splits, text_steps, [data.accuracy])
-    window = functools.partial(
-        preprocessors.random_window, num_tokens=WINDOW_TOKENS, prefix="module: "
-    )
-    steps = [seqio.preprocessors.tokenize, window, seqio.preprocessors.append_eos]
-    load = functools.partial(_module, prefix="")  # The window gets the prefix.
-    _add_task("stdlib_module_windows" + suffix, load, vocabulary, ["train"], steps)
     splits = ("train", "validation")
+    whole = functools.partial(_module, prefix="")  # The windows get the prefix.
+    for name, load, prefix, window_splits in (
+        ("stdlib_module_windows", whole, "module: ", ("train",)),
+        ("stdlib_passage", _passage, "summary: ", splits),
+    ):
+        window = functools.partial(
+            preprocessors.random_window, num_tokens=WINDOW_TOKENS, prefix=prefix
+        )
+        steps = [seqio.preprocessors.tokenize, window, seqio.preprocessors.append_eos]
+        _add_task(name + suffix, load, vocabulary, window_splits, steps)
     for name, load, first in (
         ("stdlib_function_name", _function_name, []),
         ("stdlib_docstring", _docstring, []),
         ("stdlib_summary", _summary, []),
-        ("stdlib_passage", _passage, []),
         ("stdlib_siblings", _siblings, [_sample_name]),
     ):
         _add_task(name + suffix, load, vocabulary, splits, [*first, *text_steps], [data.accuracy])

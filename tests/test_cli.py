@@ -51,7 +51,7 @@ def files(folder):
 
 
 def test_every_gin_file_is_in_a_folder_that_is_tested():
-    folders = ("models", "methods", "runs", "tasks", "t5x")  # t5x: test_t5x.py
+    folders = ("models", "methods", "runs", "tasks", "experiments", "t5x")  # t5x: test_t5x.py
     tested = [file for folder in folders for file in files(folder)]
     assert sorted(tested) == sorted(str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*.gin"))
 
@@ -116,10 +116,46 @@ def test_methods_make_a_model(name):
     shapes = jax.eval_shape(EncoderDecoder(cfg).init, jax.random.key(0))
     layer = shapes["encoder"]["layers_0"]
     assert ("adapter" in layer) == (adapter is not None) == ("full" not in name)
-    assert ("router" in layer) == (coda is not None) == ("coda" in name)
+    assert (coda is not None) == ("coda" in name)
+    assert ("router" in layer) == ("coda" in name and "truncation" not in name)
     assert trained == (
         "all" if name in ("methods/full.gin", "methods/coda_pretrain.gin") else "adapters"
     )
+
+
+VARIANTS = {
+    "k_to_all": {"attention": "k_to_all"},
+    "sigmoid": {"routing": "sigmoid"},
+    "truncation": {"routing": "truncation"},
+    "iterative": {"solver": "iterative"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_variants_of_the_method_change_what_they_say(name):
+    cli.configure([f"methods/coda_{name}.gin"], [], [])
+    assert gin.get_configurable(CodaConfig)() == CodaConfig(**VARIANTS[name])
+
+
+@pytest.mark.parametrize("name", files("experiments"))
+def test_experiments_are_what_their_names_say(name):
+    task, *words = pathlib.Path(name).stem.split("_", 3)
+    if not words:  # what the others share
+        return
+    size, kind, variant = [*words, ""][:3]
+    bindings = ["VOCABULARY='bytes'", "INITIAL_CHECKPOINT_PATH='unused'"]
+    bindings += ["method.adapter=%ADAPTER", "method.coda=%CODA", "method.trained=%TRAINED"]
+    cli.configure([name], [], [*bindings, "T5Config.dropout_rate=0.0"])
+    assert gin.get_configurable(T5Config)() == bench.t5_1_1(size)
+    registered = gin.query_parameter("%MIXTURE_OR_TASK_NAME").scoped_configurable_fn()
+    assert registered.startswith("c4" if task == "pretrain" else task)
+    adapter, coda, trained = method()
+    assert adapter == AdapterConfig()
+    assert trained == ("all" if task == "pretrain" else "adapters")
+    if (kind, variant) == ("parallel", "adapter"):
+        assert coda is None
+    else:
+        assert coda == CodaConfig(reduction=int(kind[1:]), **VARIANTS.get(variant, {}))
 
 
 @pytest.mark.parametrize("name", files("runs"))
@@ -304,8 +340,12 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint):
 
 def test_load_model_refuses_what_contradicts_itself(trained, checkpoint):
     adapter = str(trained / "export" / "adapter")
-    with pytest.raises(ValueError, match="either a checkpoint or"):
+    with pytest.raises(ValueError, match="needs a checkpoint or"):
         runs.load_model()
+    computed = CONFIG.replace(dropout_rate=0.5, dtype="bfloat16")
+    assert runs.load_model(str(checkpoint), config=computed).config.dtype == np.float32
+    with pytest.raises(ValueError, match=r"emb_dim=32, not 16; mlp_dim=8, not 24"):
+        runs.load_model(str(checkpoint), config=CONFIG.replace(emb_dim=32, mlp_dim=8))
     with pytest.raises(ValueError, match="does not route"):
         runs.load_model(str(checkpoint), adapter=ADAPTER, reduction=3)
     with pytest.raises(ValueError, match="bottleneck=4"):

@@ -6,7 +6,7 @@ import sys
 CORE = [
     *["soft_topk", "routing", "layers", "adapters", "conditional", "network", "decoding", "models"],
     *["params", "checkpoints", "batches", "run_files", "training", "inference", "runs"],
-    *["convert", "benchmark", "breakdown", "flops", "bench", "plots"],
+    *["convert", "benchmark", "breakdown", "flops", "check", "bench", "plots"],
 ]
 
 

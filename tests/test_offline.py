@@ -167,8 +167,15 @@ def test_no_held_out_source_is_in_a_supervised_pretraining_task(corpus):
                 assert stdlib_corpus.normalized(source) not in searched, (f.file, f.qualname)
 
 
+def test_windows_of_functions_are_of_the_training_functions():
+    assert set(seqio.TaskRegistry.get("stdlib_module_windows").splits) == {"train"}
+    tasks = ("stdlib_module_windows", "stdlib_module")
+    windowed, whole = (records(task, "train") for task in tasks)
+    assert [{**r, "inputs": "module: " + r["inputs"]} for r in windowed] == whole
+
+
 def test_passages_hold_neither_held_out_functions_nor_the_summary(corpus):
-    inputs = [r["inputs"].removeprefix("summary: ") for r in records("stdlib_passage", "train")]
+    inputs = [record["inputs"] for record in records("stdlib_passage", "train")]
     text = stdlib_corpus.normalized("".join(inputs))
     shown = [stdlib_corpus.normalized(f.source) in text for f in corpus.functions]
     assert not any(s for s, f in zip(shown, corpus.functions, strict=True) if f.split != "train")
@@ -260,23 +267,24 @@ def test_adaptation_tasks_ask_for_the_right_class(task, corpus):
         assert len(sizes) > 50
 
 
-def test_windows_are_parts_of_training_functions_drawn_afresh(vocabulary):
-    prefix = vocabulary.encode("module: ")
-    functions = records("stdlib_module", "train")
-    assert set(seqio.TaskRegistry.get("stdlib_module_windows").splits) == {"train"}
-    windows = examples("stdlib_module_windows", "train", num_epochs=2)
-    assert len(windows) == 2 * len(functions)
+@pytest.mark.parametrize(
+    ("task", "prefix"), [("stdlib_module_windows", "module: "), ("stdlib_passage", "summary: ")]
+)
+def test_windows_are_parts_of_training_texts_drawn_afresh(task, prefix, vocabulary):
+    prefix = vocabulary.encode(prefix)
+    texts = records(task, "train")
+    windows = examples(task, "train", num_epochs=2)
+    assert len(windows) == 2 * len(texts)
     starts = []
-    for index in range(0, len(functions), 97):
-        source = functions[index]["inputs"].removeprefix("module: ")
-        whole = vocabulary.encode_tf(source).numpy().tolist()
-        for window in (windows[index], windows[index + len(functions)]):
+    for index in range(0, len(texts), 97):
+        whole = vocabulary.encode_tf(texts[index]["inputs"]).numpy().tolist()
+        for window in (windows[index], windows[index + len(texts)]):
             tokens = window["inputs"].tolist()
             assert tokens[: len(prefix)] == prefix and tokens[-1] == vocabulary.eos_id
             body = tokens[len(prefix) : -1]
             assert len(body) == min(len(whole), offline.WINDOW_TOKENS)
             found = [i for i in range(len(whole)) if whole[i : i + len(body)] == body]
-            assert found and vocabulary.decode(window["targets"]) == functions[index]["targets"]
+            assert found and vocabulary.decode(window["targets"]) == texts[index]["targets"]
             starts.append(found[0])
     assert np.mean(np.array(starts[::2]) != starts[1::2]) > 0.7
 

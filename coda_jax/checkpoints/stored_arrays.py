@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore
 
@@ -87,6 +88,22 @@ def list_orbax(item: Path) -> dict[str, StoredArray]:
     return leaves
 
 
+def array_shapes(
+    arrays: Mapping[str, StoredArray], source: Path
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of arrays, whose values are not read.
+
+    Args and errors are those of `read_arrays`, save that only an array's description is looked at.
+    """
+    problems: dict[str, str] = {}
+    opened = _open(arrays, problems)
+    _raise_problems(problems, arrays, source)
+    return {
+        path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype)
+        for path, store in opened.items()
+    }
+
+
 def read_arrays(arrays: Mapping[str, StoredArray], source: Path) -> dict[str, np.ndarray]:
     """Reads arrays, all at once.
 
@@ -101,9 +118,19 @@ def read_arrays(arrays: Mapping[str, StoredArray], source: Path) -> dict[str, np
         ValueError: lists every array that is missing, incomplete or corrupt, or that differs from
             the table of leaves.
     """
+    problems: dict[str, str] = {}
+    sound = {path: store.read() for path, store in _open(arrays, problems).items()}
+    values = _settle(sound, problems)
+    _raise_problems(problems, arrays, source)
+    return values
+
+
+def _open(
+    arrays: Mapping[str, StoredArray], problems: dict[str, str]
+) -> dict[str, tensorstore.TensorStore]:
+    """Opens arrays; those that cannot be used are added to `problems` instead."""
     # One context, so that the index of an orbax store is read once and not for every array.
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 10**8}})
-    problems: dict[str, str] = {}
     opened = _settle(
         {
             path: tensorstore.open(array.spec(), open=True, read=True, context=context)
@@ -113,12 +140,13 @@ def read_arrays(arrays: Mapping[str, StoredArray], source: Path) -> dict[str, np
     )
     differences = {path: arrays[path].difference(store) for path, store in opened.items()}
     problems |= {path: text for path, text in differences.items() if text is not None}
-    sound = {path: store.read() for path, store in opened.items() if path not in problems}
-    values = _settle(sound, problems)
+    return {path: store for path, store in opened.items() if path not in problems}
+
+
+def _raise_problems(problems: Mapping[str, str], arrays: Mapping, source: Path) -> None:
     if problems:
         lines = "\n  ".join(f"{path} {problems[path]}" for path in arrays if path in problems)
         raise ValueError(f"{source} is damaged ({len(problems)} leaves):\n  {lines}")
-    return values
 
 
 def _settle(futures: Mapping[str, Any], problems: dict[str, str]) -> dict[str, Any]:

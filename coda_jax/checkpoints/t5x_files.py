@@ -15,6 +15,7 @@ import re
 from typing import Any
 
 from flax import serialization, traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -23,6 +24,7 @@ from coda_jax import params as params_lib
 from coda_jax.checkpoints.scanned import to_layers
 from coda_jax.checkpoints.stored_arrays import (
     StoredArray,
+    array_shapes,
     folder_store,
     list_orbax,
     read_arrays,
@@ -69,6 +71,37 @@ def load_t5x(directory: str | os.PathLike, step: int | None = None) -> dict:
 def read_t5x(directory: str | os.PathLike, step: int | None = None) -> tuple[dict, int]:
     """Returns what `load_t5x` does, and the training step (0 where none is stored)."""
     directory = find_t5x(directory, step)
+    leaves, state = _list(directory)
+    stored = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, StoredArray)}
+    flat = {**leaves, **read_arrays(stored, directory)}
+    _check_floating(flat, directory)
+    step = state.get("state/step", 0)
+    if isinstance(step, StoredArray):
+        step = read_arrays({"state/step": step}, directory)["state/step"]
+    return params_lib.unflatten(to_layers(flat, directory)), int(step)
+
+
+def t5x_shapes(directory: str | os.PathLike, step: int | None = None) -> dict:
+    """Returns the tree of `jax.ShapeDtypeStruct` of a T5X checkpoint, whose values are not read.
+
+    The leaves are as T5X sees them: those of a scalable T5 are not unstacked. Arguments and errors
+    are those of `load_t5x`, save that damage to values is not found.
+    """
+    directory = find_t5x(directory, step)
+    leaves, _ = _list(directory)
+    stored = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, StoredArray)}
+    flat = {**leaves, **array_shapes(stored, directory)}
+    _check_floating(flat, directory)
+    return params_lib.unflatten(
+        {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
+    )
+
+
+def _list(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns ({path: leaf} of the parameters, and of the whole state) of a checkpoint.
+
+    A leaf is a value, or where it is stored.
+    """
     if _is_legacy(directory):
         item, state = directory, _list_legacy(directory)
     else:
@@ -76,12 +109,7 @@ def read_t5x(directory: str | os.PathLike, step: int | None = None) -> tuple[dic
     prefix, leaves = _target(state, directory)
     stored = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, StoredArray)}
     _check_folders(item, prefix, stored)
-    flat = {**leaves, **read_arrays(stored, directory)}
-    _check_floating(flat, directory)
-    step = state.get("state/step", 0)
-    if isinstance(step, StoredArray):
-        step = read_arrays({"state/step": step}, directory)["state/step"]
-    return params_lib.unflatten(to_layers(flat, directory)), int(step)
+    return leaves, state
 
 
 def find_t5x(directory: str | os.PathLike, step: int | None = None) -> Path:
