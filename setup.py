@@ -44,6 +44,7 @@ T5X = [
     "fiddle>=0.3,<0.4",  # imported by T5X
     "cached_property>=2,<3",  # imported by T5X
     "grain>=0.2.18,<0.3",  # imported by T5X
+    "chex>=0.1.92,<0.2",  # imported by T5X's own tests
 ]
 
 setup(

@@ -118,6 +118,7 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        tokens = tokens.astype(jnp.int32)  # T5X makes the parameters with tokens of float32
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         return partitioning.with_sharding_constraint(x, ("batch", "length", "embed"))
 

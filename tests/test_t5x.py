@@ -4,7 +4,7 @@ import sys
 import types
 
 import gin
-from helpers import config, random_params, random_tokens
+from helpers import config, random_params, random_tokens, shapes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ import optax
 import pytest
 import seqio
 
-from coda_jax import cli, gin_configs
+from coda_jax import checkpoints, cli, gin_configs
 from coda_jax import params as params_lib
 from coda_jax.models import EncoderDecoder
 from coda_jax.network import Transformer
@@ -110,8 +110,7 @@ REQUIRED = {
     "MIXTURE_OR_TASK_NAME": "'unused'",
     "TASK_FEATURE_LENGTHS": "{'inputs': 8, 'targets': 4}",
     "TRAIN_STEPS": "10",
-    **dict.fromkeys(("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH"), "'unused'"),
-    **dict.fromkeys(("EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR"), "'unused'"),
+    **dict.fromkeys(("MODEL_DIR", "EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR"), "'unused'"),
 }
 
 
@@ -120,15 +119,53 @@ SCRIPT = types.ModuleType("__main__")
 SCRIPT.train, SCRIPT.evaluate, SCRIPT.infer = (lambda **kwargs: kwargs for _ in range(3))
 
 
-@pytest.mark.parametrize("run", ["finetune", "pretrain", "eval", "infer"])
-def test_gin_files_make_the_model(run, monkeypatch):
+@pytest.fixture(name="make_model")
+def fixture_make_model(monkeypatch):
+    """Returns a function that makes the model of gin files and a checkpoint."""
     monkeypatch.setitem(sys.modules, "__main__", SCRIPT)
-    files = [f"t5x/{run}.gin", "models/t5_1_1_stdlib.gin", "methods/coda.gin"]
-    bindings = [f"{macro}={value}" for macro, value in REQUIRED.items()]
-    try:
+
+    def make(files, checkpoint):
+        paths = dict.fromkeys(("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH"), f"'{checkpoint}'")
+        bindings = [f"{macro}={value}" for macro, value in {**REQUIRED, **paths}.items()]
         cli.configure(files, [str(next(iter(gin_configs.__path__)))], bindings)
-        made = gin.query_parameter("%MODEL").scoped_configurable_fn()
-    finally:
-        gin.clear_config()
+        return gin.query_parameter("%MODEL").scoped_configurable_fn()
+
+    yield make
+    gin.clear_config()
+
+
+FILES = ["models/t5_1_1_stdlib.gin", "methods/coda.gin"]
+
+
+@pytest.mark.parametrize("run", ["finetune", "pretrain", "eval", "infer"])
+def test_gin_files_make_the_model(run, make_model):
+    made = make_model([f"t5x/{run}.gin", *FILES], "gs://bucket/checkpoint_0")
     assert isinstance(made, t5x_models.CodaEncoderDecoderModel)
     assert made.module.config.coda.reduction == 3 and made.module.config.adapter is not None
+
+
+@pytest.mark.parametrize("name", ["mnli_base_r5", "xsum_large_parallel_adapter", "pretrain_xl_r3"])
+def test_experiments_run_under_t5x(name, make_model):
+    files = ["t5x/finetune.gin", f"experiments/{name}.gin"]
+    made = make_model(files, "gs://bucket/checkpoint_0").module.config
+    reduction = name.partition("_r")[2]
+    assert made.adapter is not None and (made.coda is None) == (not reduction.isdigit())
+
+
+def test_the_checkpoint_is_compared_before_anything_is_restored(make_model, tmp_path):
+    """The files say whether adapters and routers are to be in the checkpoint."""
+    model_config = make_model(
+        ["t5x/finetune.gin", *FILES], "gs://bucket/checkpoint_0"
+    ).module.config
+    for name, cfg in (("dense", model_config.dense()), ("adapted", model_config)):
+        params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(cfg)["params"])
+        checkpoints.save_t5x(tmp_path / name, params)
+    pretrained = [*FILES, "t5x/restore_pretrained.gin"]
+    for files, fits, other in (
+        (["t5x/finetune.gin", *FILES], "dense", "adapted"),
+        (["t5x/finetune.gin", *pretrained], "adapted", "dense"),
+        (["t5x/infer.gin", *FILES], "adapted", "dense"),
+    ):
+        make_model(files, tmp_path / fits)
+        with pytest.raises(ValueError, match="encoder/layers_0/router/kernel"):
+            make_model(files, tmp_path / other)
