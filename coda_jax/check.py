@@ -5,19 +5,19 @@ orbax does not compare shapes; here every leaf that is missing, extra or misshap
 """
 
 from collections.abc import Mapping
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from coda_jax import checkpoints, flops, run_files
+from coda_jax import checkpoints, flops
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.checkpoints.shapes import expected_shapes
 from coda_jax.checkpoints.t5x_files import is_t5x, t5x_shapes
 from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
+from coda_jax.run_files import write_report
 
 NEW_LEAVES = ("created", "restored")
 
@@ -76,7 +76,7 @@ def check(
     for name, value in report.items():
         print(f"{name:24}{value:>20,.2f}" if isinstance(value, float) else f"{name:24}{value:>20,}")
     if output is not None:
-        run_files.write_atomically(output, json.dumps(report, indent=2) + "\n")
+        write_report(output, report)
     return report
 
 

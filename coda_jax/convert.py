@@ -31,9 +31,9 @@ from coda_jax.checkpoints.stored_arrays import list_orbax, read_arrays
 from coda_jax.checkpoints.t5x_files import is_t5x, read_t5x
 from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
+from coda_jax.run_files import CHECKPOINTS, RUN_FILE
 
 CONFIG_FILE = "config.json"
-RUN_FILE = "run.json"
 HEAD = "decoder/logits_dense/kernel"  # of all T5 but 1.0
 T5X_BUCKETS = 32
 TELLING = {  # matrices from whose shapes the sizes are read
@@ -184,11 +184,11 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     """
     run = files.read_json(folder / RUN_FILE)
     config, trained = _parse_model(run, folder), run["trained"]
-    steps = sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+    steps = sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("[0-9]*"))
     if not steps or step not in (None, *steps):
         raise FileNotFoundError(f"{folder} has no checkpoint of {step=}. Steps found: {steps}")
     step = steps[-1] if step is None else step
-    item = folder / "checkpoints" / str(step) / "state"
+    item = folder / CHECKPOINTS / str(step) / "state"
     stored = {path.removeprefix("trained/"): array for path, array in list_orbax(item).items()
               if path.startswith("trained/")}  # fmt: skip
     params = params_lib.unflatten(read_arrays(stored, item))

@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+RUN_FILE = "run.json"  # in a run's folder: what the run is
+CHECKPOINTS = "checkpoints"  # in a run's folder: one folder for each step that is kept
+
 
 class Interruption(Exception):
     """The run was asked to stop; its state is saved and the same command continues it."""
@@ -58,7 +61,7 @@ def write_report(path: str | pathlib.Path, report: Any) -> None:
 
 
 def claim_directory(directory: str | pathlib.Path, run: Mapping[str, Any]) -> pathlib.Path:
-    """Makes the directory a run's own: its description is in `run.json`.
+    """Makes the directory a run's own: its description is in its `RUN_FILE`.
 
     Raises:
         ValueError: the directory holds another run; the differences are listed.
@@ -66,7 +69,7 @@ def claim_directory(directory: str | pathlib.Path, run: Mapping[str, Any]) -> pa
     directory = pathlib.Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     run = json.loads(json.dumps(run))
-    path = directory / "run.json"
+    path = directory / RUN_FILE
     if not path.exists():
         write_atomically(path, json.dumps(run, indent=2) + "\n")
         return directory
@@ -96,7 +99,7 @@ class RunCheckpoints:
     ):
         directory = claim_directory(directory, run)
         self._manager = ocp.CheckpointManager(
-            directory / "checkpoints",
+            directory / CHECKPOINTS,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 best_fn=None if best_metric is None else lambda metrics: metrics[best_metric],
