@@ -32,6 +32,7 @@ NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
 MIN_CLASS_SIZE = 10
 PASSAGE_BYTES = 1000
 WINDOW_TOKENS = 56
+NUM_NAMES = 2  # of a file without a docstring
 SENTINEL = "<extra_id_0>"
 PRETRAIN_RATES = {
     "stdlib_passage": 7.0,
@@ -98,25 +99,30 @@ def _docstring(split: str) -> _Columns:
     )
 
 
+def _names() -> dict[str, list[str]]:
+    """The names of classes and training functions that each file defines, by path."""
+    names = {file.path: list(file.classes) for file in stdlib_corpus.read_corpus().files}
+    for function in _functions("train"):
+        names[function.file].append(function.name)
+    return {path: list(dict.fromkeys(found)) for path, found in names.items()}
+
+
 def _summaries() -> dict[str, str]:
-    """The first line of each file's docstring, by path.
+    """A line about each file, by path: the first of its docstring, or else names that it defines.
 
     The file's own module is masked: `stdlib_module` is not a pretraining task.
     """
-    return {
-        file.path: mask_name(file.summary, file.module, re.IGNORECASE)
-        for file in stdlib_corpus.read_corpus().files
-        if file.summary
-    }
+    lines = {}
+    names = _names()
+    for file in stdlib_corpus.read_corpus().files:
+        line = file.summary or " ".join(["defines", *names[file.path][:NUM_NAMES]])
+        lines[file.path] = mask_name(line, file.module, re.IGNORECASE)
+    return lines
 
 
 def _summary(split: str) -> _Columns:
     summaries = _summaries()
-    return _pairs(
-        ("summary: " + f.source, summaries[f.file])
-        for f in _functions(split)
-        if f.file in summaries
-    )
+    return _pairs(("summary: " + f.source, summaries[f.file]) for f in _functions(split))
 
 
 def _passage(split: str) -> _Columns:
@@ -129,7 +135,6 @@ def _passage(split: str) -> _Columns:
     return _pairs(
         (passage, summaries[path])
         for text, path in texts
-        if path in summaries
         for passage in passages(text, PASSAGE_BYTES)
     )
 
@@ -156,12 +161,10 @@ def passages(text: str, min_bytes: int) -> list[str]:
 
 def _siblings(split: str) -> _Columns:
     """The targets are all names in the file that may be asked for; `_sample_name` draws one."""
-    names = {file.path: list(file.classes) for file in stdlib_corpus.read_corpus().files}
-    for function in _functions("train"):
-        names[function.file].append(function.name)
+    names = _names()
     rows = []
     for f in _functions(split):
-        others = [n for n in dict.fromkeys(names[f.file]) if n not in (f.name, f.module)]
+        others = [n for n in names[f.file] if n not in (f.name, f.module)]
         if others:
             rows.append(("siblings: " + mask_name(f.source, f.name), " ".join(others)))
     return _pairs(rows)

@@ -100,7 +100,7 @@ def test_passages_hold_neither_held_out_functions_nor_the_summary(corpus):
     text = stdlib_corpus.normalized("".join(inputs))
     shown = [stdlib_corpus.normalized(f.source) in text for f in corpus.functions]
     assert not any(s for s, f in zip(shown, corpus.functions, strict=True) if f.split != "train")
-    assert sum(shown) > 0.6 * len(shown)  # The train split in files with a docstring.
+    assert sum(shown) > 0.7 * len(shown)  # The train split.
     for file in corpus.files:
         if file.summary and len(file.summary) > 50:
             assert file.undocumented.count(file.summary) == file.text.count(file.summary) - 1
@@ -162,7 +162,10 @@ def test_siblings_and_summaries_name_no_held_out_function_and_not_the_module(cor
     for record in records("stdlib_summary", "train"):
         f = by_source[record["inputs"].removeprefix("summary: ")]
         assert f.module.lower() not in re.findall(r"\w+", record["targets"].lower())
-        if offline.SENTINEL not in record["targets"]:
+        if summaries[f.file] is None:
+            defines, *some = record["targets"].split(" ")
+            assert defines == "defines" and names[f.file].issuperset({*some} - {offline.SENTINEL})
+        elif offline.SENTINEL not in record["targets"]:
             assert record["targets"] == summaries[f.file]
 
 

@@ -12,15 +12,15 @@ import subprocess
 import sys
 import time
 
+import gin
 import jax
 import numpy as np
 import pytest
 import seqio
 
-from coda_jax import bundled, checkpoints, cli, convert, gin_configs, runs
+from coda_jax import bundled, checkpoints, cli, convert, gin_configs
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
-from coda_jax.inference import Decoding
 from coda_jax.models import EncoderDecoder
 from coda_jax.routing import CodaConfig
 from coda_jax.tasks import offline
@@ -85,7 +85,8 @@ def command(program, files, bindings, folder):
 
 
 def run(program, files, bindings, folder):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # One device: T5X would divide the model among all devices of a CPU.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     result = subprocess.run(
         command(program, files, bindings, folder), env=environment, capture_output=True, text=True
     )
@@ -247,25 +248,35 @@ def answer_bindings(folder):
     }
 
 
-def test_evaluation_with_four_beams_gives_our_metrics(answering):
+def coda(program, folder, output):
+    """Runs our command on the same lines; returns the file that it wrote."""
+    bindings = {
+        "INITIAL_CHECKPOINT_PATH": f"'{bundled.CODA}'",
+        "INITIAL_ADAPTER_PATH": f"'{bundled.CODA / 'adapter'}'",
+        "TASK_FEATURE_LENGTHS": "{'inputs': 128, 'targets': 32}",
+        "Decoding.max_decode_length": "32",
+        "Decoding.max_input_length": "128",
+        "Decoding.num_beams": "4",
+        "OUTPUT": f"'{output}/output'",
+    }
+    file = f"'{folder}/validation.jsonl'"
+    if program == "evaluate":
+        files, bindings["VALIDATION_FILE"] = ["tasks/jsonl.gin"], file
+    else:
+        files, bindings["INPUT"] = [], file
+    flags = [f"--gin_file={name}" for name in (f"runs/{program}.gin", *files)]
+    cli.main([program, *flags, *(f"--gin.{name}={value}" for name, value in bindings.items())])
+    gin.clear_config()
+    return output / "output"
+
+
+def test_evaluation_with_four_beams_gives_our_metrics(answering, tmp_path):
     bindings = answer_bindings(answering) | {"EVAL_OUTPUT_DIR": f"'{answering}/eval'"}
     run("eval", ["t5x/eval.gin", *ANSWER_FILES], bindings, answering)
     (file,) = answering.glob("eval/inference_eval/*-metrics.jsonl")
     theirs = json.loads(file.read_text().splitlines()[-1])
     theirs.pop("step")
-    model = runs.load_model(str(bundled.CODA), adapter_checkpoint=str(bundled.CODA / "adapter"))
-    registered = seqio.TaskRegistry.names()
-    cli.configure(
-        ["runs/cache.gin", "tasks/jsonl.gin"],
-        [],
-        [f"VALIDATION_FILE='{answering}/validation.jsonl'", f"VOCABULARY='{VOCABULARY}'"],
-    )
-    import gin
-
-    name = gin.query_parameter("%MIXTURE_OR_TASK_NAME").scoped_configurable_fn()
-    assert name not in registered
-    lengths = {"inputs": 128, "targets": 32}
-    (ours,) = runs.evaluate(model, name, lengths, Decoding(32, num_beams=4)).values()
+    (ours,) = json.loads(coda("evaluate", answering, tmp_path).read_text()).values()
     assert theirs == pytest.approx(ours)
     assert max(ours.values()) > 20  # per cent of the lines
 
@@ -276,12 +287,9 @@ def test_inference_gives_our_predictions(answering, tmp_path):
     run("infer", ["t5x/infer.gin", *ANSWER_FILES], bindings, answering)
     (file,) = answering.glob("infer/*.jsonl-00000-of-00001")
     theirs = [json.loads(line)["prediction"] for line in file.read_text().splitlines()]
-    source = answering / "validation.jsonl"
-    model = runs.load_model(str(bundled.CODA), adapter_checkpoint=str(bundled.CODA / "adapter"))
-    decoding = Decoding(32, num_beams=4, max_input_length=128)
-    runs.predict(model, str(source), str(tmp_path / "ours.jsonl"), decoding)
-    ours = (tmp_path / "ours.jsonl").read_text().splitlines()
-    assert theirs == [json.loads(line)["prediction"] for line in ours]
+    ours = coda("predict", answering, tmp_path).read_text().splitlines()
+    # The task strips what it is given; a command writes what the model answers.
+    assert theirs == [json.loads(line)["prediction"].strip() for line in ours]
 
 
 # --- Many devices, and T5X's own tests. ---
