@@ -333,7 +333,16 @@ class Transformer(nn.Module):
                 padding.
             encoder_segment_ids: [B, N], 1..S for packed examples, 0 for padding; None if unpacked.
             enable_dropout: needs the RNG "dropout".
+
+        Raises:
+            ValueError: the inputs are another family's.
         """
+        channels = self.config.input_spec(1, 1).shape[2:]
+        if encoder_input_tokens.shape[2:] != channels:
+            raise ValueError(
+                f"{self.config.family} takes inputs [B, N, *{channels}], got the shape "
+                f"{encoder_input_tokens.shape}"
+            )
         return self.encoder(
             encoder_input_tokens,
             self.input_mask(encoder_input_tokens),

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from coda_jax import benchmark, decoding, flops, training
+from coda_jax import batches, benchmark, decoding, flops, training
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.models import EncoderDecoder
@@ -105,6 +105,25 @@ def test_packed_images_give_what_they_give_alone(name, rng):
         cfg, params, np.pad(packed, ((0, 2), (0, 0)))[None], np.pad(segments, (0, 2))[None]
     )
     np.testing.assert_allclose(found[0, :8], alone[is_patch(images)], atol=1e-5)
+
+
+def test_packed_batches_have_the_loss_of_single_rows(rng):
+    """Invariant 3, the whole network, on the batches that the trainer gets."""
+    cfg = METHODS["k_to_k"]
+    images, targets = random_patches(rng, [(1, 3), (2, 2), (1, 1)], 4), [[5, 1], [7, 8, 1], [1]]
+    examples = [
+        {"inputs": image[is_patch(image)], "targets": np.array(tokens)}
+        for image, tokens in zip(images, targets, strict=True)
+    ]
+    losses = []
+    for pack, rows in ((False, 3), (True, 1)):
+        lengths = {"inputs": 12, "targets": 8}
+        (batch,) = batches.batch_examples(
+            examples, batch_size=rows, feature_lengths=lengths, pack=pack
+        )
+        losses.append(EncoderDecoder(cfg).loss(random_params(cfg), batch)[1])
+    np.testing.assert_allclose(losses[0].loss, losses[1].loss, rtol=1e-5)
+    assert losses[0].examples == losses[1].examples == 3
 
 
 @pytest.mark.parametrize("name", ROUTED)

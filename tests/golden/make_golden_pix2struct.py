@@ -1,4 +1,4 @@
-"""Makes the small random Pix2Struct checkpoint and the logits that transformers computes for it.
+"""Makes a small random Pix2Struct checkpoint, its logits, and patches, all as transformers does.
 
 Run `python tests/golden/make_golden_pix2struct.py` from the repository root, with the `test` extra
 installed, to make the files again. The configurations other than `pix2struct` are for the test that
@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.torch import save_file
 import torch
 import transformers
+from transformers.models.pix2struct import image_processing_pil_pix2struct
 
 FOLDER = Path(__file__).parent
 TEXT = {"vocab_size": 64, "hidden_size": 24, "d_kv": 8, "d_ff": 40, "num_heads": 3, "num_layers": 2}
@@ -29,6 +30,7 @@ CONFIGS = {
         {**VISION, "hidden_size": 32, "num_attention_heads": 4, "d_ff": 20, "layer_norm_eps": 1e-5},
     ),
 }  # fmt: skip
+MAX_PATCHES = 24
 MODEL = transformers.Pix2StructForConditionalGeneration
 
 
@@ -110,6 +112,21 @@ def reference_logits(folder: Path, inputs: dict) -> np.ndarray:
     return output.logits.float().numpy()
 
 
+def smooth_image(seed: int) -> np.ndarray:
+    """Returns an image [70, 110, 3] uint8 of random waves."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:70, :110][..., np.newaxis]
+    frequencies, phases = rng.uniform(0.02, 0.6, (2, 3)), rng.uniform(0, 6, 3)
+    return (127 + 120 * np.sin(frequencies[0] * y + frequencies[1] * x + phases)).astype(np.uint8)
+
+
+def reference_patches(image: np.ndarray, max_patches: int) -> np.ndarray:
+    """Returns the flattened patches of transformers' image processor [max_patches, 770]."""
+    processor = image_processing_pil_pix2struct.Pix2StructImageProcessorPil()
+    found = processor.preprocess(image, max_patches=max_patches, return_tensors="np")
+    return found["flattened_patches"][0].astype(np.float32)
+
+
 def main() -> None:
     """Makes the golden files."""
     folder = FOLDER / "pix2struct"
@@ -117,6 +134,10 @@ def main() -> None:
     write_checkpoint(folder, raw, random_weights(raw, 0))
     inputs = random_inputs(raw, 0)
     np.savez_compressed(folder / "logits.npz", logits=reference_logits(folder, inputs), **inputs)
+    image = smooth_image(0)
+    np.savez_compressed(
+        folder / "patches.npz", image=image, patches=reference_patches(image, MAX_PATCHES)
+    )
 
 
 if __name__ == "__main__":
