@@ -158,14 +158,18 @@ def _draw_step(draw: Callable[[str, int], Sheet]) -> Callable:
     return step
 
 
-def _numbers(split: str) -> dict[str, list]:
+def _numbers(prepare: Callable, split: str) -> dict[str, list]:
+    prepare()  # Here, once: the threads that draw would each start it.
     return {"split": [split] * SIZES[split], "number": list(range(SIZES[split]))}
 
 
-for _name, _draw in (("digit_strips", digit_strip), ("rendered_text", rendered_text)):
+for _name, _draw, _prepare in (
+    ("digit_strips", digit_strip, scans),
+    ("rendered_text", rendered_text, words),
+):
     images.add_task(
         _name,
-        data.MemorySource(_numbers, SPLITS, SIZES),
+        data.MemorySource(functools.partial(_numbers, _prepare), SPLITS, SIZES),
         _draw_step(_draw),
         seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS),
     )

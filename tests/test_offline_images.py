@@ -98,6 +98,13 @@ def test_fonts_have_all_letters_and_digits():
             assert not same or bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
 
 
+def test_the_words_are_read_before_threads_draw_them():
+    """Several threads that parse the standard library at once stop one another."""
+    offline_images.words.cache_clear()
+    seqio.get_mixture_or_task("rendered_text").source.get_dataset("train")
+    assert offline_images.words.cache_info().currsize == 1
+
+
 @pytest.mark.parametrize("name", DRAW)
 def test_tasks_give_the_patches_of_their_sheets(name):
     assert seqio.get_mixture_or_task(name).num_input_examples("test") == 1000
