@@ -65,7 +65,7 @@ FIXED = {
         "qkv_bias": (False,),
     },
 }
-# No version of the model reads the second line's; older ones wrote them.
+# Fields of the parts that change no logits; encoder_hidden_size to hidden_act come from old files.
 PART_IGNORED = """
     model_type initializer_range is_encoder_decoder add_cross_attention cross_attention_hidden_size
     tie_encoder_decoder tie_word_embeddings encoder_hidden_size image_size intermediate_size
