@@ -27,8 +27,9 @@ INSTALL_REQUIRES = [
     "tensorflow>=2.21,<2.22",  # seqio's data pipelines
     "clu>=0.0.12,<0.1",  # logs for TensorBoard
     "tensorboard>=2.21,<2.22",  # without it TensorFlow cannot write them
-    "matplotlib>=3.11,<4",  # pictures of the routing
-    "scikit-learn>=1.9,<2",  # the demo's linear baseline
+    "matplotlib>=3.11,<4",  # pictures of the routing; fonts
+    "pillow>=13,<14",  # images
+    "scikit-learn>=1.9,<2",  # the demo's linear baseline; scans of digits
     "rouge-score>=0.1.2,<0.2",  # ROUGE, the metric of summaries
 ]
 TEST = [

@@ -3,7 +3,8 @@
 An example is {"inputs": int array, "targets": int array}. A batch has the keys and values of
 seqio's EncDecFeatureConverter: `encoder_input_tokens`, `decoder_input_tokens`,
 `decoder_target_tokens` and `decoder_loss_weights`, and with packing also the segment ids (from 1;
-0 is padding) and positions of both sides. All are int32 [batch_size, length].
+0 is padding) and positions of both sides. All are int32 [batch_size, length]. Inputs may be vectors
+instead, such as patches: float arrays [n, C] become float32 [batch_size, length, C].
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,8 +132,8 @@ def batch_examples(
     """Pads or packs examples into batches.
 
     Args:
-      examples: dicts of one-dimensional "inputs" and "targets"; longer ones are truncated, with a
-        warning at 1, 10, 100, ... of them.
+      examples: dicts of "inputs" and "targets", tokens or vectors; longer ones are truncated, with
+        a warning at 1, 10, 100, ... of them.
       batch_size: rows of a batch.
       feature_lengths: the lengths of "inputs" and "targets", in tokens.
       pack: puts several examples into one row, in order, as long as both sides fit.
@@ -206,8 +207,10 @@ def _convert(rows, batch_size, lengths, pack) -> dict[str, np.ndarray]:
 
 
 def _fill(rows, key, batch_size, lengths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the tokens, segment ids and positions of one side, each [batch_size, length]."""
-    tokens, segments, positions = np.zeros((3, batch_size, lengths[key]), np.int32)
+    """Returns the tokens, segment ids and positions of one side, each [batch_size, length, ...]."""
+    first = _stored(rows[0][0][key])
+    tokens = np.zeros((batch_size, lengths[key], *first.shape[1:]), first.dtype)
+    segments, positions = np.zeros((2, batch_size, lengths[key]), np.int32)
     for i, row in enumerate(rows):
         start = 0
         for segment, example in enumerate(row, start=1):
@@ -217,6 +220,13 @@ def _fill(rows, key, batch_size, lengths) -> tuple[np.ndarray, np.ndarray, np.nd
             positions[i, start:end] = np.arange(end - start)
             start = end
     return tokens, segments, positions
+
+
+def _stored(values) -> np.ndarray:
+    """Whole numbers as int32, others as float32."""
+    values = np.asarray(values)
+    floating = np.issubdtype(values.dtype, np.floating)
+    return values.astype(np.float32 if floating else np.int32, copy=False)
 
 
 def epochs(
@@ -278,7 +288,7 @@ def write_cache(path: str | os.PathLike, examples: Iterable[Example], metadata: 
 
     Args:
       path: the file.
-      examples: dicts of one-dimensional "inputs" and "targets".
+      examples: dicts of "inputs" and "targets", tokens or vectors.
       metadata: what `read_cache` gives back; anything that JSON can hold.
 
     Returns:
@@ -292,7 +302,7 @@ def write_cache(path: str | os.PathLike, examples: Iterable[Example], metadata: 
     parts: dict[str, list[np.ndarray]] = {key: [] for key in FEATURES}
     for example in examples:
         for key in FEATURES:
-            parts[key].append(np.asarray(example[key], np.int32))
+            parts[key].append(_stored(example[key]))
     if not parts["inputs"]:
         raise ValueError(f"No examples to write to {os.fspath(path)!r}.")
     for key in FEATURES:
@@ -365,7 +375,7 @@ def _check_offsets(path, tokens, offsets) -> None:
         o = offsets[key]
         if o.ndim != 1 or not len(o) or o[0] != 0 or (np.diff(o) < 0).any():
             raise ValueError(f"{os.fspath(path)!r}: {key}_offsets do not rise from 0.")
-        if tokens[key].ndim != 1 or o[-1] != len(tokens[key]):
+        if tokens[key].ndim not in (1, 2) or o[-1] != len(tokens[key]):
             raise ValueError(
                 f"{os.fspath(path)!r}: {key}_tokens has the shape {tokens[key].shape}, but "
                 f"{key}_offsets ends at {o[-1]}."

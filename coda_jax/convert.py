@@ -26,7 +26,7 @@ from coda_jax.adapters import AdapterConfig
 from coda_jax.batches import VOCABULARY_NAME
 from coda_jax.checkpoints import files
 from coda_jax.checkpoints.adapter_files import MANIFEST, fingerprint
-from coda_jax.checkpoints.shapes import expected_shapes
+from coda_jax.checkpoints.shapes import config_class, expected_shapes
 from coda_jax.checkpoints.stored_arrays import list_orbax, read_arrays
 from coda_jax.checkpoints.t5x_files import is_t5x, read_t5x
 from coda_jax.network import T5Config
@@ -210,11 +210,12 @@ def _parse_model(run: Mapping[str, Any], folder: Path) -> T5Config:
     """Returns the config of the model in a run.json."""
     try:
         model = dict(run["model"])
+        cls = config_class(model.pop("family", T5Config.family), folder / RUN_FILE)
         model["dtype"] = jnp.dtype(model["dtype"]).type
         model["mlp_activations"] = tuple(model["mlp_activations"])
-        for name, cls in (("adapter", AdapterConfig), ("coda", CodaConfig)):
-            model[name] = model[name] and cls(**model[name])
-        return T5Config(**model)
+        for name, part in (("adapter", AdapterConfig), ("coda", CodaConfig)):
+            model[name] = model[name] and part(**model[name])
+        return cls(**model)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / RUN_FILE} does not describe a model: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Text-to-text data: seqio tasks and JSONL files to token examples."""
+"""Data: seqio tasks and JSONL files to examples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import hashlib
@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
+from typing import ClassVar
 
 import numpy as np
 import seqio
@@ -90,7 +91,7 @@ def seqio_examples(
       num_epochs: how often; None for ever.
 
     Returns:
-      An iterator of {"inputs", "targets"}, int32 arrays.
+      An iterator of {"inputs", "targets"}, arrays of tokens or of vectors.
 
     Raises:
       ValueError: an unknown task or split, or a length that is not positive.
@@ -120,8 +121,29 @@ def _provider(task_or_mixture) -> seqio.Task | seqio.Mixture:
 
 
 def task_vocabulary(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Vocabulary:
-    """Returns the vocabulary of a task's inputs."""
-    return _provider(task_or_mixture).output_features["inputs"].vocabulary
+    """Returns the vocabulary of a task's targets, which is that of textual inputs too."""
+    return _provider(task_or_mixture).output_features["targets"].vocabulary
+
+
+class VectorsFeatureConverter(seqio.EncDecFeatureConverter):
+    """seqio's converter for inputs that are float vectors [length, C], as of patches; unpacked."""
+
+    TASK_FEATURES: ClassVar = {
+        **seqio.EncDecFeatureConverter.TASK_FEATURES,
+        "inputs": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32, rank=2),
+    }
+    MODEL_FEATURES: ClassVar = {
+        **seqio.EncDecFeatureConverter.MODEL_FEATURES,
+        "encoder_input_tokens": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32, rank=2),
+    }
+
+
+def feature_converter(
+    task_or_mixture: str | seqio.Task | seqio.Mixture,
+) -> seqio.EncDecFeatureConverter:
+    """Returns the converter of a task's examples to unpacked batches."""
+    vectors = _provider(task_or_mixture).output_features["inputs"].rank == 2
+    return (VectorsFeatureConverter if vectors else seqio.EncDecFeatureConverter)(pack=False)
 
 
 def cache_task(
@@ -252,12 +274,15 @@ def jsonl_task(
     return name
 
 
-def read_jsonl(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, list[str]]:
+def read_jsonl(
+    path: str | os.PathLike, fields: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """Reads some text fields of a JSONL file.
 
     Args:
       path: the file, UTF-8.
       fields: what each line must have, as strings.
+      optional: what a line may lack, "" then.
 
     Returns:
       A list for each field, in the order of the lines.
@@ -270,7 +295,7 @@ def read_jsonl(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, list
         lines = f.read().rstrip().split(b"\n")
     if lines == [b""]:
         raise ValueError(f"{os.fspath(path)}: the file is empty.")
-    columns: dict[str, list[str]] = {field: [] for field in fields}
+    columns: dict[str, list[str]] = {field: [] for field in (*fields, *optional)}
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line.decode("utf-8"))
@@ -278,7 +303,8 @@ def read_jsonl(path: str | os.PathLike, fields: Sequence[str]) -> dict[str, list
             raise ValueError(f"{os.fspath(path)}:{number}: not JSON: {e}.") from e
         if not isinstance(record, dict):
             raise ValueError(f"{os.fspath(path)}:{number}: not an object: {record!r}.")
-        for field in fields:
+        record = {**dict.fromkeys(optional, ""), **record}
+        for field in columns:
             if field not in record:
                 raise ValueError(f"{os.fspath(path)}:{number}: the field {field!r} is missing.")
             if not isinstance(record[field], str):

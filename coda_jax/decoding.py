@@ -5,7 +5,8 @@ values of all earlier ones from a cache of fixed size, so that a step always cos
 these functions under `jax.jit`, with the lengths and numbers of beams static: outside of it, making
 the cache costs a decoder pass over all positions whose result nobody reads.
 
-Axis letters: B batch, N input tokens, L output tokens (`max_decode_length`), V vocabulary, M beams.
+Axis letters: B batch, N input tokens, C channels of an input, L output tokens
+(`max_decode_length`), V vocabulary, M beams.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ _IMPOSSIBLE = -1e7
 def greedy(
     model: Transformer,
     params: Any,
-    encoder_input_tokens: Int[Array, "b n"],
+    encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
     *,
     max_decode_length: int,
     eos_id: int = 1,
@@ -38,7 +39,7 @@ def greedy(
     Args:
         model: the network.
         params: its parameters.
-        encoder_input_tokens: [B, N], 0 for padding.
+        encoder_input_tokens: as the model takes them, [B, N] tokens with 0 for padding.
         max_decode_length: L, at least 1.
         eos_id: the token that ends a row.
 
@@ -102,7 +103,7 @@ class _Beams(NamedTuple):
 def beam_search(
     model: Transformer,
     params: Any,
-    encoder_input_tokens: Int[Array, "b n"],
+    encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
     *,
     max_decode_length: int,
     num_beams: int = 4,
@@ -120,7 +121,7 @@ def beam_search(
     Args:
         model: the network.
         params: its parameters.
-        encoder_input_tokens: [B, N], 0 for padding.
+        encoder_input_tokens: as the model takes them, [B, N] tokens with 0 for padding.
         max_decode_length: L, at least 1.
         num_beams: M, at least 1.
         alpha: strength of the length penalty; 0 for none, more favours longer outputs.

@@ -15,7 +15,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -47,7 +46,9 @@ def export(
     batch_sizes: Sequence[int] | None = None,
     platforms: Sequence[str] = ("cpu",),
 ) -> None:
-    """`coda export`: (weights, input tokens [B, N] int32) -> output tokens [B, L].
+    """`coda export`: (weights, inputs) -> output tokens [B, L].
+
+    The inputs are token ids [B, N] int32, or patches [B, N, C] float32.
 
     Args:
         model: what answers.
@@ -72,8 +73,8 @@ def export(
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
     shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
     for shape in tqdm(shapes, desc="export", unit="program"):
-        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-        exported = jax.export.export(predict, platforms=list(platforms))(weights, tokens)
+        inputs = model.config.input_spec(*shape)
+        exported = jax.export.export(predict, platforms=list(platforms))(weights, inputs)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
     _write_weights(directory, flat)
     manifest = {

@@ -8,14 +8,17 @@ Axis letters: B batch, N input tokens, K selected tokens, T output tokens.
 
 from coda_jax.network import T5Config
 from coda_jax.routing import capacity
+from coda_jax.vision import Pix2StructConfig
 
 
 def encoder_flops(config: T5Config, batch: int, length: int) -> float:
-    """Operations of encoding B rows of N tokens, adapters and routers included.
+    """Operations of encoding B rows of N tokens, with adapters, routers, embedding of patches.
 
     Each layer works on K = ceil(N / r) tokens, which attend to each other or to all N.
     """
     total = 0.0
+    if isinstance(config, Pix2StructConfig):
+        total += 2 * batch * length * config.patch_dim * config.emb_dim
     for reduction in _reductions(config):
         selected = capacity(length, reduction)
         k_to_all = config.coda is not None and config.coda.attention == "k_to_all"

@@ -19,7 +19,7 @@ class Decoding:
     """How outputs are searched for.
 
     Attributes:
-        max_input_length: the most tokens of an input, the end marker included.
+        max_input_length: the most tokens of an input, the end marker included, or patches.
         max_decode_length: the most tokens of an output, the end marker included.
         num_beams: 1 for greedy decoding.
         alpha: of the length penalty ((5 + length) / 6) ** alpha.
@@ -46,7 +46,7 @@ def bucket(length: int, longest: int) -> int:
 def predict_function(
     model: EncoderDecoder, decoding: Decoding
 ) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
-    """(parameters, input tokens [B, N]) -> output tokens [B, max_decode_length]."""
+    """(parameters, inputs [B, N, ...]) -> output tokens [B, max_decode_length]."""
     return functools.partial(
         model.predict,
         max_decode_length=decoding.max_decode_length,
@@ -61,6 +61,7 @@ class Predictor:
     def __init__(self, model: EncoderDecoder, params: Mapping[str, Any], decoding: Decoding):
         self.decoding = decoding
         self.num_truncated = 0
+        self._model = model
         self._placement = Placement()
         self._params = self._placement.params(params)
         self._predict = jax.jit(predict_function(model, decoding))
@@ -74,7 +75,7 @@ class Predictor:
         """The output tokens of each input, in batches of similar lengths.
 
         Args:
-            inputs: token arrays, each with its end marker. What is longer than
+            inputs: arrays of tokens, each with its end marker, or of patches. What is longer than
                 `max_input_length` is cut and counted in `num_truncated`.
 
         Yields:
@@ -86,7 +87,8 @@ class Predictor:
         for start in range(0, len(order), size):
             indices = order[start : start + size]
             length = bucket(len(inputs[indices[-1]]), longest)
-            batch = np.zeros((size, length), np.int32)
+            spec = self._model.config.input_spec(size, length)
+            batch = np.zeros(spec.shape, spec.dtype)
             for row, index in enumerate(indices):
                 tokens = inputs[index][:length]
                 batch[row, : len(tokens)] = tokens

@@ -1,6 +1,7 @@
 """What a trainer needs of a model: its loss and its scores, on batches of numpy arrays.
 
 Axis letters: B batch, N input tokens, T target tokens, V vocabulary.
+The encoder's inputs are [B, N] token ids, or [B, N, C] vectors: whatever the config's family takes.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 import optax
 
 from coda_jax import decoding
-from coda_jax.network import T5Config, Transformer
+from coda_jax.network import T5Config, init_params
 
 Batch = dict[str, Array]
 _PACKING = (
@@ -53,23 +54,22 @@ class Sums:
 
 
 class EncoderDecoder:
-    """T5 with or without adapters and routing.
+    """An encoder-decoder with or without adapters and routing.
 
     Attributes:
-        config: the model's configuration.
+        config: the model's configuration; it decides the family.
         module: its network.
         z_loss: factor of the loss on the squared log of the softmax's normaliser.
     """
 
     def __init__(self, config: T5Config, z_loss: float = 0.0):
         self.config = config
-        self.module = Transformer(config)
+        self.module = config.network()
         self.z_loss = z_loss
 
     def init(self, rng: Array) -> dict[str, Any]:
         """Random parameters."""
-        tokens = jnp.ones((1, 2), jnp.int32)
-        return self.module.init(rng, tokens, tokens, tokens, enable_dropout=False)["params"]
+        return init_params(self.module, rng)
 
     def logits(self, params, batch: Batch, dropout_rng: Array | None = None):
         """Logits of the targets, [B, T, V] float32; with dropout where an RNG is given."""
@@ -96,8 +96,9 @@ class EncoderDecoder:
 
         Args:
             params: the parameter tree.
-            batch: encoder_input_tokens [B, N], decoder_input_tokens, decoder_target_tokens and
-                decoder_loss_weights [B, T]; segment ids and positions too where packed.
+            batch: encoder_input_tokens [B, N] or [B, N, C]; decoder_input_tokens,
+                decoder_target_tokens and decoder_loss_weights [B, T]; segment ids and positions too
+                where packed.
             dropout_rng: enables dropout.
         """
         logits = self.logits(params, batch, dropout_rng)
@@ -157,13 +158,13 @@ class EncoderDecoder:
             mutable=["intermediates"],
         )
         encoder = variables.get("intermediates", {}).get("encoder", {})
+        every_token = self.module.input_mask(encoder_input_tokens).astype(jnp.float32)
 
         def weights(layer):
             if f"layers_{layer}" not in encoder:
-                return (encoder_input_tokens > 0).astype(jnp.float32)
+                return every_token
             (selection,) = encoder[f"layers_{layer}"]["router"]["selection"]
-            rows = jnp.arange(encoder_input_tokens.shape[0])[:, None]
-            zeros = jnp.zeros(encoder_input_tokens.shape, jnp.float32)
-            return zeros.at[rows, selection.indices].set(selection.weights)
+            rows = jnp.arange(every_token.shape[0])[:, None]
+            return jnp.zeros_like(every_token).at[rows, selection.indices].set(selection.weights)
 
         return jnp.stack([weights(i) for i in range(self.config.num_encoder_layers)])

@@ -1,19 +1,21 @@
 """T5: encoder-decoder Transformer with T5X's call signatures and parameter tree.
 
 The encoder's layers are conditional where the config says so; the decoder is dense. Both get an
-adapter beside each layer. Without `adapter` and `coda` this is T5 itself.
+adapter beside each layer. Without `adapter` and `coda` this is T5 itself. Other families (`vision`)
+have the same layers and decoder over inputs of their own, where a token is a vector of C values.
 
-Axis letters: B batch, N input tokens, T target tokens, D embedding, V vocabulary.
+Axis letters: B batch, N input tokens, T target tokens, C channels, D embedding, V vocabulary.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import linen as nn
 from flax import struct
+import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax import layers
 from coda_jax.adapters import Adapter, AdapterConfig
@@ -25,7 +27,11 @@ from coda_jax.routing import CodaConfig, Tokens
 class T5Config:
     """Sizes and options of a T5 model.
 
+    A family's configuration says what its network is and what its inputs look like, which is all
+    that the trainer and the checkpoints ask of it.
+
     Attributes:
+        family: name of the model family, the same for all its models.
         vocab_size: V, rows of the embedding.
         dtype: of the computation.
         emb_dim: D.
@@ -44,6 +50,8 @@ class T5Config:
         adapter: the adapter beside each layer, or None for none.
         coda: the routing of the encoder's layers, or None for dense layers.
     """
+
+    family: ClassVar[str] = "t5"
 
     vocab_size: int
     dtype: Any = jnp.float32
@@ -75,6 +83,14 @@ class T5Config:
     def dense(self) -> "T5Config":
         """The same model without adapters and routing."""
         return dataclasses.replace(self, adapter=None, coda=None)
+
+    def network(self) -> "Transformer":
+        """The network of this configuration."""
+        return Transformer(self)
+
+    def input_spec(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the encoder's inputs, [B, N] int32 token ids."""
+        return jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
 
 def _norm(cfg: T5Config, name: str) -> layers.LayerNorm:
@@ -117,7 +133,7 @@ class EncoderLayer(nn.Module):
     """A conditional encoder layer: self-attention and feed-forward on the selected tokens."""
 
     config: T5Config
-    relpos_bias: nn.Module
+    relpos_bias: nn.Module | None
     layer_index: int
 
     @nn.compact
@@ -132,7 +148,9 @@ class EncoderLayer(nn.Module):
             if context.segment_ids is not None:
                 same = tokens.segment_ids[:, :, None] == context.segment_ids[:, None, :]
                 visible = visible & same[:, None]
-            bias = self.relpos_bias(tokens.positions, context.positions)
+            bias = None
+            if self.relpos_bias is not None:
+                bias = self.relpos_bias(tokens.positions, context.positions)
             y = attention(
                 tokens.u,
                 attention.keys_values(context.u),
@@ -217,18 +235,24 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of encoder layers."""
+    """The stack of encoder layers.
+
+    Attributes:
+        config: sizes and options.
+        embedding: the inputs as vectors, [B, N, ...] -> [B, N, D].
+        relative_positions: whether the layers share a relative position bias.
+    """
 
     config: T5Config
-    shared_embedding: nn.Module
+    embedding: nn.Module
+    relative_positions: bool = True
 
     @nn.compact
-    def __call__(self, encoder_input_tokens, segment_ids=None, deterministic=False):
+    def __call__(self, encoder_input_tokens, mask, segment_ids=None, deterministic=False):
         cfg = self.config
         dropout = _dropout(cfg, deterministic)
-        relpos_bias = _relpos_bias(cfg, bidirectional=True)
-        mask = encoder_input_tokens > 0
-        x = dropout(self.shared_embedding(encoder_input_tokens))
+        relpos_bias = _relpos_bias(cfg, bidirectional=True) if self.relative_positions else None
+        x = dropout(self.embedding(encoder_input_tokens))
         for i in range(cfg.num_encoder_layers):
             x = EncoderLayer(cfg, relpos_bias, i, name=f"layers_{i}")(
                 x, mask, segment_ids, deterministic
@@ -272,7 +296,10 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """T5, called as T5X calls its network."""
+    """T5, called as T5X calls its network.
+
+    What `encoder_input_tokens` is differs by family; each defines `make_encoder` and `input_mask`.
+    """
 
     config: T5Config
 
@@ -281,33 +308,55 @@ class Transformer(nn.Module):
         self.shared_embedding = layers.Embed(
             cfg.vocab_size, cfg.emb_dim, cfg.dtype, name="token_embedder"
         )
-        self.encoder = Encoder(cfg, self.shared_embedding)
+        self.encoder = self.make_encoder()
         self.decoder = Decoder(cfg, self.shared_embedding)
+
+    def make_encoder(self) -> Encoder:
+        """The encoder, as `setup` attaches it."""
+        return Encoder(self.config, self.shared_embedding)
+
+    @staticmethod
+    def input_mask(encoder_input_tokens: Int[Array, "b n"]) -> Bool[Array, "b n"]:
+        """False for padding."""
+        return encoder_input_tokens > 0
 
     def encode(
         self,
-        encoder_input_tokens: Int[Array, "b n"],
+        encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
         encoder_segment_ids: Int[Array, "b n"] | None = None,
         enable_dropout: bool = True,
     ) -> Float[Array, "b n d"]:
         """The encoder's output, [B, N, D].
 
         Args:
-            encoder_input_tokens: [B, N], 0 for padding.
+            encoder_input_tokens: as the config's `input_spec` says; [B, N] int32 for T5, 0 for
+                padding.
             encoder_segment_ids: [B, N], 1..S for packed examples, 0 for padding; None if unpacked.
             enable_dropout: needs the RNG "dropout".
+
+        Raises:
+            ValueError: the inputs are another family's.
         """
+        channels = self.config.input_spec(1, 1).shape[2:]
+        if encoder_input_tokens.shape[2:] != channels:
+            raise ValueError(
+                f"{self.config.family} takes inputs [B, N, *{channels}], got the shape "
+                f"{encoder_input_tokens.shape}"
+            )
         return self.encoder(
-            encoder_input_tokens, encoder_segment_ids, deterministic=not enable_dropout
+            encoder_input_tokens,
+            self.input_mask(encoder_input_tokens),
+            encoder_segment_ids,
+            deterministic=not enable_dropout,
         )
 
     def decode(
         self,
-        encoded: Float[Array, "c n d"],
-        encoder_input_tokens: Int[Array, "c n"],
+        encoded: Float[Array, "r n d"],
+        encoder_input_tokens: Int[Array, "r n"] | Float[Array, "r n c"],
         decoder_input_tokens: Int[Array, "b t"],
         decoder_target_tokens: Int[Array, "b t"],
-        encoder_segment_ids: Int[Array, "c n"] | None = None,
+        encoder_segment_ids: Int[Array, "r n"] | None = None,
         decoder_segment_ids: Int[Array, "b t"] | None = None,
         decoder_positions: Int[Array, "b t"] | None = None,
         enable_dropout: bool = True,
@@ -318,8 +367,8 @@ class Transformer(nn.Module):
         """Logits, [B, T, V] float32.
 
         Args:
-            encoded: [B, N, D], or in cached decoding [C, N, D] with B = C * beams.
-            encoder_input_tokens: [B or C, N]; says what is padding.
+            encoded: [B, N, D], or in cached decoding [R, N, D] with B = R * beams.
+            encoder_input_tokens: of B or R rows; says what is padding.
             decoder_input_tokens: [B, T], the targets shifted right; one token a step with a cache.
             decoder_target_tokens: [B, T]; says what is padding.
             encoder_segment_ids: [B, N] for packed examples.
@@ -334,7 +383,7 @@ class Transformer(nn.Module):
         del decoder_positions, max_decode_length
         if decode and encoder_segment_ids is not None:
             raise ValueError("packed examples cannot be decoded: encoder_segment_ids was given")
-        cross_mask = (encoder_input_tokens > 0)[:, None, None, :]
+        cross_mask = self.input_mask(encoder_input_tokens)[:, None, None, :]
         self_mask = None if decode else (decoder_target_tokens > 0)[:, None, None, :]
         if encoder_segment_ids is not None:
             segments = decoder_segment_ids[:, None, :, None]
@@ -352,7 +401,7 @@ class Transformer(nn.Module):
 
     def __call__(
         self,
-        encoder_input_tokens: Int[Array, "b n"],
+        encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
         decoder_input_tokens: Int[Array, "b t"],
         decoder_target_tokens: Int[Array, "b t"],
         encoder_segment_ids: Int[Array, "b n"] | None = None,
@@ -377,3 +426,11 @@ class Transformer(nn.Module):
             enable_dropout,
             decode,
         )
+
+
+def init_params(module: Transformer, rng: Array) -> dict[str, Any]:
+    """The fresh parameter tree of a network."""
+    spec = module.config.input_spec(1, 2)  # parameters do not depend on batch or length
+    tokens = jnp.ones((1, 2), jnp.int32)
+    inputs = jnp.ones(spec.shape, spec.dtype)
+    return module.init(rng, inputs, tokens, tokens, enable_dropout=False)["params"]

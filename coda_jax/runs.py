@@ -4,7 +4,7 @@ The functions here are the ones that gin files name. Those that need seqio impor
 that training from a cache file runs where neither seqio nor TensorFlow is installed.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import itertools
@@ -31,6 +31,7 @@ from coda_jax.models import EncoderDecoder
 from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
 from coda_jax.run_files import write_atomically
+from coda_jax.vision import Pix2StructConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Data:
     """Where examples come from: a seqio task or mixture, a file of `coda cache`, or nothing.
 
     Attributes:
-        feature_lengths: the most tokens of "inputs" and of "targets".
+        feature_lengths: the most tokens, or patches, of "inputs" and tokens of "targets".
         task: name of a registered seqio task or mixture.
         cache: path of the file instead.
         split: the task's split.
@@ -242,7 +243,7 @@ def train(
         learning_rate=learning_rate,
         directory=directory,
         run={
-            "model": _as_json(model.config),
+            "model": {"family": model.config.family, **_as_json(model.config)},
             "base": base_fingerprint,
             "data": _as_json(data),
             "trained": options.trained,
@@ -306,19 +307,24 @@ def evaluate(
     data.check_vocabulary(data.task_vocabulary(task), model.config.vocab_size, model.directory)
     decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
     predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
+    module = model.config.network()
+
+    def unpadded(inputs):
+        return inputs[: np.flatnonzero(module.input_mask(inputs)).max(initial=-1) + 1]
 
     def predict(dataset):
-        indices, inputs = [], []
-        for index, example in dataset.as_numpy_iterator():
-            tokens = example["encoder_input_tokens"]
-            indices.append(int(index))
-            inputs.append(tokens[: np.flatnonzero(tokens).max(initial=-1) + 1])
-        progress = tqdm(predictor(inputs), total=len(inputs), desc=task, unit="example")
-        return [(indices[place], tokens.tolist()) for place, tokens in progress]
+        examples, answers = dataset.as_numpy_iterator(), []
+        with tqdm(desc=task, unit="example") as progress:
+            while chunk := list(itertools.islice(examples, _chunk_size(model, decoding))):
+                inputs = [unpadded(example["encoder_input_tokens"]) for _, example in chunk]
+                for place, tokens in predictor(inputs):
+                    answers.append((int(chunk[place][0]), tokens.tolist()))
+                    progress.update()
+        return answers
 
     evaluator = seqio.Evaluator(
         task,
-        seqio.EncDecFeatureConverter(pack=False),
+        data.feature_converter(task),
         eval_split=split,
         sequence_length=dict(feature_lengths),
     )
@@ -340,36 +346,38 @@ def predict(
     output: str,
     decoding: Decoding,
     vocabulary: str | None = None,
-    chunk_size: int = 4096,
+    chunk_size: int | None = None,
+    font: str | None = None,
 ) -> None:
-    """`coda predict`: one JSON line {"inputs", "prediction"} for each input, in their order.
+    """`coda predict`: one JSON line with the input and its "prediction" for each, in their order.
 
     Args:
         model: what answers.
-        inputs: a text file with one input a line, a .jsonl file whose lines have "inputs", or "-"
-            for text lines from standard input.
+        inputs: a text file with one input a line, a .jsonl file, or "-" for text lines from
+            standard input. An input is a text or the file of an image; lines of JSON have "inputs",
+            or "image" and, as models for questions need it, "header".
         output: the JSONL file to write, or "-" for standard output.
         decoding: how outputs are searched for.
         vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
-        chunk_size: inputs held at once.
+        chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images.
+        font: file of the font of headers; None for that of `tasks.images`.
     """
     from coda_jax import data
 
     vocabulary = data.load_vocabulary(vocabulary or model.directory)
     data.check_vocabulary(vocabulary, model.config.vocab_size, model.directory)
     predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
-    texts = iter(data.read_inputs(inputs))
+    records, encode = _requests(model.config, vocabulary, inputs, decoding, font)
     with contextlib.ExitStack() as stack:
         file = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))
         progress = stack.enter_context(tqdm(unit="example", file=sys.stderr))
-        while chunk := list(itertools.islice(texts, chunk_size)):
-            tokens = [np.array([*vocabulary.encode(text), vocabulary.eos_id]) for text in chunk]
+        while chunk := list(itertools.islice(records, chunk_size or _chunk_size(model, decoding))):
             answers = {}
-            for index, answer in predictor(tokens):
+            for index, answer in predictor([encode(record) for record in chunk]):
                 answers[index] = vocabulary.decode(answer.tolist())
                 progress.update()
-            for index, text in enumerate(chunk):
-                line = {"inputs": text, "prediction": answers[index]}
+            for index, record in enumerate(chunk):
+                line = {**record, "prediction": answers[index]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
     if predictor.num_truncated:
@@ -378,6 +386,31 @@ def predict(
             predictor.num_truncated,
             decoding.max_input_length,
         )
+
+
+def _chunk_size(model: LoadedModel, decoding: Decoding) -> int:
+    """Inputs held at once: texts are worth sorting by length, images are large and of one size."""
+    return 8 * decoding.batch_size if isinstance(model.config, Pix2StructConfig) else 4096
+
+
+def _requests(
+    config: T5Config, vocabulary: Any, inputs: str, decoding: Decoding, font: str | None
+) -> tuple[Iterator[dict[str, str]], Callable[[Mapping[str, str]], np.ndarray]]:
+    """What is asked, and the function that makes a request the model's input."""
+    from coda_jax import data
+
+    if not isinstance(config, Pix2StructConfig):
+        records = ({"inputs": text} for text in data.read_inputs(inputs))
+        return records, lambda record: np.array(
+            [*vocabulary.encode(record["inputs"]), vocabulary.eos_id]
+        )
+    from coda_jax.tasks import images
+
+    def encode(record):
+        image = images.read_image(record["image"], record.get("header", ""), font)
+        return images.patches(image, decoding.max_input_length, config.patch_size).numpy()
+
+    return iter(images.read_requests(inputs)), encode
 
 
 def cache(

@@ -56,7 +56,7 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
 
         plain._compute_logits = compute_logits
         loss, metrics = models.EncoderDecoderModel.loss_fn(plain, params, batch, dropout_rng)
-        num_tokens = jnp.sum(batch["encoder_input_tokens"] > 0)
+        num_tokens = jnp.sum(self.module.input_mask(batch["encoder_input_tokens"]))
         return loss, {**metrics, **routing_metrics(intermediates, num_tokens)}
 
 

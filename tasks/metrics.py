@@ -1,4 +1,4 @@
-"""Metrics of the language tasks, in per cent: SQuAD's and ReCoRD's exact match and F1, and ROUGE.
+"""Metrics of the tasks, in per cent: SQuAD's and ReCoRD's exact match and F1, ROUGE and ANLS.
 
 They are seqio metric functions, of all targets and predictions, which the postprocessors here make
 of texts. Accuracy is `coda_jax.data.accuracy`.
@@ -6,6 +6,7 @@ of texts. Accuracy is `coda_jax.data.accuracy`.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+import json
 import re
 import string
 
@@ -24,6 +25,11 @@ def grouped_answers(text: str, example=None, is_target: bool = False):
         return text
     answers = all_answers(text, example, is_target)
     return {"group": tuple(int(number) for number in example["group"]), "answers": answers}
+
+
+def json_answers(text: str, example=None, is_target: bool = False):
+    """A postprocessor: a target becomes the list in the JSON of the example's "answers"."""
+    return json.loads(example["answers"]) if is_target else text.strip()
 
 
 def normalized_answer(text: str) -> str:
@@ -132,6 +138,70 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
         name: 100 * sum(score[name].fmeasure for score in scores) / len(scores)
         for name in _ROUGE_TYPES
     }
+
+
+def rouge_of_any(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-Lsum, of each prediction with the target that it is closest to.
+
+    Args:
+      targets: several right texts for each.
+      predictions: one for each.
+
+    Returns:
+      {"rouge1", "rouge2", "rougeLsum"}: the means of the F1.
+
+    Raises:
+      ValueError: no texts, or another number of predictions.
+    """
+    from rouge_score import rouge_scorer
+
+    _check(targets, predictions)
+    scorer = rouge_scorer.RougeScorer(_ROUGE_TYPES)
+    scores = [scorer.score_multi(*pair) for pair in zip(targets, predictions, strict=True)]
+    return {
+        name: 100 * sum(score[name].fmeasure for score in scores) / len(scores)
+        for name in _ROUGE_TYPES
+    }
+
+
+def anls(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
+    """Average normalised Levenshtein similarity, DocVQA's metric (Biten et al. 2019).
+
+    For each question the best 1 - distance / length of the longer text over its answers, in lower
+    case and with single spaces; 0 where that is below one half.
+
+    Args:
+      targets: the right answers of each question.
+      predictions: one for each question.
+
+    Returns:
+      {"anls"}.
+
+    Raises:
+      ValueError: no questions, or another number of predictions.
+    """
+    _check(targets, predictions)
+    total = 0.0
+    for answers, prediction in zip(targets, predictions, strict=True):
+        total += max(_similarity(answer, prediction) for answer in answers)
+    return {"anls": 100 * total / len(targets)}
+
+
+def _similarity(answer: str, prediction: str) -> float:
+    first, second = (" ".join(text.lower().split()) for text in (answer, prediction))
+    longer = max(len(first), len(second))
+    similarity = 1 - levenshtein(first, second) / longer if longer else 1.0
+    return similarity if similarity >= 0.5 else 0.0
+
+
+def levenshtein(first: str, second: str) -> int:
+    """Returns the fewest insertions, deletions and replacements from one text to the other."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(second, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
 
 
 def _sentences(text: str) -> str:

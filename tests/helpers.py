@@ -10,8 +10,9 @@ from scipy.optimize import brentq
 
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
-from coda_jax.network import T5Config, Transformer
+from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
+from coda_jax.vision import Pix2StructConfig
 
 TINY = T5Config(
     vocab_size=20,
@@ -25,23 +26,36 @@ TINY = T5Config(
     relpos_num_buckets=8,
     relpos_max_distance=16,
 )
+TINY_IMAGES = Pix2StructConfig(
+    vocab_size=20,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=1,
+    head_dim=8,
+    mlp_dim=24,
+    relpos_num_buckets=8,
+    relpos_max_distance=16,
+    patch_size=2,
+    num_positions=16,
+)
 ADAPTER = AdapterConfig(bottleneck=4)
 
 
-def config(coda=None, adapter=None, **changes):
-    """Returns the tiny config with changes; a dict as `coda` is what differs from its defaults."""
+def config(coda=None, adapter=None, base=TINY, **changes):
+    """Returns a tiny config with changes; a dict as `coda` is what differs from its defaults."""
     if isinstance(coda, dict):
         coda = CodaConfig(**coda)
     if coda is not None and adapter is None:
         adapter = ADAPTER
-    return dataclasses.replace(TINY, coda=coda, adapter=adapter, **changes)
+    return dataclasses.replace(base, coda=coda, adapter=adapter, **changes)
 
 
 def shapes(cfg):
     """Returns what `init` makes, as shapes: the collections "params" and "params_axes"."""
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    init = functools.partial(Transformer(cfg).init, enable_dropout=False)
-    return jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
+    init = functools.partial(cfg.network().init, enable_dropout=False)
+    return jax.eval_shape(init, jax.random.key(0), cfg.input_spec(1, 4), tokens, tokens)
 
 
 def random_params(cfg, seed=0, fresh=False):
@@ -73,7 +87,7 @@ def random_params(cfg, seed=0, fresh=False):
 @functools.partial(jax.jit, static_argnums=0)
 def logits(cfg, params, inputs, decoder_inputs, targets, segments=None, target_segments=None):
     """Returns the logits [B, T, V], without dropout."""
-    return Transformer(cfg).apply(
+    return cfg.network().apply(
         {"params": params},
         inputs,
         decoder_inputs,
@@ -87,7 +101,7 @@ def logits(cfg, params, inputs, decoder_inputs, targets, segments=None, target_s
 @functools.partial(jax.jit, static_argnums=0)
 def encode(cfg, params, inputs, segments=None):
     """Returns (the encoder's output [B, N, D], {layer: its Selection})."""
-    encoded, state = Transformer(cfg).apply(
+    encoded, state = cfg.network().apply(
         {"params": params},
         inputs,
         segments,
@@ -122,6 +136,16 @@ def random_tokens(rng, lengths, num_tokens, vocab_size=TINY.vocab_size):
     """Returns int32 tokens [len(lengths), num_tokens] of 2..vocab_size-1, then 0 for padding."""
     tokens = rng.integers(2, vocab_size, (len(lengths), num_tokens))
     return np.where(np.arange(num_tokens) < np.array(lengths)[:, None], tokens, 0).astype(np.int32)
+
+
+def random_patches(rng, sizes, num_patches, patch_size=TINY_IMAGES.patch_size):
+    """Returns float32 patches [len(sizes), num_patches, C] of images of (rows, columns) patches."""
+    patches = np.zeros((len(sizes), num_patches, 2 + 3 * patch_size**2), np.float32)
+    for image, (rows, columns) in zip(patches, sizes, strict=True):
+        ids = np.stack(np.mgrid[1 : rows + 1, 1 : columns + 1], -1).reshape(-1, 2)
+        image[: len(ids), :2] = ids
+        image[: len(ids), 2:] = rng.normal(size=(len(ids), image.shape[1] - 2))
+    return patches
 
 
 def shift_right(targets):

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 CORE = [
-    *["soft_topk", "routing", "layers", "adapters", "conditional", "network", "decoding", "models"],
+    *["soft_topk", "routing", "layers", "adapters", "conditional", "network", "vision"],
+    *["decoding", "models"],
     *["params", "checkpoints", "batches", "run_files", "training", "inference", "runs"],
     *["convert", "benchmark", "breakdown", "flops", "check", "bench", "plots"],
 ]

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import textwrap
 
-from helpers import config, random_params
+from helpers import TINY_IMAGES, config, random_params, random_patches
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from coda_jax import exporting
+from coda_jax import params as params_lib
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.models import EncoderDecoder
 from coda_jax.runs import LoadedModel
@@ -69,6 +70,17 @@ def test_the_manifest_lists_a_program_for_each_bucket(model, folder):
         path.relative_to(folder) for path in folder.iterdir()
     }
     assert set(manifest["weights"].values()) == {jnp.dtype(model.config.dtype).name}
+
+
+def test_programs_of_images_take_patches(tmp_path, rng):
+    cfg = config({"reduction": 2.0}, base=TINY_IMAGES)
+    model = LoadedModel(cfg, random_params(cfg), None)
+    exporting.export(model, str(tmp_path / "new"), Decoding(12, max_decode_length=4, batch_size=2))
+    program = jax.export.deserialize((tmp_path / "new" / "predict_2x12.jax_export").read_bytes())
+    patches = random_patches(rng, [(3, 4), (1, 2)], 12)
+    weights = [leaf for _, leaf in sorted(params_lib.flatten(model.params).items())]
+    expected = EncoderDecoder(cfg).predict(model.params, patches, max_decode_length=4)
+    np.testing.assert_array_equal(program.call(weights, patches), expected)
 
 
 def test_bad_requests_are_refused(model, folder, tmp_path):

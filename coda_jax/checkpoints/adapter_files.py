@@ -18,7 +18,7 @@ import coda_jax
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.checkpoints import files
-from coda_jax.checkpoints.shapes import expected_shapes
+from coda_jax.checkpoints.shapes import config_class, expected_shapes
 from coda_jax.conditional import CodaConfig
 from coda_jax.network import T5Config
 
@@ -104,7 +104,7 @@ def save_adapter(path: str | os.PathLike, params: Mapping, config: T5Config) -> 
     params_lib.check_tree(expected_shapes(config), params)
     saved, _ = params_lib.split(params, params_lib.SAVED)
     tensors = {name: np.asarray(leaf) for name, leaf in params_lib.flatten(saved).items()}
-    base_config = _to_json(dataclasses.replace(config, adapter=None, coda=None))
+    base_config = {"family": config.family, **_to_json(config.dense())}
     manifest = {
         "format_version": FORMAT_VERSION,
         "package_version": coda_jax.__version__,
@@ -140,12 +140,20 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 def _read_config(manifest: Mapping[str, Any], file: Path) -> T5Config:
-    config = _from_json(T5Config, manifest["base_config"], f"base_config of {file}")
+    config = _base_config(manifest["base_config"], f"base_config of {file}")
     adapter = _from_json(AdapterConfig, manifest["adapter"], f"adapter of {file}")
     coda = _from_json(CodaConfig, manifest["coda"], f"coda of {file}")
     if config is None or (adapter is None and coda is None):
         raise ValueError(f"{file} lacks the base config, or both adapter and coda.")
     return dataclasses.replace(config, adapter=adapter, coda=coda)
+
+
+def _base_config(values: Any, name: str) -> T5Config | None:
+    """The dense config; a manifest from before there were families is T5's."""
+    if not isinstance(values, dict):
+        return _from_json(T5Config, values, name)
+    fields = {"family": T5Config.family, **values}
+    return _from_json(config_class(fields.pop("family"), name), fields, name)
 
 
 def _read_saved(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:

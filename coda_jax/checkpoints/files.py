@@ -125,7 +125,7 @@ def read_directory(directory: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{directory} holds only {pickled}. Unpickling it could run any code, so it is not "
             "read; convert it once, if you trust it, in Python with PyTorch:\n"
-            "  from transformers import T5ForConditionalGeneration\n"
+            "  from transformers import T5ForConditionalGeneration  # or the class of its family\n"
             f"  T5ForConditionalGeneration.from_pretrained({str(directory)!r})"
             f".save_pretrained({str(directory)!r})"
         )

@@ -4,7 +4,7 @@ Every field is either used, or checked, or in the list of those that change no l
 an error: a field that we do not know may change the computation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from coda_jax.network import T5Config
@@ -77,13 +77,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> T5Config:
             f"{source}: model_type={model_type!r} is not handled; only "
             f"{sorted(DEFAULT_FEED_FORWARD)} are."
         )
-    problems = [f"unknown field {name}={value!r}" for name, value in raw.items()
-                if name not in USED and name not in FIXED and name not in IGNORED]  # fmt: skip
-    problems += [
-        f"{name}={raw[name]!r} is not handled (only {' or '.join(map(repr, allowed))})"
-        for name, allowed in FIXED.items()
-        if name in raw and not any(_same(raw[name], value) for value in allowed)
-    ]
+    problems = field_problems(raw, USED | IGNORED, FIXED)
     projection = raw.get("feed_forward_proj", DEFAULT_FEED_FORWARD[model_type])
     problems += _size_problems(raw) + _activation_problems(raw, projection) + _scale_problems(raw)
     if problems:
@@ -101,23 +95,53 @@ def parse_config(raw: Mapping[str, Any], source: str) -> T5Config:
     )
 
 
+def field_problems(
+    raw: Mapping[str, Any], known: Set[str], fixed: Mapping[str, tuple], prefix: str = ""
+) -> list[str]:
+    """Returns what is wrong with fields' names, and with the values that must be certain ones.
+
+    Args:
+        raw: the fields.
+        known: names that may be there.
+        fixed: names that may be there with one of some values.
+        prefix: of the names in what is returned.
+    """
+    problems = [f"unknown field {prefix}{name}={value!r}" for name, value in raw.items()
+                if name not in known and name not in fixed]  # fmt: skip
+    return problems + [
+        f"{prefix}{name}={raw[name]!r} is not handled (only {' or '.join(map(repr, allowed))})"
+        for name, allowed in fixed.items()
+        if name in raw and not any(_same(raw[name], value) for value in allowed)
+    ]
+
+
 def _same(value: Any, allowed: Any) -> bool:
     return type(value) is type(allowed) and value == allowed  # 0 is not False here
+
+
+def count_problems(raw: Mapping[str, Any], names: Iterable[str], prefix: str = "") -> list[str]:
+    """Returns which of the fields that are there are no positive whole numbers."""
+    return [f"{prefix}{name}={raw[name]!r} is not a positive whole number" for name in names
+            if name in raw and not (type(raw[name]) is int and raw[name] > 0)]  # fmt: skip
+
+
+def number_problems(
+    raw: Mapping[str, Any], limits: Mapping[str, float], prefix: str = ""
+) -> list[str]:
+    """Returns which of the fields that are there are no numbers from 0 to below their limit."""
+    return [f"{prefix}{name}={raw[name]!r} is not a number from 0 to below {high}"
+            for name, high in limits.items()
+            if name in raw
+            and not (type(raw[name]) in (int, float) and 0 <= raw[name] < high)]  # fmt: skip
 
 
 def _size_problems(raw: Mapping[str, Any]) -> list[str]:
     counts = [*SIZES, "relative_attention_num_buckets", "relative_attention_max_distance"]
     if raw.get("num_decoder_layers") is not None:
         counts.append("num_decoder_layers")
-    problems = [f"missing field {name}" for name in SIZES if name not in raw]
-    for name in counts:
-        if name in raw and not (type(raw[name]) is int and raw[name] > 0):
-            problems.append(f"{name}={raw[name]!r} is not a positive whole number")
-    for name, high in (("dropout_rate", 1.0), ("layer_norm_epsilon", float("inf"))):
-        value = raw.get(name, OPTIONAL[name])
-        if type(value) not in (int, float) or not 0 <= value < high:
-            problems.append(f"{name}={value!r} is not a number from 0 to below {high}")
-    return problems
+    limits = {"dropout_rate": 1.0, "layer_norm_epsilon": float("inf")}
+    missing = [f"missing field {name}" for name in SIZES if name not in raw]
+    return missing + count_problems(raw, counts) + number_problems(raw, limits)
 
 
 def _activation_problems(raw: Mapping[str, Any], projection: Any) -> list[str]:

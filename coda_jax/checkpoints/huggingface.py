@@ -1,18 +1,23 @@
-"""Dense T5 checkpoints in Hugging Face's layout: T5, T5 v1.1, LM-adapted, flan-T5, mT5, byT5."""
+"""Dense checkpoints in Hugging Face's layout: T5 with v1.1, flan-T5, mT5 and byT5, and Pix2Struct.
 
-from collections.abc import Mapping
+The family is what `model_type` in config.json says. Each has a config, names of its tensors, and a
+rule for embeddings that are stored several times or not at all; this module has those of T5.
+"""
+
+from collections.abc import Callable, Mapping
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from coda_jax import params as params_lib
-from coda_jax.checkpoints import files, hf_config
+from coda_jax.checkpoints import files, hf_config, hf_pix2struct
 from coda_jax.checkpoints.shapes import expected_shapes
 from coda_jax.network import T5Config
+from coda_jax.vision import Pix2StructConfig
 
 MAX_SHARD_BYTES = 5 * 10**9
 SHARED = "shared.weight"
@@ -64,7 +69,7 @@ def _is_transposed(path: str) -> bool:
     return path.endswith(("/kernel", "/rel_embedding"))  # theirs are [out, in] and [buckets, H]
 
 
-def _hf_shapes(expected: Mapping[str, Any]) -> dict[str, Any]:
+def _hf_shapes(expected: Mapping[str, Any], hf_name: Callable[[str], str]) -> dict[str, Any]:
     return {
         hf_name(path): jax.ShapeDtypeStruct(
             leaf.shape[::-1] if _is_transposed(path) else leaf.shape, leaf.dtype
@@ -102,15 +107,38 @@ def _resolve_embeddings(tensors: dict, raw: Mapping, source: str) -> dict:
     return kept
 
 
+class _Layout(NamedTuple):
+    """How a family's checkpoints look."""
+
+    parse_config: Callable[[Mapping[str, Any], str], T5Config]
+    format_config: Callable[[Any, str], dict[str, Any]]
+    hf_name: Callable[[str], str]
+    resolve_embeddings: Callable[[dict, Mapping, str], dict]
+
+
+LAYOUTS = {
+    T5Config.family: _Layout(
+        hf_config.parse_config, hf_config.format_config, hf_name, _resolve_embeddings
+    ),
+    Pix2StructConfig.family: _Layout(
+        hf_pix2struct.parse_config,
+        hf_pix2struct.format_config,
+        hf_pix2struct.hf_name,
+        hf_pix2struct.resolve_embeddings,
+    ),
+}
+
+
 def load_hf(directory: str | os.PathLike) -> tuple[T5Config, dict]:
-    """Loads a dense checkpoint of T5ForConditionalGeneration's layout.
+    """Loads a dense checkpoint in the layout of transformers' class for conditional generation.
 
     Args:
         directory: has config.json and model.safetensors, or its shards with their index.
 
     Returns:
-        (config, params): the dense config, with float32 as compute dtype, and nested dicts of
-        read-only numpy arrays in the dtype of the file, which are read from disk when first used.
+        (config, params): the dense config of the family in config.json, with float32 as compute
+        dtype, and nested dicts of read-only numpy arrays in the dtype of the file, which are read
+        from disk when first used.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -120,19 +148,22 @@ def load_hf(directory: str | os.PathLike) -> tuple[T5Config, dict]:
     directory = Path(directory)
     source = str(directory / "config.json")
     raw = files.read_json(directory / "config.json")
-    config = hf_config.parse_config(raw, source)
-    tensors = _resolve_embeddings(files.read_directory(directory), raw, source)
+    # Every model_type that is no family's name is for T5's parser to take or to refuse.
+    layout = LAYOUTS.get(raw.get("model_type"), LAYOUTS[T5Config.family])
+    config = layout.parse_config(raw, source)
+    tensors = layout.resolve_embeddings(files.read_directory(directory), raw, source)
     expected = params_lib.flatten(expected_shapes(config))
-    params_lib.check_tree(_hf_shapes(expected), tensors, what=f"The tensors of {directory} do")
+    shapes = _hf_shapes(expected, layout.hf_name)
+    params_lib.check_tree(shapes, tensors, what=f"The tensors of {directory} do")
     flat = {}
     for path in expected:
-        leaf = tensors[hf_name(path)]
+        leaf = tensors[layout.hf_name(path)]
         flat[path] = leaf.T if _is_transposed(path) else leaf
     return config, params_lib.unflatten(flat)
 
 
 def save_hf(directory: str | os.PathLike, config: T5Config, params: Mapping) -> None:
-    """Saves a dense checkpoint that `load_hf` and transformers' T5ForConditionalGeneration read.
+    """Saves a dense checkpoint that `load_hf` and transformers' class for the family read.
 
     An mT5 is saved with model_type t5, which is the same computation. The vocabulary is not part
     of a checkpoint; copy its files beside it.
@@ -150,16 +181,18 @@ def save_hf(directory: str | os.PathLike, config: T5Config, params: Mapping) -> 
     if new:
         lines = "\n  ".join(params_lib.flatten(new))
         raise ValueError(
-            "A Hugging Face T5 has no adapters and routers: save them with `save_adapter`, and "
-            f"the dense leaves (`params.split_new`) here. Found:\n  {lines}"
+            "A Hugging Face checkpoint has no adapters and routers: save them with `save_adapter`, "
+            f"and the dense leaves (`params.split_new`) here. Found:\n  {lines}"
         )
     dense = dataclasses.replace(config, adapter=None, coda=None)
     params_lib.check_tree(expected_shapes(dense), params)
-    tensors = {}
-    for path, leaf in params_lib.flatten(params).items():
-        leaf = np.asarray(leaf)
-        tensors[hf_name(path)] = leaf.T if _is_transposed(path) else leaf
+    layout = LAYOUTS[config.family]
+    flat = {path: np.asarray(leaf) for path, leaf in params_lib.flatten(params).items()}
+    tensors = {
+        layout.hf_name(path): leaf.T if _is_transposed(path) else leaf
+        for path, leaf in flat.items()
+    }
     directory = Path(directory)
-    raw = hf_config.format_config(dense, tensors[SHARED].dtype.name)
+    raw = layout.format_config(dense, flat["token_embedder/embedding"].dtype.name)
     files.write_directory(directory, tensors, MAX_SHARD_BYTES)
     files.write_json(directory / "config.json", raw)

@@ -4,15 +4,30 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 
-from coda_jax.network import T5Config, Transformer
+from coda_jax.network import T5Config, init_params
+from coda_jax.vision import Pix2StructConfig
+
+FAMILIES = {cls.family: cls for cls in (T5Config, Pix2StructConfig)}
+
+
+def config_class(family: str, source: object) -> type[T5Config]:
+    """Returns the configuration class of a model family.
+
+    Raises:
+        ValueError: there is no such family; `source` says where its name was found.
+    """
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{source}: family={family!r} is unknown; it must be one of {[*FAMILIES]}."
+        )
+    return FAMILIES[family]
 
 
 def as_module(model_or_config: Any) -> nn.Module:
     """Returns the network of a config, of a model that has a `.module`, or the network itself."""
     if isinstance(model_or_config, T5Config):
-        return Transformer(model_or_config)
+        return model_or_config.network()
     if isinstance(model_or_config, nn.Module):
         return model_or_config
     module = getattr(model_or_config, "module", None)
@@ -21,12 +36,6 @@ def as_module(model_or_config: Any) -> nn.Module:
     raise TypeError(
         f"Expected a T5Config, a network or a model with a network, got {type(model_or_config)}."
     )
-
-
-def init_params(module: nn.Module, rng: jax.Array) -> dict:
-    """Returns the fresh parameter tree of an encoder-decoder over token ids."""
-    tokens = jnp.ones((1, 2), jnp.int32)  # parameters do not depend on batch or length
-    return module.init(rng, tokens, tokens, tokens, enable_dropout=False)["params"]
 
 
 def expected_shapes(model_or_config: Any) -> dict:

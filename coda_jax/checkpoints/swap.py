@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from coda_jax import params as params_lib
-from coda_jax.checkpoints.shapes import as_module, expected_shapes, init_params
+from coda_jax.checkpoints.shapes import as_module, expected_shapes
+from coda_jax.network import init_params
 
 
 def swap_in(base_params: Mapping, model_or_config: Any, rng: jax.Array) -> dict:

@@ -1,0 +1,125 @@
+"""The image tasks that need no download: what is on a sheet, and that splits share nothing."""
+
+import numpy as np
+import pytest
+import seqio
+
+from coda_jax import data
+from coda_jax.tasks import images, offline_images
+
+DRAW = {"digit_strips": offline_images.digit_strip, "rendered_text": offline_images.rendered_text}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_sheet_depends_on_its_split_and_number_alone(name):
+    draw = DRAW[name]
+    sheets = {(split, i): draw(split, i) for split in offline_images.SPLITS for i in range(4)}
+    for (split, i), (image, text) in sheets.items():
+        again, same_text = draw(split, i)
+        np.testing.assert_array_equal(image, again)
+        assert text == same_text
+        assert image.shape == (128, 512, 3) and image.dtype == np.uint8
+    assert len({image.tobytes() for image, _ in sheets.values()}) == len(sheets)
+
+
+def test_no_scan_is_in_two_splits_and_each_split_has_every_digit():
+    scans = offline_images.scans()
+    assert sum(len(labels) for _, labels in scans.values()) == 1797
+    seen = [{picture.tobytes() for picture in pictures} for pictures, _ in scans.values()]
+    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
+    for _, labels in scans.values():
+        assert set(labels) == set(range(10)) and len(labels) > 200
+
+
+def test_strips_are_mostly_background_and_hold_their_digits_from_left_to_right(monkeypatch):
+    """Each digit's own ink is found, in order, in the columns of the sheet."""
+    monkeypatch.setattr(offline_images, "_on_paper", lambda ink, rng: ink)
+    shares = []
+    for number in range(40):
+        ink, text = offline_images.digit_strip("train", number)
+        assert 2 <= len(text) <= 5 and text.isdigit()
+        patches = ink.reshape(8, 16, 32, 16).max(axis=(1, 3)) > 0.2
+        shares.append(patches.mean())
+        # Runs of inked columns: at least one a digit, as no two digits overlap.
+        columns = np.concatenate([[0], (ink.max(axis=0) > 0.2).astype(int)])
+        assert (np.diff(columns) == 1).sum() >= len(text) - 1
+    assert 0.02 < np.mean(shares) < 0.1
+
+
+def test_a_digit_can_be_recognised_where_it_was_put(monkeypatch):
+    """A strip's digit, cut out and shrunk, is nearest to scans of its class."""
+    monkeypatch.setattr(offline_images, "_on_paper", lambda ink, rng: ink)
+    monkeypatch.setattr(offline_images, "DIGITS", (1, 1))
+    monkeypatch.setattr(offline_images, "DIGIT_SIZE", (32, 32))
+    pictures, labels = offline_images.scans()["validation"]
+    right = 0
+    for number in range(30):
+        ink, text = offline_images.digit_strip("validation", number)
+        windows = np.lib.stride_tricks.sliding_window_view(ink, (32, 32))
+        mass = windows.sum(axis=(2, 3))
+        top, left = np.unravel_index(mass.argmax(), mass.shape)
+        small = windows[top, left].reshape(8, 4, 8, 4).mean(axis=(1, 3))
+        distances = ((pictures - small) ** 2).sum(axis=(1, 2))
+        right += str(labels[distances.argmin()]) == text
+    assert right >= 24  # the window with the most ink may be a pixel or two off
+
+
+def test_words_are_of_one_split_and_sheets_hold_words_and_numbers():
+    words = offline_images.words()
+    lower = {split: {word.lower() for word in found} for split, found in words.items()}
+    assert not lower["train"] & lower["validation"] and not lower["train"] & lower["test"]
+    assert len(words["train"]) > 2000
+    texts = [offline_images.rendered_text("validation", i)[1].split() for i in range(60)]
+    numbers = [word for text in texts for word in text if word.isdigit()]
+    others = {word for text in texts for word in text if not word.isdigit()}
+    assert others <= set(words["validation"]) and len(others) > 30
+    assert 0.1 < len(numbers) / sum(map(len, texts)) < 0.5
+    longest = max(sum(map(len, text)) + len(text) for text in texts)  # with spaces and EOS
+    assert longest <= 72  # the length in gin_configs/tasks/rendered_text.gin
+
+
+def test_printed_words_lie_within_the_sheet(monkeypatch):
+    """The ink at the borders would be cut-off letters."""
+    monkeypatch.setattr(offline_images, "_on_paper", lambda ink, rng: ink)
+    for number in range(400):
+        ink, _ = offline_images.rendered_text("train", number)
+        border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
+        assert ink.max() > 0.9
+        assert not (border > 0.1).any(), number
+
+
+def test_fonts_have_all_letters_and_digits():
+    for name in offline_images.FONTS:
+        font = offline_images._font(name, 20)
+        missing = font.getmask("\uffff").getbbox()
+        for character in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789":
+            assert font.getmask(character).getbbox(), (name, character)
+            same = font.getmask(character).getbbox() == missing
+            assert not same or bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
+
+
+def test_the_words_are_read_before_threads_draw_them():
+    """Several threads that parse the standard library at once stop one another."""
+    offline_images.words.cache_clear()
+    seqio.get_mixture_or_task("rendered_text").source.get_dataset("train")
+    assert offline_images.words.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_tasks_give_the_patches_of_their_sheets(name):
+    assert seqio.get_mixture_or_task(name).num_input_examples("test") == 1000
+    examples = data.seqio_examples(
+        name,
+        "test",
+        feature_lengths={"inputs": 256, "targets": 72},
+        seed=0,
+        shuffle=False,
+        num_epochs=1,
+    )
+    vocabulary = data.load_vocabulary("bytes")
+    for number in range(3):
+        example = next(examples)
+        image, text = DRAW[name]("test", number)
+        assert example["inputs"].shape == (256, 770)  # 8 x 32 patches: nothing is scaled
+        np.testing.assert_allclose(example["inputs"], images.patches(image, 256), atol=1e-5)
+        assert example["targets"].tolist() == [*vocabulary.encode(text), 1]
