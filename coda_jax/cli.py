@@ -13,13 +13,13 @@ import pathlib
 import sys
 
 import coda_jax
-from coda_jax import bench, check, convert, exporting, gin_configs, runs
+from coda_jax import answers, bench, check, convert, exporting, gin_configs, runs
 from coda_jax.run_files import Interruption
 
 COMMANDS = {
     "train": runs.train,
-    "evaluate": runs.evaluate,
-    "predict": runs.predict,
+    "evaluate": answers.evaluate,
+    "predict": answers.predict,
     "cache": runs.cache,
     "export": exporting.export,
     "convert": convert.convert,

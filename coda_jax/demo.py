@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from coda_jax import benchmark, bundled, data, params, plots, runs
+from coda_jax import answers, benchmark, bundled, data, params, plots, runs
 from coda_jax.adapters import AdapterConfig
 from coda_jax.inference import Decoding
 from coda_jax.models import EncoderDecoder
@@ -190,7 +190,7 @@ def run(directory: pathlib.Path, random_base: bool = False) -> dict[str, Any]:
         print(f"\n== {name} ==", flush=True)
         folder = directory / re.sub(r"\W+", "_", name)
         adapted[name] = adapt(model, folder)
-        metrics = runs.evaluate(
+        metrics = answers.evaluate(
             adapted[name],
             TASK,
             FEATURE_LENGTHS,

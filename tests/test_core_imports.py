@@ -6,7 +6,7 @@ import sys
 CORE = [
     *["soft_topk", "routing", "layers", "adapters", "conditional", "network", "vision"],
     *["decoding", "models"],
-    *["params", "checkpoints", "batches", "run_files", "training", "inference", "runs"],
+    *["params", "checkpoints", "batches", "run_files", "training", "inference", "runs", "answers"],
     *["convert", "benchmark", "breakdown", "flops", "check", "bench", "plots"],
 ]
 
