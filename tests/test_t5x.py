@@ -16,6 +16,7 @@ from coda_jax import checkpoints, cli, gin_configs
 from coda_jax import params as params_lib
 from coda_jax.models import EncoderDecoder
 from coda_jax.network import Transformer
+from coda_jax.vision import Pix2Struct
 
 pytest.importorskip(
     "t5x.models", reason="T5X is not installed: make test-t5x T5X_PATH=...", exc_type=ImportError
@@ -142,6 +143,13 @@ def test_gin_files_make_the_model(run, make_model):
     made = make_model([f"t5x/{run}.gin", *FILES], "gs://bucket/checkpoint_0")
     assert isinstance(made, t5x_models.CodaEncoderDecoderModel)
     assert made.module.config.coda.reduction == 3 and made.module.config.adapter is not None
+
+
+def test_images_have_a_file_that_replaces_the_network(make_model):
+    files = ["t5x/finetune.gin", "t5x/images.gin", "models/pix2struct_tiny.gin", "methods/coda.gin"]
+    made = make_model(files, "gs://bucket/checkpoint_0")
+    assert isinstance(made.module, Pix2Struct) and made.module.config.coda.reduction == 3
+    assert made.FEATURE_CONVERTER_CLS.MODEL_FEATURES["encoder_input_tokens"].rank == 2
 
 
 @pytest.mark.parametrize("name", ["mnli_base_r5", "xsum_large_parallel_adapter", "pretrain_xl_r3"])

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import seqio
 
-from coda_jax import bundled, checkpoints, cli, convert, gin_configs
+from coda_jax import bundled, checkpoints, cli, convert, data, gin_configs
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.models import EncoderDecoder
 from coda_jax.routing import CodaConfig
-from coda_jax.tasks import offline
+from coda_jax.tasks import offline, offline_images  # noqa: F401 (registers the tasks)
 
 t5x = pytest.importorskip(
     "t5x", reason="T5X is not installed: make test-t5x T5X_PATH=...", exc_type=ImportError
@@ -48,7 +48,7 @@ from __gin__ import dynamic_registration
 from t5x import utils
 from t5x.examples.t5 import network
 from coda_jax import data
-from coda_jax.tasks import offline
+from coda_jax.tasks import offline, offline_images  # noqa: F401 (registers the tasks)
 
 include 't5x/examples/t5/t5_1_1/tiny.gin'
 include 't5x/configs/runs/pretrain.gin'
@@ -61,7 +61,7 @@ network.T5Config.dtype = 'float32'
 OUR_GIN = """
 from __gin__ import dynamic_registration
 from coda_jax import network
-from coda_jax.tasks import offline
+from coda_jax.tasks import offline, offline_images  # noqa: F401 (registers the tasks)
 
 include 'coda_jax/gin_configs/models/t5_1_1.gin'
 """
@@ -148,25 +148,25 @@ def adapted_config(base):
     )
 
 
-def validation_loss(directory, step):
+def validation_loss(directory, step, task="stdlib_module"):
     """T5X's loss on the first validation batch, from its TensorBoard file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    accumulator = EventAccumulator(str(directory / "training_eval" / "stdlib_module"))
+    accumulator = EventAccumulator(str(directory / "training_eval" / task))
     accumulator.Reload()
     found = {event.step: event for event in accumulator.Tensors("loss")}
     return float(make_ndarray(found[step].tensor_proto))
 
 
-def our_loss(config, params):
+def our_loss(config, params, task="stdlib_module", converter=None):
     """Our loss on the same batch."""
     dataset = seqio.get_dataset(
-        "stdlib_module",
+        task,
         task_feature_lengths={"inputs": 64, "targets": 16},
         dataset_split="validation",
         shuffle=False,
-        feature_converter=seqio.EncDecFeatureConverter(pack=True),
+        feature_converter=converter or seqio.EncDecFeatureConverter(pack=True),
         seed=42,
     )
     batch = next(dataset.repeat().batch(8).as_numpy_iterator())
@@ -217,6 +217,44 @@ def test_a_killed_run_goes_on_from_its_checkpoint(dense, folder):
     trained, frozen = map(params_lib.flatten, params_lib.partition(after))
     assert all((leaf != before[path]).any() for path, leaf in trained.items())
     assert all(leaf.tobytes() == before[path].tobytes() for path, leaf in frozen.items())
+
+
+IMAGE_GIN = """
+from __gin__ import dynamic_registration
+from coda_jax import vision
+from coda_jax.tasks import offline_images
+
+include 'coda_jax/gin_configs/models/pix2struct_tiny.gin'
+vision.Pix2StructConfig.emb_dim = 16
+vision.Pix2StructConfig.mlp_dim = 24
+"""
+
+
+def test_images_are_trained_and_evaluated_with_our_loss(folder):
+    (folder / "images.gin").write_text(IMAGE_GIN)
+    cli.configure([str(folder / "images.gin")], [GIN], [])
+    config = gin.query_parameter("%CONFIG").scoped_configurable_fn().replace(dropout_rate=0.0)
+    gin.clear_config()
+    base = EncoderDecoder(config).init(jax.random.key(0))
+    checkpoints.save_t5x(folder / "images_dense", base)
+    directory = folder / "images"
+    changes = {
+        "MIXTURE_OR_TASK_NAME": "'digit_strips'",
+        "TRAIN_STEPS": "2",
+        "VOCABULARY": "'bytes'",
+    }
+    changes |= {"EVAL_PERIOD": "2", "SaveCheckpointConfig.period": "2"}
+    bindings = finetune(folder / "images_dense" / "checkpoint_0", directory, **changes)
+    run("train", ["t5x/finetune.gin", "t5x/images.gin", "images.gin", *METHOD], bindings, folder)
+    after = checkpoints.load_t5x(directory)
+    config = config.replace(adapter=AdapterConfig(bottleneck=4), coda=CodaConfig(3, max_segments=8))
+    expected = our_loss(config, after, "digit_strips", data.feature_converter("digit_strips"))
+    found = validation_loss(directory, 2, "digit_strips")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    trained, frozen = map(params_lib.flatten, params_lib.partition(after))
+    flat = params_lib.flatten(base)
+    assert all(np.array_equal(leaf, flat[path]) for path, leaf in frozen.items())
+    assert all((leaf != flat[path]).any() for path, leaf in trained.items() if path in flat)
 
 
 # --- Decoding, with the bundled checkpoint: what it answers is not noise. ---
