@@ -210,7 +210,7 @@ def _parse_model(run: Mapping[str, Any], folder: Path) -> T5Config:
     """Returns the config of the model in a run.json."""
     try:
         model = dict(run["model"])
-        cls = config_class(model.pop("family", T5Config.family), folder / RUN_FILE)
+        cls = config_class(model.pop("family"), folder / RUN_FILE)
         model["dtype"] = jnp.dtype(model["dtype"]).type
         model["mlp_activations"] = tuple(model["mlp_activations"])
         for name, part in (("adapter", AdapterConfig), ("coda", CodaConfig)):

@@ -32,9 +32,10 @@ TASK = "stdlib_module"
 FEATURE_LENGTHS = {"inputs": 512, "targets": 8}  # a whole function, the name of a module
 TRAIN_TASK = "stdlib_module_windows"  # of the same task's training functions
 TRAIN_LENGTHS = {"inputs": 128, "targets": 24}  # as in pretraining
-STEPS = 1600
+STEPS = 2300
 ROWS = 8  # of packed windows: on a CPU, many small steps teach more than few large ones
 LEARNING_RATE = 3e-2
+CODA_LEARNING_RATE = 1e-2  # conditional pretraining has trained these adapters already
 MAX_SEGMENTS = 4  # windows in a row
 TIMED_LENGTH = 1024
 TIMED_BATCH = 4
@@ -66,13 +67,14 @@ def methods(random_base: bool = False) -> dict[str, runs.LoadedModel]:
 
 def adapt(model: runs.LoadedModel, directory: pathlib.Path) -> runs.LoadedModel:
     """The model after adaptation; all are given the same examples in the same order."""
+    peak = LEARNING_RATE if model.config.coda is None else CODA_LEARNING_RATE
     result, _ = runs.train(
         str(directory),
         model,
         data=runs.Data(TRAIN_LENGTHS, TRAIN_TASK, batch_size=ROWS, pack=True),
         options=TrainOptions(STEPS, save_every=STEPS),
         optimizer=optax.adam,
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 50, STEPS),
+        learning_rate=optax.warmup_cosine_decay_schedule(0.0, peak, 50, STEPS),
     )
     return result
 

@@ -98,9 +98,13 @@ def test_windows_of_functions_are_of_the_training_functions():
 def test_passages_hold_neither_held_out_functions_nor_the_summary(corpus):
     inputs = [record["inputs"] for record in records("stdlib_passage", "train")]
     text = stdlib_corpus.normalized("".join(inputs))
-    shown = [stdlib_corpus.normalized(f.source) in text for f in corpus.functions]
-    assert not any(s for s, f in zip(shown, corpus.functions, strict=True) if f.split != "train")
-    assert sum(shown) > 0.7 * len(shown)  # The train split.
+
+    def shown(functions):
+        return [f.qualname for f in functions if stdlib_corpus.normalized(f.source) in text]
+
+    assert not shown(f for f in corpus.functions if f.split != "train")
+    train = [f for f in corpus.functions if f.split == "train"][::50]
+    assert len(shown(train)) > 0.9 * len(train)
     for file in corpus.files:
         if file.summary and len(file.summary) > 50:
             assert file.undocumented.count(file.summary) == file.text.count(file.summary) - 1

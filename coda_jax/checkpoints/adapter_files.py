@@ -149,11 +149,11 @@ def _read_config(manifest: Mapping[str, Any], file: Path) -> T5Config:
 
 
 def _base_config(values: Any, name: str) -> T5Config | None:
-    """The dense config; a manifest from before there were families is T5's."""
+    """The dense config of the family that the values name."""
     if not isinstance(values, dict):
         return _from_json(T5Config, values, name)
-    fields = {"family": T5Config.family, **values}
-    return _from_json(config_class(fields.pop("family"), name), fields, name)
+    fields = dict(values)
+    return _from_json(config_class(fields.pop("family", None), name), fields, name)
 
 
 def _read_saved(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
