@@ -15,6 +15,7 @@ from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.checkpoints.shapes import expected_shapes
 from coda_jax.checkpoints.t5x_files import is_t5x, t5x_shapes
+from coda_jax.convert import CONFIG_FILE
 from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
 from coda_jax.run_files import write_report
@@ -96,7 +97,7 @@ def stored_shapes(checkpoint: str) -> dict:
     Raises:
         FileNotFoundError: if it is neither.
     """
-    if (Path(checkpoint) / "config.json").is_file():
+    if (Path(checkpoint) / CONFIG_FILE).is_file():
         _, params = checkpoints.load_hf(checkpoint)  # values are read when first used
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     return t5x_shapes(checkpoint)

@@ -134,6 +134,11 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
         scorer.score(_sentences(target), _sentences(prediction))
         for target, prediction in zip(targets, predictions, strict=True)
     ]
+    return _mean_f1(scores)
+
+
+def _mean_f1(scores: Sequence[Mapping]) -> dict[str, float]:
+    """Means over the examples, in per cent."""
     return {
         name: 100 * sum(score[name].fmeasure for score in scores) / len(scores)
         for name in _ROUGE_TYPES
@@ -158,10 +163,7 @@ def rouge_of_any(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -
     _check(targets, predictions)
     scorer = rouge_scorer.RougeScorer(_ROUGE_TYPES)
     scores = [scorer.score_multi(*pair) for pair in zip(targets, predictions, strict=True)]
-    return {
-        name: 100 * sum(score[name].fmeasure for score in scores) / len(scores)
-        for name in _ROUGE_TYPES
-    }
+    return _mean_f1(scores)
 
 
 def anls(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:

@@ -14,31 +14,20 @@ from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
 from coda_jax.vision import Pix2StructConfig
 
-TINY = T5Config(
-    vocab_size=20,
-    emb_dim=16,
-    num_heads=2,
-    num_encoder_layers=2,
-    num_decoder_layers=1,
-    head_dim=8,
-    mlp_dim=24,
-    mlp_activations=("gelu", "linear"),
-    relpos_num_buckets=8,
-    relpos_max_distance=16,
-)
-TINY_IMAGES = Pix2StructConfig(
-    vocab_size=20,
-    emb_dim=16,
-    num_heads=2,
-    num_encoder_layers=2,
-    num_decoder_layers=1,
-    head_dim=8,
-    mlp_dim=24,
-    relpos_num_buckets=8,
-    relpos_max_distance=16,
-    patch_size=2,
-    num_positions=16,
-)
+SIZES = {
+    "vocab_size": 20,
+    "emb_dim": 16,
+    "num_heads": 2,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 1,
+    "head_dim": 8,
+    "mlp_dim": 24,
+    "mlp_activations": ("gelu", "linear"),
+    "relpos_num_buckets": 8,
+    "relpos_max_distance": 16,
+}
+TINY = T5Config(**SIZES)
+TINY_IMAGES = Pix2StructConfig(**SIZES, patch_size=2, num_positions=16)
 ADAPTER = AdapterConfig(bottleneck=4)
 
 

@@ -47,7 +47,9 @@ def make_step():
     state = train_state.FlaxOptimTrainState.create(optimizer, freeze(variables))
 
     def step(state, batch):
-        loss = lambda params: model.loss_fn(params, batch, None)[0]  # noqa: E731
+        def loss(params):
+            return model.loss_fn(params, batch, None)[0]
+
         value, gradients = jax.value_and_grad(loss)(state.params)
         return state.apply_gradient(gradients, learning_rate=1e-2), value
 

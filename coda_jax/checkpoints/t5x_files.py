@@ -71,9 +71,8 @@ def load_t5x(directory: str | os.PathLike, step: int | None = None) -> dict:
 def read_t5x(directory: str | os.PathLike, step: int | None = None) -> tuple[dict, int]:
     """Returns what `load_t5x` does, and the training step (0 where none is stored)."""
     directory = find_t5x(directory, step)
-    leaves, state = _list(directory)
-    stored = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, StoredArray)}
-    flat = {**leaves, **read_arrays(stored, directory)}
+    stored, inline, state = _list(directory)
+    flat = {**inline, **read_arrays(stored, directory)}
     _check_floating(flat, directory)
     step = state.get("state/step", 0)
     if isinstance(step, StoredArray):
@@ -88,20 +87,16 @@ def t5x_shapes(directory: str | os.PathLike, step: int | None = None) -> dict:
     are those of `load_t5x`, save that damage to values is not found.
     """
     directory = find_t5x(directory, step)
-    leaves, _ = _list(directory)
-    stored = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, StoredArray)}
-    flat = {**leaves, **array_shapes(stored, directory)}
+    stored, inline, _ = _list(directory)
+    flat = {**inline, **array_shapes(stored, directory)}
     _check_floating(flat, directory)
     return params_lib.unflatten(
         {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
     )
 
 
-def _list(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns ({path: leaf} of the parameters, and of the whole state) of a checkpoint.
-
-    A leaf is a value, or where it is stored.
-    """
+def _list(directory: Path) -> tuple[dict[str, StoredArray], dict[str, Any], dict[str, Any]]:
+    """Returns {path: leaf} of the stored parameters, of those in the table, of the whole state."""
     if _is_legacy(directory):
         item, state = directory, _list_legacy(directory)
     else:
@@ -109,7 +104,7 @@ def _list(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prefix, leaves = _target(state, directory)
     stored = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, StoredArray)}
     _check_folders(item, prefix, stored)
-    return leaves, state
+    return stored, {path: leaf for path, leaf in leaves.items() if path not in stored}, state
 
 
 def find_t5x(directory: str | os.PathLike, step: int | None = None) -> Path:
