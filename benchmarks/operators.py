@@ -41,7 +41,7 @@ def soft_topk_calls(batch: int, length: int, reduction: int = 3) -> dict:
 
 def decoding_calls() -> dict:
     """Calls of greedy search to several lengths, and of beam search, by name."""
-    config = bench.t5_1_1("base")
+    config = bench.published("t5_1_1", "base")
     model = EncoderDecoder(config)
     params = jax.jit(model.init)(jax.random.key(0))
     tokens = jnp.asarray(

@@ -129,7 +129,7 @@ def markdown(report) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--size", choices=bench.SIZES, default="base")
+    parser.add_argument("--size", choices=bench.SIZES["t5_1_1"], default="base")
     parser.add_argument("--input_length", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--target_length", type=int, default=16)
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the report")
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = bench.t5_1_1(options.size, jnp.float32)
+    config = bench.published("t5_1_1", options.size, jnp.float32)
     batch = bench.random_batch(
         config, options.batch_size, options.input_length, options.target_length
     )

@@ -1,6 +1,7 @@
 """`coda bench`: what routing saves over the same model with plain parallel adapters.
 
     coda bench --size=base --input_length=512 --batch_size=4 --reductions=3,5,8 --json=bench.json
+    coda bench --family=pix2struct --input_length=4096 --batch_size=1 --reductions=4,8
 
 Times the encoder, whole answers and training steps of the parallel adapter and of CoDA, in turns,
 and sets the speed-ups beside what the arithmetic allows: the bound is the ratio of the programs'
@@ -9,6 +10,7 @@ floating-point operations. Needs jax and flax only.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+import math
 from typing import Any
 
 import jax
@@ -23,27 +25,37 @@ from coda_jax.models import EncoderDecoder
 from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
 from coda_jax.run_files import write_report
+from coda_jax.vision import Pix2StructConfig
 
-# T5 v1.1: emb_dim, num_heads, layers of encoder and of decoder, mlp_dim.
+# Configuration and vocabulary of published models, and by size: emb_dim, num_heads, layers of
+# encoder and of decoder, mlp_dim.
+FAMILIES: dict[str, tuple[type[T5Config], int]] = {
+    "t5_1_1": (T5Config, 32128),
+    "pix2struct": (Pix2StructConfig, 50244),
+}
 SIZES = {
-    "small": (512, 6, 8, 1024),
-    "base": (768, 12, 12, 2048),
-    "large": (1024, 16, 24, 2816),
-    "xl": (2048, 32, 24, 5120),
-    "xxl": (4096, 64, 24, 10240),
+    "t5_1_1": {
+        "small": (512, 6, 8, 1024),
+        "base": (768, 12, 12, 2048),
+        "large": (1024, 16, 24, 2816),
+        "xl": (2048, 32, 24, 5120),
+        "xxl": (4096, 64, 24, 10240),
+    },
+    "pix2struct": {"base": (768, 12, 12, 2048), "large": (1536, 24, 18, 3968)},
 }
 BASELINE = "parallel adapter"
 BOTTLENECK = 64
 MEASURES = ("encoder", "end_to_end", "train_step", "parts")
 
 
-def t5_1_1(size: str, dtype: Any = "float32") -> T5Config:
-    """The configuration of a T5 v1.1 of a size in `SIZES`."""
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {tuple(SIZES)}, got {size!r}")
-    emb_dim, num_heads, num_layers, mlp_dim = SIZES[size]
-    return T5Config(
-        vocab_size=32128,
+def published(family: str, size: str, dtype: Any = "float32") -> T5Config:
+    """The configuration of a published model of a family and size in `SIZES`."""
+    config, vocab_size = FAMILIES[family]
+    if size not in SIZES[family]:
+        raise ValueError(f"size of {family} must be one of {tuple(SIZES[family])}, got {size!r}")
+    emb_dim, num_heads, num_layers, mlp_dim = SIZES[family][size]
+    return config(
+        vocab_size=vocab_size,
         dtype=jnp.dtype(dtype).type,
         emb_dim=emb_dim,
         num_heads=num_heads,
@@ -119,9 +131,14 @@ class Programs:
 
 
 def random_batch(config: T5Config, batch: int, length: int, target_length: int) -> dict:
-    """Random tokens in full rows, as a batch of the trainer."""
+    """Random tokens or patches in full rows, as a batch of the trainer."""
     rng = np.random.default_rng(0)
-    inputs = rng.integers(2, config.vocab_size, (batch, length)).astype(np.int32)
+    if isinstance(config, Pix2StructConfig):
+        inputs = rng.standard_normal(config.input_spec(batch, length).shape, np.float32)
+        side = math.ceil(length**0.5)
+        inputs[..., :2] = 1 + np.stack(np.divmod(np.arange(length), side), axis=-1)
+    else:
+        inputs = rng.integers(2, config.vocab_size, (batch, length)).astype(np.int32)
     targets = rng.integers(2, config.vocab_size, (batch, target_length)).astype(np.int32)
     return {
         "encoder_input_tokens": inputs,
@@ -267,9 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="What routing saves over the same model with plain parallel adapters.",
     )
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--size", choices=SIZES, default="base", help="a T5 v1.1, random weights")
+    model.add_argument("--size", default="base", help="of a published model; random weights")
     model.add_argument("--checkpoint", help="folder in Hugging Face layout")
-    parser.add_argument("--input_length", type=int, default=512)
+    parser.add_argument("--family", choices=FAMILIES, default="t5_1_1", help="of --size")
+    parser.add_argument("--input_length", type=int, default=512, help="tokens or patches")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--target_length", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -283,7 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, params = checkpoints.load_hf(options.checkpoint)
         config = config.replace(dtype=dtype.type, dropout_rate=0.0)
     else:
-        config = t5_1_1(options.size, dtype)
+        try:
+            config = published(options.family, options.size, dtype)
+        except ValueError as error:
+            parser.error(str(error))
         params = jax.jit(EncoderDecoder(config).init)(jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     sizes = {
@@ -294,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     report = {
         "settings": {
-            "model": options.checkpoint or f"t5_1_1_{options.size}",
+            "model": options.checkpoint or f"{options.family}_{options.size}",
             "dtype": options.dtype,
             **sizes,
         },

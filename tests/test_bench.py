@@ -57,7 +57,8 @@ def test_the_report_holds_every_figure_and_the_table_shows_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--size=huge"], "invalid choice: 'huge'"),
+        (["--size=huge"], "size of t5_1_1 must be one of ('small', 'base', 'large', 'xl', 'xxl')"),
+        (["--family=pix2struct", "--size=xl"], "must be one of ('base', 'large'), got 'xl'"),
         (["--size=base", "--checkpoint=x"], "not allowed with"),
     ],
 )
@@ -67,9 +68,14 @@ def test_a_wrong_command_line_is_explained(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_unknown_sizes_and_measures_are_refused():
-    with pytest.raises(ValueError, match="got 'huge'"):
-        bench.t5_1_1("huge")
+def test_unknown_measures_are_refused():
     kwargs = {"batch_size": 1, "input_length": 8, "target_length": 2, "reductions": [2]}
     with pytest.raises(ValueError, match=r"got \['speed'\]"):
         bench.measure(WIDE, {}, measures=["speed"], **kwargs)
+
+
+def test_patches_of_a_random_image_are_numbered_row_by_row():
+    batch = bench.random_batch(helpers.TINY_IMAGES, 2, 7, 3)
+    ids = batch["encoder_input_tokens"][..., :2]
+    expected = [[1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3], [3, 1]]
+    assert ids.tolist() == [expected, expected]

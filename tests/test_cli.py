@@ -15,7 +15,6 @@ from coda_jax import bench, checkpoints, cli, gin_configs, runs, training
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.models import EncoderDecoder
-from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
 
 FOLDER = pathlib.Path(next(iter(gin_configs.__path__)))
@@ -103,10 +102,13 @@ def test_models_have_the_sizes_that_they_say_or_require_them(name):
     assert 3_000_000 < count < 14_000_000_000
 
 
-@pytest.mark.parametrize("size", bench.SIZES)
-def test_the_bench_has_the_sizes_of_the_gin_files(size):
-    cli.configure([f"models/t5_1_1_{size}.gin"], [], ["T5Config.dropout_rate=0.0"])
-    assert gin.get_configurable(T5Config)() == bench.t5_1_1(size)
+@pytest.mark.parametrize(
+    ("family", "size"), [(family, size) for family in bench.SIZES for size in bench.SIZES[family]]
+)
+def test_the_bench_has_the_sizes_of_the_gin_files(family, size):
+    kind, _ = bench.FAMILIES[family]
+    cli.configure([f"models/{family}_{size}.gin"], [], [f"{kind.__name__}.dropout_rate=0.0"])
+    assert gin.get_configurable(kind)() == bench.published(family, size)
 
 
 @pytest.mark.parametrize("name", files("methods"))

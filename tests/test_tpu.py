@@ -16,7 +16,7 @@ LENGTH, TARGETS, BATCH = 512, 16, 8
 
 @pytest.fixture(scope="module")
 def model():
-    cfg = bench.t5_1_1("base", "bfloat16")
+    cfg = bench.published("t5_1_1", "base", "bfloat16")
     return EncoderDecoder(cfg.replace(adapter=AdapterConfig(), coda=CodaConfig(3, max_segments=4)))
 
 
