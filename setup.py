@@ -60,6 +60,7 @@ setup(
         "coda_jax",
         "coda_jax.bundled",
         "coda_jax.checkpoints",
+        "coda_jax.demos",
         "coda_jax.tasks",
         *GIN_PACKAGES,
     ],

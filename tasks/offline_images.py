@@ -1,8 +1,9 @@
 """Tasks from images to text that need no download.
 
 Importing this module registers, for bytes: `digit_strips`, a few handwritten digits scattered over
-a wide sheet -> the digits; and `rendered_text`, printed words -> the words, to pretrain on. The
-sheets have 256 patches of 16 pixels, nearly all of them empty.
+a wide sheet -> the digits; and to pretrain on, `rendered_text`, printed words -> the words, and
+`rendered_line`, the same with a single line on a sheet just high enough, to begin with. Sheets have
+256 patches of 16 pixels, nearly all of them empty; those of one line have 64.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from coda_jax import data
 from coda_jax.tasks import images, stdlib_corpus
 
 HEIGHT, WIDTH = 128, 512
+LINE_HEIGHT = 32
 # How many sheets there are of each split; each is drawn anew from its number whenever it is read.
-SIZES = {"train": 20_000, "validation": 500, "test": 1_000}
+SIZES = {"train": 100_000, "validation": 500, "test": 1_000}
 SPLITS = tuple(SIZES)
 
 DIGITS = (2, 5)  # the fewest and the most digits on a sheet
@@ -35,7 +37,7 @@ FONTS = (
 )  # fmt: skip
 FONT_SIZE = (14, 28)
 MARGIN = 2  # pixels around a line of text
-LINES = 3  # the most on a sheet
+LINES = 3  # the most on a sheet of full height
 WORDS_PER_LINE = 2  # the most
 NUMBER_RATE = 0.3  # of the words, how many are numbers
 WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{1,9}(?![A-Za-z])")
@@ -110,30 +112,35 @@ def _word(split: str, rng: np.random.Generator) -> str:
     return words()[split][rng.integers(len(words()[split]))]
 
 
-def rendered_text(split: str, number: int) -> Sheet:
+def rendered_text(split: str, number: int, height: int = HEIGHT, max_lines: int = LINES) -> Sheet:
     """Prints a few lines of words and numbers onto a sheet, each in a font of its own.
 
     Args:
       split: one of `SPLITS`; its words are in no other.
       number: of the sheet; the same number gives the same sheet.
+      height: of the sheet in pixels.
+      max_lines: the most lines.
 
     Returns:
-      The image [HEIGHT, WIDTH, 3] uint8, and the words as they are read, with spaces between.
+      The image [height, WIDTH, 3] uint8, and the words as they are read, with spaces between.
     """
     rng = _generator(split, number, task=1)
-    count = rng.integers(1, LINES + 1)
-    canvas = Image.new("L", (WIDTH, HEIGHT), 0)
+    count = rng.integers(1, max_lines + 1)
+    canvas = Image.new("L", (WIDTH, height), 0)
     draw, texts = ImageDraw.Draw(canvas), []
     for line in range(count):
         text = " ".join(_word(split, rng) for _ in range(rng.integers(1, WORDS_PER_LINE + 1)))
         font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(*FONT_SIZE)))
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        band = HEIGHT // count
+        band = height // count
         x = rng.integers(MARGIN, WIDTH - MARGIN - int(right - left)) - left
         y = band * line + rng.integers(MARGIN, band - MARGIN - int(bottom - top) + 1) - top
         draw.text((x, y), text, fill=255, font=font)
         texts.append(text)
     return _on_paper(np.asarray(canvas) / 255, rng), " ".join(texts)
+
+
+rendered_line = functools.partial(rendered_text, height=LINE_HEIGHT, max_lines=1)
 
 
 @functools.cache
@@ -166,6 +173,7 @@ def _numbers(prepare: Callable, split: str) -> dict[str, list]:
 for _name, _draw, _prepare in (
     ("digit_strips", digit_strip, scans),
     ("rendered_text", rendered_text, words),
+    ("rendered_line", rendered_line, words),
 ):
     images.add_task(
         _name,

@@ -1,7 +1,8 @@
-"""Image tasks of the paper's experiments as seqio tasks: OCR-VQA, DocVQA and Screen2Words.
+"""Image tasks of the paper's experiments as seqio tasks, and one over a folder of one's own.
 
 `task(name, vocabulary, directory)` registers one of `SPECS` over a folder with the files of the
-original release, as they are unpacked. Nothing is downloaded. Questions are drawn above the images.
+original release, as they are unpacked: OCR-VQA, DocVQA, Screen2Words. `image_folder` takes JSONL
+files and images. Nothing is downloaded. Questions are drawn above the images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -157,6 +158,25 @@ def read_screen2words(directory: str, split: str) -> _Columns:
     return _columns(rows, names)
 
 
+def read_image_folder(directory: str, split: str) -> _Columns:
+    """Reads `<split>.jsonl`, whose lines are {"image": file, "header": question, "targets": text}.
+
+    Args:
+      directory: where the JSONL files lie, and where the images' paths start.
+      split: one of `SPLITS`.
+
+    Returns:
+      As `read_ocr_vqa`; a line without "header" has none.
+
+    Raises:
+      FileNotFoundError, ValueError: as `data.read_jsonl`.
+    """
+    path = os.path.join(directory, f"{split}.jsonl")
+    columns = data.read_jsonl(path, ("image", "targets"), optional=("header",))
+    rows = zip(columns["image"], columns["header"], columns["targets"], strict=True)
+    return _columns([(os.path.join(directory, i), h, t, [t]) for i, h, t in rows], path)
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """One row of `SPECS`.
@@ -178,6 +198,7 @@ SPECS = {
     "ocr_vqa": Spec(read_ocr_vqa, SPLITS, (data.accuracy,), data.strip_text),
     "docvqa": Spec(read_docvqa, tuple(DOCVQA_SPLITS), (metrics.anls,)),
     "screen2words": Spec(read_screen2words, SPLITS, (metrics.rouge_of_any,)),
+    "image_folder": Spec(read_image_folder, SPLITS, (data.accuracy,), data.strip_text),
 }
 
 

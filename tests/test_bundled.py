@@ -1,14 +1,11 @@
 """The checkpoints and the vocabulary that come with the package."""
 
-import json
-
 import numpy as np
 import pytest
 import seqio
 
 from coda_jax import batches as batches_lib
-from coda_jax import bundled, checkpoints, data, demo, runs, training
-from coda_jax import params as params_lib
+from coda_jax import bundled, checkpoints, data, runs, training
 from coda_jax.models import EncoderDecoder
 from coda_jax.tasks import offline  # noqa: F401 (registers the tasks)
 
@@ -74,36 +71,6 @@ def test_both_know_what_they_were_taught_and_a_random_one_does_not():
     assert exact_match(dense) > 0.5
     assert exact_match(coda) > 0.5
     assert exact_match(random) == 0
-
-
-def test_the_demos_methods_train_adapters_only():
-    models = demo.methods()
-    assert list(models) == ["parallel adapter", "CoDA r = 3", "CoDA r = 5"]
-    for name, model in models.items():
-        trained, _ = params_lib.partition(model.params, "adapters")
-        assert params_lib.count(trained) < 0.05 * params_lib.count(model.params)
-        assert (model.config.coda is None) == (name == "parallel adapter")
-
-
-def test_the_demos_report_is_a_table_of_its_figures():
-    row = {
-        "accuracy": 71.25,
-        "trained_share": 0.031,
-        "encoder_ms": 12.3,
-        "encoder_speed_up": 2.345,
-        "flops_ratio": 2.5,
-        "end_to_end_ms": 20.0,
-        "end_to_end_speed_up": 2.0,
-    }
-    report = {
-        "steps": 10,
-        "methods": {"CoDA r = 3": row},
-        "baselines": {"linear_svm": 85.0},
-        "versions": {"device": "cpu"},
-    }
-    text = demo.markdown(json.loads(json.dumps(report)))
-    assert "| CoDA r = 3 | 3.1% | 71.2 % | 12 ms | 2.35x | 2.50 | 20 ms | 2.00x |" in text
-    assert "| linear svm | | 85.0 % |" in text
 
 
 def test_the_vocabulary_has_as_many_ids_as_the_checkpoints():

@@ -7,7 +7,12 @@ import seqio
 from coda_jax import data
 from coda_jax.tasks import images, offline_images
 
-DRAW = {"digit_strips": offline_images.digit_strip, "rendered_text": offline_images.rendered_text}
+DRAW = {
+    "digit_strips": offline_images.digit_strip,
+    "rendered_text": offline_images.rendered_text,
+    "rendered_line": offline_images.rendered_line,
+}
+HEIGHTS = {"digit_strips": 128, "rendered_text": 128, "rendered_line": 32}
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -18,7 +23,7 @@ def test_a_sheet_depends_on_its_split_and_number_alone(name):
         again, same_text = draw(split, i)
         np.testing.assert_array_equal(image, again)
         assert text == same_text
-        assert image.shape == (128, 512, 3) and image.dtype == np.uint8
+        assert image.shape == (HEIGHTS[name], 512, 3) and image.dtype == np.uint8
     assert len({image.tobytes() for image, _ in sheets.values()}) == len(sheets)
 
 
@@ -78,11 +83,12 @@ def test_words_are_of_one_split_and_sheets_hold_words_and_numbers():
     assert longest <= 72  # the length in gin_configs/tasks/rendered_text.gin
 
 
-def test_printed_words_lie_within_the_sheet(monkeypatch):
+@pytest.mark.parametrize("name", ["rendered_text", "rendered_line"])
+def test_printed_words_lie_within_the_sheet(name, monkeypatch):
     """The ink at the borders would be cut-off letters."""
     monkeypatch.setattr(offline_images, "_on_paper", lambda ink, rng: ink)
     for number in range(400):
-        ink, _ = offline_images.rendered_text("train", number)
+        ink, _ = DRAW[name]("train", number)
         border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
         assert ink.max() > 0.9
         assert not (border > 0.1).any(), number
@@ -111,7 +117,7 @@ def test_tasks_give_the_patches_of_their_sheets(name):
     examples = data.seqio_examples(
         name,
         "test",
-        feature_lengths={"inputs": 256, "targets": 72},
+        feature_lengths={"inputs": 2 * HEIGHTS[name], "targets": 72},
         seed=0,
         shuffle=False,
         num_epochs=1,
@@ -120,6 +126,7 @@ def test_tasks_give_the_patches_of_their_sheets(name):
     for number in range(3):
         example = next(examples)
         image, text = DRAW[name]("test", number)
-        assert example["inputs"].shape == (256, 770)  # 8 x 32 patches: nothing is scaled
-        np.testing.assert_allclose(example["inputs"], images.patches(image, 256), atol=1e-5)
+        count = HEIGHTS[name] // 16 * 32  # patches: nothing is scaled
+        assert example["inputs"].shape == (count, 770)
+        np.testing.assert_allclose(example["inputs"], images.patches(image, count), atol=1e-5)
         assert example["targets"].tolist() == [*vocabulary.encode(text), 1]

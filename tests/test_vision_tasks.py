@@ -103,6 +103,31 @@ def test_screen2words_trains_on_each_summary_and_is_judged_by_all(screen2words):
     assert row == ("combined/30.jpg", "", "list of, songs 30", ["list of, songs 30", "a music app"])
 
 
+@pytest.fixture(name="image_folder")
+def fixture_image_folder(tmp_path, rng):
+    lines = [
+        {"image": "scans/a.png", "targets": "seven", "header": "How many?"},
+        {"image": "b.png", "targets": "two"},
+    ]
+    for line in lines:
+        save_image(tmp_path / line["image"], rng)
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return tmp_path
+
+
+def test_an_image_folder_has_a_row_for_each_line(image_folder):
+    assert read("image_folder", image_folder, "train") == [
+        ("scans/a.png", "How many?", "seven", ["seven"]),
+        ("b.png", "", "two", ["two"]),
+    ]
+    with pytest.raises(FileNotFoundError, match=r"validation\.jsonl"):
+        read("image_folder", image_folder, "validation")
+    with open(image_folder / "train.jsonl", "a") as f:
+        f.write('{"image": "b.png"}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl:3: the field 'targets' is missing"):
+        read("image_folder", image_folder, "train")
+
+
 def test_tasks_read_the_images_with_their_questions_and_compute_the_metric(docvqa):
     name = vision.task("docvqa", "bytes", str(docvqa), patch_size=8)
     assert vision.task("docvqa", "bytes", str(docvqa), patch_size=8) == name

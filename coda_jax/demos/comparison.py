@@ -1,0 +1,229 @@
+"""One checkpoint adapted several ways with one budget: accuracy, speed, a report and a picture.
+
+Each demo says what it adapts to what (`Demo`); all else is the same for every family.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import itertools
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from coda_jax import answers, benchmark, data, params, runs
+from coda_jax.inference import Decoding
+from coda_jax.models import EncoderDecoder
+from coda_jax.run_files import write_atomically, write_report
+from coda_jax.training import TrainOptions
+
+TIMED_BATCH = 4
+WARM_UP_STEPS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """What is adapted to what, and how.
+
+    Attributes:
+        task: the seqio task; the answers to its test split are counted.
+        feature_lengths: of its examples in evaluation.
+        train_data: what all models are adapted on, in the same order.
+        steps: of adaptation.
+        learning_rate: the peak, for the parallel adapter.
+        coda_learning_rate: the peak, for CoDA.
+        dense: folder of the dense checkpoint.
+        coda: folder of the same after conditional pretraining, with its `adapter`.
+        reductions: r of each CoDA model.
+        timed_inputs: N -> [TIMED_BATCH, N, ...] inputs of the encoder.
+        timed_lengths: the N at which the models are timed, the most telling one first.
+        draw: writes the picture of a model's routing to a path.
+        baselines: accuracies, in per cent, to set beside.
+    """
+
+    task: str
+    feature_lengths: Mapping[str, int]
+    train_data: runs.Data
+    steps: int
+    learning_rate: float
+    coda_learning_rate: float
+    dense: pathlib.Path
+    coda: pathlib.Path
+    reductions: tuple[int, ...]
+    timed_inputs: Callable[[int], np.ndarray]
+    timed_lengths: tuple[int, ...]
+    draw: Callable[[runs.LoadedModel, pathlib.Path], None]
+    baselines: Callable[[], dict[str, float]] = dict
+
+    @property
+    def decoding(self) -> Decoding:
+        """Greedy, as long as the targets are."""
+        return Decoding(max_decode_length=self.feature_lengths["targets"])
+
+
+def methods(demo: Demo, random_base: bool = False) -> dict[str, runs.LoadedModel]:
+    """The models to adapt, by name, the parallel adapter first.
+
+    Args:
+        demo: what is adapted.
+        random_base: a control: the same shapes, with random numbers in place of the checkpoints'.
+    """
+    base: dict[str, Any] = {"checkpoint": str(demo.dense)}
+    routed: dict[str, Any] = {
+        "checkpoint": str(demo.coda),
+        "adapter_checkpoint": str(demo.coda / "adapter"),
+    }
+    config = runs.load_model(**routed).config
+    if random_base:
+        base = {"config": config.dense()}
+        routed = base | {"adapter": config.adapter, "coda": config.coda}
+    models = {"parallel adapter": runs.load_model(**base, adapter=config.adapter)}
+    for r in demo.reductions:
+        models[f"CoDA r = {r}"] = runs.load_model(**routed, reduction=r)
+    return models
+
+
+def adapt(demo: Demo, model: runs.LoadedModel, directory: pathlib.Path) -> runs.LoadedModel:
+    """The model after adaptation; all are given the same examples in the same order."""
+    peak = demo.learning_rate if model.config.coda is None else demo.coda_learning_rate
+    result, _ = runs.train(
+        str(directory),
+        model,
+        data=demo.train_data,
+        options=TrainOptions(demo.steps, save_every=demo.steps),
+        optimizer=optax.adam,
+        learning_rate=optax.warmup_cosine_decay_schedule(0.0, peak, WARM_UP_STEPS, demo.steps),
+    )
+    return result
+
+
+def accuracy(demo: Demo, model: runs.LoadedModel) -> float:
+    """Of the test split, the share of right answers in per cent."""
+    found = answers.evaluate(model, demo.task, demo.feature_lengths, demo.decoding, split="test")
+    return found[demo.task]["accuracy"]
+
+
+def measure(
+    models: Mapping[str, runs.LoadedModel],
+    inputs: np.ndarray,
+    max_decode_length: int,
+    rounds: int = 15,
+) -> dict[str, dict[str, Any]]:
+    """Latency, speed-up and FLOPs of encoder and of whole answers; the first model is the baseline.
+
+    Args:
+        models: by name.
+        inputs: of the encoder, [B, N, ...].
+        max_decode_length: of the answers.
+        rounds: runs of each program that are counted.
+    """
+    functions, flops = {}, {}
+    for name, model in models.items():
+        answer, weights = EncoderDecoder(model.config), jax.device_put(model.params)
+        encode = jax.jit(answer.encode).lower(weights, inputs).compile()
+        predict = jax.jit(functools.partial(answer.predict, max_decode_length=max_decode_length))
+        flops[name] = benchmark.flops(encode)
+        functions[f"encoder/{name}"] = functools.partial(encode, weights, inputs)
+        functions[f"end_to_end/{name}"] = functools.partial(predict, weights, inputs)
+    timings = benchmark.time_interleaved(functions, rounds)
+    first = next(iter(models))
+    report: dict[str, dict[str, Any]] = {}
+    for name in models:
+        report[name] = {"flops_ratio": flops[first] / flops[name]}
+        for part in ("encoder", "end_to_end"):
+            timing, baseline = timings[f"{part}/{name}"], timings[f"{part}/{first}"]
+            middle, low, high = benchmark.speed_up(baseline, timing)
+            report[name] |= {
+                f"{part}_ms": 1e3 * timing.median,
+                f"{part}_speed_up": middle,
+                f"{part}_speed_up_quartiles": [low, high],
+            }
+    return report
+
+
+def heldout(task: str, feature_lengths: Mapping[str, int], count: int) -> list[dict[str, Any]]:
+    """Examples of a task's test split, in a random order that is always the same."""
+    examples = data.seqio_examples(
+        task, "test", feature_lengths=feature_lengths, seed=0, shuffle=True, num_epochs=1
+    )
+    return list(itertools.islice(examples, count))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as tables for people; accuracies stand beside the speed at the first length."""
+    first, *others = report["timed_lengths"]
+    speed = "encoder | speed-up | FLOPs ratio | end to end | speed-up |"
+    lines = [
+        f"Held-out accuracy on `{report['task']}`, {report['steps']} steps of adaptation each; "
+        f"speed at input length {first}, batch {TIMED_BATCH}, on {report['versions']['device']}.",
+        "",
+        f"| | trained | accuracy | {speed}",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in report["methods"].items():
+        cells = f"{row['trained_share']:.1%} | {row['accuracy']:.1f} % | {_speed(row, first)}"
+        lines.append(f"| {name} | {cells} |")
+    for name, percent in report["baselines"].items():
+        lines.append(f"| {name.replace('_', ' ')} | | {percent:.1f} % | | | | | |")
+    for length in others:
+        lines += ["", f"At input length {length}:", "", f"| | {speed}", "|---|---|---|---|---|---|"]
+        for name, row in report["methods"].items():
+            lines.append(f"| {name} | {_speed(row, length)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _speed(row: Mapping[str, Any], length: int) -> str:
+    at = row["speed"][str(length)]
+    return (
+        f"{at['encoder_ms']:.0f} ms | {at['encoder_speed_up']:.2f}x | {at['flops_ratio']:.2f} "
+        f"| {at['end_to_end_ms']:.0f} ms | {at['end_to_end_speed_up']:.2f}x"
+    )
+
+
+def run(demo: Demo, directory: pathlib.Path, random_base: bool = False) -> dict[str, Any]:
+    """Adapts, evaluates, times, reports and draws; returns what report.json holds."""
+    start = time.monotonic()
+    rows: dict[str, dict[str, Any]] = {}
+    adapted = {}
+    for name, model in methods(demo, random_base).items():
+        print(f"\n== {name} ==", flush=True)
+        adapted[name] = adapt(demo, model, directory / re.sub(r"\W+", "_", name))
+        trained, _ = params.partition(model.params, "adapters")
+        share = params.count(trained) / params.count(model.params)
+        rows[name] = {"accuracy": accuracy(demo, adapted[name]), "trained_share": share}
+        rows[name]["speed"] = {}
+    for length in demo.timed_lengths:
+        inputs = demo.timed_inputs(length)
+        for name, figures in measure(adapted, inputs, demo.decoding.max_decode_length).items():
+            rows[name]["speed"][str(length)] = figures
+    report = {
+        "task": demo.task,
+        "base": "random" if random_base else "bundled",
+        "steps": demo.steps,
+        "timed_lengths": list(demo.timed_lengths),
+        "methods": rows,
+        "baselines": demo.baselines(),
+        "seconds": time.monotonic() - start,
+        "versions": benchmark.versions(),
+    }
+    demo.draw(adapted[f"CoDA r = {demo.reductions[0]}"], directory / "routing.png")
+    write_report(directory / "report.json", report)
+    write_atomically(directory / "report.md", markdown(report))
+    return report
+
+
+def main(demo: Demo, default_directory: str) -> None:
+    """The command line of a demo."""
+    parser = argparse.ArgumentParser(description="Adapts a bundled checkpoint several ways.")
+    parser.add_argument("--directory", type=pathlib.Path, default=pathlib.Path(default_directory))
+    parser.add_argument("--random_base", action="store_true", help="the control; see the README")
+    options = parser.parse_args()
+    report = run(demo, options.directory, options.random_base)
+    print("\n" + markdown(report))
+    print(f"{report['seconds']:.0f} s; see {options.directory}/report.md and routing.png")

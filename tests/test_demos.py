@@ -1,0 +1,47 @@
+"""What the demos compare, and their reports."""
+
+import json
+
+import pytest
+
+from coda_jax import params as params_lib
+from coda_jax.demos import comparison, text
+
+DEMOS = {"text": text.DEMO}
+
+
+@pytest.mark.parametrize("name", DEMOS)
+@pytest.mark.parametrize("random_base", [False, True])
+def test_methods_train_adapters_only(name, random_base):
+    demo = DEMOS[name]
+    models = comparison.methods(demo, random_base)
+    assert list(models) == ["parallel adapter", *(f"CoDA r = {r}" for r in demo.reductions)]
+    for model, r in zip(models.values(), (None, *demo.reductions), strict=True):
+        trained, _ = params_lib.partition(model.params, "adapters")
+        assert params_lib.count(trained) < 0.07 * params_lib.count(model.params)
+        assert (model.config.coda and model.config.coda.reduction) == r
+        assert (model.directory is None) == random_base
+
+
+def test_a_report_becomes_tables_of_its_figures():
+    speed = {
+        "encoder_ms": 12.3,
+        "encoder_speed_up": 2.345,
+        "flops_ratio": 2.5,
+        "end_to_end_ms": 20.0,
+        "end_to_end_speed_up": 2.0,
+    }
+    slow = speed | {"encoder_ms": 99.0}
+    row = {"accuracy": 71.25, "trained_share": 0.031, "speed": {"64": speed, "256": slow}}
+    report = {
+        "task": "a_task",
+        "steps": 10,
+        "timed_lengths": [64, 256],
+        "methods": {"CoDA r = 3": row},
+        "baselines": {"linear_svm": 85.0},
+        "versions": {"device": "cpu"},
+    }
+    written = comparison.markdown(json.loads(json.dumps(report)))
+    assert "| CoDA r = 3 | 3.1% | 71.2 % | 12 ms | 2.35x | 2.50 | 20 ms | 2.00x |" in written
+    assert "| linear svm | | 85.0 % |" in written
+    assert "| CoDA r = 3 | 99 ms | 2.35x | 2.50 | 20 ms | 2.00x |" in written
