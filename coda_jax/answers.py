@@ -15,8 +15,8 @@ from absl import logging
 import numpy as np
 from tqdm import tqdm
 
+from coda_jax import models
 from coda_jax.inference import Decoding, Predictor
-from coda_jax.models import EncoderDecoder
 from coda_jax.network import T5Config
 from coda_jax.run_files import write_atomically
 from coda_jax.runs import LoadedModel
@@ -50,7 +50,7 @@ def evaluate(
 
     data.check_vocabulary(data.task_vocabulary(task), model.config.vocab_size, model.directory)
     decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
-    predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
+    predictor = Predictor(models.for_config(model.config), model.params, decoding)
     module = model.config.network()
 
     def unpadded(inputs):
@@ -110,7 +110,7 @@ def predict(
 
     vocabulary = data.load_vocabulary(vocabulary or model.directory)
     data.check_vocabulary(vocabulary, model.config.vocab_size, model.directory)
-    predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
+    predictor = Predictor(models.for_config(model.config), model.params, decoding)
     records, encode = _requests(model.config, vocabulary, inputs, decoding, font)
     with contextlib.ExitStack() as stack:
         file = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))

@@ -91,6 +91,20 @@ class Tokens:
     mask: Bool[Array, "b n"]
     segment_ids: Int[Array, "b n"] | None = None
 
+    def visible(self, context: "Tokens") -> Bool[Array, "b 1 #n l"]:
+        """Which tokens of a context these may attend to: no padding, and only their own segment."""
+        visible = context.mask[:, None, None, :]
+        if context.segment_ids is not None:
+            same = self.segment_ids[:, :, None] == context.segment_ids[:, None, :]
+            visible = visible & same[:, None]
+        return visible
+
+
+def pick(values: Array, indices: Int[Array, "b k"]) -> Array:
+    """values[b, indices[b, k]] for values [B, N, ...] and indices that are in bounds."""
+    indices = indices.reshape(indices.shape + (1,) * (values.ndim - 2))
+    return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
+
 
 @struct.dataclass
 class Selection:
@@ -110,12 +124,11 @@ class Selection:
     def gather(self, tokens: Tokens) -> Tokens:
         """The selected tokens, [B, N, ...] -> [B, K, ...]."""
 
-        def take(values):
-            indices = self.indices.reshape(self.indices.shape + (1,) * (values.ndim - 2))
-            return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
-
-        segment_ids = None if tokens.segment_ids is None else take(tokens.segment_ids)
-        return Tokens(take(tokens.x), take(tokens.u), self.indices, self.valid, segment_ids)
+        x, u = (pick(values, self.indices) for values in (tokens.x, tokens.u))
+        segment_ids = tokens.segment_ids
+        if segment_ids is not None:
+            segment_ids = pick(segment_ids, self.indices)
+        return Tokens(x, u, self.indices, self.valid, segment_ids)
 
     @jax.named_scope("scatter")
     def scatter_add(
