@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax import layers
 from coda_jax.layers import Dtype
-from coda_jax.routing import pick
+from coda_jax.routing import kept_first, pick
 
 
 class CenteredLayerNorm(nn.Module):
@@ -127,8 +127,8 @@ def causal_convolution(
     """
     width, length = kernel.shape[0], x.shape[1]
     y = jnp.zeros_like(x)
-    # A sum of shifted copies is one fused loop; XLA's convolution by channel is 15 to 30 times as
-    # slow on a CPU (docs/performance.md).
+    # A sum of shifted copies is one fused loop; on a CPU XLA's convolution by channel takes more
+    # than ten times as long (docs/performance.md).
     for lag in range(min(width, length)):
         shifted = _later(x, lag)
         if segment_ids is not None:
@@ -183,8 +183,8 @@ class Convolution(nn.Module):
         y = jnp.where(mask[..., None], norm("layer_norm")(x), 0)
         y, gate = jnp.split(project("wi", 2, ("embed", "mlp"))(y), 2, axis=-1)
         y *= nn.sigmoid(gate)
-        order = jnp.argsort(~mask, axis=-1, stable=True)  # those that are there first
+        order = kept_first(mask, mask.shape[1])
         segments = None if segment_ids is None else pick(segment_ids, order)
         y = causal_convolution(pick(y, order), kernel.astype(self.dtype), segments)
-        y = pick(y, jnp.argsort(order, axis=-1))
+        y = pick(y, jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0))  # back to their places
         return project("wo", 1, ("mlp", "embed"))(nn.swish(norm("depthwise_layer_norm")(y)))

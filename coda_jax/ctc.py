@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import optax
 
-from coda_jax.routing import pick
+from coda_jax.routing import kept_first, pick
 
 
 def ctc_loss(
@@ -59,5 +59,5 @@ def ctc_greedy(
     best = logits.argmax(-1).astype(jnp.int32)
     previous = jnp.pad(best, ((0, 0), (1, 0)), constant_values=blank_id)[:, :-1]
     starts = mask & (best != blank_id) & (best != previous)
-    tokens = jnp.where(starts, best, blank_id)
-    return pick(tokens, jnp.argsort(~starts, axis=-1, stable=True))
+    there = jnp.arange(best.shape[1]) < starts.sum(-1, keepdims=True)
+    return jnp.where(there, pick(best, kept_first(starts, best.shape[1])), blank_id)
