@@ -20,6 +20,7 @@ from coda_jax.inference import Decoding, Predictor
 from coda_jax.network import T5Config
 from coda_jax.run_files import write_atomically
 from coda_jax.runs import LoadedModel
+from coda_jax.speech import W2vBertConfig
 from coda_jax.vision import Pix2StructConfig
 
 
@@ -98,12 +99,12 @@ def predict(
     Args:
         model: what answers.
         inputs: a text file with one input a line, a .jsonl file, or "-" for text lines from
-            standard input. An input is a text or the file of an image; lines of JSON have "inputs",
-            or "image" and, as models for questions need it, "header".
+            standard input. An input is a text or the file of an image or a recording; lines of JSON
+            have "inputs", or "image" and, as models for questions need it, "header".
         output: the JSONL file to write, or "-" for standard output.
         decoding: how outputs are searched for.
         vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
-        chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images.
+        chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images or audio.
         font: file of the font of headers; None for that of `tasks.images`.
     """
     from coda_jax import data
@@ -133,8 +134,9 @@ def predict(
 
 
 def _chunk_size(model: LoadedModel, decoding: Decoding) -> int:
-    """Inputs held at once: texts are worth sorting by length, images are large and of one size."""
-    return 8 * decoding.batch_size if isinstance(model.config, Pix2StructConfig) else 4096
+    """Inputs held at once: texts are worth sorting by length, images and audio are large."""
+    large = isinstance(model.config, Pix2StructConfig | W2vBertConfig)
+    return 8 * decoding.batch_size if large else 4096
 
 
 def _requests(
@@ -143,6 +145,11 @@ def _requests(
     """What is asked, and the function that makes a request the model's input."""
     from coda_jax import data
 
+    if isinstance(config, W2vBertConfig):
+        from coda_jax.tasks import audio
+
+        records = ({"audio": path} for path in data.read_inputs(inputs))
+        return records, lambda record: audio.frames(audio.read_audio(record["audio"])).numpy()
     if not isinstance(config, Pix2StructConfig):
         records = ({"inputs": text} for text in data.read_inputs(inputs))
         return records, lambda record: np.array(

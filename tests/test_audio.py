@@ -1,13 +1,20 @@
 """Audio to frames: as the public feature extractor makes them; what cannot be read is named."""
 
+import functools
+import json
 from pathlib import Path
 
 import captcha
+from helpers import TINY_SPEECH, random_params
+import jax
 import numpy as np
 import pytest
 import soundfile
 import tensorflow as tf
 
+from coda_jax import answers, data, models
+from coda_jax.inference import Decoding
+from coda_jax.runs import LoadedModel
 from coda_jax.tasks import audio
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -163,3 +170,27 @@ def test_a_pipeline_stops_at_an_unreadable_file_and_names_it(tmp_path):
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
     with pytest.raises(tf.errors.OpError, match=r"bad\.wav"):
         list(dataset(tmp_path / "bad.wav"))
+
+
+def test_files_are_transcribed_one_line_each(tmp_path):
+    """`coda predict` for a CTC model with random weights, which does not stay silent."""
+    config = TINY_SPEECH.replace(vocab_size=384, feature_dim=160, num_encoder_layers=1)
+    model = LoadedModel(config, random_params(config), None)
+    for name, num_samples in (("a", 4000), ("b", 2000)):
+        soundfile.write(tmp_path / f"{name}.wav", tone(num_samples), 16000)
+    paths = [str(tmp_path / "a.wav"), str(tmp_path / "b.wav")]
+    (tmp_path / "files.txt").write_text("\n".join(paths))
+    decoding = Decoding(batch_size=2, max_decode_length=20)
+    answers.predict(
+        model, str(tmp_path / "files.txt"), str(tmp_path / "out.jsonl"), decoding, "bytes"
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["audio"] for line in lines] == paths
+    vocabulary = data.load_vocabulary("bytes")
+    for path, line in zip(paths, lines, strict=True):
+        frames = audio.frames(audio.read_audio(path)).numpy()[None]
+        tokens = jax.jit(functools.partial(models.CTC(config).predict, max_decode_length=20))(
+            model.params, np.pad(frames, ((0, 0), (0, 32 - frames.shape[1]), (0, 0)))
+        )
+        assert (np.asarray(tokens) > 0).sum() > 3
+        assert line["prediction"] == vocabulary.decode(tokens[0].tolist())
