@@ -32,11 +32,17 @@ INSTALL_REQUIRES = [
     "scikit-learn>=1.9,<2",  # the demo's linear baseline; scans of digits
     "rouge-score>=0.1.2,<0.2",  # ROUGE, the metric of summaries
 ]
+SPEECH = [
+    "soundfile>=0.14,<0.15",  # reads WAV, FLAC and others
+    "scipy>=1.17,<2",  # resampling; in tests the reference for the soft top-k
+    "jiwer>=4,<5",  # word and character error rates
+]
 TEST = [
+    *SPEECH,
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",  # two test files at a time
     "hypothesis>=6.170,<7",  # property tests
-    "scipy>=1.17,<2",  # reference for the soft top-k
+    "captcha>=0.7.1,<0.8",  # recordings of voices
     "beartype>=0.23,<0.24",  # checks the jaxtyping annotations
 ]
 
@@ -70,6 +76,11 @@ setup(
         **{package: ["*.gin"] for package in GIN_PACKAGES},
     },
     install_requires=INSTALL_REQUIRES,
-    extras_require={"t5x": T5X, "test": TEST, "dev": [*TEST, "ruff==0.17.6", "wheel>=0.46"]},
+    extras_require={
+        "t5x": T5X,
+        "speech": SPEECH,
+        "test": TEST,
+        "dev": [*TEST, "ruff==0.17.6", "wheel>=0.46"],
+    },
     entry_points={"console_scripts": ["coda = coda_jax.cli:main"]},
 )

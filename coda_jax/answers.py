@@ -15,11 +15,12 @@ from absl import logging
 import numpy as np
 from tqdm import tqdm
 
+from coda_jax import models
 from coda_jax.inference import Decoding, Predictor
-from coda_jax.models import EncoderDecoder
 from coda_jax.network import T5Config
 from coda_jax.run_files import write_atomically
 from coda_jax.runs import LoadedModel
+from coda_jax.speech import W2vBertConfig
 from coda_jax.vision import Pix2StructConfig
 
 
@@ -50,7 +51,7 @@ def evaluate(
 
     data.check_vocabulary(data.task_vocabulary(task), model.config.vocab_size, model.directory)
     decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
-    predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
+    predictor = Predictor(models.for_config(model.config), model.params, decoding)
     module = model.config.network()
 
     def unpadded(inputs):
@@ -98,19 +99,19 @@ def predict(
     Args:
         model: what answers.
         inputs: a text file with one input a line, a .jsonl file, or "-" for text lines from
-            standard input. An input is a text or the file of an image; lines of JSON have "inputs",
-            or "image" and, as models for questions need it, "header".
+            standard input. An input is a text or the file of an image or a recording; lines of JSON
+            have "inputs", or "image" and, as models for questions need it, "header".
         output: the JSONL file to write, or "-" for standard output.
         decoding: how outputs are searched for.
         vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
-        chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images.
+        chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images or audio.
         font: file of the font of headers; None for that of `tasks.images`.
     """
     from coda_jax import data
 
     vocabulary = data.load_vocabulary(vocabulary or model.directory)
     data.check_vocabulary(vocabulary, model.config.vocab_size, model.directory)
-    predictor = Predictor(EncoderDecoder(model.config), model.params, decoding)
+    predictor = Predictor(models.for_config(model.config), model.params, decoding)
     records, encode = _requests(model.config, vocabulary, inputs, decoding, font)
     with contextlib.ExitStack() as stack:
         file = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))
@@ -133,8 +134,9 @@ def predict(
 
 
 def _chunk_size(model: LoadedModel, decoding: Decoding) -> int:
-    """Inputs held at once: texts are worth sorting by length, images are large and of one size."""
-    return 8 * decoding.batch_size if isinstance(model.config, Pix2StructConfig) else 4096
+    """Inputs held at once: texts are worth sorting by length, images and audio are large."""
+    large = isinstance(model.config, Pix2StructConfig | W2vBertConfig)
+    return 8 * decoding.batch_size if large else 4096
 
 
 def _requests(
@@ -143,6 +145,11 @@ def _requests(
     """What is asked, and the function that makes a request the model's input."""
     from coda_jax import data
 
+    if isinstance(config, W2vBertConfig):
+        from coda_jax.tasks import audio
+
+        records = ({"audio": path} for path in data.read_inputs(inputs))
+        return records, lambda record: audio.frames(audio.read_audio(record["audio"])).numpy()
     if not isinstance(config, Pix2StructConfig):
         records = ({"inputs": text} for text in data.read_inputs(inputs))
         return records, lambda record: np.array(

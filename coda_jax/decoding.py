@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.network import Transformer
+from coda_jax.routing import pick
 
 Cache = Any
 Step = Callable[[Cache, Int[Array, " rows"]], tuple[Float[Array, "rows v"], Cache]]
@@ -158,22 +159,22 @@ def beam_search(
         log_probs, chosen = lax.top_k(log_probs.reshape(batch, -1), 2 * num_beams)
         parents, token = chosen // vocab_size, chosen % vocab_size
         tokens = lax.dynamic_update_slice(
-            _pick(beams.live, parents), token[..., None], (0, 0, index)
+            pick(beams.live, parents), token[..., None], (0, 0, index)
         )
         ended = token == eos_id
 
         live_log_probs, rank = lax.top_k(log_probs + ended * _IMPOSSIBLE, num_beams)
-        cache = _reorder(cache, _pick(parents, rank))
+        cache = _reorder(cache, pick(parents, rank))
 
         scores = log_probs / _length_penalty(index + 1, alpha) + ~ended * _IMPOSSIBLE
         scores, best = lax.top_k(jnp.concatenate([beams.scores, scores], axis=1), num_beams)
         return _Beams(
             index=index + 1,
-            live=_pick(tokens, rank),
+            live=pick(tokens, rank),
             live_log_probs=live_log_probs,
-            finished=_pick(jnp.concatenate([beams.finished, tokens], axis=1), best),
+            finished=pick(jnp.concatenate([beams.finished, tokens], axis=1), best),
             scores=scores,
-            occupied=_pick(jnp.concatenate([beams.occupied, ended], axis=1), best),
+            occupied=pick(jnp.concatenate([beams.occupied, ended], axis=1), best),
             cache=cache,
         )
 
@@ -238,12 +239,6 @@ def _start(
 
     _, variables = decode({}, jnp.ones((rows, length), jnp.int32), cache_encoded=True)
     return step, variables["cache"]
-
-
-def _pick(values: Array, indices: Int[Array, "b m"]) -> Array:
-    """values[b, indices[b, m]] for values [B, n, ...]."""
-    indices = indices.reshape(indices.shape + (1,) * (values.ndim - 2))
-    return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
 
 
 def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:

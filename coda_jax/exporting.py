@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from coda_jax import models
 from coda_jax import params as params_lib
 from coda_jax.inference import Decoding, bucket, predict_function
-from coda_jax.models import EncoderDecoder
 from coda_jax.run_files import write_report
 from coda_jax.runs import LoadedModel
 
@@ -69,7 +69,7 @@ def export(
         raise ValueError(f"batch sizes must be at least 1, got {batch_sizes}")
     directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(leaf) for path, leaf in params_lib.flatten(model.params).items()}
-    predict = _predict_function(EncoderDecoder(model.config), list(flat), decoding)
+    predict = _predict_function(models.for_config(model.config), list(flat), decoding)
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
     shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
     for shape in tqdm(shapes, desc="export", unit="program"):
@@ -87,7 +87,7 @@ def export(
     write_report(directory / MANIFEST_NAME, manifest)  # the last file: without it nothing counts
 
 
-def _predict_function(model: EncoderDecoder, paths: Sequence[str], decoding: Decoding):
+def _predict_function(model: models.Model, paths: Sequence[str], decoding: Decoding):
     """Takes the weights as a list, so that a loader needs neither Flax nor the tree."""
 
     predict = predict_function(model, decoding)

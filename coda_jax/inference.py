@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from coda_jax.models import EncoderDecoder
+from coda_jax.models import Model
 from coda_jax.training import Placement
 
 _SHORTEST_BUCKET = 32
@@ -44,7 +44,7 @@ def bucket(length: int, longest: int) -> int:
 
 
 def predict_function(
-    model: EncoderDecoder, decoding: Decoding
+    model: Model, decoding: Decoding
 ) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
     """(parameters, inputs [B, N, ...]) -> output tokens [B, max_decode_length]."""
     return functools.partial(
@@ -58,7 +58,7 @@ def predict_function(
 class Predictor:
     """A model ready to answer; it compiles one program per bucket of input lengths."""
 
-    def __init__(self, model: EncoderDecoder, params: Mapping[str, Any], decoding: Decoding):
+    def __init__(self, model: Model, params: Mapping[str, Any], decoding: Decoding):
         self.decoding = decoding
         self.num_truncated = 0
         self._model = model

@@ -38,19 +38,21 @@ def activation_function(name: str) -> Callable[[Array], Array]:
 
 
 class Dense(nn.Module):
-    """x W, without bias. W is one matrix [inputs, outputs], also where it makes several heads.
+    """x W, plus a bias if asked for. W is a matrix [inputs, outputs], also where it makes heads.
 
     Attributes:
         features: size of the last axis of the result.
         kernel_axes: logical names of the kernel's two axes.
         kernel_init: initializer of the kernel.
         dtype: of the computation.
+        use_bias: whether there is a bias; T5 has none.
     """
 
     features: int
     kernel_axes: tuple[str, str]
     kernel_init: Initializer = _fan_in_truncated_normal
     dtype: Dtype = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... f"]:
@@ -61,7 +63,16 @@ class Dense(nn.Module):
             jnp.float32,
             axes=self.kernel_axes,
         )
-        return _product(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = _product(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            y += partitioning.param_with_axes(
+                "bias",
+                nn.initializers.zeros,
+                (self.features,),
+                jnp.float32,
+                axes=self.kernel_axes[1:],
+            ).astype(self.dtype)
+        return y
 
 
 def _product(x: Float[Array, "... d"], kernel: Float[Array, "d f"]) -> Float[Array, "... f"]:
@@ -135,17 +146,21 @@ class MlpBlock(nn.Module):
         activations: one name per projection; ("relu",) for T5 1.0, ("gelu", "linear") for v1.1.
         dropout_rate: on the hidden layer.
         dtype: of the computation.
+        use_bias: whether the projections have biases; T5's have none.
     """
 
     intermediate_dim: int
     activations: Sequence[str] = ("relu",)
     dropout_rate: float = 0.1
     dtype: Dtype = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], deterministic: bool) -> Float[Array, "b n d"]:
+        dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
+
         def hidden(name, activation):
-            y = Dense(self.intermediate_dim, ("embed", "mlp"), dtype=self.dtype, name=name)(x)
+            y = dense(self.intermediate_dim, ("embed", "mlp"), name=name)(x)
             return activation_function(activation)(y)
 
         names = ["wi"] if len(self.activations) == 1 else None
@@ -153,7 +168,7 @@ class MlpBlock(nn.Module):
         y = functools.reduce(operator.mul, map(hidden, names, self.activations))
         y = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(y, deterministic=deterministic)
         y = partitioning.with_sharding_constraint(y, ("batch", "length", "mlp"))
-        return Dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="wo")(y)
+        return dense(x.shape[-1], ("mlp", "embed"), name="wo")(y)
 
 
 def relative_position_bucket(
@@ -250,6 +265,19 @@ def attend(
     return jnp.einsum("bhql,bhld->bhqd", weights, value)
 
 
+def split_heads(x: Float[Array, "b n j"], num_heads: int) -> Float[Array, "b h n k"]:
+    """[B, N, H * head_dim] -> [B, H, N, head_dim], as the matrix products want it."""
+    x = x.reshape(*x.shape[:-1], num_heads, -1)
+    x = partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+    return jnp.swapaxes(x, 1, 2)
+
+
+def join_heads(x: Float[Array, "b h n k"]) -> Float[Array, "b n j"]:
+    """The inverse of `split_heads`."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases, with a cache for decoding.
 
@@ -283,13 +311,7 @@ class Attention(nn.Module):
         self, x: Float[Array, "b l d"]
     ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h l k"]]:
         """The keys and values of x, each [B, H, L, head_dim]."""
-        return self._heads(self.key(x)), self._heads(self.value(x))
-
-    def _heads(self, x):
-        """[B, L, H * head_dim] -> [B, H, L, head_dim], as the matrix products want it."""
-        x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
-        x = partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
-        return jnp.swapaxes(x, 1, 2)
+        return tuple(split_heads(y, self.num_heads) for y in (self.key(x), self.value(x)))
 
     @nn.compact
     def __call__(
@@ -309,7 +331,7 @@ class Attention(nn.Module):
         key, value = keys_values
         query = self.query(x_q)
         y = attend(
-            self._heads(query.reshape(key.shape[0], -1, query.shape[-1])),
+            split_heads(query.reshape(key.shape[0], -1, query.shape[-1]), self.num_heads),
             key,
             value,
             bias,
@@ -317,7 +339,6 @@ class Attention(nn.Module):
             float32_logits=self.float32_logits,
             dropout=lambda weights: self.dropout(weights, deterministic=deterministic),
         )
-        y = jnp.swapaxes(y, 1, 2).reshape(query.shape)
         return Dense(
             x_q.shape[-1], ("joined_kv", "embed"), _fan_in_normal, dtype=self.dtype, name="out"
-        )(y)
+        )(join_heads(y).reshape(query.shape))

@@ -2,6 +2,7 @@
 
 Axis letters: B batch, N input tokens, T target tokens, V vocabulary.
 The encoder's inputs are [B, N] token ids, or [B, N, C] vectors: whatever the config's family takes.
+`for_config` picks the class.
 """
 
 from typing import Any
@@ -13,7 +14,9 @@ from jaxtyping import Array, Float
 import optax
 
 from coda_jax import decoding
+from coda_jax.ctc import ctc_greedy, ctc_loss
 from coda_jax.network import T5Config, init_params
+from coda_jax.speech import SpeechCTC, W2vBertConfig, split_frames
 
 Batch = dict[str, Array]
 _PACKING = (
@@ -53,32 +56,28 @@ class Sums:
         }
 
 
-class EncoderDecoder:
-    """An encoder-decoder with or without adapters and routing.
+class Model:
+    """What the models of all families have; each adds `logits`, `loss` and `predict`.
 
     Attributes:
         config: the model's configuration; it decides the family.
         module: its network.
-        z_loss: factor of the loss on the squared log of the softmax's normaliser.
     """
 
-    def __init__(self, config: T5Config, z_loss: float = 0.0):
+    def __init__(self, config: T5Config):
         self.config = config
         self.module = config.network()
-        self.z_loss = z_loss
 
     def init(self, rng: Array) -> dict[str, Any]:
         """Random parameters."""
         return init_params(self.module, rng)
 
-    def logits(self, params, batch: Batch, dropout_rng: Array | None = None):
-        """Logits of the targets, [B, T, V] float32; with dropout where an RNG is given."""
+    def _apply(self, params, inputs, dropout_rng, **kwargs):
+        """The network's output, with dropout where an RNG is given."""
         return self.module.apply(
             {"params": params},
-            batch["encoder_input_tokens"],
-            batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
-            **{name: batch[name] for name in _PACKING if name in batch},
+            *inputs,
+            **kwargs,
             enable_dropout=dropout_rng is not None,
             rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         )
@@ -88,6 +87,48 @@ class EncoderDecoder:
         return self.module.apply(
             {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
         )
+
+    def routing(self, params, encoder_input_tokens) -> Float[Array, "layers b n"]:
+        """The weight with which each encoder layer takes each token, 0 where it does not.
+
+        A layer without a router, or with r = 1, takes every token with weight 1.
+        """
+        _, variables = self.module.apply(
+            {"params": params},
+            encoder_input_tokens,
+            enable_dropout=False,
+            method="encode",
+            mutable=["intermediates"],
+        )
+        encoder = variables.get("intermediates", {}).get("encoder", {})
+        every_token = self.module.input_mask(encoder_input_tokens).astype(jnp.float32)
+
+        def weights(layer):
+            if f"layers_{layer}" not in encoder:
+                return every_token
+            (selection,) = encoder[f"layers_{layer}"]["router"]["selection"]
+            rows = jnp.arange(every_token.shape[0])[:, None]
+            return jnp.zeros_like(every_token).at[rows, selection.indices].set(selection.weights)
+
+        return jnp.stack([weights(i) for i in range(self.config.num_encoder_layers)])
+
+
+class EncoderDecoder(Model):
+    """An encoder-decoder with or without adapters and routing.
+
+    Attributes:
+        z_loss: factor of the loss on the squared log of the softmax's normaliser.
+    """
+
+    def __init__(self, config: T5Config, z_loss: float = 0.0):
+        super().__init__(config)
+        self.z_loss = z_loss
+
+    def logits(self, params, batch: Batch, dropout_rng: Array | None = None):
+        """Logits of the targets, [B, T, V] float32; with dropout where an RNG is given."""
+        names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+        packing = {name: batch[name] for name in _PACKING if name in batch}
+        return self._apply(params, [batch[name] for name in names], dropout_rng, **packing)
 
     def loss(
         self, params, batch: Batch, dropout_rng: Array | None = None
@@ -145,26 +186,101 @@ class EncoderDecoder:
         )
         return tokens[:, 0]
 
-    def routing(self, params, encoder_input_tokens) -> Float[Array, "layers b n"]:
-        """The weight with which each encoder layer takes each token, 0 where it does not.
 
-        A layer without a router, or with r = 1, takes every token with weight 1.
+class CTC(Model):
+    """A speech encoder with a CTC head, with or without adapters and routing.
+
+    Raises:
+        ValueError: the config's model has no head.
+    """
+
+    def __init__(self, config: W2vBertConfig):
+        super().__init__(config)
+        if not isinstance(self.module, SpeechCTC) or not config.vocab_size:
+            raise ValueError(
+                f"CTC needs a head: vocab_size={config.vocab_size} must be above 0 and "
+                f"num_decoder_layers={config.num_decoder_layers} must be 0"
+            )
+
+    def logits(self, params, batch: Batch, dropout_rng: Array | None = None):
+        """Logits of the frames, [B, N, V] float32; with dropout where an RNG is given."""
+        return self._apply(params, split_frames(batch["encoder_input_tokens"]), dropout_rng)
+
+    def loss(
+        self, params, batch: Batch, dropout_rng: Array | None = None
+    ) -> tuple[Float[Array, ""], Sums]:
+        """The sum of the utterances' CTC losses, and the sums.
+
+        A target token is right if the greedy transcript has it at its place, and an example is
+        exact if the transcripts are equal. The weight is the number of target tokens.
+
+        Args:
+            params: the parameter tree.
+            batch: encoder_input_tokens [B, N, C]; decoder_target_tokens and decoder_loss_weights
+                [B, T], whose weights say only what is padding. Rows without frames do not count.
+            dropout_rng: enables dropout.
+
+        Raises:
+            ValueError: the batch is packed.
         """
-        _, variables = self.module.apply(
-            {"params": params},
-            encoder_input_tokens,
-            enable_dropout=False,
-            method="encode",
-            mutable=["intermediates"],
+        if "encoder_segment_ids" in batch:
+            raise ValueError("the CTC loss is not defined for packed examples: pack=False")
+        logits = self.logits(params, batch, dropout_rng)
+        _, mask = split_frames(batch["encoder_input_tokens"])
+        target_mask = batch["decoder_loss_weights"] > 0
+        blank_id = self.config.blank_id
+        targets = jnp.where(target_mask, batch["decoder_target_tokens"], blank_id)
+        losses = ctc_loss(logits, mask, targets, target_mask, blank_id)
+        length = max(targets.shape[1], logits.shape[1])
+        found = _padded(ctc_greedy(logits, mask, blank_id), length, blank_id)
+        right = found == _padded(targets, length, blank_id)
+        real = mask.any(-1)
+        sums = Sums(
+            loss=losses.sum(),
+            weight=target_mask.sum(dtype=jnp.float32),
+            correct=(right[:, : targets.shape[1]] & target_mask).sum(dtype=jnp.float32),
+            exact=(right.all(-1) & real).sum(dtype=jnp.float32),
+            examples=real.sum(dtype=jnp.float32),
         )
-        encoder = variables.get("intermediates", {}).get("encoder", {})
-        every_token = self.module.input_mask(encoder_input_tokens).astype(jnp.float32)
+        return sums.loss, sums
 
-        def weights(layer):
-            if f"layers_{layer}" not in encoder:
-                return every_token
-            (selection,) = encoder[f"layers_{layer}"]["router"]["selection"]
-            rows = jnp.arange(every_token.shape[0])[:, None]
-            return jnp.zeros_like(every_token).at[rows, selection.indices].set(selection.weights)
+    def predict(
+        self,
+        params,
+        encoder_input_tokens,
+        *,
+        max_decode_length: int,
+        num_beams: int = 1,
+        alpha: float = 0.6,
+    ) -> Array:
+        """The greedy transcripts, [B, max_decode_length] tokens, then `blank_id`; longer are cut.
 
-        return jnp.stack([weights(i) for i in range(self.config.num_encoder_layers)])
+        Raises:
+            ValueError: more than one beam.
+        """
+        del alpha  # of a beam search
+        if num_beams != 1:
+            raise ValueError(f"CTC is decoded greedily: num_beams={num_beams} must be 1")
+        features, mask = split_frames(encoder_input_tokens)
+        logits = self._apply(params, (features, mask), None)
+        tokens = ctc_greedy(logits, mask, self.config.blank_id)
+        return _padded(tokens, max_decode_length, self.config.blank_id)
+
+
+def _padded(tokens: Array, length: int, value: int) -> Array:
+    """The tokens, cut or filled up to a length."""
+    tokens = tokens[:, :length]
+    return jnp.pad(tokens, ((0, 0), (0, length - tokens.shape[1])), constant_values=value)
+
+
+def for_config(config: T5Config, z_loss: float = 0.0) -> EncoderDecoder | CTC:
+    """The model of a configuration.
+
+    Raises:
+        ValueError: a z-loss for CTC, which has none; a speech encoder without a head.
+    """
+    if not isinstance(config, W2vBertConfig) or config.num_decoder_layers:
+        return EncoderDecoder(config, z_loss)
+    if z_loss:
+        raise ValueError(f"the CTC loss has no z-loss: z_loss={z_loss}")
+    return CTC(config)

@@ -92,6 +92,12 @@ class T5Config:
         """Shape and dtype of the encoder's inputs, [B, N] int32 token ids."""
         return jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
+    def init_inputs(self) -> tuple[Array, ...]:
+        """Arguments with which the network makes its parameters."""
+        spec = self.input_spec(1, 2)  # parameters do not depend on batch or length
+        tokens = jnp.ones((1, 2), jnp.int32)
+        return jnp.ones(spec.shape, spec.dtype), tokens, tokens
+
 
 def _norm(cfg: T5Config, name: str) -> layers.LayerNorm:
     return layers.LayerNorm(cfg.layer_norm_epsilon, cfg.dtype, name=name)
@@ -144,17 +150,13 @@ class EncoderLayer(nn.Module):
         dropout = _dropout(cfg, deterministic)
 
         def layer(tokens: Tokens, context: Tokens) -> Array:
-            visible = context.mask[:, None, None, :]
-            if context.segment_ids is not None:
-                same = tokens.segment_ids[:, :, None] == context.segment_ids[:, None, :]
-                visible = visible & same[:, None]
             bias = None
             if self.relpos_bias is not None:
                 bias = self.relpos_bias(tokens.positions, context.positions)
             y = attention(
                 tokens.u,
                 attention.keys_values(context.u),
-                visible,
+                tokens.visible(context),
                 bias,
                 deterministic=deterministic,
             )
@@ -337,12 +339,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the inputs are another family's.
         """
-        channels = self.config.input_spec(1, 1).shape[2:]
-        if encoder_input_tokens.shape[2:] != channels:
-            raise ValueError(
-                f"{self.config.family} takes inputs [B, N, *{channels}], got the shape "
-                f"{encoder_input_tokens.shape}"
-            )
+        check_inputs(self.config, encoder_input_tokens)
         return self.encoder(
             encoder_input_tokens,
             self.input_mask(encoder_input_tokens),
@@ -428,9 +425,16 @@ class Transformer(nn.Module):
         )
 
 
-def init_params(module: Transformer, rng: Array) -> dict[str, Any]:
+def check_inputs(config: T5Config, encoder_input_tokens: Array) -> None:
+    """Raises ValueError where the inputs are another family's."""
+    channels = config.input_spec(1, 1).shape[2:]
+    if encoder_input_tokens.shape[2:] != channels:
+        raise ValueError(
+            f"{config.family} takes inputs [B, N, *{channels}], got the shape "
+            f"{encoder_input_tokens.shape}"
+        )
+
+
+def init_params(module: nn.Module, rng: Array) -> dict[str, Any]:
     """The fresh parameter tree of a network."""
-    spec = module.config.input_spec(1, 2)  # parameters do not depend on batch or length
-    tokens = jnp.ones((1, 2), jnp.int32)
-    inputs = jnp.ones(spec.shape, spec.dtype)
-    return module.init(rng, inputs, tokens, tokens, enable_dropout=False)["params"]
+    return module.init(rng, *module.config.init_inputs(), enable_dropout=False)["params"]

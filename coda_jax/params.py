@@ -13,8 +13,9 @@ import jax
 
 # The one table. A leaf belongs to a group if any of the group's patterns is found in its path.
 NEW = (r"(^|/)(adapter|router)/",)  # created by the swap, in no dense checkpoint
-NORMS = (r"(^|/)\w*norm/scale$",)  # in the dense checkpoint, trained with the new leaves
-TRAINED = {"adapters": NEW + NORMS, "all": (r"",)}
+NORMS = (r"(^|/)\w*norm/(scale|bias)$",)  # in the dense checkpoint, trained with the new leaves
+HEADS = (r"^ctc_head/",)  # created where the dense checkpoint has none, trained with the new leaves
+TRAINED = {"adapters": NEW + NORMS + HEADS, "all": (r"",)}
 SAVED = TRAINED["adapters"]  # what an adapter file holds
 
 
@@ -68,7 +69,7 @@ def trained_mask(params: Mapping, trained: str = "adapters") -> dict:
 
     Args:
         params: the parameter tree.
-        trained: "adapters" (adapters, routers and norm scales) or "all".
+        trained: "adapters" (adapters, routers, norms and CTC heads) or "all".
 
     Raises:
         ValueError: if `trained` is another word.

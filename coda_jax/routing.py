@@ -91,6 +91,20 @@ class Tokens:
     mask: Bool[Array, "b n"]
     segment_ids: Int[Array, "b n"] | None = None
 
+    def visible(self, context: "Tokens") -> Bool[Array, "b 1 #n l"]:
+        """Which tokens of a context these may attend to: no padding, and only their own segment."""
+        visible = context.mask[:, None, None, :]
+        if context.segment_ids is not None:
+            same = self.segment_ids[:, :, None] == context.segment_ids[:, None, :]
+            visible = visible & same[:, None]
+        return visible
+
+
+def pick(values: Array, indices: Int[Array, "b k"]) -> Array:
+    """values[b, indices[b, k]] for values [B, N, ...] and indices that are in bounds."""
+    indices = indices.reshape(indices.shape + (1,) * (values.ndim - 2))
+    return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
+
 
 @struct.dataclass
 class Selection:
@@ -110,12 +124,11 @@ class Selection:
     def gather(self, tokens: Tokens) -> Tokens:
         """The selected tokens, [B, N, ...] -> [B, K, ...]."""
 
-        def take(values):
-            indices = self.indices.reshape(self.indices.shape + (1,) * (values.ndim - 2))
-            return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
-
-        segment_ids = None if tokens.segment_ids is None else take(tokens.segment_ids)
-        return Tokens(take(tokens.x), take(tokens.u), self.indices, self.valid, segment_ids)
+        x, u = (pick(values, self.indices) for values in (tokens.x, tokens.u))
+        segment_ids = tokens.segment_ids
+        if segment_ids is not None:
+            segment_ids = pick(segment_ids, self.indices)
+        return Tokens(x, u, self.indices, self.valid, segment_ids)
 
     @jax.named_scope("scatter")
     def scatter_add(
@@ -168,7 +181,6 @@ def select(
         indices [B, K] int32, strictly ascending; valid [B, K], False in empty slots, whose indices
         are those of tokens that were not picked.
     """
-    positions = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
     segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
     scores, k, mask = one_row_per_constraint(lax.stop_gradient(scores), k, mask, segments)
     threshold = kth_largest(scores, k, mask)
@@ -179,13 +191,19 @@ def select(
     # The rest of the slots hold the first other tokens, so that no index repeats.
     spare = num_slots - picked.sum(-1, keepdims=True)
     taken = picked | (~picked & (jnp.cumsum(~picked, axis=-1) <= spare))
-    slots = jnp.where(taken, jnp.cumsum(taken, axis=-1) - 1, num_slots)
-
-    def place(slots, positions):
-        return jnp.zeros(num_slots, jnp.int32).at[slots].set(positions, mode="drop")
-
-    indices = jax.vmap(place)(slots, positions)
+    indices = kept_first(taken, num_slots)
     return indices, jnp.take_along_axis(picked, indices, axis=1, mode="promise_in_bounds")
+
+
+def kept_first(keep: Bool[Array, "b n"], num_slots: int) -> Int[Array, "b k"]:
+    """The places of what is kept, [B, K] int32, in ascending order; 0 in the slots left over."""
+    places = jnp.broadcast_to(jnp.arange(keep.shape[1], dtype=jnp.int32), keep.shape)
+    slots = jnp.where(keep, jnp.cumsum(keep, axis=-1) - 1, num_slots)
+
+    def put(slots, places):
+        return jnp.zeros(num_slots, jnp.int32).at[slots].set(places, mode="drop")
+
+    return jax.vmap(put)(slots, places)
 
 
 class Router(nn.Module):

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import optax
 
 from coda_jax import batches as batches_lib
-from coda_jax import checkpoints, training
+from coda_jax import checkpoints, models, training
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.checkpoints.adapter_files import fingerprint
-from coda_jax.models import EncoderDecoder
-from coda_jax.network import T5Config
+from coda_jax.network import T5Config, init_params
 from coda_jax.routing import CodaConfig
 from coda_jax.run_files import write_atomically
 
@@ -75,7 +74,7 @@ def load_model(
         given, (config, params) = config, checkpoints.load_hf(checkpoint)
         _check_sizes(given or config, config, checkpoint)
     elif config is not None:
-        params = EncoderDecoder(config.dense()).init(rng)
+        params = init_params(config.dense().network(), rng)
     else:
         raise ValueError("load_model needs a checkpoint or, to start at random, a config")
     if adapter_checkpoint is not None:
@@ -225,7 +224,7 @@ def train(
     if eval_data is not None:
         eval_data.check_vocabulary(model)
     base_fingerprint = fingerprint(model.params)
-    trained_model = EncoderDecoder(model.config, z_loss)
+    trained_model = models.for_config(model.config, z_loss)
     params, metrics = training.train(
         trained_model,
         model.params,

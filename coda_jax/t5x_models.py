@@ -97,7 +97,7 @@ def partial_optimizer(
 
     Args:
         optimizer: of the trained parameters, with its learning rate: T5X's trainer sets none.
-        trained: "adapters" (adapters, routers and norm scales) or "all".
+        trained: "adapters" (adapters, routers, norms and CTC heads) or "all".
 
     Returns:
         The optimizer definition for a T5X model.

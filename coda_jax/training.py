@@ -26,7 +26,7 @@ import optax
 from tqdm import tqdm
 
 from coda_jax import params as params_lib
-from coda_jax.models import EncoderDecoder, Sums
+from coda_jax.models import Model, Sums
 from coda_jax.run_files import Interruption, RunCheckpoints, interruption, metric_writer
 
 Batch = dict[str, np.ndarray]
@@ -84,7 +84,7 @@ class TrainOptions:
 
 
 def make_train_step(
-    model: EncoderDecoder, optimizer: optax.GradientTransformation, accumulation: int, seed: int
+    model: Model, optimizer: optax.GradientTransformation, accumulation: int, seed: int
 ) -> Callable[[TrainState, Mapping, Batch], tuple[TrainState, Sums]]:
     """The jitted step (state, frozen, batch) -> (state, sums); the state's buffers are reused.
 
@@ -150,7 +150,7 @@ class Placement:
 
 
 def evaluate(
-    model: EncoderDecoder, params: Mapping, batches: Iterable[Batch], placement: Placement
+    model: Model, params: Mapping, batches: Iterable[Batch], placement: Placement
 ) -> dict[str, float]:
     """Loss, token accuracy and exact match of greedy decoding over all batches."""
     total = None
@@ -163,7 +163,7 @@ def evaluate(
 
 
 @functools.cache
-def _sums(model: EncoderDecoder):
+def _sums(model: Model):
     return jax.jit(lambda params, batch: model.loss(params, batch)[1])
 
 
@@ -177,7 +177,7 @@ def describe(params: Mapping, trained: str) -> str:
 
 
 def train(
-    model: EncoderDecoder,
+    model: Model,
     params: Mapping,
     batches: Iterator[Batch],
     *,

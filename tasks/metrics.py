@@ -1,4 +1,4 @@
-"""Metrics of the tasks, in per cent: SQuAD's and ReCoRD's exact match and F1, ROUGE and ANLS.
+"""Metrics of the tasks, in per cent: exact match and F1, ROUGE, ANLS, errors of transcripts.
 
 They are seqio metric functions, of all targets and predictions, which the postprocessors here make
 of texts. Accuracy is `coda_jax.data.accuracy`.
@@ -194,6 +194,32 @@ def _similarity(answer: str, prediction: str) -> float:
     longer = max(len(first), len(second))
     similarity = 1 - levenshtein(first, second) / longer if longer else 1.0
     return similarity if similarity >= 0.5 else 0.0
+
+
+def transcript_errors(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Word and character error rate: edits from all targets to the predictions by their length.
+
+    Args:
+      targets: the right transcripts.
+      predictions: one for each.
+
+    Returns:
+      {"wer", "cer"}; above 100 where the predictions have many insertions.
+
+    Raises:
+      ValueError: no transcripts, another number of predictions, or not one word in the targets.
+      ImportError: the extra `speech` is not installed.
+    """
+    import jiwer  # Here: only speech needs it.
+
+    _check(targets, predictions)
+    if not any(target.split() for target in targets):
+        raise ValueError(f"All {len(targets)} targets are empty: there is no error rate.")
+    targets, predictions = list(targets), list(predictions)
+    return {
+        "wer": 100 * jiwer.wer(targets, predictions),
+        "cer": 100 * jiwer.cer(targets, predictions),
+    }
 
 
 def levenshtein(first: str, second: str) -> int:

@@ -12,6 +12,7 @@ from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
+from coda_jax.speech import W2vBertConfig, join_frames
 from coda_jax.vision import Pix2StructConfig
 
 SIZES = {
@@ -28,6 +29,13 @@ SIZES = {
 }
 TINY = T5Config(**SIZES)
 TINY_IMAGES = Pix2StructConfig(**SIZES, patch_size=2, num_positions=16)
+TINY_SPEECH = W2vBertConfig(
+    **{**SIZES, "num_decoder_layers": 0},
+    feature_dim=6,
+    conv_width=4,
+    max_left_distance=5,
+    max_right_distance=2,
+)
 ADAPTER = AdapterConfig(bottleneck=4)
 
 
@@ -42,9 +50,8 @@ def config(coda=None, adapter=None, base=TINY, **changes):
 
 def shapes(cfg):
     """Returns what `init` makes, as shapes: the collections "params" and "params_axes"."""
-    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     init = functools.partial(cfg.network().init, enable_dropout=False)
-    return jax.eval_shape(init, jax.random.key(0), cfg.input_spec(1, 4), tokens, tokens)
+    return jax.eval_shape(init, jax.random.key(0), *cfg.init_inputs())
 
 
 def random_params(cfg, seed=0, fresh=False):
@@ -135,6 +142,13 @@ def random_patches(rng, sizes, num_patches, patch_size=TINY_IMAGES.patch_size):
         image[: len(ids), :2] = ids
         image[: len(ids), 2:] = rng.normal(size=(len(ids), image.shape[1] - 2))
     return patches
+
+
+def random_frames(rng, lengths, num_frames, feature_dim=TINY_SPEECH.feature_dim):
+    """Returns float32 frames [len(lengths), num_frames, 1 + feature_dim], then 0 for padding."""
+    features = rng.normal(size=(len(lengths), num_frames, feature_dim)).astype(np.float32)
+    mask = np.arange(num_frames) < np.array(lengths)[:, None]
+    return np.asarray(join_frames(jnp.where(mask[..., None], features, 0), mask))
 
 
 def shift_right(targets):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import TypeCheckError, jaxtyped
 import pytest
 
-from coda_jax import layers, routing, soft_topk
+from coda_jax import conformer, ctc, layers, routing, soft_topk, speech
 
 SCORES = jnp.arange(12.0).reshape(2, 6)
 MASK = jnp.ones((2, 6), bool)
@@ -32,6 +32,23 @@ CASES = [
         {"query": HEADS, "key": HEADS, "value": HEADS, "bias": None, "mask": None},
         {"value": HEADS[:, :5]},
     ),
+    (
+        conformer.causal_convolution,
+        {"x": HEADS[..., 0], "kernel": jnp.ones((5, 3)), "segment_ids": MASK.astype(int)},
+        {"kernel": jnp.ones((5, 4))},
+    ),
+    (speech.join_frames, {"features": HEADS[..., 0], "feature_mask": MASK}, {"features": SCORES}),
+    (
+        ctc.ctc_loss,
+        {
+            "logits": HEADS[..., 0],
+            "mask": MASK,
+            "targets": jnp.ones((2, 4), int),
+            "target_mask": jnp.ones((2, 4), bool),
+        },
+        {"target_mask": MASK},
+    ),
+    (ctc.ctc_greedy, {"logits": HEADS[..., 0], "mask": MASK}, {"mask": SCORES}),
 ]
 
 

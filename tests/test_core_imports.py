@@ -5,7 +5,7 @@ import sys
 
 CORE = [
     *["soft_topk", "routing", "layers", "adapters", "conditional", "network", "vision"],
-    *["decoding", "models"],
+    *["conformer", "speech", "decoding", "ctc", "models"],
     *["params", "checkpoints", "batches", "run_files", "training", "inference", "runs", "answers"],
     *["convert", "benchmark", "breakdown", "flops", "check", "bench", "plots"],
 ]

@@ -213,10 +213,38 @@ def test_rouge_1_and_2_are_their_definitions(pairs):
     assert metrics.rouge(predictions, targets) == approx(**result)  # F1 is symmetric.
 
 
+# --- Errors of transcripts. ---
+
+sentences = st.lists(st.sampled_from(["a", "ab", "cat", "bat"]), max_size=5).map(" ".join)
+
+
+def test_transcript_errors_count_edits_of_words_and_characters_over_all_transcripts():
+    targets = ["the cat sat", "on", ""]
+    predictions = ["the bat sat down", "on", ""]
+    found = metrics.transcript_errors(targets, predictions)
+    assert found == {"wer": pytest.approx(100 * 2 / 4), "cer": pytest.approx(100 * 6 / 13)}
+    assert metrics.transcript_errors(targets, targets) == {"wer": 0, "cer": 0}
+    assert metrics.transcript_errors(["a b"], [""]) == {"wer": 100, "cer": 100}
+
+
+@few_examples
+@given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=4))
+def test_transcript_errors_are_their_definition(pairs):
+    targets, predictions = zip(*pairs, strict=True)
+    assume(any(targets))
+    found = metrics.transcript_errors(targets, predictions)
+    for name, split in (("wer", str.split), ("cer", list)):
+        edits = sum(metrics.levenshtein(split(a), split(b)) for a, b in pairs)
+        total = sum(len(split(target)) for target in targets)
+        assert found[name] == pytest.approx(100 * edits / total)
+
+
 # --- What makes no sense. ---
 
 
-@pytest.mark.parametrize("metric", [metrics.squad, metrics.record, metrics.rouge])
+@pytest.mark.parametrize(
+    "metric", [metrics.squad, metrics.record, metrics.rouge, metrics.transcript_errors]
+)
 @pytest.mark.parametrize(("targets", "predictions"), [([], []), (["a"], []), (["a"], ["a", "b"])])
 def test_targets_and_predictions_must_fit(metric, targets, predictions):
     message = f"{len(targets)} targets and {len(predictions)} predictions"
@@ -227,3 +255,8 @@ def test_targets_and_predictions_must_fit(metric, targets, predictions):
 def test_a_question_without_answers_is_named():
     with pytest.raises(ValueError, match="number 1 has no answers"):
         metrics.squad([["a"], []], ["a", "a"])
+
+
+def test_transcripts_without_a_word_are_an_error():
+    with pytest.raises(ValueError, match="All 2 targets are empty"):
+        metrics.transcript_errors(["", " "], ["a", "b"])

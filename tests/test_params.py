@@ -16,11 +16,14 @@ NORMS = (
     "decoder/layers_0/pre_self_attention_layer_norm/scale",
     "encoder/encoder_norm/scale",
     "encoder/layers_0/pre_attention_layer_norm/scale",
+    "encoder/layers_0/pre_mlp_layer_norm/bias",
     "encoder/layers_0/pre_mlp_layer_norm/scale",
 )
+HEADS = ("ctc_head/bias", "ctc_head/kernel")
 FROZEN = (
     "decoder/logits_dense/kernel",
     "encoder/layers_0/attention/query/kernel",
+    "encoder/layers_0/mlp/wi_0/bias",
     "encoder/layers_0/mlp/wi_0/kernel",
     "encoder/relpos_bias/rel_embedding",
     "token_embedder/embedding",
@@ -28,13 +31,13 @@ FROZEN = (
 
 
 def tree():
-    paths = sorted(NEW + NORMS + FROZEN)
+    paths = sorted(NEW + NORMS + HEADS + FROZEN)
     return params_lib.unflatten({p: np.full((2, i + 1), i) for i, p in enumerate(paths)})
 
 
 def test_flatten_and_unflatten_are_inverse():
     flat = params_lib.flatten(tree())
-    assert list(flat) == sorted(NEW + NORMS + FROZEN)
+    assert list(flat) == sorted(NEW + NORMS + HEADS + FROZEN)
     again = params_lib.flatten(params_lib.unflatten(flat))
     assert all(again[path] is leaf for path, leaf in flat.items())
 
@@ -45,9 +48,9 @@ def test_unflatten_refuses_a_leaf_that_is_also_a_folder():
             params_lib.unflatten({path: np.zeros(1) for path in paths})
 
 
-def test_trained_leaves_are_adapters_routers_and_norms_only():
+def test_trained_leaves_are_adapters_routers_norms_and_heads_only():
     mask = params_lib.flatten(params_lib.trained_mask(tree()))
-    assert {path for path, trained in mask.items() if trained} == set(NEW + NORMS)
+    assert {path for path, trained in mask.items() if trained} == set(NEW + NORMS + HEADS)
     everything = params_lib.flatten(params_lib.trained_mask(tree(), "all"))
     assert all(everything.values()) and len(everything) == len(mask)
 
@@ -82,7 +85,7 @@ def test_merge_refuses_shared_leaves_and_lists_them():
 def test_split_new_separates_the_dense_model():
     dense, new = params_lib.split_new(tree())
     assert set(params_lib.flatten(new)) == set(NEW)
-    assert set(params_lib.flatten(dense)) == set(NORMS + FROZEN)
+    assert set(params_lib.flatten(dense)) == set(NORMS + HEADS + FROZEN)
 
 
 def test_count_counts_scalars():

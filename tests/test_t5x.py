@@ -4,7 +4,7 @@ import sys
 import types
 
 import gin
-from helpers import config, random_params, random_tokens, shapes
+from helpers import TINY_SPEECH, config, random_frames, random_params, random_tokens, shapes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ from coda_jax import checkpoints, cli, gin_configs
 from coda_jax import params as params_lib
 from coda_jax.models import EncoderDecoder
 from coda_jax.network import Transformer
+from coda_jax.speech import SpeechToText
 from coda_jax.vision import Pix2Struct
 
 pytest.importorskip(
@@ -70,6 +71,30 @@ def test_the_loss_is_ours_and_the_metrics_tell_how_tokens_are_routed(packed, rng
         )
         assert share == pytest.approx((5 + 3) / 14 if not packed else (2 + 3 + 2 + 1) / 14)
         assert 0 < weight <= 1 and 0 <= entropy <= np.log(2)
+
+
+def test_speech_has_our_loss_and_its_routing_is_told(rng):
+    """The encoder's inputs are float frames with their own mask."""
+    cfg = config({"reduction": 2.0}, base=TINY_SPEECH, num_decoder_layers=1)
+    made = t5x_models.CodaEncoderDecoderModel(
+        SpeechToText(cfg), *[seqio.ByteVocabulary()] * 2, None, z_loss=1e-4
+    )
+    targets = random_tokens(rng, [4, 6], 6)
+    batch = {
+        "encoder_input_tokens": random_frames(rng, [9, 5], 9),
+        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": (targets > 0).astype(np.int32),
+    }
+    shapes = {name: values.shape for name, values in batch.items()}
+    variables = made.get_initial_variables(
+        jax.random.key(0), shapes, {"encoder_input_tokens": jnp.float32}
+    )
+    params = variables["params"]
+    loss, metrics = jax.jit(lambda p, b: made.loss_fn(p, b, None))(params, batch)
+    expected, _ = jax.jit(EncoderDecoder(cfg, z_loss=1e-4).loss)(params, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics["routing/layers_1/share"].compute() == pytest.approx((5 + 3) / 14)
 
 
 def _dense_metrics(batch):

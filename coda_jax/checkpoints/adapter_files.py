@@ -1,6 +1,6 @@
 """What an adaptation trained, without its base: a safetensors file and a JSON manifest.
 
-A directory with `adapter.safetensors` (adapters, routers and norm scales; see `params.SAVED`) and
+A directory with `adapter.safetensors` (adapters, routers, norms, CTC head; see `params.SAVED`) and
 `adapter.json` (configs, shapes, and the fingerprint of the frozen leaves that it belongs to).
 """
 
@@ -34,7 +34,7 @@ JSON_TYPES = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 def fingerprint(params: Mapping) -> str:
     """Returns the sha256 of the frozen leaves: their paths, shapes, dtypes and bytes.
 
-    Norm scales, adapters and routers are left out, so that it does not change by adaptation.
+    Norms, CTC heads, adapters and routers are left out, so that it does not change by adaptation.
     """
     _, frozen = params_lib.split(params, params_lib.SAVED)
     digest = hashlib.sha256()
@@ -88,7 +88,7 @@ def _from_json(cls: type, values: Any, name: str) -> Any:
 
 
 def save_adapter(path: str | os.PathLike, params: Mapping, config: T5Config) -> None:
-    """Saves what an adaptation trained: adapters, routers and norm scales.
+    """Saves what an adaptation trained: adapters, routers, norms and CTC heads.
 
     Args:
         path: a directory; created if need be, an older adapter in it is replaced.
@@ -181,8 +181,8 @@ def load_adapter(path: str | os.PathLike, base_params: Mapping) -> tuple[T5Confi
 
     Args:
         path: the directory that `save_adapter` wrote.
-        base_params: the parameter tree of the base, e.g. from `load_hf`. Adapters, routers and norm
-            scales in it are replaced.
+        base_params: the parameter tree of the base, e.g. from `load_hf`. What an adapter
+            file holds is replaced.
 
     Returns:
         (config, params): the config with `adapter` and `coda` as they were saved, and the whole

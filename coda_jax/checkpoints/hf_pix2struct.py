@@ -98,7 +98,7 @@ MODULES = {  # those of the decoder; the encoder's have our names
 }
 
 
-def hf_name(path: str) -> str:
+def hf_name(path: str, config: Pix2StructConfig) -> str:
     """Returns Hugging Face's name of the leaf at `path` of our parameter tree."""
     if path in TOP_NAMES:
         return TOP_NAMES[path]

@@ -1,7 +1,8 @@
-"""Dense checkpoints in Hugging Face's layout: T5 with v1.1, flan-T5, mT5 and byT5, and Pix2Struct.
+"""Dense checkpoints in Hugging Face's layout: T5 with v1.1, flan-T5, mT5 and byT5, and others.
 
-The family is what `model_type` in config.json says. Each has a config, names of its tensors, and a
-rule for embeddings that are stored several times or not at all; this module has those of T5.
+The family is what `model_type` in config.json says. Each has a config, names and shapes of its
+tensors, and a rule for tensors that are stored several times or not at all, or that no computation
+reads; this module has those of T5.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ import jax
 import numpy as np
 
 from coda_jax import params as params_lib
-from coda_jax.checkpoints import files, hf_config, hf_pix2struct
+from coda_jax.checkpoints import files, hf_config, hf_pix2struct, hf_w2v_bert
 from coda_jax.checkpoints.shapes import expected_shapes
 from coda_jax.network import T5Config
+from coda_jax.speech import W2vBertConfig
 from coda_jax.vision import Pix2StructConfig
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -54,7 +56,7 @@ SUBLAYERS = {  # stack: our module and norm of each sublayer, with its name and 
 PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
-def hf_name(path: str) -> str:
+def hf_name(path: str, config: T5Config) -> str:
     """Returns Hugging Face's name of the leaf at `path` of our parameter tree."""
     if path in TOP_NAMES:
         return TOP_NAMES[path]
@@ -66,16 +68,17 @@ def hf_name(path: str) -> str:
 
 
 def _is_transposed(path: str) -> bool:
-    return path.endswith(("/kernel", "/rel_embedding"))  # theirs are [out, in] and [buckets, H]
+    return path.endswith(("kernel", "/rel_embedding"))  # theirs are [out, in] and [buckets, H]
 
 
-def _hf_shapes(expected: Mapping[str, Any], hf_name: Callable[[str], str]) -> dict[str, Any]:
-    return {
-        hf_name(path): jax.ShapeDtypeStruct(
-            leaf.shape[::-1] if _is_transposed(path) else leaf.shape, leaf.dtype
-        )
-        for path, leaf in expected.items()
-    }
+def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a leaf in their file."""
+    return shape[::-1] if _is_transposed(path) else shape
+
+
+def _converted(path: str, leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A leaf with our order of axes from theirs, or the other way round; axes of 1 come and go."""
+    return (leaf.T if _is_transposed(path) else leaf).reshape(shape)
 
 
 def _equal(first: np.ndarray, second: np.ndarray) -> bool:
@@ -112,8 +115,9 @@ class _Layout(NamedTuple):
 
     parse_config: Callable[[Mapping[str, Any], str], T5Config]
     format_config: Callable[[Any, str], dict[str, Any]]
-    hf_name: Callable[[str], str]
-    resolve_embeddings: Callable[[dict, Mapping, str], dict]
+    hf_name: Callable[[str, Any], str]
+    resolve_tensors: Callable[[dict, Mapping, str], dict]
+    hf_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = hf_shape
 
 
 LAYOUTS = {
@@ -126,11 +130,18 @@ LAYOUTS = {
         hf_pix2struct.hf_name,
         hf_pix2struct.resolve_embeddings,
     ),
+    W2vBertConfig.family: _Layout(
+        hf_w2v_bert.parse_config,
+        hf_w2v_bert.format_config,
+        hf_w2v_bert.hf_name,
+        hf_w2v_bert.resolve_tensors,
+        hf_w2v_bert.hf_shape,
+    ),
 }
 
 
 def load_hf(directory: str | os.PathLike) -> tuple[T5Config, dict]:
-    """Loads a dense checkpoint in the layout of transformers' class for conditional generation.
+    """Loads a dense checkpoint in the layout of transformers' class for the family.
 
     Args:
         directory: has config.json and model.safetensors, or its shards with their index.
@@ -151,14 +162,17 @@ def load_hf(directory: str | os.PathLike) -> tuple[T5Config, dict]:
     # Every model_type that is no family's name is for T5's parser to take or to refuse.
     layout = LAYOUTS.get(raw.get("model_type"), LAYOUTS[T5Config.family])
     config = layout.parse_config(raw, source)
-    tensors = layout.resolve_embeddings(files.read_directory(directory), raw, source)
+    tensors = layout.resolve_tensors(files.read_directory(directory), raw, source)
     expected = params_lib.flatten(expected_shapes(config))
-    shapes = _hf_shapes(expected, layout.hf_name)
+    names = {path: layout.hf_name(path, config) for path in expected}
+    shapes = {
+        names[path]: jax.ShapeDtypeStruct(layout.hf_shape(path, leaf.shape), leaf.dtype)
+        for path, leaf in expected.items()
+    }
     params_lib.check_tree(shapes, tensors, what=f"The tensors of {directory} do")
-    flat = {}
-    for path in expected:
-        leaf = tensors[layout.hf_name(path)]
-        flat[path] = leaf.T if _is_transposed(path) else leaf
+    flat = {
+        path: _converted(path, tensors[names[path]], leaf.shape) for path, leaf in expected.items()
+    }
     return config, params_lib.unflatten(flat)
 
 
@@ -188,11 +202,11 @@ def save_hf(directory: str | os.PathLike, config: T5Config, params: Mapping) -> 
     params_lib.check_tree(expected_shapes(dense), params)
     layout = LAYOUTS[config.family]
     flat = {path: np.asarray(leaf) for path, leaf in params_lib.flatten(params).items()}
+    raw = layout.format_config(dense, max(flat.values(), key=np.size).dtype.name)
     tensors = {
-        layout.hf_name(path): leaf.T if _is_transposed(path) else leaf
+        layout.hf_name(path, dense): _converted(path, leaf, layout.hf_shape(path, leaf.shape))
         for path, leaf in flat.items()
     }
     directory = Path(directory)
-    raw = layout.format_config(dense, flat["token_embedder/embedding"].dtype.name)
     files.write_directory(directory, tensors, MAX_SHARD_BYTES)
     files.write_json(directory / "config.json", raw)

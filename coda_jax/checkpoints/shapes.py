@@ -6,9 +6,10 @@ from flax import linen as nn
 import jax
 
 from coda_jax.network import T5Config, init_params
+from coda_jax.speech import W2vBertConfig
 from coda_jax.vision import Pix2StructConfig
 
-FAMILIES = {cls.family: cls for cls in (T5Config, Pix2StructConfig)}
+FAMILIES = {cls.family: cls for cls in (T5Config, Pix2StructConfig, W2vBertConfig)}
 
 
 def config_class(family: str, source: object) -> type[T5Config]:

@@ -14,7 +14,7 @@ def swap_in(base_params: Mapping, model_or_config: Any, rng: jax.Array) -> dict:
     """Adds freshly initialised adapters and routers to a dense checkpoint.
 
     Every leaf of the base is used, as it is; the only leaves created are those that match
-    `params.NEW`, in float32.
+    `params.NEW`, or `params.HEADS` where the base has no head, in float32.
 
     Args:
         base_params: the dense parameter tree, e.g. from `load_hf`.
@@ -29,7 +29,8 @@ def swap_in(base_params: Mapping, model_or_config: Any, rng: jax.Array) -> dict:
     """
     module = as_module(model_or_config)
     expected = params_lib.flatten(expected_shapes(module))
-    params_lib.check_tree(expected, base_params, params_lib.NEW, "The base parameters do")
+    creatable = params_lib.NEW + params_lib.HEADS
+    params_lib.check_tree(expected, base_params, creatable, "The base parameters do")
     present = params_lib.flatten(base_params)
     already = [path for path in present if params_lib.matches(path, params_lib.NEW)]
     if already:

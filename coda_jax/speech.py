@@ -1,0 +1,279 @@
+"""Speech to text: w2v-BERT 2.0's Conformer encoder with conditional layers, and what reads it.
+
+On top is a CTC head (`SpeechCTC`) or the decoder of the text family (`SpeechToText`).
+
+A conditional layer takes the selected frames, in the order of time, through the whole frozen layer.
+Attention sees how far apart they truly are. The convolution runs over the selected frames as over
+neighbours: it mixes the W frames that the router found worth it, and its cost falls with the
+reduction. The alternative is to keep it on the grid of time, where most of its W places would be
+empty, or to run it over all frames, at the full cost of its projections.
+
+The router and the adapter read u = the layer's first norm, that of the first feed-forward block.
+Frames that are attended to but not selected (`k_to_all`) go through that block too, which is what
+the attention of the dense layer sees of them.
+
+Axis letters: B batch, N frames, F features of a frame, C = 1 + F, D embedding, V vocabulary.
+"""
+
+from typing import ClassVar
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coda_jax import layers
+from coda_jax.conditional import conditional
+from coda_jax.conformer import CenteredLayerNorm, Convolution, RelativeKeyAttention
+from coda_jax.network import T5Config, Transformer, check_inputs
+from coda_jax.routing import Tokens, pick
+
+
+@struct.dataclass
+class W2vBertConfig(T5Config):
+    """Sizes and options of a w2v-BERT 2.0, and of the T5 decoder on it if there is one.
+
+    Encoder and decoder share the sizes that both have. What only a decoder has, like the number of
+    buckets of its relative positions, is not used without one.
+
+    Attributes:
+        vocab_size: V; 0 for an encoder without a CTC head.
+        num_decoder_layers: layers of the T5 decoder; 0 for a CTC head instead.
+        feature_dim: F.
+        conv_width: W, how many frames the convolution sees.
+        max_left_distance: from how many frames before the query on all keys share a vector.
+        max_right_distance: the same behind the query.
+        blank_id: the token of the CTC head that means no token.
+    """
+
+    family: ClassVar[str] = "wav2vec2-bert"
+
+    emb_dim: int = 1024
+    num_heads: int = 16
+    num_encoder_layers: int = 24
+    num_decoder_layers: int = 0
+    mlp_dim: int = 4096
+    layer_norm_epsilon: float = 1e-5
+    feature_dim: int = 160
+    conv_width: int = 31
+    max_left_distance: int = 64
+    max_right_distance: int = 8
+    blank_id: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (
+            ("feature_dim", 1),
+            ("conv_width", 1),
+            ("max_left_distance", 0),
+            ("max_right_distance", 0),
+            ("vocab_size", 1 if self.num_decoder_layers else 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"W2vBertConfig.{name} must be at least {least}, got {getattr(self, name)}"
+                )
+        if not 0 <= self.blank_id < max(self.vocab_size, 1):
+            raise ValueError(
+                f"W2vBertConfig.blank_id must be below vocab_size={self.vocab_size}, "
+                f"got {self.blank_id}"
+            )
+
+    def network(self) -> "SpeechCTC | SpeechToText":
+        """The network of this configuration."""
+        return SpeechToText(self) if self.num_decoder_layers else SpeechCTC(self)
+
+    def input_spec(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the encoder's inputs, [B, N, C] float32 frames."""
+        return jax.ShapeDtypeStruct((batch, length, 1 + self.feature_dim), jnp.float32)
+
+    def init_inputs(self) -> tuple[Array, ...]:
+        """Arguments with which the network makes its parameters."""
+        frames, *tokens = super().init_inputs()
+        return (frames, *tokens) if self.num_decoder_layers else split_frames(frames)
+
+
+def join_frames(
+    features: Float[Array, "b n f"], feature_mask: Bool[Array, "b n"]
+) -> Float[Array, "b n c"]:
+    """Frames as one array [B, N, 1 + F]: 1 for a frame or 0 for padding, then its features.
+
+    Features do not say what is padding: those of silence are zero as well.
+    """
+    return jnp.concatenate([feature_mask[..., None].astype(features.dtype), features], axis=-1)
+
+
+def split_frames(
+    frames: Float[Array, "b n c"],
+) -> tuple[Float[Array, "b n f"], Bool[Array, "b n"]]:
+    """(features, feature_mask) of `join_frames`."""
+    return frames[..., 1:], frames[..., 0] > 0
+
+
+class FeatureProjection(nn.Module):
+    """Features as vectors: W norm(features) + bias."""
+
+    config: W2vBertConfig
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "b n f"]) -> Float[Array, "b n d"]:
+        cfg = self.config
+        x = CenteredLayerNorm(cfg.layer_norm_epsilon, cfg.dtype, name="layer_norm")(features)
+        # "mlp" is T5X's name of an axis that is summed over; it has none for features.
+        return layers.Dense(
+            cfg.emb_dim, ("mlp", "embed"), use_bias=True, dtype=cfg.dtype, name="projection"
+        )(x)
+
+
+class ConformerLayer(nn.Module):
+    """A conditional Conformer layer: two half feed-forwards around attention and convolution."""
+
+    config: W2vBertConfig
+    layer_index: int
+
+    @nn.compact
+    def __call__(self, x, mask, segment_ids, deterministic):
+        cfg = self.config
+        dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
+        attention = RelativeKeyAttention(
+            cfg.num_heads,
+            cfg.head_dim,
+            cfg.max_left_distance,
+            cfg.max_right_distance,
+            cfg.dropout_rate,
+            cfg.float32_attention_logits,
+            cfg.dtype,
+            name="attention",
+        )
+        convolution = Convolution(
+            cfg.conv_width, cfg.layer_norm_epsilon, cfg.dtype, name="convolution"
+        )
+        first_norm, attention_norm, second_norm, final_norm = (
+            CenteredLayerNorm(cfg.layer_norm_epsilon, cfg.dtype, name=f"{name}_layer_norm")
+            for name in ("pre_first_mlp", "pre_attention", "pre_second_mlp", "final")
+        )
+        first_mlp, second_mlp = (
+            layers.MlpBlock(
+                cfg.mlp_dim, ("swish",), cfg.dropout_rate, use_bias=True, dtype=cfg.dtype, name=name
+            )
+            for name in ("first_mlp", "second_mlp")
+        )
+
+        def layer(tokens: Tokens, context: Tokens) -> Array:
+            seen = context.x + 0.5 * dropout(first_mlp(context.u, deterministic))
+            h = seen if tokens is context else pick(seen, tokens.positions)
+            h += dropout(
+                attention(
+                    attention_norm(h),
+                    attention_norm(seen),
+                    tokens.visible(context),
+                    tokens.positions,
+                    context.positions,
+                    deterministic=deterministic,
+                )
+            )
+            h += dropout(convolution(h, tokens.mask, tokens.segment_ids))
+            h += 0.5 * dropout(second_mlp(second_norm(h), deterministic))
+            return final_norm(h)
+
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        tokens = Tokens(x, first_norm(x), positions, mask, segment_ids)
+        return conditional(layer, tokens, cfg.adapter, cfg.coda, self.layer_index)
+
+
+class ConformerEncoder(nn.Module):
+    """The stack of Conformer layers over [B, N, C] frames."""
+
+    config: W2vBertConfig
+
+    @nn.compact
+    def __call__(self, frames, mask, segment_ids=None, deterministic=False):
+        cfg = self.config
+        features, _ = split_frames(frames)
+        x = FeatureProjection(cfg, name="feature_projection")(features)
+        x = jnp.where(mask[..., None], x, 0)
+        x = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
+        for i in range(cfg.num_encoder_layers):
+            x = ConformerLayer(cfg, i, name=f"layers_{i}")(x, mask, segment_ids, deterministic)
+        return x
+
+
+class SpeechToText(Transformer):
+    """The Conformer encoder and the T5 decoder, called as T5X calls its network.
+
+    `encoder_input_tokens` is [B, N, C] float32, the frames of `join_frames`.
+    """
+
+    config: W2vBertConfig
+
+    def make_encoder(self) -> ConformerEncoder:
+        """The encoder, as `setup` attaches it."""
+        return ConformerEncoder(self.config)
+
+    @staticmethod
+    def input_mask(encoder_input_tokens: Float[Array, "b n c"]) -> Bool[Array, "b n"]:
+        """False for padding, whose channel 0 is 0."""
+        return split_frames(encoder_input_tokens)[1]
+
+
+class SpeechCTC(nn.Module):
+    """The Conformer encoder with a CTC head: for each frame a token or none.
+
+    Reference: Barrault et al. 2023, Seamless, arXiv 2312.05187 (w2v-BERT 2.0); Graves et al. 2006,
+    Connectionist Temporal Classification.
+    """
+
+    config: W2vBertConfig
+
+    input_mask = staticmethod(SpeechToText.input_mask)
+
+    def setup(self):
+        cfg = self.config
+        self.encoder = ConformerEncoder(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_rate)
+        if cfg.vocab_size:
+            self.ctc_head = layers.Dense(
+                cfg.vocab_size, ("embed", "vocab"), use_bias=True, dtype=jnp.float32
+            )
+
+    def encode(
+        self,
+        encoder_input_tokens: Float[Array, "b n c"],
+        encoder_segment_ids: Int[Array, "b n"] | None = None,
+        enable_dropout: bool = True,
+    ) -> Float[Array, "b n d"]:
+        """The encoder's output, [B, N, D]; see `Transformer.encode`."""
+        check_inputs(self.config, encoder_input_tokens)
+        return self.encoder(
+            encoder_input_tokens,
+            self.input_mask(encoder_input_tokens),
+            encoder_segment_ids,
+            deterministic=not enable_dropout,
+        )
+
+    def __call__(
+        self,
+        features: Float[Array, "b n f"],
+        feature_mask: Bool[Array, "b n"],
+        *,
+        enable_dropout: bool = True,
+    ) -> Float[Array, "b n v"]:
+        """Logits of the tokens of each frame, [B, N, V] float32.
+
+        Args:
+            features: [B, N, F].
+            feature_mask: [B, N], False for padding.
+            enable_dropout: needs the RNG "dropout".
+
+        Returns:
+            The logits; without a head (vocab_size 0) the encoder's output, [B, N, D].
+
+        Raises:
+            ValueError: F is not the config's.
+        """
+        frames = join_frames(features, feature_mask)
+        encoded = self.encode(frames, enable_dropout=enable_dropout)
+        if not self.config.vocab_size:
+            return encoded
+        return self.ctc_head(self.dropout(encoded, deterministic=not enable_dropout))
