@@ -56,7 +56,8 @@ def load_model(
 
     Args:
         checkpoint: folder in Hugging Face layout; None to start at random from `config`.
-        config: the sizes of a model that starts at random; a checkpoint's must be the same.
+        config: the sizes of a model that starts at random; a checkpoint's must be the same, but a
+            speech encoder without a CTC head gets a fresh one of this config's `vocab_size`.
         adapter_checkpoint: folder that `save_adapter` wrote for this checkpoint.
         adapter: the adapter to create where `adapter_checkpoint` brings none.
         coda: the routing to create, or, with `adapter_checkpoint`, how to route instead.
@@ -72,6 +73,8 @@ def load_model(
     rng = jax.random.key(seed)
     if checkpoint is not None:
         given, (config, params) = config, checkpoints.load_hf(checkpoint)
+        if given is not None and not config.vocab_size:  # a speech encoder, which gets a new head
+            config = config.replace(vocab_size=given.vocab_size)
         _check_sizes(given or config, config, checkpoint)
     elif config is not None:
         params = init_params(config.dense().network(), rng)
@@ -91,7 +94,7 @@ def load_model(
         if config.coda is None:
             raise ValueError(f"reduction={reduction} is given for a model that does not route")
         config = config.replace(coda=dataclasses.replace(config.coda, reduction=reduction))
-    if adapter_checkpoint is None and (config.adapter or config.coda):
+    if adapter_checkpoint is None:
         params = checkpoints.swap_in(params, config, rng)
     return LoadedModel(config, params, checkpoint and pathlib.Path(checkpoint))
 

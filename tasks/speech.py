@@ -1,0 +1,163 @@
+"""Speech tasks as seqio tasks: LibriSpeech, and a folder of one's own recordings.
+
+`task(name, vocabulary)` registers one of `SPECS` for a vocabulary. Transcripts are in lower case.
+LibriSpeech comes from TFDS, which downloads it into $TFDS_DATA_DIR when it is first read.
+Registering reads nothing.
+"""
+
+from collections.abc import Callable
+import csv
+import dataclasses
+import functools
+import hashlib
+import os
+
+import seqio
+import tensorflow as tf
+
+from coda_jax import data
+from coda_jax.tasks import audio, metrics
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = ("path", "sentence")  # of a table of transcripts, as in Common Voice
+LIBRISPEECH = "librispeech:2.1.2"
+LIBRISPEECH_SPLITS = {
+    "clean": {
+        "train": "train_clean100+train_clean360",
+        "validation": "dev_clean",
+        "test": "test_clean",
+    },
+    "other": {
+        "train": "train_clean100+train_clean360+train_other500",
+        "validation": "dev_other",
+        "test": "test_other",
+    },
+}
+
+
+def read_folder(directory: str, split: str) -> dict[str, list[str]]:
+    """Reads `<split>.tsv`, tab-separated columns under a head with "path" and "sentence".
+
+    Args:
+      directory: where the tables lie, and where the paths of the recordings start.
+      split: one of `SPLITS`.
+
+    Returns:
+      The columns "audio" and "targets".
+
+    Raises:
+      FileNotFoundError: there is no such table.
+      ValueError: it has no rows, or a column is missing; the file and line are named.
+    """
+    file = os.path.join(directory, f"{split}.tsv")
+    columns: dict[str, list[str]] = {"audio": [], "targets": []}
+    with open(file, encoding="utf-8", newline="") as f:
+        rows = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+        missing = set(COLUMNS) - set(rows.fieldnames or ())
+        if missing:
+            raise ValueError(f"{file}:1: no column {sorted(missing)} in {rows.fieldnames}.")
+        for row in rows:
+            path, sentence = (row[name] for name in COLUMNS)
+            if not path or sentence is None:
+                raise ValueError(f"{file}:{rows.line_num}: no {list(COLUMNS)} in {row!r}.")
+            columns["audio"].append(os.path.join(directory, path))
+            columns["targets"].append(sentence.lower())
+    if not columns["audio"]:
+        raise ValueError(f"{file}: there are no recordings.")
+    return columns
+
+
+@seqio.map_over_dataset
+def from_librispeech(record):
+    """The frames and the transcript of a TFDS record: "speech", 16-bit samples, and "text"."""
+    samples = tf.cast(record["speech"], tf.float32) / 2.0**15
+    return {"inputs": audio.frames(samples), "targets": tf.strings.lower(record["text"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One row of `SPECS`.
+
+    Attributes:
+      source: directory or None -> the records.
+      step: seqio preprocessor from records to "inputs", frames, and "targets", text.
+      reads_directory: whether the records lie in a directory of the user's.
+    """
+
+    source: Callable[[str | None], seqio.DataSource]
+    step: Callable
+    reads_directory: bool = False
+
+
+def _tfds(directory, splits):
+    del directory
+    return seqio.TfdsDataSource(LIBRISPEECH, splits=splits)
+
+
+def _folder(directory):
+    return data.MemorySource(functools.partial(read_folder, directory), SPLITS)
+
+
+SPECS = {
+    **{
+        f"librispeech_{name}": Spec(functools.partial(_tfds, splits=splits), from_librispeech)
+        for name, splits in LIBRISPEECH_SPLITS.items()
+    },
+    "audio_folder": Spec(_folder, audio.load_audio(), reads_directory=True),
+}
+
+
+def task(name: str, vocabulary: str, directory: str | None = None) -> str:
+    """Registers a task, once, and returns the name that it has in seqio. For gin files.
+
+    Args:
+      name: a key of `SPECS`.
+      vocabulary: a path, or "bytes", for `data.load_vocabulary`.
+      directory: for "audio_folder", where the tables and recordings lie.
+
+    Returns:
+      "<name>_<hash of the arguments>".
+
+    Raises:
+      ValueError: an unknown name, or a directory where none is read or none where one is needed.
+      FileNotFoundError: there is no such vocabulary.
+    """
+    if name not in SPECS:
+        raise ValueError(f"There is no speech task {name!r}, only {sorted(SPECS)}.")
+    spec = SPECS[name]
+    if spec.reads_directory != (directory is not None):
+        needs = "needs a" if spec.reads_directory else "reads no"
+        raise ValueError(f"{name!r} {needs} directory, got {directory!r}.")
+    arguments = repr((name, vocabulary, directory))
+    registered = f"{name}_{hashlib.sha256(arguments.encode()).hexdigest()[:12]}"
+    if registered not in seqio.TaskRegistry.names():
+        add_task(registered, spec.source(directory), spec.step, data.load_vocabulary(vocabulary))
+    return registered
+
+
+def add_task(
+    name: str, source: seqio.DataSource, step: Callable, vocabulary: seqio.Vocabulary
+) -> seqio.Task:
+    """Registers a task from frames to transcripts, judged by word and character error rates.
+
+    Args:
+      name: the name of the task.
+      source: of the records.
+      step: seqio preprocessor from records to "inputs", [N, 161] frames, and "targets", text.
+      vocabulary: of the targets.
+
+    Returns:
+      The task.
+    """
+    return seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=[step, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features={
+            "inputs": seqio.ContinuousFeature(rank=2, dtype=tf.float32),
+            "targets": seqio.Feature(vocabulary=vocabulary, add_eos=True),
+        },
+        postprocess_fn=data.strip_text,
+        metric_fns=[metrics.transcript_errors],
+        shuffle_buffer_size=1000,  # Of recordings that are not decoded yet.
+    )
