@@ -48,7 +48,7 @@ from __gin__ import dynamic_registration
 from t5x import utils
 from t5x.examples.t5 import network
 from coda_jax import data
-from coda_jax.tasks import offline, offline_images  # noqa: F401 (registers the tasks)
+from coda_jax.tasks import offline
 
 include 't5x/examples/t5/t5_1_1/tiny.gin'
 include 't5x/configs/runs/pretrain.gin'
@@ -61,7 +61,7 @@ network.T5Config.dtype = 'float32'
 OUR_GIN = """
 from __gin__ import dynamic_registration
 from coda_jax import network
-from coda_jax.tasks import offline, offline_images  # noqa: F401 (registers the tasks)
+from coda_jax.tasks import offline
 
 include 'coda_jax/gin_configs/models/t5_1_1.gin'
 """
