@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--size", default="base", help="of a published model; random weights")
     model.add_argument("--checkpoint", help="folder in Hugging Face layout")
-    parser.add_argument("--family", choices=FAMILIES, default="t5_1_1", help="of --size")
+    parser.add_argument("--family", choices=FAMILIES, help="of --size; t5_1_1 if not given")
     parser.add_argument("--input_length", type=int, default=512, help="tokens or patches")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--target_length", type=int, default=16)
@@ -297,12 +297,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", help="file for the report")
     options = parser.parse_args(arguments)
     dtype = jnp.dtype(options.dtype)
+    family = options.family or "t5_1_1"
+    if options.checkpoint and options.family:
+        parser.error("argument --family: not allowed with argument --checkpoint")
     if options.checkpoint:
         config, params = checkpoints.load_hf(options.checkpoint)
         config = config.replace(dtype=dtype.type, dropout_rate=0.0)
     else:
         try:
-            config = published(options.family, options.size, dtype)
+            config = published(family, options.size, dtype)
         except ValueError as error:
             parser.error(str(error))
         params = jax.jit(EncoderDecoder(config).init)(jax.random.key(0))
@@ -315,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     report = {
         "settings": {
-            "model": options.checkpoint or f"{options.family}_{options.size}",
+            "model": options.checkpoint or f"{family}_{options.size}",
             "dtype": options.dtype,
             **sizes,
         },

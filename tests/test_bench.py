@@ -60,6 +60,7 @@ def test_the_report_holds_every_figure_and_the_table_shows_it(tmp_path, capsys):
         (["--size=huge"], "size of t5_1_1 must be one of ('small', 'base', 'large', 'xl', 'xxl')"),
         (["--family=pix2struct", "--size=xl"], "must be one of ('base', 'large'), got 'xl'"),
         (["--size=base", "--checkpoint=x"], "not allowed with"),
+        (["--family=pix2struct", "--checkpoint=x"], "--family: not allowed with"),
     ],
 )
 def test_a_wrong_command_line_is_explained(flags, message, capsys):
