@@ -339,7 +339,12 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the inputs are another family's.
         """
-        check_inputs(self.config, encoder_input_tokens)
+        channels = self.config.input_spec(1, 1).shape[2:]
+        if encoder_input_tokens.shape[2:] != channels:
+            raise ValueError(
+                f"{self.config.family} takes inputs [B, N, *{channels}], got the shape "
+                f"{encoder_input_tokens.shape}"
+            )
         return self.encoder(
             encoder_input_tokens,
             self.input_mask(encoder_input_tokens),
@@ -422,16 +427,6 @@ class Transformer(nn.Module):
             decoder_positions,
             enable_dropout,
             decode,
-        )
-
-
-def check_inputs(config: T5Config, encoder_input_tokens: Array) -> None:
-    """Raises ValueError where the inputs are another family's."""
-    channels = config.input_spec(1, 1).shape[2:]
-    if encoder_input_tokens.shape[2:] != channels:
-        raise ValueError(
-            f"{config.family} takes inputs [B, N, *{channels}], got the shape "
-            f"{encoder_input_tokens.shape}"
         )
 
 

@@ -21,12 +21,12 @@ from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from coda_jax import layers
 from coda_jax.conditional import conditional
 from coda_jax.conformer import CenteredLayerNorm, Convolution, RelativeKeyAttention
-from coda_jax.network import T5Config, Transformer, check_inputs
+from coda_jax.network import T5Config, Transformer
 from coda_jax.routing import Tokens, pick
 
 
@@ -226,7 +226,9 @@ class SpeechCTC(nn.Module):
 
     config: W2vBertConfig
 
+    # The encoder is called as that of an encoder-decoder.
     input_mask = staticmethod(SpeechToText.input_mask)
+    encode = SpeechToText.encode
 
     def setup(self):
         cfg = self.config
@@ -236,21 +238,6 @@ class SpeechCTC(nn.Module):
             self.ctc_head = layers.Dense(
                 cfg.vocab_size, ("embed", "vocab"), use_bias=True, dtype=jnp.float32
             )
-
-    def encode(
-        self,
-        encoder_input_tokens: Float[Array, "b n c"],
-        encoder_segment_ids: Int[Array, "b n"] | None = None,
-        enable_dropout: bool = True,
-    ) -> Float[Array, "b n d"]:
-        """The encoder's output, [B, N, D]; see `Transformer.encode`."""
-        check_inputs(self.config, encoder_input_tokens)
-        return self.encoder(
-            encoder_input_tokens,
-            self.input_mask(encoder_input_tokens),
-            encoder_segment_ids,
-            deterministic=not enable_dropout,
-        )
 
     def __call__(
         self,
