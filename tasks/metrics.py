@@ -75,7 +75,7 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
     Raises:
       ValueError: no questions, another number of predictions, or a question without an answer.
     """
-    _check(targets, predictions)
+    check_pairs(targets, predictions)
     em = f1 = 0.0
     for number, (answers, prediction) in enumerate(zip(targets, predictions, strict=True)):
         if not answers:
@@ -105,7 +105,7 @@ def record(targets: Sequence[Mapping], predictions: Sequence[str]) -> dict[str, 
     Raises:
       ValueError: as for `squad`.
     """
-    _check(targets, predictions)
+    check_pairs(targets, predictions)
     questions: dict = {}
     for target, prediction in zip(targets, predictions, strict=True):
         questions.setdefault(target["group"], (target["answers"], prediction))
@@ -128,7 +128,7 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     """
     from rouge_score import rouge_scorer  # Here: only summaries need it.
 
-    _check(targets, predictions)
+    check_pairs(targets, predictions)
     scorer = rouge_scorer.RougeScorer(_ROUGE_TYPES)
     scores = [
         scorer.score(_sentences(target), _sentences(prediction))
@@ -160,7 +160,7 @@ def rouge_of_any(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -
     """
     from rouge_score import rouge_scorer
 
-    _check(targets, predictions)
+    check_pairs(targets, predictions)
     scorer = rouge_scorer.RougeScorer(_ROUGE_TYPES)
     scores = [scorer.score_multi(*pair) for pair in zip(targets, predictions, strict=True)]
     return _mean_f1(scores)
@@ -182,7 +182,7 @@ def anls(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[s
     Raises:
       ValueError: no questions, or another number of predictions.
     """
-    _check(targets, predictions)
+    check_pairs(targets, predictions)
     total = 0.0
     for answers, prediction in zip(targets, predictions, strict=True):
         total += max(_similarity(answer, prediction) for answer in answers)
@@ -212,7 +212,7 @@ def transcript_errors(targets: Sequence[str], predictions: Sequence[str]) -> dic
     """
     import jiwer  # Here: only speech needs it.
 
-    _check(targets, predictions)
+    check_pairs(targets, predictions)
     if not any(target.split() for target in targets):
         raise ValueError(f"All {len(targets)} targets are empty: there is no error rate.")
     targets, predictions = list(targets), list(predictions)
@@ -237,7 +237,8 @@ def _sentences(text: str) -> str:
     return text.replace(" . ", " .\n")
 
 
-def _check(targets: Sequence, predictions: Sequence) -> None:
+def check_pairs(targets: Sequence, predictions: Sequence) -> None:
+    """Raises ValueError unless there is a prediction for each of at least one target."""
     if not targets or len(targets) != len(predictions):
         raise ValueError(
             f"A prediction is needed for each of at least one target: there are {len(targets)} "

@@ -17,7 +17,7 @@ from typing import Any
 import seqio
 
 from coda_jax import data
-from coda_jax.tasks import images, metrics
+from coda_jax.tasks import cider, images, metrics
 
 SPLITS = ("train", "validation", "test")
 OCR_VQA_SPLITS = {"train": 1, "validation": 2, "test": 3}
@@ -197,7 +197,7 @@ class Spec:
 SPECS = {
     "ocr_vqa": Spec(read_ocr_vqa, SPLITS, (data.accuracy,), data.strip_text),
     "docvqa": Spec(read_docvqa, tuple(DOCVQA_SPLITS), (metrics.anls,)),
-    "screen2words": Spec(read_screen2words, SPLITS, (metrics.rouge_of_any,)),
+    "screen2words": Spec(read_screen2words, SPLITS, (cider.cider, metrics.rouge_of_any)),
     "image_folder": Spec(read_image_folder, SPLITS, (data.accuracy,), data.strip_text),
 }
 

@@ -163,6 +163,14 @@ def test_the_other_tasks_give_patches_and_targets(name, request):
         assert example["inputs"].shape[1] == 770 and len(example["inputs"]) <= 20
 
 
+def test_screens_are_judged_by_cider_and_by_rouge(screen2words):
+    task = seqio.get_mixture_or_task(vision.task("screen2words", "bytes", str(screen2words)))
+    targets, predictions = [["a list"], ["the login"]], ["a list", "a page"]
+    found = {k: v for metric in task.metric_fns for k, v in metric(targets, predictions).items()}
+    assert found.keys() == {"cider", "rouge1", "rouge2", "rougeLsum"}
+    assert 0 < found["cider"] < 1000
+
+
 def test_unknown_tasks_are_refused():
     with pytest.raises(ValueError, match=r"no image task 'chartqa', only .*'docvqa'"):
         vision.task("chartqa", "bytes", "x")
