@@ -1,9 +1,12 @@
-"""Connectionist temporal classification: the loss and greedy decoding, as pure functions.
+"""Connectionist temporal classification: the loss, greedy decoding and prefix beam search.
 
-Axis letters: B batch, N frames, T target tokens, V vocabulary.
+Axis letters: B batch, N frames, T target tokens, V vocabulary, K beams.
 Reference: Graves et al. 2006, Connectionist Temporal Classification.
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import optax
@@ -61,3 +64,100 @@ def ctc_greedy(
     starts = mask & (best != blank_id) & (best != previous)
     there = jnp.arange(best.shape[1]) < starts.sum(-1, keepdims=True)
     return jnp.where(there, pick(best, kept_first(starts, best.shape[1])), blank_id)
+
+
+class _Beams(NamedTuple):
+    """The prefixes kept for one utterance and their log probabilities, by how they end."""
+
+    tokens: Int[Array, "k n"]
+    lengths: Int[Array, "k"]
+    blank: Float[Array, "k"]  # of the alignments that end in a blank
+    token: Float[Array, "k"]  # of those that end in the prefix's last token
+
+    @property
+    def total(self) -> Float[Array, "k"]:
+        return jnp.logaddexp(self.blank, self.token)
+
+
+def ctc_beam_search(
+    logits: Float[Array, "b n v"], mask: Bool[Array, "b n"], num_beams: int, blank_id: int = 0
+) -> tuple[Int[Array, "b k n"], Float[Array, "b k"]]:
+    """Prefix beam search: the transcripts of most probability over all their alignments.
+
+    After each frame the `num_beams` most probable prefixes are kept, each with the probability of
+    its alignments that went through kept prefixes only. With as many beams as there are prefixes
+    the probabilities are exact.
+
+    Args:
+        logits: [B, N, V].
+        mask: [B, N], False for padding.
+        num_beams: K, the prefixes kept.
+        blank_id: the token that means no token.
+
+    Returns:
+        Tokens [B, K, N] int32, then `blank_id`, the most probable first, and the log probabilities
+        [B, K]; -inf for the beams of which there is no prefix.
+
+    Reference: Graves 2012, Sequence Transduction, section 2.5; Hannun et al. 2014, First-Pass Large
+    Vocabulary Continuous Speech Recognition.
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    never = jnp.full(num_beams, -jnp.inf)
+    start = _Beams(
+        tokens=jnp.full((num_beams, logits.shape[1]), blank_id, jnp.int32),
+        lengths=jnp.zeros(num_beams, jnp.int32),
+        blank=never.at[0].set(0.0),
+        token=never,
+    )
+
+    def search(log_probs, mask):
+        def step(beams, frame):
+            log_prob, real = frame
+            after = _next_beams(beams, log_prob, blank_id)
+            return jax.tree.map(lambda new, old: jnp.where(real, new, old), after, beams), None
+
+        beams, _ = jax.lax.scan(step, start, (log_probs, mask))
+        return beams.tokens, beams.total
+
+    return jax.vmap(search)(log_probs, mask)
+
+
+def _next_beams(beams: _Beams, log_prob: Float[Array, "v"], blank_id: int) -> _Beams:
+    """The most probable of the prefixes as they are and of those with one more token."""
+    num_beams, vocab_size = len(beams.lengths), len(log_prob)
+    places = jnp.arange(beams.tokens.shape[1])
+    last = jnp.take_along_axis(
+        beams.tokens, jnp.maximum(beams.lengths - 1, 0)[:, None], axis=1
+    ).squeeze(1)  # `blank_id` for the empty prefix
+
+    # The same token again makes a longer prefix only after a blank.
+    repeats = jnp.arange(vocab_size) == last[:, None]
+    longer = jnp.where(repeats, beams.blank[:, None], beams.total[:, None]) + log_prob
+    longer = longer.at[:, blank_id].set(-jnp.inf)
+
+    # A beam that is another one with one more token takes over what that one would become.
+    ends = beams.lengths[:, None] == places
+    without_last = jnp.where(places == beams.lengths[:, None] - 1, blank_id, beams.tokens)
+    same = (without_last[None] == beams.tokens[:, None]).all(-1)
+    extends = same & (beams.lengths > beams.lengths[:, None]) & jnp.isfinite(beams.total)
+    taken = jnp.where(extends, longer[:, last], -jnp.inf)  # [from, to]
+    longer = longer.at[jnp.arange(num_beams)[:, None], last].min(
+        jnp.where(extends, -jnp.inf, jnp.inf)
+    )
+
+    repeated = jnp.where(beams.lengths > 0, beams.token + log_prob[last], -jnp.inf)
+    kept = beams._replace(
+        blank=beams.total + log_prob[blank_id],
+        token=jnp.logaddexp(repeated, jax.nn.logsumexp(taken, axis=0)),
+    )
+    _, best = jax.lax.top_k(jnp.concatenate([kept.total, longer.ravel()]), num_beams)
+    is_new = best >= num_beams
+    source, token = jnp.divmod(best - num_beams, vocab_size)
+    source = jnp.where(is_new, source, best)
+    appended = jnp.where(ends[source] & is_new[:, None], token[:, None], beams.tokens[source])
+    return _Beams(
+        tokens=appended.astype(jnp.int32),
+        lengths=beams.lengths[source] + is_new,
+        blank=jnp.where(is_new, -jnp.inf, kept.blank[source]),
+        token=jnp.where(is_new, longer[source, token], kept.token[source]),
+    )

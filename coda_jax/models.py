@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 import optax
 
 from coda_jax import decoding
-from coda_jax.ctc import ctc_greedy, ctc_loss
+from coda_jax.ctc import ctc_beam_search, ctc_greedy, ctc_loss
 from coda_jax.network import T5Config, init_params
 from coda_jax.speech import SpeechCTC, W2vBertConfig, split_frames
 
@@ -253,18 +253,18 @@ class CTC(Model):
         num_beams: int = 1,
         alpha: float = 0.6,
     ) -> Array:
-        """The greedy transcripts, [B, max_decode_length] tokens, then `blank_id`; longer are cut.
+        """The most probable transcripts found, [B, max_decode_length] tokens, then `blank_id`.
 
-        Raises:
-            ValueError: more than one beam.
+        One beam is the most probable alignment, more are a prefix beam search. Longer ones are cut.
         """
-        del alpha  # of a beam search
-        if num_beams != 1:
-            raise ValueError(f"CTC is decoded greedily: num_beams={num_beams} must be 1")
+        del alpha  # transcripts are not compared by their lengths
         features, mask = split_frames(encoder_input_tokens)
-        logits = self._apply(params, (features, mask), None)
-        tokens = ctc_greedy(logits, mask, self.config.blank_id)
-        return _padded(tokens, max_decode_length, self.config.blank_id)
+        logits, blank_id = self._apply(params, (features, mask), None), self.config.blank_id
+        if num_beams == 1:
+            tokens = ctc_greedy(logits, mask, blank_id)
+        else:
+            tokens = ctc_beam_search(logits, mask, num_beams, blank_id)[0][:, 0]
+        return _padded(tokens, max_decode_length, blank_id)
 
 
 def _padded(tokens: Array, length: int, value: int) -> Array:

@@ -1,5 +1,6 @@
-"""CTC: the loss against all alignments and PyTorch, greedy decoding, and the model's sums."""
+"""CTC: loss and search against all alignments, PyTorch and TensorFlow; the model's sums."""
 
+import collections
 import functools
 import itertools
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from coda_jax import models
-from coda_jax.ctc import ctc_greedy, ctc_loss
+from coda_jax.ctc import ctc_beam_search, ctc_greedy, ctc_loss
 from coda_jax.inference import Decoding, Predictor
 
 CONFIG = config({"reduction": 2}, base=TINY_SPEECH, num_encoder_layers=1)
@@ -80,6 +81,74 @@ def test_greedy_tokens_are_those_of_the_best_alignment(blank_id, rng):
         assert found[row].tolist() == tokens + [blank_id] * (7 - len(tokens))
 
 
+def transcripts(log_probs, blank_id):
+    """{tokens: probability} over all alignments of the frames [N, V]."""
+    length, vocab_size = log_probs.shape
+    found = collections.Counter()
+    for alignment in itertools.product(range(vocab_size), repeat=length):
+        probability = np.exp(log_probs[np.arange(length), list(alignment)].sum())
+        found[tuple(collapsed(alignment, blank_id))] += probability
+    return found
+
+
+def beams_of(tokens, scores, blank_id):
+    """{tokens: log probability} of one row of `ctc_beam_search`, in its order."""
+    found = {
+        tuple(t for t in row if t != blank_id): score
+        for row, score in zip(tokens.tolist(), scores.tolist(), strict=True)
+        if np.isfinite(score)
+    }
+    assert len(found) == np.isfinite(scores).sum()  # no transcript twice
+    return found
+
+
+@pytest.mark.parametrize("blank_id", [0, 2])
+def test_with_beams_enough_the_search_finds_every_transcript_and_its_probability(blank_id, rng):
+    lengths = [5, 3, 1, 0]
+    logits = 2 * rng.normal(size=(4, 5, 3)).astype(np.float32)
+    mask = np.arange(5) < np.array(lengths)[:, None]
+    search = jax.jit(ctc_beam_search, static_argnums=(2, 3))
+    tokens, scores = map(np.asarray, search(logits, mask, 64, blank_id))
+    for row, length in enumerate(lengths):
+        log_probs = np.asarray(jax.nn.log_softmax(logits[row, :length]), np.float64)
+        expected = transcripts(log_probs, blank_id)
+        found = beams_of(tokens[row], scores[row], blank_id)
+        assert found.keys() == expected.keys()
+        for transcript, score in found.items():
+            np.testing.assert_allclose(np.exp(score), expected[transcript], rtol=1e-4)
+        assert (np.diff(list(found.values())) <= 0).all()
+
+
+@pytest.mark.parametrize("num_beams", [1, 2, 8])
+def test_search_finds_what_that_of_tensorflow_does(num_beams, rng):
+    """Whose blank is the last token; where two beams are equally good the choice is open."""
+    tf = pytest.importorskip("tensorflow")
+    logits = 3 * rng.normal(size=(6, 20, 7)).astype(np.float32)
+    lengths = rng.integers(1, 21, 6)
+    mask = np.arange(20) < lengths[:, None]
+    search = jax.jit(ctc_beam_search, static_argnums=(2, 3))
+    tokens, scores = map(np.asarray, search(logits, mask, num_beams, 6))
+    theirs, their_scores = tf.nn.ctc_beam_search_decoder(
+        tf.constant(logits.transpose(1, 0, 2)), lengths, beam_width=num_beams, top_paths=1
+    )
+    expected = tf.sparse.to_dense(theirs[0], default_value=6).numpy()
+    for row in range(6):
+        assert [t for t in tokens[row, 0] if t != 6] == [t for t in expected[row] if t != 6]
+    np.testing.assert_allclose(scores[:, 0], their_scores.numpy()[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_beams_find_transcripts_at_least_as_probable_as_the_best_alignment_has(rng):
+    model, params = models.CTC(CONFIG), random_params(CONFIG)
+    frames = random_frames(rng, [12, 6, 9], 12)
+    logits = jax.jit(model.logits)(params, {"encoder_input_tokens": frames})
+    losses = {}
+    for num_beams in (1, 6):
+        predict = functools.partial(model.predict, max_decode_length=12, num_beams=num_beams)
+        tokens = jax.jit(predict)(params, frames)
+        losses[num_beams] = ctc_loss(logits, frames[..., 0] > 0, tokens, tokens > 0)
+    assert (losses[6] <= losses[1] + 1e-5).all() and (losses[6] < losses[1]).any()
+
+
 def test_sums_count_target_tokens_and_exact_transcripts(rng):
     """With the model's own transcript as a target, which is exact, and a filler row."""
     model, params = models.CTC(CONFIG), random_params(CONFIG)
@@ -117,10 +186,8 @@ def test_predictions_do_not_depend_on_what_else_is_asked(rng):
     assert together[1].any()
 
 
-def test_what_ctc_lacks_is_refused(rng):
-    model, frames = models.CTC(CONFIG), random_frames(rng, [3], 3)
-    with pytest.raises(ValueError, match="num_beams=4 must be 1"):
-        model.predict({}, frames, max_decode_length=4, num_beams=4)
+def test_what_ctc_lacks_is_refused():
+    model = models.CTC(CONFIG)
     with pytest.raises(ValueError, match=r"z_loss=0\.1"):
         models.for_config(CONFIG, z_loss=0.1)
     with pytest.raises(ValueError, match="vocab_size=0 must be above 0"):
