@@ -162,6 +162,7 @@ def add_task(
     vocabulary: seqio.Vocabulary,
     *,
     patch_size: int = 16,
+    cut: Callable = patches,
     postprocess_fn: Callable = data.strip_text,
     metric_fns: Sequence[Callable] = (data.accuracy,),
 ) -> seqio.Task:
@@ -173,6 +174,7 @@ def add_task(
       image_step: seqio preprocessor that makes "image", [height, width, 3] uint8.
       vocabulary: of the targets.
       patch_size: height and width of a patch.
+      cut: (image, the most patches, `patch_size`) -> "inputs".
       postprocess_fn: of seqio.
       metric_fns: of seqio.
 
@@ -184,7 +186,7 @@ def add_task(
         def convert(example):
             example = dict(example)
             image = tf.ensure_shape(example.pop("image"), [None, None, 3])
-            return {**example, "inputs": patches(image, sequence_length["inputs"], patch_size)}
+            return {**example, "inputs": cut(image, sequence_length["inputs"], patch_size)}
 
         return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 

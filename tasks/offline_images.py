@@ -1,9 +1,10 @@
 """Tasks from images to text that need no download.
 
 Importing this module registers, for bytes: `digit_strips`, a few handwritten digits scattered over
-a wide sheet -> the digits; and to pretrain on, `rendered_text`, printed words -> the words, and
-`rendered_line`, the same with a single line on a sheet just high enough, to begin with. Sheets have
-256 patches of 16 pixels, nearly all of them empty; those of one line have 64.
+a wide sheet -> the digits; and to pretrain on, `rendered_text`, the first letters of a word or a
+number, printed and scattered alike. All are read from left to right, at whatever height they stand.
+Sheets have 256 patches of 16 pixels, nearly all of them empty; in `rendered_text_inked`, to begin
+with, only those with the most contrast are left.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from coda_jax import data
 from coda_jax.tasks import images, stdlib_corpus
 
 HEIGHT, WIDTH = 128, 512
-LINE_HEIGHT = 32
 # How many sheets there are of each split; each is drawn anew from its number whenever it is read.
 SIZES = {"train": 100_000, "validation": 500, "test": 1_000}
 SPLITS = tuple(SIZES)
@@ -35,11 +35,10 @@ FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif",
     "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
 )  # fmt: skip
-FONT_SIZE = (14, 28)
-MARGIN = 2  # pixels around a line of text
-LINES = 3  # the most on a sheet of full height
-WORDS_PER_LINE = 2  # the most
-NUMBER_RATE = 0.3  # of the words, how many are numbers
+FONT_SIZE = (20, 32)  # pixels
+MARGIN = 2  # pixels around a letter
+NUMBER_RATE = 0.7  # how many of the texts are numbers
+TEXT_LENGTH = 6  # letters or digits, the most; few are likelier, which are learned first
 WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{1,9}(?![A-Za-z])")
 
 Sheet = tuple[np.ndarray, str]
@@ -54,6 +53,12 @@ def _on_paper(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     paper, contrast, grain = rng.uniform(200, 255), rng.uniform(120, 200), rng.uniform(0, 10)
     sheet = paper - contrast * ink + grain * rng.standard_normal(ink.shape)
     return np.repeat(sheet.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _scattered(widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns left edges for things of the widths: in their order, at random, none over another."""
+    gaps = np.sort(rng.integers(WIDTH - widths.sum() + 1, size=len(widths)))
+    return gaps + np.cumsum(widths) - widths
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,10 +89,8 @@ def digit_strip(split: str, number: int) -> Sheet:
     pictures, labels = scans()[split]
     chosen = rng.integers(len(labels), size=rng.integers(DIGITS[0], DIGITS[1] + 1))
     sizes = rng.integers(DIGIT_SIZE[0], DIGIT_SIZE[1] + 1, size=len(chosen))
-    # The free width is shared out at random over the gaps, so that no two digits touch.
-    gaps = np.sort(rng.integers(WIDTH - sizes.sum() + 1, size=len(chosen)))
     ink = np.zeros((HEIGHT, WIDTH))
-    for scan, size, left in zip(chosen, sizes, gaps + np.cumsum(sizes) - sizes, strict=True):
+    for scan, size, left in zip(chosen, sizes, _scattered(sizes, rng), strict=True):
         top = rng.integers(HEIGHT - size + 1)
         picture = Image.fromarray(pictures[scan].astype(np.float32))
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
@@ -106,41 +109,35 @@ def words() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _word(split: str, rng: np.random.Generator) -> str:
+def _text(split: str, rng: np.random.Generator) -> str:
+    length = rng.integers(1, TEXT_LENGTH + 1, size=2).min()
     if rng.random() < NUMBER_RATE:
-        return "".join(map(str, rng.integers(10, size=rng.integers(1, 7))))
-    return words()[split][rng.integers(len(words()[split]))]
+        return "".join(map(str, rng.integers(10, size=length)))
+    return words()[split][rng.integers(len(words()[split]))][:length]
 
 
-def rendered_text(split: str, number: int, height: int = HEIGHT, max_lines: int = LINES) -> Sheet:
-    """Prints a few lines of words and numbers onto a sheet, each in a font of its own.
+def rendered_text(split: str, number: int) -> Sheet:
+    """Prints the first letters of a word, or a number, each letter and digit at a place of its own.
 
     Args:
       split: one of `SPLITS`; its words are in no other.
       number: of the sheet; the same number gives the same sheet.
-      height: of the sheet in pixels.
-      max_lines: the most lines.
 
     Returns:
-      The image [height, WIDTH, 3] uint8, and the words as they are read, with spaces between.
+      The image [HEIGHT, WIDTH, 3] uint8, and the letters or digits.
     """
     rng = _generator(split, number, task=1)
-    count = rng.integers(1, max_lines + 1)
-    canvas = Image.new("L", (WIDTH, height), 0)
-    draw, texts = ImageDraw.Draw(canvas), []
-    for line in range(count):
-        text = " ".join(_word(split, rng) for _ in range(rng.integers(1, WORDS_PER_LINE + 1)))
-        font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(*FONT_SIZE)))
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        band = height // count
-        x = rng.integers(MARGIN, WIDTH - MARGIN - int(right - left)) - left
-        y = band * line + rng.integers(MARGIN, band - MARGIN - int(bottom - top) + 1) - top
-        draw.text((x, y), text, fill=255, font=font)
-        texts.append(text)
-    return _on_paper(np.asarray(canvas) / 255, rng), " ".join(texts)
-
-
-rendered_line = functools.partial(rendered_text, height=LINE_HEIGHT, max_lines=1)
+    text = _text(split, rng)
+    font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(FONT_SIZE[0], FONT_SIZE[1] + 1)))
+    canvas = Image.new("L", (WIDTH, HEIGHT), 0)
+    draw = ImageDraw.Draw(canvas)
+    boxes = np.array([draw.textbbox((0, 0), letter, font=font) for letter in text], int)
+    widths, heights = boxes[:, 2:].T - boxes[:, :2].T + 2 * MARGIN
+    lefts, tops = _scattered(widths, rng), rng.integers(HEIGHT - heights + 1)
+    corners = np.stack([lefts, tops], axis=1) + MARGIN - boxes[:, :2]
+    for letter, corner in zip(text, corners, strict=True):
+        draw.text(tuple(corner), letter, fill=255, font=font)
+    return _on_paper(np.asarray(canvas) / 255, rng), text
 
 
 @functools.cache
@@ -170,14 +167,32 @@ def _numbers(prepare: Callable, split: str) -> dict[str, list]:
     return {"split": [split] * SIZES[split], "number": list(range(SIZES[split]))}
 
 
-for _name, _draw, _prepare in (
-    ("digit_strips", digit_strip, scans),
-    ("rendered_text", rendered_text, words),
-    ("rendered_line", rendered_line, words),
+def inked_patches(image: tf.Tensor, count: int | tf.Tensor, patch_size: int = 16) -> tf.Tensor:
+    """The patches of a sheet with the most contrast; the others are left out.
+
+    Args:
+      image: [HEIGHT, WIDTH, 3], of 0 to 255.
+      count: how many are left.
+      patch_size: p, height and width of a patch.
+
+    Returns:
+      [count, 2 + 3 p^2] float32: those of `images.patches` in their order, with their places.
+    """
+    every = images.patches(image, HEIGHT * WIDTH // patch_size**2, patch_size)
+    pixels = every[:, 2:]
+    contrast = tf.reduce_max(pixels, axis=1) - tf.reduce_min(pixels, axis=1)
+    return tf.gather(every, tf.sort(tf.math.top_k(contrast, count).indices))
+
+
+for _name, _draw, _prepare, _cut in (
+    ("digit_strips", digit_strip, scans, images.patches),
+    ("rendered_text", rendered_text, words, images.patches),
+    ("rendered_text_inked", rendered_text, words, inked_patches),
 ):
     images.add_task(
         _name,
         data.MemorySource(functools.partial(_numbers, _prepare), SPLITS, SIZES),
         _draw_step(_draw),
         seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS),
+        cut=_cut,
     )

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from coda_jax import params as params_lib
-from coda_jax.demos import comparison, text
+from coda_jax.demos import comparison, images, text
 
-DEMOS = {"text": text.DEMO}
+DEMOS = {"text": text.DEMO, "images": images.DEMO}
 
 
 @pytest.mark.parametrize("name", DEMOS)
@@ -32,9 +32,10 @@ def test_a_report_becomes_tables_of_its_figures():
         "end_to_end_speed_up": 2.0,
     }
     slow = speed | {"encoder_ms": 99.0}
-    row = {"accuracy": 71.25, "trained_share": 0.031, "speed": {"64": speed, "256": slow}}
+    row = {"score": 71.25, "trained_share": 0.031, "speed": {"64": speed, "256": slow}}
     report = {
         "task": "a_task",
+        "metric": "wer",
         "steps": 10,
         "timed_lengths": [64, 256],
         "methods": {"CoDA r = 3": row},
@@ -42,6 +43,7 @@ def test_a_report_becomes_tables_of_its_figures():
         "versions": {"device": "cpu"},
     }
     written = comparison.markdown(json.loads(json.dumps(report)))
+    assert "| | trained | word error rate | encoder |" in written
     assert "| CoDA r = 3 | 3.1% | 71.2 % | 12 ms | 2.35x | 2.50 | 20 ms | 2.00x |" in written
     assert "| linear svm | | 85.0 % |" in written
     assert "| CoDA r = 3 | 99 ms | 2.35x | 2.50 | 20 ms | 2.00x |" in written

@@ -10,9 +10,7 @@ from coda_jax.tasks import images, offline_images
 DRAW = {
     "digit_strips": offline_images.digit_strip,
     "rendered_text": offline_images.rendered_text,
-    "rendered_line": offline_images.rendered_line,
 }
-HEIGHTS = {"digit_strips": 128, "rendered_text": 128, "rendered_line": 32}
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -23,7 +21,7 @@ def test_a_sheet_depends_on_its_split_and_number_alone(name):
         again, same_text = draw(split, i)
         np.testing.assert_array_equal(image, again)
         assert text == same_text
-        assert image.shape == (HEIGHTS[name], 512, 3) and image.dtype == np.uint8
+        assert image.shape == (128, 512, 3) and image.dtype == np.uint8
     assert len({image.tobytes() for image, _ in sheets.values()}) == len(sheets)
 
 
@@ -74,24 +72,41 @@ def test_words_are_of_one_split_and_sheets_hold_words_and_numbers():
     lower = {split: {word.lower() for word in found} for split, found in words.items()}
     assert not lower["train"] & lower["validation"] and not lower["train"] & lower["test"]
     assert len(words["train"]) > 2000
-    texts = [offline_images.rendered_text("validation", i)[1].split() for i in range(60)]
-    numbers = [word for text in texts for word in text if word.isdigit()]
-    others = {word for text in texts for word in text if not word.isdigit()}
-    assert others <= set(words["validation"]) and len(others) > 30
-    assert 0.1 < len(numbers) / sum(map(len, texts)) < 0.5
-    longest = max(sum(map(len, text)) + len(text) for text in texts)  # with spaces and EOS
-    assert longest <= 72  # the length in gin_configs/tasks/rendered_text.gin
+    texts = [offline_images.rendered_text("validation", i)[1] for i in range(200)]
+    others = [text for text in texts if not text.isdigit()]
+    assert all(any(w.startswith(text) for w in words["validation"]) for text in others)
+    assert 30 < len(others) < 90
+    # With EOS they have the length in gin_configs/tasks/rendered_text.gin.
+    assert {len(text) for text in texts} == set(range(1, 7))
 
 
-@pytest.mark.parametrize("name", ["rendered_text", "rendered_line"])
-def test_printed_words_lie_within_the_sheet(name, monkeypatch):
-    """The ink at the borders would be cut-off letters."""
+def test_printed_letters_lie_apart_and_within_the_sheet(monkeypatch):
+    """The ink at the borders would be cut-off letters; "0" alone has one run of inked columns."""
     monkeypatch.setattr(offline_images, "_on_paper", lambda ink, rng: ink)
-    for number in range(400):
-        ink, _ = DRAW[name]("train", number)
+    monkeypatch.setattr(offline_images, "_text", lambda split, rng: "0" * rng.integers(1, 6))
+    for number in range(200):
+        ink, text = offline_images.rendered_text("train", number)
         border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
         assert ink.max() > 0.9
         assert not (border > 0.1).any(), number
+        columns = np.concatenate([[0], (ink.max(axis=0) > 0.1).astype(int)])
+        assert (np.diff(columns) == 1).sum() == len(text)
+
+
+def test_inked_patches_are_those_with_letters_in_their_places():
+    for number in range(10):
+        image, _ = offline_images.rendered_text("test", number)
+        every = images.patches(image, 256).numpy()
+        inked = offline_images.inked_patches(image, 64).numpy()
+        assert inked.shape == (64, 770)
+        at = {tuple(patch[:2]): patch for patch in every}
+        for patch in inked:
+            np.testing.assert_array_equal(patch, at[tuple(patch[:2])])
+        places = [tuple(patch[:2]) for patch in inked]
+        assert places == sorted(set(places))
+        contrast = {place: np.ptp(patch[2:]) for place, patch in at.items()}
+        left_out = [contrast[place] for place in at.keys() - set(places)]
+        assert max(left_out) <= min(contrast[place] for place in places)
 
 
 def test_fonts_have_all_letters_and_digits():
@@ -111,13 +126,17 @@ def test_the_words_are_read_before_threads_draw_them():
     assert offline_images.words.cache_info().currsize == 1
 
 
-@pytest.mark.parametrize("name", DRAW)
+@pytest.mark.parametrize("name", [*DRAW, "rendered_text_inked"])
 def test_tasks_give_the_patches_of_their_sheets(name):
     assert seqio.get_mixture_or_task(name).num_input_examples("test") == 1000
+    draw = DRAW[name.removesuffix("_inked")]
+    cut, count = images.patches, 256  # nothing is scaled
+    if name.endswith("_inked"):
+        cut, count = offline_images.inked_patches, 64
     examples = data.seqio_examples(
         name,
         "test",
-        feature_lengths={"inputs": 2 * HEIGHTS[name], "targets": 72},
+        feature_lengths={"inputs": count, "targets": 8},
         seed=0,
         shuffle=False,
         num_epochs=1,
@@ -125,8 +144,7 @@ def test_tasks_give_the_patches_of_their_sheets(name):
     vocabulary = data.load_vocabulary("bytes")
     for number in range(3):
         example = next(examples)
-        image, text = DRAW[name]("test", number)
-        count = HEIGHTS[name] // 16 * 32  # patches: nothing is scaled
+        image, text = draw("test", number)
         assert example["inputs"].shape == (count, 770)
-        np.testing.assert_allclose(example["inputs"], images.patches(image, count), atol=1e-5)
+        np.testing.assert_allclose(example["inputs"], cut(image, count), atol=1e-5)
         assert example["targets"].tolist() == [*vocabulary.encode(text), 1]

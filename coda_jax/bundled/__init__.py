@@ -1,7 +1,8 @@
 """Files that come with the package: small checkpoints in Hugging Face layout and a vocabulary.
 
-`DENSE` is a T5 v1.1 pretrained on Python's standard library; `CODA` is the same after conditional
-pretraining, its adapters and routers in the folder `adapter`. Their README.md are model cards.
+`DENSE` is a T5 v1.1 pretrained on Python's standard library, `DENSE_IMAGES` a Pix2Struct pretrained
+on printed words. `CODA` and `CODA_IMAGES` are the same after conditional pretraining, with adapters
+and routers in the folder `adapter`. Their README.md are model cards.
 """
 
 import pathlib
@@ -11,3 +12,5 @@ _FOLDER = pathlib.Path(__file__).parent
 VOCABULARY = _FOLDER / "stdlib_vocabulary"
 DENSE = _FOLDER / "stdlib_t5"
 CODA = _FOLDER / "stdlib_t5_coda"
+DENSE_IMAGES = _FOLDER / "rendered_pix2struct"
+CODA_IMAGES = _FOLDER / "rendered_pix2struct_coda"

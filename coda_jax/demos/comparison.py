@@ -1,4 +1,4 @@
-"""One checkpoint adapted several ways with one budget: accuracy, speed, a report and a picture.
+"""One checkpoint adapted several ways with one budget: quality, speed, a report and a picture.
 
 Each demo says what it adapts to what (`Demo`); all else is the same for every family.
 """
@@ -17,13 +17,13 @@ import jax
 import numpy as np
 import optax
 
-from coda_jax import answers, benchmark, data, params, runs
+from coda_jax import answers, benchmark, data, models, params, runs
 from coda_jax.inference import Decoding
-from coda_jax.models import EncoderDecoder
 from coda_jax.run_files import write_atomically, write_report
 from coda_jax.training import TrainOptions
 
 TIMED_BATCH = 4
+METRIC_NAMES = {"wer": "word error rate"}  # where a metric's own name is not enough
 WARM_UP_STEPS = 50
 
 
@@ -32,7 +32,7 @@ class Demo:
     """What is adapted to what, and how.
 
     Attributes:
-        task: the seqio task; the answers to its test split are counted.
+        task: the seqio task; the answers to its test split are judged.
         feature_lengths: of its examples in evaluation.
         train_data: what all models are adapted on, in the same order.
         steps: of adaptation.
@@ -44,7 +44,8 @@ class Demo:
         timed_inputs: N -> [TIMED_BATCH, N, ...] inputs of the encoder.
         timed_lengths: the N at which the models are timed, the most telling one first.
         draw: writes the picture of a model's routing to a path.
-        baselines: accuracies, in per cent, to set beside.
+        metric: the one of the task's metrics that is reported, in per cent.
+        baselines: the metric of other methods, to set beside.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Demo:
     timed_inputs: Callable[[int], np.ndarray]
     timed_lengths: tuple[int, ...]
     draw: Callable[[runs.LoadedModel, pathlib.Path], None]
+    metric: str = "accuracy"
     baselines: Callable[[], dict[str, float]] = dict
 
     @property
@@ -83,10 +85,10 @@ def methods(demo: Demo, random_base: bool = False) -> dict[str, runs.LoadedModel
     if random_base:
         base = {"config": config.dense()}
         routed = base | {"adapter": config.adapter, "coda": config.coda}
-    models = {"parallel adapter": runs.load_model(**base, adapter=config.adapter)}
+    loaded = {"parallel adapter": runs.load_model(**base, adapter=config.adapter)}
     for r in demo.reductions:
-        models[f"CoDA r = {r}"] = runs.load_model(**routed, reduction=r)
-    return models
+        loaded[f"CoDA r = {r}"] = runs.load_model(**routed, reduction=r)
+    return loaded
 
 
 def adapt(demo: Demo, model: runs.LoadedModel, directory: pathlib.Path) -> runs.LoadedModel:
@@ -103,14 +105,14 @@ def adapt(demo: Demo, model: runs.LoadedModel, directory: pathlib.Path) -> runs.
     return result
 
 
-def accuracy(demo: Demo, model: runs.LoadedModel) -> float:
-    """Of the test split, the share of right answers in per cent."""
+def score(demo: Demo, model: runs.LoadedModel) -> float:
+    """The demo's metric of the answers to the test split, in per cent."""
     found = answers.evaluate(model, demo.task, demo.feature_lengths, demo.decoding, split="test")
-    return found[demo.task]["accuracy"]
+    return found[demo.task][demo.metric]
 
 
 def measure(
-    models: Mapping[str, runs.LoadedModel],
+    adapted: Mapping[str, runs.LoadedModel],
     inputs: np.ndarray,
     max_decode_length: int,
     rounds: int = 15,
@@ -118,23 +120,23 @@ def measure(
     """Latency, speed-up and FLOPs of encoder and of whole answers; the first model is the baseline.
 
     Args:
-        models: by name.
+        adapted: the models by name.
         inputs: of the encoder, [B, N, ...].
         max_decode_length: of the answers.
         rounds: runs of each program that are counted.
     """
     functions, flops = {}, {}
-    for name, model in models.items():
-        answer, weights = EncoderDecoder(model.config), jax.device_put(model.params)
+    for name, model in adapted.items():
+        answer, weights = models.for_config(model.config), jax.device_put(model.params)
         encode = jax.jit(answer.encode).lower(weights, inputs).compile()
         predict = jax.jit(functools.partial(answer.predict, max_decode_length=max_decode_length))
         flops[name] = benchmark.flops(encode)
         functions[f"encoder/{name}"] = functools.partial(encode, weights, inputs)
         functions[f"end_to_end/{name}"] = functools.partial(predict, weights, inputs)
     timings = benchmark.time_interleaved(functions, rounds)
-    first = next(iter(models))
+    first = next(iter(adapted))
     report: dict[str, dict[str, Any]] = {}
-    for name in models:
+    for name in adapted:
         report[name] = {"flops_ratio": flops[first] / flops[name]}
         for part in ("encoder", "end_to_end"):
             timing, baseline = timings[f"{part}/{name}"], timings[f"{part}/{first}"]
@@ -156,18 +158,19 @@ def heldout(task: str, feature_lengths: Mapping[str, int], count: int) -> list[d
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as tables for people; accuracies stand beside the speed at the first length."""
+    """The report as tables for people; the metric stands beside the speed at the first length."""
     first, *others = report["timed_lengths"]
+    metric = METRIC_NAMES.get(report["metric"], report["metric"])
     speed = "encoder | speed-up | FLOPs ratio | end to end | speed-up |"
     lines = [
-        f"Held-out accuracy on `{report['task']}`, {report['steps']} steps of adaptation each; "
+        f"Held-out {metric} on `{report['task']}`, {report['steps']} steps of adaptation each; "
         f"speed at input length {first}, batch {TIMED_BATCH}, on {report['versions']['device']}.",
         "",
-        f"| | trained | accuracy | {speed}",
+        f"| | trained | {metric} | {speed}",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["methods"].items():
-        cells = f"{row['trained_share']:.1%} | {row['accuracy']:.1f} % | {_speed(row, first)}"
+        cells = f"{row['trained_share']:.1%} | {row['score']:.1f} % | {_speed(row, first)}"
         lines.append(f"| {name} | {cells} |")
     for name, percent in report["baselines"].items():
         lines.append(f"| {name.replace('_', ' ')} | | {percent:.1f} % | | | | | |")
@@ -196,14 +199,18 @@ def run(demo: Demo, directory: pathlib.Path, random_base: bool = False) -> dict[
         adapted[name] = adapt(demo, model, directory / re.sub(r"\W+", "_", name))
         trained, _ = params.partition(model.params, "adapters")
         share = params.count(trained) / params.count(model.params)
-        rows[name] = {"accuracy": accuracy(demo, adapted[name]), "trained_share": share}
-        rows[name]["speed"] = {}
+        rows[name] = {
+            "score": score(demo, adapted[name]),
+            "trained_share": share,
+            "speed": {},
+        }
     for length in demo.timed_lengths:
         inputs = demo.timed_inputs(length)
         for name, figures in measure(adapted, inputs, demo.decoding.max_decode_length).items():
             rows[name]["speed"][str(length)] = figures
     report = {
         "task": demo.task,
+        "metric": demo.metric,
         "base": "random" if random_base else "bundled",
         "steps": demo.steps,
         "timed_lengths": list(demo.timed_lengths),
