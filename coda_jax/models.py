@@ -57,7 +57,7 @@ class Sums:
 
 
 class Model:
-    """What the models of all families have; each adds `logits`, `loss` and `predict`.
+    """What all models have; each adds `loss`, and those that answer `logits` and `predict`.
 
     Attributes:
         config: the model's configuration; it decides the family.
@@ -67,6 +67,11 @@ class Model:
     def __init__(self, config: T5Config):
         self.config = config
         self.module = config.network()
+
+    @property
+    def needs_rng(self) -> bool:
+        """Whether the loss draws random numbers in training."""
+        return self.config.dropout_rate > 0
 
     def init(self, rng: Array) -> dict[str, Any]:
         """Random parameters."""
