@@ -32,17 +32,23 @@ INSTALL_REQUIRES = [
     "scikit-learn>=1.9,<2",  # the demo's linear baseline; scans of digits
     "rouge-score>=0.1.2,<0.2",  # ROUGE, the metric of summaries
 ]
+# The platforms for which py-nanotts has wheels.
+NANOTTS_WHEELS = (
+    "(sys_platform == 'linux' and platform_machine in 'x86_64 aarch64')"
+    " or (sys_platform == 'win32' and platform_machine == 'AMD64')"
+)
 SPEECH = [
     "soundfile>=0.14,<0.15",  # reads WAV, FLAC and others
     "scipy>=1.17,<2",  # resampling; in tests the reference for the soft top-k
     "jiwer>=4,<5",  # word and character error rates
+    f"py-nanotts>=0.1.1,<0.2; {NANOTTS_WHEELS}",  # voices of spoken digits
+    "captcha>=0.7.1,<0.8",  # recordings of voices, also for other platforms' spoken digits
 ]
 TEST = [
     *SPEECH,
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",  # two test files at a time
     "hypothesis>=6.170,<7",  # property tests
-    "captcha>=0.7.1,<0.8",  # recordings of voices
     "beartype>=0.23,<0.24",  # checks the jaxtyping annotations
 ]
 

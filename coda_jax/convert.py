@@ -192,6 +192,7 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     stored = {path.removeprefix("trained/"): array for path, array in list_orbax(item).items()
               if path.startswith("trained/")}  # fmt: skip
     params = params_lib.unflatten(read_arrays(stored, item))
+    _, params = params_lib.split(params, params_lib.PRETRAINING)
     if trained != "all":
         base_params = _load_base(base, folder)
         if (found := fingerprint(base_params)) != run["base"]:

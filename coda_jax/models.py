@@ -25,6 +25,7 @@ _PACKING = (
     "encoder_positions",
     "decoder_positions",
 )
+_EOS_ID = 1  # of the tasks' vocabularies
 
 
 @flax.struct.dataclass
@@ -57,7 +58,7 @@ class Sums:
 
 
 class Model:
-    """What the models of all families have; each adds `logits`, `loss` and `predict`.
+    """What all models have; each adds `loss`, and those that answer `logits` and `predict`.
 
     Attributes:
         config: the model's configuration; it decides the family.
@@ -67,6 +68,11 @@ class Model:
     def __init__(self, config: T5Config):
         self.config = config
         self.module = config.network()
+
+    @property
+    def needs_rng(self) -> bool:
+        """Whether the loss draws random numbers in training."""
+        return self.config.dropout_rate > 0
 
     def init(self, rng: Array) -> dict[str, Any]:
         """Random parameters."""
@@ -211,8 +217,9 @@ class CTC(Model):
     ) -> tuple[Float[Array, ""], Sums]:
         """The sum of the utterances' CTC losses, and the sums.
 
-        A target token is right if the greedy transcript has it at its place, and an example is
-        exact if the transcripts are equal. The weight is the number of target tokens.
+        EOS is not learned: where a transcript ends, the frames say. A target token is right if the
+        greedy transcript has it at its place, and an example is exact if the transcripts are equal.
+        The weight is the number of target tokens.
 
         Args:
             params: the parameter tree.
@@ -227,9 +234,9 @@ class CTC(Model):
             raise ValueError("the CTC loss is not defined for packed examples: pack=False")
         logits = self.logits(params, batch, dropout_rng)
         _, mask = split_frames(batch["encoder_input_tokens"])
-        target_mask = batch["decoder_loss_weights"] > 0
-        blank_id = self.config.blank_id
-        targets = jnp.where(target_mask, batch["decoder_target_tokens"], blank_id)
+        blank_id, targets = self.config.blank_id, batch["decoder_target_tokens"]
+        target_mask = (batch["decoder_loss_weights"] > 0) & (targets != _EOS_ID)
+        targets = jnp.where(target_mask, targets, blank_id)
         losses = ctc_loss(logits, mask, targets, target_mask, blank_id)
         length = max(targets.shape[1], logits.shape[1])
         found = _padded(ctc_greedy(logits, mask, blank_id), length, blank_id)

@@ -15,8 +15,9 @@ import jax
 NEW = (r"(^|/)(adapter|router)/",)  # created by the swap, in no dense checkpoint
 NORMS = (r"(^|/)\w*norm/(scale|bias)$",)  # in the dense checkpoint, trained with the new leaves
 HEADS = (r"^ctc_head/",)  # created where the dense checkpoint has none, trained with the new leaves
-TRAINED = {"adapters": NEW + NORMS + HEADS, "all": (r"",)}
-SAVED = TRAINED["adapters"]  # what an adapter file holds
+PRETRAINING = (r"^best_rq_head/",)  # of a pretraining alone: trained, in no model or checkpoint
+SAVED = NEW + NORMS + HEADS  # what an adapter file holds
+TRAINED = {"adapters": SAVED + PRETRAINING, "all": (r"",)}
 
 
 def flatten(params: Mapping) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from coda_jax import batches as batches_lib
 from coda_jax import checkpoints, models, training
 from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
+from coda_jax.best_rq import BestRQ, BestRQConfig
 from coda_jax.checkpoints.adapter_files import fingerprint
 from coda_jax.network import T5Config, init_params
 from coda_jax.routing import CodaConfig
@@ -57,7 +58,8 @@ def load_model(
     Args:
         checkpoint: folder in Hugging Face layout; None to start at random from `config`.
         config: the sizes of a model that starts at random; a checkpoint's must be the same, but a
-            speech encoder without a CTC head gets a fresh one of this config's `vocab_size`.
+            speech encoder without a CTC head gets a fresh one of this config's `vocab_size`, also
+            where its adapter comes from a file that has none.
         adapter_checkpoint: folder that `save_adapter` wrote for this checkpoint.
         adapter: the adapter to create where `adapter_checkpoint` brings none.
         coda: the routing to create, or, with `adapter_checkpoint`, how to route instead.
@@ -84,6 +86,10 @@ def load_model(
         config, params = checkpoints.load_adapter(adapter_checkpoint, params)
         if adapter not in (None, config.adapter):
             raise ValueError(f"{adapter_checkpoint} holds {config.adapter}, not {adapter}")
+        if given is not None and not config.vocab_size:  # pretrained without a head
+            config = config.replace(vocab_size=given.vocab_size)
+            dense, new = params_lib.split_new(params)
+            params = params_lib.merge(checkpoints.swap_in(dense, config.dense(), rng), new)
     config = config.replace(
         adapter=adapter or config.adapter,
         coda=coda or config.coda,
@@ -208,6 +214,7 @@ def train(
     learning_rate: optax.ScalarOrSchedule,
     eval_data: Data | None = None,
     z_loss: float = 0.0,
+    best_rq: BestRQConfig | None = None,
     export_dtype: Any = None,
 ) -> tuple[LoadedModel, dict[str, float]]:
     """`coda train`: trains and exports into `directory`/export what `load_model` reads.
@@ -216,21 +223,23 @@ def train(
     exports them into its folder `adapter`. Where all leaves were trained, they are exported, and
     returned, as `export_dtype` if that is given; a frozen leaf always stays what it was.
 
+    With `best_rq`, a speech encoder is pretrained on the task's audio alone: the targets, and so
+    their vocabulary, do not matter.
+
     Returns:
         The trained model and the metrics of its evaluation.
     """
     if not data.exists:
         raise ValueError("there is nothing to train on: name a task or a cache file")
-    data.check_vocabulary(model)
     if eval_data is not None and not eval_data.exists:
         eval_data = None
-    if eval_data is not None:
-        eval_data.check_vocabulary(model)
-    base_fingerprint = fingerprint(model.params)
-    trained_model = models.for_config(model.config, z_loss)
+    if best_rq is None:
+        for read in filter(None, (data, eval_data)):
+            read.check_vocabulary(model)
+    trained_model, params = _objective(model, z_loss, best_rq)
     params, metrics = training.train(
         trained_model,
-        model.params,
+        params,
         data.batches(model.config, repeat=True),
         options=options,
         optimizer=optimizer,
@@ -238,31 +247,52 @@ def train(
         directory=directory,
         run={
             "model": {"family": model.config.family, **_as_json(model.config)},
-            "base": base_fingerprint,
+            "base": fingerprint(model.params),
             "data": _as_json(data),
+            "best_rq": best_rq and _as_json(best_rq),
             "trained": options.trained,
             "accumulation": options.accumulation,
             "seed": options.seed,
         },
         eval_batches=eval_data and (lambda: eval_data.batches(model.config, repeat=False)),
     )
+    _, params = params_lib.split(params, params_lib.PRETRAINING)
+    if options.trained == "all" and export_dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
+    model = dataclasses.replace(model, params=params)
     export = pathlib.Path(directory) / "export"
-    if options.trained == "all":
-        if export_dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
-        dense, _ = params_lib.split_new(params)
-        checkpoints.save_hf(export, model.config.dense(), dense)
-        vocabulary_file = data.vocabulary_file()
-        if model.directory is not None and (model.directory / batches_lib.VOCABULARY_NAME).exists():
-            vocabulary_file = model.directory / batches_lib.VOCABULARY_NAME
-        if vocabulary_file is not None:
-            shutil.copy(vocabulary_file, export / batches_lib.VOCABULARY_NAME)
-    if model.config.adapter or model.config.coda:
-        checkpoints.save_adapter(export / "adapter", params, model.config)
+    _export(export, model, options.trained, data.vocabulary_file())
     report = json.dumps(metrics, indent=2)
     write_atomically(pathlib.Path(directory) / "metrics.json", report + "\n")
     print(f"exported to {export}: {report}")
-    return dataclasses.replace(model, params=params), metrics
+    return model, metrics
+
+
+def _objective(
+    model: LoadedModel, z_loss: float, best_rq: BestRQConfig | None
+) -> tuple[models.Model, Mapping[str, Any]]:
+    """What is trained: its loss, and the parameters to start from."""
+    if best_rq is None:
+        return models.for_config(model.config, z_loss), model.params
+    if z_loss:
+        raise ValueError(f"BEST-RQ has no z-loss: z_loss={z_loss}")
+    pretrained = BestRQ(model.config, best_rq)
+    return pretrained, pretrained.add_head(model.params)
+
+
+def _export(
+    folder: pathlib.Path, model: LoadedModel, trained: str, vocabulary_file: str | None
+) -> None:
+    """Writes what was trained; a vocabulary beside the checkpoint goes before the task's file."""
+    if trained == "all":
+        dense, _ = params_lib.split_new(model.params)
+        checkpoints.save_hf(folder, model.config.dense(), dense)
+        if model.directory is not None and (model.directory / batches_lib.VOCABULARY_NAME).exists():
+            vocabulary_file = model.directory / batches_lib.VOCABULARY_NAME
+        if vocabulary_file is not None:
+            shutil.copy(vocabulary_file, folder / batches_lib.VOCABULARY_NAME)
+    if model.config.adapter or model.config.coda:
+        checkpoints.save_adapter(folder / "adapter", model.params, model.config)
 
 
 def _as_json(config: Any) -> Any:

@@ -99,7 +99,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Mapping, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        if model.config.dropout_rate == 0:
+        if not model.needs_rng:
             rng = None
 
         def part(total, inputs):

@@ -6,10 +6,13 @@ import shutil
 
 import captcha
 import gin
-from helpers import TINY_SPEECH, config, random_params
+from helpers import TINY_SPEECH, assert_same_tree, config, random_params
+import numpy as np
 import pytest
 
-from coda_jax import checkpoints, cli, runs
+from coda_jax import checkpoints, cli, convert, runs
+from coda_jax import params as params_lib
+from coda_jax.best_rq import BestRQConfig
 from coda_jax.routing import CodaConfig
 from coda_jax.tasks import metrics
 
@@ -58,25 +61,29 @@ def arguments(checkpoint, folder):
     ]
 
 
+def train(*flags):
+    """Runs `coda train` with adapters of bottleneck 4."""
+    assert cli.main(["train", *flags, "--gin.AdapterConfig.bottleneck=4"]) == 0
+    gin.clear_config()
+
+
+def finetune(directory, *flags):
+    """Adapts with CoDA and a CTC head for bytes."""
+    train(
+        "--gin_file=runs/finetune.gin",
+        "--gin_file=models/w2v_bert.gin",
+        "--gin_file=methods/coda.gin",
+        *flags,
+        *(f"--gin.W2vBertConfig.{name}={getattr(CONFIG, name)!r}" for name in SIZES),
+        f"--gin.MODEL_DIR='{directory}'",
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, folder, checkpoint):
     """A run of `coda train` with CoDA."""
     directory = tmp_path_factory.mktemp("run")
-    status = cli.main(
-        [
-            "train",
-            "--gin_file=runs/finetune.gin",
-            "--gin_file=models/w2v_bert.gin",
-            "--gin_file=methods/coda.gin",
-            *arguments(checkpoint, folder),
-            *(f"--gin.W2vBertConfig.{name}={getattr(CONFIG, name)!r}" for name in SIZES),
-            f"--gin.MODEL_DIR='{directory}'",
-            "--gin.TRAIN_STEPS=24",
-            "--gin.AdapterConfig.bottleneck=4",
-        ]
-    )
-    gin.clear_config()
-    assert status == 0
+    finetune(directory, *arguments(checkpoint, folder), "--gin.TRAIN_STEPS=24")
     return directory
 
 
@@ -128,3 +135,53 @@ def test_a_head_is_created_only_where_there_is_none(checkpoint, tmp_path):
     checkpoints.save_hf(tmp_path, found.config, found.params)
     with pytest.raises(ValueError, match="vocab_size=30, not 20"):
         runs.load_model(str(tmp_path), config=config.replace(vocab_size=30))
+
+
+def test_best_rq_pretrains_an_encoder_that_is_then_adapted_with_a_head(
+    checkpoint, folder, tmp_path
+):
+    """From a checkpoint without a head to one without a head, and from there to CTC."""
+    pretrained, adapted = tmp_path / "pretrained", tmp_path / "adapted"
+    short = ["--gin.TRAIN_STEPS=3", "--gin.warmup_cosine_decay_schedule.warmup_steps=1"]
+    best_rq = ["--gin.NUM_CODES=11", "--gin.BestRQConfig.start_probability=0.2"]
+    train(
+        "--gin_file=runs/pretrain_best_rq_coda.gin",
+        *arguments(checkpoint, folder),
+        *best_rq,
+        f"--gin.MODEL_DIR='{pretrained}'",
+        *short,
+    )
+    cfg, params = checkpoints.load_hf(pretrained / "export")
+    _, before = checkpoints.load_hf(checkpoint)
+    assert cfg.vocab_size == 0 and params.keys() == before.keys() == {"encoder"}
+    before, after = params_lib.flatten(before), params_lib.flatten(params)
+    assert all((leaf != after[path]).any() for path, leaf in before.items())
+    cfg, params = checkpoints.load_adapter(pretrained / "export" / "adapter", params)
+    assert (cfg.coda, params.keys()) == (CodaConfig(reduction=2), {"encoder"})
+    convert.convert(str(pretrained), str(tmp_path / "same"), "adapter")
+    assert_same_tree(checkpoints.load_adapter(tmp_path / "same", params)[1], params)
+
+    adapter = f"--gin.INITIAL_ADAPTER_PATH='{pretrained}/export/adapter'"
+    base = pretrained / "export"
+    finetune(adapted, *arguments(base, folder), adapter, "--gin.REDUCTION=2", *short)
+    cfg, found = checkpoints.load_adapter(
+        adapted / "export" / "adapter", params_lib.split_new(params)[0]
+    )
+    assert cfg.vocab_size == 384 and found["ctc_head"]["kernel"].shape == (16, 384)
+    for path, leaf in params_lib.flatten(params_lib.partition(params)[1]).items():
+        np.testing.assert_array_equal(leaf, params_lib.flatten(found)[path])
+
+
+def test_best_rq_refuses_a_z_loss(checkpoint):
+    model = runs.load_model(str(checkpoint))
+    with pytest.raises(ValueError, match=r"BEST-RQ has no z-loss: z_loss=0\.1"):
+        runs.train(
+            "unused",
+            model,
+            runs.Data({}, task="x"),
+            None,
+            None,
+            0.0,
+            z_loss=0.1,
+            best_rq=BestRQConfig(),
+        )

@@ -5,7 +5,7 @@ import sys
 
 CORE = [
     *["soft_topk", "routing", "layers", "adapters", "conditional", "network", "vision"],
-    *["conformer", "speech", "decoding", "ctc", "models"],
+    *["conformer", "speech", "decoding", "ctc", "models", "best_rq"],
     *["params", "checkpoints", "batches", "run_files", "training", "inference", "runs", "answers"],
     *["convert", "benchmark", "breakdown", "flops", "check", "bench", "plots"],
 ]

@@ -173,6 +173,27 @@ def test_sums_count_target_tokens_and_exact_transcripts(rng):
     assert sums.correct == right and sums.exact == 1 + (own[1] == targets[1]).all()
 
 
+def test_eos_at_the_end_of_a_target_is_not_learned(rng):
+    """A decoder needs it to stop; between frames it would have no place of its own."""
+    model, params = models.CTC(CONFIG), random_params(CONFIG)
+    targets = random_tokens(rng, [3, 1], 4)
+    ended = targets.copy()
+    ended[[0, 1], [3, 1]] = 1
+    loss = jax.jit(model.loss)
+    found, expected = (
+        loss(
+            params,
+            {
+                "encoder_input_tokens": random_frames(np.random.default_rng(0), [12, 6], 12),
+                "decoder_target_tokens": tokens,
+                "decoder_loss_weights": (tokens > 0).astype(np.int32),
+            },
+        )[1]
+        for tokens in (ended, targets)
+    )
+    assert found == expected and found.weight == 4
+
+
 def test_predictions_do_not_depend_on_what_else_is_asked(rng):
     """Through the predictor, which batches inputs of similar lengths and pads them."""
     params = random_params(CONFIG)

@@ -150,9 +150,9 @@ def fixture_make_model(monkeypatch):
     """Returns a function that makes the model of gin files and a checkpoint."""
     monkeypatch.setitem(sys.modules, "__main__", SCRIPT)
 
-    def make(files, checkpoint):
+    def make(files, checkpoint, **changes):
         paths = dict.fromkeys(("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH"), f"'{checkpoint}'")
-        bindings = [f"{macro}={value}" for macro, value in {**REQUIRED, **paths}.items()]
+        bindings = [f"{macro}={value}" for macro, value in {**REQUIRED, **paths, **changes}.items()]
         cli.configure(files, [str(next(iter(gin_configs.__path__)))], bindings)
         return gin.query_parameter("%MODEL").scoped_configurable_fn()
 
@@ -170,10 +170,20 @@ def test_gin_files_make_the_model(run, make_model):
     assert made.module.config.coda.reduction == 3 and made.module.config.adapter is not None
 
 
-def test_images_have_a_file_that_replaces_the_network(make_model):
-    files = ["t5x/finetune.gin", "t5x/images.gin", "models/pix2struct_tiny.gin", "methods/coda.gin"]
-    made = make_model(files, "gs://bucket/checkpoint_0")
-    assert isinstance(made.module, Pix2Struct) and made.module.config.coda.reduction == 3
+@pytest.mark.parametrize(
+    ("name", "model_file", "network", "changes"),
+    [
+        ("images", "pix2struct_tiny", Pix2Struct, {}),
+        ("speech", "w2v_bert_tiny", SpeechToText, {"NUM_DECODER_LAYERS": "2"}),
+    ],
+)
+def test_other_inputs_have_a_file_that_replaces_the_network(
+    name, model_file, network, changes, make_model
+):
+    files = ["t5x/finetune.gin", f"t5x/{name}.gin", f"models/{model_file}.gin", "methods/coda.gin"]
+    made = make_model(files, "gs://bucket/checkpoint_0", **changes)
+    assert isinstance(made.module, network) and made.module.config.coda.reduction == 3
+    assert made.module.config.num_decoder_layers >= 1
     assert made.FEATURE_CONVERTER_CLS.MODEL_FEATURES["encoder_input_tokens"].rank == 2
 
 

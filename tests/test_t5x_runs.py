@@ -23,7 +23,7 @@ from coda_jax import params as params_lib
 from coda_jax.adapters import AdapterConfig
 from coda_jax.models import EncoderDecoder
 from coda_jax.routing import CodaConfig
-from coda_jax.tasks import offline, offline_images  # noqa: F401 (registers the tasks)
+from coda_jax.tasks import offline, offline_images, offline_speech  # noqa: F401 (the tasks)
 
 t5x = pytest.importorskip(
     "t5x", reason="T5X is not installed: make test-t5x T5X_PATH=...", exc_type=ImportError
@@ -219,7 +219,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(dense, folder):
     assert all(leaf.tobytes() == before[path].tobytes() for path, leaf in frozen.items())
 
 
-IMAGE_GIN = """
+IMAGES = """
 from __gin__ import dynamic_registration
 from coda_jax import vision
 from coda_jax.tasks import offline_images
@@ -228,29 +228,40 @@ include 'coda_jax/gin_configs/models/pix2struct_tiny.gin'
 vision.Pix2StructConfig.emb_dim = 16
 vision.Pix2StructConfig.mlp_dim = 24
 """
+SPEECH = """
+from __gin__ import dynamic_registration
+from coda_jax import speech
+from coda_jax.tasks import offline_speech
+
+include 'coda_jax/gin_configs/models/w2v_bert_tiny.gin'
+NUM_DECODER_LAYERS = 1
+speech.W2vBertConfig.emb_dim = 16
+speech.W2vBertConfig.mlp_dim = 24
+speech.W2vBertConfig.num_decoder_layers = 1
+"""
 
 
-def test_images_are_trained_and_evaluated_with_our_loss(folder):
-    (folder / "images.gin").write_text(IMAGE_GIN)
-    cli.configure([str(folder / "images.gin")], [GIN], [])
+@pytest.mark.parametrize(
+    ("family", "model", "task"),
+    [("images", IMAGES, "digit_strips"), ("speech", SPEECH, "spoken_digits_clean")],
+)
+def test_other_inputs_are_trained_and_evaluated_with_our_loss(family, model, task, folder):
+    (folder / f"{family}.gin").write_text(model)
+    cli.configure([str(folder / f"{family}.gin")], [GIN], [])
     config = gin.query_parameter("%CONFIG").scoped_configurable_fn().replace(dropout_rate=0.0)
     gin.clear_config()
     base = EncoderDecoder(config).init(jax.random.key(0))
-    checkpoints.save_t5x(folder / "images_dense", base)
-    directory = folder / "images"
-    changes = {
-        "MIXTURE_OR_TASK_NAME": "'digit_strips'",
-        "TRAIN_STEPS": "2",
-        "VOCABULARY": "'bytes'",
-    }
+    checkpoints.save_t5x(folder / f"{family}_dense", base)
+    directory = folder / family
+    changes = {"MIXTURE_OR_TASK_NAME": f"'{task}'", "TRAIN_STEPS": "2", "VOCABULARY": "'bytes'"}
     changes |= {"EVAL_PERIOD": "2", "SaveCheckpointConfig.period": "2"}
-    bindings = finetune(folder / "images_dense" / "checkpoint_0", directory, **changes)
-    run("train", ["t5x/finetune.gin", "t5x/images.gin", "images.gin", *METHOD], bindings, folder)
+    bindings = finetune(folder / f"{family}_dense" / "checkpoint_0", directory, **changes)
+    files = ["t5x/finetune.gin", f"t5x/{family}.gin", f"{family}.gin", *METHOD]
+    run("train", files, bindings, folder)
     after = checkpoints.load_t5x(directory)
     config = config.replace(adapter=AdapterConfig(bottleneck=4), coda=CodaConfig(3, max_segments=8))
-    expected = our_loss(config, after, "digit_strips", data.feature_converter("digit_strips"))
-    found = validation_loss(directory, 2, "digit_strips")
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    expected = our_loss(config, after, task, data.feature_converter(task))
+    np.testing.assert_allclose(validation_loss(directory, 2, task), expected, rtol=1e-5)
     trained, frozen = map(params_lib.flatten, params_lib.partition(after))
     flat = params_lib.flatten(base)
     assert all(np.array_equal(leaf, flat[path]) for path, leaf in frozen.items())

@@ -1,0 +1,144 @@
+"""Tasks from speech to text that need no download.
+
+Importing this module registers, for bytes: `spoken_digits`, a few English digits scattered over
+eight seconds of noise -> the digits, with spaces between; and to pretrain on,
+`spoken_digits_clean`, the same in three seconds of hardly any noise.
+
+No voice, pitch or noise of a held-out split of `spoken_digits` is in training, and no voice of it
+is in `spoken_digits_clean`:
+
+| task | split | voices | pitches | signal over noise |
+|---|---|---|---|---|
+| `spoken_digits_clean` | train | Spanish, French, Italian | `PITCHES` | 25 to 40 dB |
+| | validation, test | the same | `PITCHES_HELD_OUT` | 25 to 40 dB |
+| `spoken_digits` | train | American, German | `PITCHES` | 5 to 20 dB |
+| | validation, test | British | `PITCHES_HELD_OUT` | 0 to 15 dB |
+
+Where voices.py falls back on captcha's clips, all of these are one voice at several speeds.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from coda_jax import data
+from coda_jax.tasks import audio, speech, voices
+
+# How many recordings there are of each split; each is made anew from its number when it is read.
+SIZES = {"train": 100_000, "validation": 500, "test": 1_000}
+SPLITS = tuple(SIZES)
+
+PITCHES = (0.7, 0.85, 1.0, 1.2, 1.4)
+PITCHES_HELD_OUT = (0.77, 0.92, 1.1, 1.3)
+SPEEDS = (0.85, 1.0, 1.25)
+NOISE_COLOUR = (0.0, 1.0)  # exponent of 1 / frequency in its power: white to pink
+PEAK = 0.5  # of a recording, where full scale is 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the recordings of a split are made.
+
+    Attributes:
+      speakers: of whom each recording has one.
+      seconds: the length.
+      digits: the fewest and the most in a recording.
+      decibels: the lowest and the highest level of the speech, while it lasts, over the noise.
+    """
+
+    speakers: tuple[voices.Speaker, ...]
+    seconds: float
+    digits: tuple[int, int]
+    decibels: tuple[float, float]
+
+
+def _recipes(training, held_out, **shared) -> dict[str, Recipe]:
+    """Recipes by split, of (voices, decibels) for training and for the held-out splits."""
+
+    def recipe(names, pitches, decibels):
+        speakers = itertools.starmap(voices.Speaker, itertools.product(names, pitches, SPEEDS))
+        return Recipe(tuple(speakers), decibels=decibels, **shared)
+
+    found = {"train": recipe(training[0], PITCHES, training[1])}
+    return found | dict.fromkeys(SPLITS[1:], recipe(held_out[0], PITCHES_HELD_OUT, held_out[1]))
+
+
+_CLEAN = (("es-ES", "fr-FR", "it-IT"), (25.0, 40.0))
+RECIPES = {
+    "spoken_digits": _recipes(
+        (("en-US", "de-DE"), (5.0, 20.0)), (("en-GB",), (0.0, 15.0)), seconds=8.0, digits=(2, 5)
+    ),
+    "spoken_digits_clean": _recipes(_CLEAN, _CLEAN, seconds=3.0, digits=(1, 3)),
+}
+
+
+def noise(rng: np.random.Generator, length: int, colour: float) -> np.ndarray:
+    """Gaussian noise [length] float32 of power 1 / frequency^colour and root mean square 1."""
+    bins = np.fft.rfft(rng.standard_normal(length, dtype=np.float32))
+    bins[0] = 0
+    bins[1:] *= np.arange(1, len(bins), dtype=np.float32) ** (-colour / 2)
+    samples = np.fft.irfft(bins, length)
+    return (samples / np.sqrt(np.mean(samples**2))).astype(np.float32)
+
+
+def spoken_digits(task: str, split: str, number: int) -> tuple[np.ndarray, str]:
+    """Makes a recording: digits of one speaker, one after the other at random places, in noise.
+
+    Args:
+      task: a key of `RECIPES`.
+      split: one of `SPLITS`.
+      number: of the recording; the same number gives the same recording.
+
+    Returns:
+      [samples] float32 at 16 kHz, and the digits with spaces between.
+    """
+    recipe = RECIPES[task][split]
+    rng = np.random.default_rng([list(RECIPES).index(task), SPLITS.index(split), number])
+    clips = voices.recordings(recipe.speakers)[rng.integers(len(recipe.speakers))]
+    digits = rng.integers(len(clips), size=rng.integers(recipe.digits[0], recipe.digits[1] + 1))
+    lengths = np.array([len(clips[digit]) for digit in digits])
+    total = round(recipe.seconds * audio.SAMPLE_RATE)
+    # The free time is shared out at random over the gaps, so that no two digits overlap.
+    gaps = np.sort(rng.integers(total - lengths.sum() + 1, size=len(digits)))
+    level = 10 ** (-rng.uniform(*recipe.decibels) / 20)
+    samples = level * noise(rng, total, rng.uniform(*NOISE_COLOUR))
+    for digit, start in zip(digits, gaps + np.cumsum(lengths) - lengths, strict=True):
+        samples[start : start + len(clips[digit])] += clips[digit]
+    return samples * (PEAK / np.abs(samples).max()), " ".join(map(str, digits))
+
+
+def _make_step(task: str) -> Callable:
+    """Returns the seqio preprocessor that makes the recordings whose split and number it gets."""
+
+    def make(split, number):
+        samples, text = spoken_digits(task, split.decode(), int(number))
+        return samples, text.encode()
+
+    @seqio.map_over_dataset
+    def step(example):
+        arguments = [example["split"], example["number"]]
+        samples, text = tf.numpy_function(make, arguments, (tf.float32, tf.string))
+        frames = audio.frames(tf.ensure_shape(samples, [None]))
+        return {"inputs": frames, "targets": tf.ensure_shape(text, [])}
+
+    return step
+
+
+def _numbers(task: str, split: str) -> dict[str, list]:
+    # Here, once: the threads that make recordings would each start it.
+    voices.recordings(RECIPES[task][split].speakers)
+    return {"split": [split] * SIZES[split], "number": list(range(SIZES[split]))}
+
+
+for _task in RECIPES:
+    speech.add_task(
+        _task,
+        data.MemorySource(functools.partial(_numbers, _task), SPLITS, SIZES),
+        _make_step(_task),
+        seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS),
+    )
