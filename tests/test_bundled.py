@@ -1,17 +1,18 @@
 """The checkpoints and the vocabulary that come with the package."""
 
+from helpers import random_frames
 import numpy as np
 import pytest
 import seqio
 
 from coda_jax import batches as batches_lib
-from coda_jax import bundled, checkpoints, data, runs, training
-from coda_jax.models import EncoderDecoder
-from coda_jax.tasks import images, offline, offline_images  # noqa: F401 (register tasks)
+from coda_jax import bundled, checkpoints, data, models, runs, training
+from coda_jax.tasks import images, offline, offline_images, offline_speech  # noqa: F401 (register)
 
 TEXT = {"dense": bundled.DENSE, "coda": bundled.CODA}
 IMAGES = {"dense images": bundled.DENSE_IMAGES, "coda images": bundled.CODA_IMAGES}
-FOLDERS = TEXT | IMAGES
+SPEECH = {"dense speech": bundled.DENSE_SPEECH, "coda speech": bundled.CODA_SPEECH}
+FOLDERS = TEXT | IMAGES | SPEECH
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -30,37 +31,36 @@ def test_each_for_text_has_its_vocabulary(name):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_each_loads_in_transformers(name):
+def test_each_loads_in_transformers(name, rng):
     torch = pytest.importorskip("torch", reason="the live comparison needs torch")
     transformers = pytest.importorskip("transformers", reason="and transformers")
     config, params = checkpoints.load_hf(FOLDERS[name])
-    rng = np.random.default_rng(0)
-    if name in TEXT:
-        family, argument = transformers.T5ForConditionalGeneration, "input_ids"
-        inputs = rng.integers(3, 3000, (2, 20))
-    else:
-        family, argument = transformers.Pix2StructForConditionalGeneration, "flattened_patches"
-        inputs = np.stack([images_patches(number) for number in range(2)])
-    reference = family.from_pretrained(FOLDERS[name], dtype=torch.float32).eval()
     targets = rng.integers(3, 300, (2, 5))
     decoder_inputs = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    theirs = {"decoder_input_ids": torch.tensor(decoder_inputs)}
+    if name in TEXT:
+        family = transformers.T5ForConditionalGeneration
+        inputs = rng.integers(3, 3000, (2, 20))
+        theirs["input_ids"] = torch.tensor(inputs)
+    elif name in IMAGES:
+        family = transformers.Pix2StructForConditionalGeneration
+        sheets = [offline_images.rendered_text("validation", number)[0] for number in range(2)]
+        inputs = np.stack([images.patches(sheet, 256) for sheet in sheets])
+        theirs["flattened_patches"] = torch.tensor(inputs)
+    else:
+        family = transformers.Wav2Vec2BertForCTC
+        inputs = random_frames(rng, [40, 40], 40)
+        theirs = {"input_features": torch.tensor(inputs[..., 1:])}
+    reference = family.from_pretrained(FOLDERS[name], dtype=torch.float32).eval()
     with torch.no_grad():
-        expected = reference(
-            **{argument: torch.tensor(inputs)}, decoder_input_ids=torch.tensor(decoder_inputs)
-        ).logits.numpy()
+        expected = reference(**theirs).logits.numpy()
     batch = {
         "encoder_input_tokens": inputs,
         "decoder_input_tokens": decoder_inputs,
         "decoder_target_tokens": targets,
     }
-    found = EncoderDecoder(config).logits(params, batch)
+    found = models.for_config(config).logits(params, batch)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-
-
-def images_patches(number):
-    """The patches of a printed sheet."""
-    image, _ = offline_images.rendered_text("validation", number)
-    return images.patches(image, 256).numpy()
 
 
 def exact_match(model, task, lengths, count=160):
@@ -74,7 +74,7 @@ def exact_match(model, task, lengths, count=160):
         feature_lengths=lengths,
     )
     metrics = training.evaluate(
-        EncoderDecoder(model.config), model.params, batches, training.Placement()
+        models.for_config(model.config), model.params, batches, training.Placement()
     )
     return metrics["exact_match"]
 
@@ -82,16 +82,13 @@ def exact_match(model, task, lengths, count=160):
 @pytest.mark.parametrize(
     "dense, coda, task, lengths",
     [
-        (bundled.DENSE, bundled.CODA, "stdlib_summary", {"inputs": 128, "targets": 32}),
-        (
-            bundled.DENSE_IMAGES,
-            bundled.CODA_IMAGES,
-            "rendered_text",
-            {"inputs": 256, "targets": 8},
-        ),
+        (bundled.DENSE, bundled.CODA, "stdlib_summary", (128, 32)),
+        (bundled.DENSE_IMAGES, bundled.CODA_IMAGES, "rendered_text", (256, 8)),
+        (bundled.DENSE_SPEECH, bundled.CODA_SPEECH, "spoken_digits_clean", (150, 6)),
     ],
 )
 def test_both_know_what_they_were_taught_and_a_random_one_does_not(dense, coda, task, lengths):
+    lengths = dict(zip(("inputs", "targets"), lengths, strict=True))
     loaded = runs.load_model(str(dense))
     routed = runs.load_model(str(coda), adapter_checkpoint=str(coda / "adapter"))
     random = runs.load_model(config=loaded.config)
