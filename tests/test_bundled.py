@@ -1,18 +1,16 @@
 """The checkpoints and the vocabulary that come with the package."""
 
-from helpers import random_frames
 import numpy as np
 import pytest
 import seqio
 
 from coda_jax import batches as batches_lib
 from coda_jax import bundled, checkpoints, data, models, runs, training
-from coda_jax.tasks import images, offline, offline_images, offline_speech  # noqa: F401 (register)
+from coda_jax.tasks import audio, offline, offline_speech  # noqa: F401 (register the tasks)
 
 TEXT = {"dense": bundled.DENSE, "coda": bundled.CODA}
-IMAGES = {"dense images": bundled.DENSE_IMAGES, "coda images": bundled.CODA_IMAGES}
 SPEECH = {"dense speech": bundled.DENSE_SPEECH, "coda speech": bundled.CODA_SPEECH}
-FOLDERS = TEXT | IMAGES | SPEECH
+FOLDERS = TEXT | SPEECH
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -42,14 +40,10 @@ def test_each_loads_in_transformers(name, rng):
         family = transformers.T5ForConditionalGeneration
         inputs = rng.integers(3, 3000, (2, 20))
         theirs["input_ids"] = torch.tensor(inputs)
-    elif name in IMAGES:
-        family = transformers.Pix2StructForConditionalGeneration
-        sheets = [offline_images.rendered_text("validation", number)[0] for number in range(2)]
-        inputs = np.stack([images.patches(sheet, 256) for sheet in sheets])
-        theirs["flattened_patches"] = torch.tensor(inputs)
     else:
         family = transformers.Wav2Vec2BertForCTC
-        inputs = random_frames(rng, [40, 40], 40)
+        recordings = [offline_speech.spoken_digits("spoken_digits", "test", i)[0] for i in range(2)]
+        inputs = np.stack([audio.frames(samples)[:100] for samples in recordings])
         theirs = {"input_features": torch.tensor(inputs[..., 1:])}
     reference = family.from_pretrained(FOLDERS[name], dtype=torch.float32).eval()
     with torch.no_grad():
@@ -83,7 +77,6 @@ def exact_match(model, task, lengths, count=160):
     "dense, coda, task, lengths",
     [
         (bundled.DENSE, bundled.CODA, "stdlib_summary", (128, 32)),
-        (bundled.DENSE_IMAGES, bundled.CODA_IMAGES, "rendered_text", (256, 8)),
         (bundled.DENSE_SPEECH, bundled.CODA_SPEECH, "spoken_digits_clean", (150, 6)),
     ],
 )

@@ -13,18 +13,12 @@ def text(path, weights):
     plots.routed_text(path, [("a function", tokens, weights)], "title")
 
 
-def images(path, weights):
-    """A white sheet of seven patches; two layers."""
-    sheet = np.full((16, 7 * 16, 3), 255, np.uint8)
-    plots.routed_images(path, [("a sheet", sheet, weights.reshape(2, 1, 7))], "title")
-
-
 def frames(path, weights):
     """A spectrogram of two windows to each of seven frames; two layers."""
     plots.routed_frames(path, [("a word", np.zeros((14, 80)), weights)], "title", seconds=0.02)
 
 
-DRAW = {"text": text, "images": images, "frames": frames}
+DRAW = {"text": text, "frames": frames}
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -40,5 +34,5 @@ def test_the_picture_shades_what_is_taken(name, tmp_path):
     none, one, two = colored
     if name != "frames":  # whose spectrogram has colours
         assert none == 0  # black, grey and white only
-    # Two cells of seven in the map of each layer, or as many patches of each sheet.
+    # Two cells of seven in the map of each layer.
     assert two - one > 1000 and one - none > 1000
