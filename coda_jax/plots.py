@@ -63,49 +63,6 @@ def routed_text(
     figure.savefig(path)
 
 
-def routed_frames(
-    path: str | os.PathLike,
-    examples: Sequence[tuple[str, np.ndarray, np.ndarray]],
-    title: str,
-    seconds: float,
-) -> None:
-    """Draws spectrograms, and under each which frames each layer takes, shaded by weight.
-
-    Args:
-        path: the PNG file to write.
-        examples: (heading, spectrogram [windows, bins], weights [layers, frames]) of each; 0: not
-            taken.
-        title: above the picture.
-        seconds: of a frame.
-    """
-    figure = Figure(figsize=(11, 2.2 * len(examples) + 0.8), dpi=130)
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(
-        len(examples),
-        1,
-        left=0.06,
-        right=0.985,
-        bottom=0.45 / figure.get_figheight(),
-        top=1 - 0.6 / figure.get_figheight(),
-        hspace=0.3,
-    )
-    figure.suptitle(title, fontsize=11, y=1 - 0.12 / figure.get_figheight())
-    for (heading, spectrogram, weights), place in zip(examples, grid, strict=True):
-        cells = place.subgridspec(2, 1, height_ratios=[3, 2], hspace=0.04)
-        upper, lower = (figure.add_subplot(cell) for cell in cells)
-        end = weights.shape[1] * seconds
-        upper.imshow(
-            spectrogram.T, aspect="auto", origin="lower", cmap="magma", extent=(0, end, 0, 1)
-        )
-        upper.set_title(heading, fontsize=8.5, loc="left", pad=3)
-        upper.set_ylabel("mel bin", fontsize=7)
-        upper.set_xticks([])
-        upper.set_yticks([])
-        _draw_map(lower, weights, extent=(0, end, len(weights) - 0.5, -0.5))
-    lower.set_xlabel("seconds", fontsize=7)
-    figure.savefig(path)
-
-
 def _draw_listing(axes, tokens, weights, max_lines, max_columns):
     """The text; a token's shade is the share of layers that take it."""
     share = (weights > 0).mean(axis=0)
@@ -129,18 +86,10 @@ def _draw_listing(axes, tokens, weights, max_lines, max_columns):
             line, column = (line + 1, 0) if character == "\n" else (line, column + 1)
 
 
-def _draw_map(axes, weights, extent=None):
-    """The weights, one row per layer; `extent` is matplotlib's, None to count tokens."""
+def _draw_map(axes, weights):
+    """The weights, one row per layer."""
     image = np.ma.masked_equal(weights, 0)
     axes.set_facecolor("#f2f2f2")
-    axes.imshow(
-        image,
-        aspect="auto",
-        cmap=_COLORS,
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-        extent=extent,
-    )
+    axes.imshow(image, aspect="auto", cmap=_COLORS, vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(range(len(weights)), [f"layer {i}" for i in range(len(weights))], fontsize=7)
     axes.tick_params(axis="x", labelsize=7)

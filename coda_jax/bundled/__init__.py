@@ -1,9 +1,7 @@
 """Files that come with the package: small checkpoints in Hugging Face layout and a vocabulary.
 
-`DENSE` is a T5 v1.1 pretrained on Python's standard library, `DENSE_SPEECH` a speech encoder with a
-CTC head pretrained on spoken digits. `CODA` and `CODA_SPEECH` are the same after conditional
-pretraining, their adapters and routers in the folder `adapter`. The README.md of each is a model
-card.
+`DENSE` is a T5 v1.1 pretrained on Python's standard library; `CODA` is the same after conditional
+pretraining, its adapters and routers in the folder `adapter`. Their README.md are model cards.
 """
 
 import pathlib
@@ -13,5 +11,3 @@ _FOLDER = pathlib.Path(__file__).parent
 VOCABULARY = _FOLDER / "stdlib_vocabulary"
 DENSE = _FOLDER / "stdlib_t5"
 CODA = _FOLDER / "stdlib_t5_coda"
-DENSE_SPEECH = _FOLDER / "spoken_w2v_bert"
-CODA_SPEECH = _FOLDER / "spoken_w2v_bert_coda"
