@@ -20,13 +20,10 @@ from sklearn.datasets import load_digits
 import tensorflow as tf
 
 from coda_jax import data
-from coda_jax.tasks import images, stdlib_corpus
+from coda_jax.tasks import drawn, images, stdlib_corpus
+from coda_jax.tasks.drawn import SPLITS
 
 HEIGHT, WIDTH = 128, 512
-# How many sheets there are of each split; each is drawn anew from its number whenever it is read.
-SIZES = {"train": 100_000, "validation": 500, "test": 1_000}
-SPLITS = tuple(SIZES)
-
 DIGITS = (2, 5)  # the fewest and the most digits on a sheet
 DIGIT_SIZE = (16, 32)  # pixels
 SCANS_HELD_OUT = 0.15  # of the scans, for each of validation and test
@@ -53,12 +50,6 @@ def _on_paper(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     paper, contrast, grain = rng.uniform(200, 255), rng.uniform(120, 200), rng.uniform(0, 10)
     sheet = paper - contrast * ink + grain * rng.standard_normal(ink.shape)
     return np.repeat(sheet.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def _scattered(widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns left edges for things of the widths: in their order, at random, none over another."""
-    gaps = np.sort(rng.integers(WIDTH - widths.sum() + 1, size=len(widths)))
-    return gaps + np.cumsum(widths) - widths
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,7 +81,7 @@ def digit_strip(split: str, number: int) -> Sheet:
     chosen = rng.integers(len(labels), size=rng.integers(DIGITS[0], DIGITS[1] + 1))
     sizes = rng.integers(DIGIT_SIZE[0], DIGIT_SIZE[1] + 1, size=len(chosen))
     ink = np.zeros((HEIGHT, WIDTH))
-    for scan, size, left in zip(chosen, sizes, _scattered(sizes, rng), strict=True):
+    for scan, size, left in zip(chosen, sizes, drawn.scattered(sizes, WIDTH, rng), strict=True):
         top = rng.integers(HEIGHT - size + 1)
         picture = Image.fromarray(pictures[scan].astype(np.float32))
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
@@ -133,7 +124,7 @@ def rendered_text(split: str, number: int) -> Sheet:
     draw = ImageDraw.Draw(canvas)
     boxes = np.array([draw.textbbox((0, 0), letter, font=font) for letter in text], int)
     widths, heights = boxes[:, 2:].T - boxes[:, :2].T + 2 * MARGIN
-    lefts, tops = _scattered(widths, rng), rng.integers(HEIGHT - heights + 1)
+    lefts, tops = drawn.scattered(widths, WIDTH, rng), rng.integers(HEIGHT - heights + 1)
     corners = np.stack([lefts, tops], axis=1) + MARGIN - boxes[:, :2]
     for letter, corner in zip(text, corners, strict=True):
         draw.text(tuple(corner), letter, fill=255, font=font)
@@ -162,11 +153,6 @@ def _draw_step(draw: Callable[[str, int], Sheet]) -> Callable:
     return step
 
 
-def _numbers(prepare: Callable, split: str) -> dict[str, list]:
-    prepare()  # Here, once: the threads that draw would each start it.
-    return {"split": [split] * SIZES[split], "number": list(range(SIZES[split]))}
-
-
 def inked_patches(image: tf.Tensor, count: int | tf.Tensor, patch_size: int = 16) -> tf.Tensor:
     """The patches of a sheet with the most contrast; the others are left out.
 
@@ -191,7 +177,7 @@ for _name, _draw, _prepare, _cut in (
 ):
     images.add_task(
         _name,
-        data.MemorySource(functools.partial(_numbers, _prepare), SPLITS, SIZES),
+        drawn.source(lambda split, prepare=_prepare: prepare()),
         _draw_step(_draw),
         seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS),
         cut=_cut,

@@ -27,11 +27,8 @@ import seqio
 import tensorflow as tf
 
 from coda_jax import data
-from coda_jax.tasks import audio, speech, voices
-
-# How many recordings there are of each split; each is made anew from its number when it is read.
-SIZES = {"train": 100_000, "validation": 500, "test": 1_000}
-SPLITS = tuple(SIZES)
+from coda_jax.tasks import audio, drawn, speech, voices
+from coda_jax.tasks.drawn import SPLITS
 
 PITCHES = (0.7, 0.85, 1.0, 1.2, 1.4)
 PITCHES_HELD_OUT = (0.77, 0.92, 1.1, 1.3)
@@ -120,11 +117,10 @@ def spoken_digits(task: str, split: str, number: int) -> tuple[np.ndarray, str]:
     spoken = [played(clips[digit], tempo) for digit in digits]
     lengths = np.array([len(clip) for clip in spoken])
     total = round(recipe.seconds * audio.SAMPLE_RATE)
-    # The free time is shared out at random over the gaps, so that no two digits overlap.
-    gaps = np.sort(rng.integers(total - lengths.sum() + 1, size=len(digits)))
+    starts = drawn.scattered(lengths, total, rng)
     level = 10 ** (-rng.uniform(*recipe.decibels) / 20)
     samples = level * noise(rng, total, rng.uniform(*NOISE_COLOUR))
-    for clip, start in zip(spoken, gaps + np.cumsum(lengths) - lengths, strict=True):
+    for clip, start in zip(spoken, starts, strict=True):
         samples[start : start + len(clip)] += clip
     return samples * (PEAK / np.abs(samples).max()), " ".join(map(str, digits))
 
@@ -146,16 +142,14 @@ def _make_step(task: str) -> Callable:
     return step
 
 
-def _numbers(task: str, split: str) -> dict[str, list]:
-    # Here, once: the threads that make recordings would each start it.
+def _prepare(task: str, split: str) -> None:
     voices.recordings(RECIPES[task][split].speakers)
-    return {"split": [split] * SIZES[split], "number": list(range(SIZES[split]))}
 
 
 for _task in RECIPES:
     speech.add_task(
         _task,
-        data.MemorySource(functools.partial(_numbers, _task), SPLITS, SIZES),
+        drawn.source(functools.partial(_prepare, _task)),
         _make_step(_task),
         seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS),
     )

@@ -1,0 +1,32 @@
+"""What the tasks share whose examples are made anew from their number whenever they are read."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from coda_jax import data
+
+SIZES = {"train": 100_000, "validation": 500, "test": 1_000}  # examples of each split
+SPLITS = tuple(SIZES)
+
+
+def source(prepare: Callable[[str], object]) -> data.MemorySource:
+    """Returns the seqio source of {"split", "number"} of every example.
+
+    Args:
+      prepare: called with the split before the threads that make examples start, for what each of
+        them would otherwise do.
+    """
+
+    def numbers(split: str) -> dict[str, list]:
+        prepare(split)
+        return {"split": [split] * SIZES[split], "number": list(range(SIZES[split]))}
+
+    return data.MemorySource(numbers, SPLITS, SIZES)
+
+
+def scattered(lengths: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns where things of the lengths start: in their order, at random, none over another."""
+    # The free length is shared out at random over the gaps.
+    gaps = np.sort(rng.integers(total - lengths.sum() + 1, size=len(lengths)))
+    return gaps + np.cumsum(lengths) - lengths
