@@ -4,17 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-t5x lint format clean
+DEMOS := demo demo-vision demo-speech
+
+.PHONY: $(DEMOS) test test-t5x lint format clean
 
 # By default glibc returns large buffers to the kernel after each step and asks for them in the next.
 # Two devices of one CPU share a batch better than two threads share each of its small products.
-demo: export MALLOC_MMAP_MAX_ := 0
-demo: export MALLOC_TRIM_THRESHOLD_ := 1000000000000
-demo: export MALLOC_TOP_PAD_ := 268435456
-demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
-demo: export XLA_FLAGS := --xla_force_host_platform_device_count=2
+$(DEMOS): export MALLOC_MMAP_MAX_ := 0
+$(DEMOS): export MALLOC_TRIM_THRESHOLD_ := 1000000000000
+$(DEMOS): export MALLOC_TOP_PAD_ := 268435456
+$(DEMOS): export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+$(DEMOS): export XLA_FLAGS := --xla_force_host_platform_device_count=2
 demo: $(INSTALLED)
 	$(BIN)/python -m coda_jax.demos.text
+
+demo-vision: $(INSTALLED)
+	$(BIN)/python -m coda_jax.demos.images
+
+demo-speech: $(INSTALLED)
+	$(BIN)/python -m coda_jax.demos.speech
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import numpy as np
+import seqio
+import tensorflow as tf
 
 from coda_jax import data
 
@@ -23,6 +25,32 @@ def source(prepare: Callable[[str], object]) -> data.MemorySource:
         return {"split": [split] * SIZES[split], "number": list(range(SIZES[split]))}
 
     return data.MemorySource(numbers, SPLITS, SIZES)
+
+
+def step(
+    make: Callable[[str, int], tuple[np.ndarray, str]],
+    dtype: tf.DType,
+    feature: Callable[[tf.Tensor], dict[str, tf.Tensor]],
+) -> Callable:
+    """Returns the seqio preprocessor that makes the examples whose split and number it gets.
+
+    Args:
+      make: (split, number) -> an array and the text of the targets.
+      dtype: of the array.
+      feature: the array as a feature of the example, by its name.
+    """
+
+    def make_bytes(split, number):
+        array, text = make(split.decode(), int(number))
+        return array, text.encode()
+
+    @seqio.map_over_dataset
+    def made(example):
+        arguments = [example["split"], example["number"]]
+        array, text = tf.numpy_function(make_bytes, arguments, (dtype, tf.string))
+        return {**feature(array), "targets": tf.ensure_shape(text, [])}
+
+    return made
 
 
 def scattered(lengths: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,7 +7,6 @@ Sheets have 256 patches of 16 pixels, nearly all of them empty; in `rendered_tex
 with, only those with the most contrast are left.
 """
 
-from collections.abc import Callable
 import functools
 import os
 import re
@@ -32,7 +31,9 @@ FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif",
     "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
 )  # fmt: skip
-FONT_SIZE = (20, 32)  # pixels
+FONT_SIZE = (22, 44)  # pixels
+TILT = 15.0  # degrees, the most
+COARSENESS = 3.0  # pixels, the most, of a scan that is then enlarged; the digits' are 2 to 4
 MARGIN = 2  # pixels around a letter
 NUMBER_RATE = 0.7  # how many of the texts are numbers
 TEXT_LENGTH = 6  # letters or digits, the most; few are likelier, which are learned first
@@ -110,6 +111,9 @@ def _text(split: str, rng: np.random.Generator) -> str:
 def rendered_text(split: str, number: int) -> Sheet:
     """Prints the first letters of a word, or a number, each letter and digit at a place of its own.
 
+    Each has a font of its own, is tilted a little and as blurred as a coarse scan, which is what
+    the digits of `digit_strip` are.
+
     Args:
       split: one of `SPLITS`; its words are in no other.
       number: of the sheet; the same number gives the same sheet.
@@ -119,38 +123,32 @@ def rendered_text(split: str, number: int) -> Sheet:
     """
     rng = _generator(split, number, task=1)
     text = _text(split, rng)
+    letters = [_letter(letter, rng) for letter in text]
+    ink = np.zeros((HEIGHT, WIDTH))
+    lefts = drawn.scattered(np.array([letter.shape[1] for letter in letters]), WIDTH, rng)
+    for letter, left in zip(letters, lefts, strict=True):
+        height, width = letter.shape
+        top = rng.integers(HEIGHT - height + 1)
+        ink[top : top + height, left : left + width] = letter
+    return _on_paper(ink, rng), text
+
+
+def _letter(letter: str, rng: np.random.Generator) -> np.ndarray:
+    """The ink [height, width] of 0 to 1 of a letter in some font, tilted, scanned and enlarged."""
     font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(FONT_SIZE[0], FONT_SIZE[1] + 1)))
-    canvas = Image.new("L", (WIDTH, HEIGHT), 0)
-    draw = ImageDraw.Draw(canvas)
-    boxes = np.array([draw.textbbox((0, 0), letter, font=font) for letter in text], int)
-    widths, heights = boxes[:, 2:].T - boxes[:, :2].T + 2 * MARGIN
-    lefts, tops = drawn.scattered(widths, WIDTH, rng), rng.integers(HEIGHT - heights + 1)
-    corners = np.stack([lefts, tops], axis=1) + MARGIN - boxes[:, :2]
-    for letter, corner in zip(text, corners, strict=True):
-        draw.text(tuple(corner), letter, fill=255, font=font)
-    return _on_paper(np.asarray(canvas) / 255, rng), text
+    left, top, right, bottom = font.getbbox(letter)
+    canvas = Image.new("L", (right - left + 2 * MARGIN, bottom - top + 2 * MARGIN))
+    ImageDraw.Draw(canvas).text((MARGIN - left, MARGIN - top), letter, fill=255, font=font)
+    canvas = canvas.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BICUBIC, expand=True)
+    pixels = rng.uniform(1, COARSENESS)
+    scan = canvas.resize([round(side / pixels) for side in canvas.size], Image.Resampling.BOX)
+    return np.asarray(scan.resize(canvas.size, Image.Resampling.BICUBIC)) / 255
 
 
 @functools.cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     folder = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
     return ImageFont.truetype(os.path.join(folder, f"{name}.ttf"), size)
-
-
-def _draw_step(draw: Callable[[str, int], Sheet]) -> Callable:
-    """Returns the seqio preprocessor that draws the sheets whose split and number it gets."""
-
-    def draw_bytes(split, number):
-        image, text = draw(split.decode(), int(number))
-        return image, text.encode()
-
-    @seqio.map_over_dataset
-    def step(example):
-        arguments = [example["split"], example["number"]]
-        image, text = tf.numpy_function(draw_bytes, arguments, (tf.uint8, tf.string))
-        return {"image": image, "targets": tf.ensure_shape(text, [])}
-
-    return step
 
 
 def inked_patches(image: tf.Tensor, count: int | tf.Tensor, patch_size: int = 16) -> tf.Tensor:
@@ -178,7 +176,7 @@ for _name, _draw, _prepare, _cut in (
     images.add_task(
         _name,
         drawn.source(lambda split, prepare=_prepare: prepare()),
-        _draw_step(_draw),
+        drawn.step(_draw, tf.uint8, lambda image: {"image": image}),
         seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS),
         cut=_cut,
     )

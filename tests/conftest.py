@@ -1,12 +1,23 @@
 """What all tests share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read when JAX starts. The models are tiny, so tests spend their time compiling: the first flag
 # halves it. The second gives the trainer two devices to share a batch.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
 )
+# What one test compiles serves all others, in whichever process they run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="coda_jax_programs_"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import numpy as np

@@ -1,13 +1,10 @@
 """Timing in turns, and the pictures."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from coda_jax import benchmark, plots
+from coda_jax import benchmark
 
 
 def test_functions_take_turns():
@@ -35,19 +32,3 @@ def test_flops_of_a_matrix_product():
 def test_no_rounds_are_refused():
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         benchmark.time_interleaved({}, rounds=0)
-
-
-def test_the_picture_shades_what_is_taken(tmp_path):
-    from matplotlib import image
-
-    tokens = ["def f(x):", "\n", "    ", "return ", "$x$", "\n", ""]
-    pictures = []
-    for taken in ([0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 0]):
-        weights = np.array([taken, taken], np.float32)
-        plots.routed_text(tmp_path / "routing.png", [("a function", tokens, weights)], "title")
-        pictures.append(image.imread(tmp_path / "routing.png")[..., :3])
-    colored = [(np.ptp(picture, axis=-1) > 0.3).sum() for picture in pictures]
-    assert colored[0] == 0  # black, grey and white only
-    # Eleven characters of the listing and two columns of seven in the map.
-    assert colored[1] > 2000
-    assert all(itertools.starmap(np.array_equal, [(p.shape, pictures[0].shape) for p in pictures]))

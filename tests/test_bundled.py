@@ -5,72 +5,115 @@ import pytest
 import seqio
 
 from coda_jax import batches as batches_lib
-from coda_jax import bundled, checkpoints, data, runs, training
-from coda_jax.models import EncoderDecoder
-from coda_jax.tasks import offline  # noqa: F401 (registers the tasks)
+from coda_jax import bundled, checkpoints, data, models, runs, training
+from coda_jax.tasks import (  # noqa: F401 (offline registers tasks)
+    audio,
+    images,
+    offline,
+    offline_images,
+    offline_speech,
+)
 
-FOLDERS = {"dense": bundled.DENSE, "coda": bundled.CODA}
+TEXT = {"dense": bundled.DENSE, "coda": bundled.CODA}
+IMAGES = {"dense images": bundled.DENSE_IMAGES, "coda images": bundled.CODA_IMAGES}
+SPEECH = {"dense speech": bundled.DENSE_SPEECH, "coda speech": bundled.CODA_SPEECH}
+FOLDERS = TEXT | IMAGES | SPEECH
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_each_is_small_has_its_vocabulary_and_a_card(name):
+def test_each_is_small_and_has_a_card(name):
     folder = FOLDERS[name]
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 10e6
-    vocabulary = (bundled.VOCABULARY / "spiece.model").read_bytes()
-    assert (folder / "spiece.model").read_bytes() == vocabulary
     card = (folder / "README.md").read_text()
     for word in ("Data", "Steps", "Final loss", "Command", "Licence"):
         assert word in card
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_each_loads_in_transformers(name):
+@pytest.mark.parametrize("name", TEXT)
+def test_each_for_text_has_its_vocabulary(name):
+    vocabulary = (bundled.VOCABULARY / "spiece.model").read_bytes()
+    assert (TEXT[name] / "spiece.model").read_bytes() == vocabulary
+
+
+def text_inputs(rng):
+    inputs = rng.integers(3, 3000, (2, 20))
+    return "T5ForConditionalGeneration", inputs, {"input_ids": inputs}
+
+
+def image_inputs(rng):
+    sheets = [offline_images.rendered_text("validation", i)[0] for i in range(2)]
+    inputs = np.stack([images.patches(sheet, 256).numpy() for sheet in sheets])
+    return "Pix2StructForConditionalGeneration", inputs, {"flattened_patches": inputs}
+
+
+def speech_inputs(rng):
+    recordings = [offline_speech.spoken_digits("spoken_digits", "test", i)[0] for i in range(2)]
+    inputs = np.stack([audio.frames(samples)[:100] for samples in recordings])
+    return "Wav2Vec2BertForCTC", inputs, {"input_features": inputs[..., 1:]}
+
+
+@pytest.mark.parametrize(
+    "name, make_inputs",
+    [
+        *((name, text_inputs) for name in TEXT),
+        *((name, image_inputs) for name in IMAGES),
+        *((name, speech_inputs) for name in SPEECH),
+    ],
+)
+def test_each_loads_in_transformers(name, make_inputs, rng):
     torch = pytest.importorskip("torch", reason="the live comparison needs torch")
     transformers = pytest.importorskip("transformers", reason="and transformers")
     config, params = checkpoints.load_hf(FOLDERS[name])
-    reference = transformers.T5ForConditionalGeneration.from_pretrained(
-        FOLDERS[name], dtype=torch.float32
-    ).eval()
-    rng = np.random.default_rng(0)
-    inputs, targets = rng.integers(3, 3000, (2, 20)), rng.integers(3, 3000, (2, 5))
+    family, inputs, theirs = make_inputs(rng)
+    targets = rng.integers(3, 300, (2, 5))
     decoder_inputs = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    if name not in SPEECH:
+        theirs["decoder_input_ids"] = decoder_inputs
+    reference = getattr(transformers, family).from_pretrained(FOLDERS[name], dtype=torch.float32)
     with torch.no_grad():
-        expected = reference(
-            input_ids=torch.tensor(inputs), decoder_input_ids=torch.tensor(decoder_inputs)
-        ).logits.numpy()
+        theirs = {name: torch.tensor(values) for name, values in theirs.items()}
+        expected = reference.eval()(**theirs).logits.numpy()
     batch = {
         "encoder_input_tokens": inputs,
         "decoder_input_tokens": decoder_inputs,
         "decoder_target_tokens": targets,
     }
-    found = EncoderDecoder(config).logits(params, batch)
+    found = models.for_config(config).logits(params, batch)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def exact_match(model):
-    """Of 160 validation examples of a pretraining task: whose file is this function from?"""
-    lengths = {"inputs": 128, "targets": 32}
+def exact_match(model, task, lengths, count=96):
+    """Of validation examples of a pretraining task, how many are answered without a mistake."""
     examples = data.seqio_examples(
-        "stdlib_summary", "validation", feature_lengths=lengths, seed=0, shuffle=True, num_epochs=1
+        task, "validation", feature_lengths=lengths, seed=0, shuffle=True, num_epochs=1
     )
     batches = batches_lib.batch_examples(
-        (example for _, example in zip(range(160), examples, strict=False)),
+        (example for _, example in zip(range(count), examples, strict=False)),
         batch_size=32,
         feature_lengths=lengths,
     )
     metrics = training.evaluate(
-        EncoderDecoder(model.config), model.params, batches, training.Placement()
+        models.for_config(model.config), model.params, batches, training.Placement()
     )
     return metrics["exact_match"]
 
 
-def test_both_know_what_they_were_taught_and_a_random_one_does_not():
-    dense = runs.load_model(str(bundled.DENSE))
-    coda = runs.load_model(str(bundled.CODA), adapter_checkpoint=str(bundled.CODA / "adapter"))
-    random = runs.load_model(config=dense.config)
-    assert exact_match(dense) > 0.5
-    assert exact_match(coda) > 0.5
-    assert exact_match(random) == 0
+@pytest.mark.parametrize(
+    "dense, coda, task, lengths",
+    [
+        (bundled.DENSE, bundled.CODA, "stdlib_summary", (128, 32)),
+        (bundled.DENSE_IMAGES, bundled.CODA_IMAGES, "rendered_text", (256, 8)),
+        (bundled.DENSE_SPEECH, bundled.CODA_SPEECH, "spoken_digits_clean", (200, 6)),
+    ],
+)
+def test_both_know_what_they_were_taught_and_a_random_one_does_not(dense, coda, task, lengths):
+    lengths = dict(zip(("inputs", "targets"), lengths, strict=True))
+    loaded = runs.load_model(str(dense))
+    routed = runs.load_model(str(coda), adapter_checkpoint=str(coda / "adapter"))
+    random = runs.load_model(config=loaded.config)
+    assert exact_match(loaded, task, lengths) > 0.5
+    assert exact_match(routed, task, lengths) > 0.5
+    assert exact_match(random, task, lengths) == 0
 
 
 def test_the_vocabulary_has_as_many_ids_as_the_checkpoints():

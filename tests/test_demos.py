@@ -5,9 +5,9 @@ import json
 import pytest
 
 from coda_jax import params as params_lib
-from coda_jax.demos import comparison, text
+from coda_jax.demos import comparison, images, speech, text
 
-DEMOS = {"text": text.DEMO}
+DEMOS = {"text": text.DEMO, "images": images.DEMO, "speech": speech.DEMO}
 
 
 @pytest.mark.parametrize("name", DEMOS)
@@ -18,7 +18,7 @@ def test_methods_train_adapters_only(name, random_base):
     assert list(models) == ["parallel adapter", *(f"CoDA r = {r}" for r in demo.reductions)]
     for model, r in zip(models.values(), (None, *demo.reductions), strict=True):
         trained, _ = params_lib.partition(model.params, "adapters")
-        assert params_lib.count(trained) < 0.07 * params_lib.count(model.params)
+        assert params_lib.count(trained) < 0.1 * params_lib.count(model.params)  # tiny models
         assert (model.config.coda and model.config.coda.reduction) == r
         assert (model.directory is None) == random_base
 

@@ -1,0 +1,65 @@
+"""`make demo-vision`: which handwritten digits are on this sheet?
+
+`python -m coda_jax.demos.images` adapts the bundled Pix2Struct, which was pretrained on printed
+words, to `digit_strips` with the parallel adapter and with CoDA at r = 4 and 8, and writes
+report.json, report.md and routing.png.
+"""
+
+import pathlib
+
+import numpy as np
+
+from coda_jax import bundled, data, plots, runs
+from coda_jax.demos import comparison
+from coda_jax.models import EncoderDecoder
+from coda_jax.tasks import images, offline_images
+
+TASK = "digit_strips"
+LENGTHS = {"inputs": 256, "targets": 8}  # 256 patches are a whole sheet in full resolution
+
+
+def timed_inputs(length: int) -> np.ndarray:
+    """Held-out sheets, scaled to the timed number of patches."""
+    heldout = comparison.heldout(TASK, {**LENGTHS, "inputs": length}, comparison.TIMED_BATCH)
+    return np.stack([example["inputs"] for example in heldout])
+
+
+def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 4) -> None:
+    """The picture of the patches that each layer takes, on held-out sheets."""
+    vocabulary = data.task_vocabulary(TASK)
+    answer = EncoderDecoder(model.config)
+    examples = []
+    for number in range(count):
+        image, right = offline_images.digit_strip("test", number)
+        inputs = np.asarray(images.patches(image, LENGTHS["inputs"]))[None]
+        weights = np.asarray(answer.routing(model.params, inputs))[:, 0]
+        predicted = answer.predict(model.params, inputs, max_decode_length=LENGTHS["targets"])
+        found = vocabulary.decode(predicted[0].tolist())
+        grid = inputs[0, -1, :2].astype(int)  # the last patch's row and column, from 1
+        examples.append((f"{right}; answer: {found}", image, weights.reshape(-1, *grid)))
+    plots.routed_images(
+        path,
+        examples,
+        f"Patches that the encoder's layers work on, r = {model.config.coda.reduction} "
+        "(the rest is dimmed)",
+    )
+
+
+DEMO = comparison.Demo(
+    task=TASK,
+    feature_lengths=LENGTHS,
+    train_data=runs.Data(LENGTHS, TASK, batch_size=16),
+    steps=800,
+    learning_rate=1e-2,
+    coda_learning_rate=1e-2,
+    dense=bundled.DENSE_IMAGES,
+    coda=bundled.CODA_IMAGES,
+    reductions=(4, 8),
+    timed_inputs=timed_inputs,
+    timed_lengths=(256, 1024),
+    draw=draw,
+)
+
+
+if __name__ == "__main__":
+    comparison.main(DEMO, "build/demo-vision")
