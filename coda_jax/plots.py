@@ -78,7 +78,7 @@ def routed_images(
     """
     num_layers = len(examples[0][2])
     width = 3.6
-    heights = [width * image.shape[0] / image.shape[1] + 0.3 for _, image, _ in examples]
+    heights = [width * image.shape[0] / image.shape[1] + 0.4 for _, image, _ in examples]
     figure = Figure(figsize=(num_layers * width + 0.4, sum(heights) + 0.6), dpi=130)
     FigureCanvasAgg(figure)
     panels = figure.subplots(
@@ -90,7 +90,7 @@ def routed_images(
         bottom=0.01,
         top=1 - 0.7 / figure.get_figheight(),
         wspace=0.03,
-        hspace=0.15,
+        hspace=0.3,
     )
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / figure.get_figheight())
     for row, (heading, image, weights) in zip(panels, examples, strict=True):

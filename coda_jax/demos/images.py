@@ -1,7 +1,7 @@
 """`make demo-vision`: which handwritten digits are on this sheet?
 
 `python -m coda_jax.demos.images` adapts the bundled Pix2Struct, which was pretrained on printed
-words, to `digit_strips` with the parallel adapter and with CoDA at r = 4 and 8, and writes
+letters, to `digit_strips` with the parallel adapter and with CoDA at r = 4 and 8, and writes
 report.json, report.md and routing.png.
 """
 
@@ -49,9 +49,9 @@ DEMO = comparison.Demo(
     task=TASK,
     feature_lengths=LENGTHS,
     train_data=runs.Data(LENGTHS, TASK, batch_size=16),
-    steps=800,
-    learning_rate=1e-2,
-    coda_learning_rate=1e-2,
+    steps=700,
+    learning_rate=2e-2,
+    coda_learning_rate=2e-2,
     dense=bundled.DENSE_IMAGES,
     coda=bundled.CODA_IMAGES,
     reductions=(4, 8),

@@ -1,7 +1,7 @@
 """`make demo-speech`: which digits are spoken in this noise?
 
 `python -m coda_jax.demos.speech` adapts the bundled speech encoder, which was pretrained on digits
-of three voices with hardly any noise, to `spoken_digits`, more voices in noise, with the parallel
+of four voices with little noise, to `spoken_digits`, more voices in noise, with the parallel
 adapter and with CoDA at r = 2 and 4, and writes report.json, report.md and routing.png. The voice
 of the held-out recordings is in no training.
 """
@@ -50,9 +50,9 @@ DEMO = comparison.Demo(
     task=TASK,
     feature_lengths=LENGTHS,
     train_data=runs.Data(LENGTHS, TASK, batch_size=8),
-    steps=600,
+    steps=400,
     learning_rate=1e-2,
-    coda_learning_rate=1e-2,
+    coda_learning_rate=4e-3,
     dense=bundled.DENSE_SPEECH,
     coda=bundled.CODA_SPEECH,
     reductions=(2, 4),
