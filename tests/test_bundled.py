@@ -82,7 +82,7 @@ def test_each_loads_in_transformers(name, make_inputs, rng):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def exact_match(model, task, lengths, count=96):
+def exact_match(model, task, lengths, count=32):
     """Of validation examples of a pretraining task, how many are answered without a mistake."""
     examples = data.seqio_examples(
         task, "validation", feature_lengths=lengths, seed=0, shuffle=True, num_epochs=1
