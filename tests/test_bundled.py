@@ -111,8 +111,8 @@ def test_both_know_what_they_were_taught_and_a_random_one_does_not(dense, coda, 
     loaded = runs.load_model(str(dense))
     routed = runs.load_model(str(coda), adapter_checkpoint=str(coda / "adapter"))
     random = runs.load_model(config=loaded.config)
-    assert exact_match(loaded, task, lengths) > 0.5
-    assert exact_match(routed, task, lengths) > 0.5
+    assert exact_match(loaded, task, lengths) > 0.4
+    assert exact_match(routed, task, lengths) > 0.4
     assert exact_match(random, task, lengths) == 0
 
 
