@@ -53,6 +53,17 @@ def _on_paper(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.repeat(sheet.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
+def _placed(pieces: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """The ink [HEIGHT, WIDTH] of pieces [height, width] from left to right, at any height."""
+    ink = np.zeros((HEIGHT, WIDTH))
+    lefts = drawn.scattered(np.array([piece.shape[1] for piece in pieces]), WIDTH, rng)
+    for piece, left in zip(pieces, lefts, strict=True):
+        height, width = piece.shape
+        top = rng.integers(HEIGHT - height + 1)
+        ink[top : top + height, left : left + width] = piece
+    return ink
+
+
 @functools.lru_cache(maxsize=1)
 def scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns scikit-learn's scans of digits by split: [n, 8, 8] of 0 to 1 and their labels [n].
@@ -81,13 +92,12 @@ def digit_strip(split: str, number: int) -> Sheet:
     pictures, labels = scans()[split]
     chosen = rng.integers(len(labels), size=rng.integers(DIGITS[0], DIGITS[1] + 1))
     sizes = rng.integers(DIGIT_SIZE[0], DIGIT_SIZE[1] + 1, size=len(chosen))
-    ink = np.zeros((HEIGHT, WIDTH))
-    for scan, size, left in zip(chosen, sizes, drawn.scattered(sizes, WIDTH, rng), strict=True):
-        top = rng.integers(HEIGHT - size + 1)
-        picture = Image.fromarray(pictures[scan].astype(np.float32))
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-        ink[top : top + size, left : left + size] = np.clip(picture, 0, 1)
-    return _on_paper(ink, rng), "".join(map(str, labels[chosen]))
+    scanned = [Image.fromarray(pictures[scan].astype(np.float32)) for scan in chosen]
+    enlarged = [
+        np.clip(scan.resize((size, size), Image.Resampling.BICUBIC), 0, 1)
+        for scan, size in zip(scanned, sizes, strict=True)
+    ]
+    return _on_paper(_placed(enlarged, rng), rng), "".join(map(str, labels[chosen]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -124,13 +134,7 @@ def rendered_text(split: str, number: int) -> Sheet:
     rng = _generator(split, number, task=1)
     text = _text(split, rng)
     letters = [_letter(letter, rng) for letter in text]
-    ink = np.zeros((HEIGHT, WIDTH))
-    lefts = drawn.scattered(np.array([letter.shape[1] for letter in letters]), WIDTH, rng)
-    for letter, left in zip(letters, lefts, strict=True):
-        height, width = letter.shape
-        top = rng.integers(HEIGHT - height + 1)
-        ink[top : top + height, left : left + width] = letter
-    return _on_paper(ink, rng), text
+    return _on_paper(_placed(letters, rng), rng), text
 
 
 def _letter(letter: str, rng: np.random.Generator) -> np.ndarray:
