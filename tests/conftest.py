@@ -6,9 +6,11 @@ import shutil
 import tempfile
 
 # Read when JAX starts. The models are tiny, so tests spend their time compiling: the first flag
-# halves it. The second gives the trainer two devices to share a batch.
+# halves it, the second again. The third gives the trainer two devices to share a batch.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_force_host_platform_device_count=2",
 )
 # What one test compiles serves all others, in whichever process they run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -24,6 +26,13 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """What a file compiled does not fill the memory while the others run."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

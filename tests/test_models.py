@@ -1,5 +1,7 @@
 """The loss and the counts of a model."""
 
+import functools
+
 from helpers import config, logits, random_params, random_tokens, shift_right
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ def expected(params, batch):
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_loss_is_the_weighted_cross_entropy(batch, z_loss):
     params = random_params(CONFIG)
-    loss, sums = EncoderDecoder(CONFIG, z_loss).loss(params, batch)
+    loss, sums = jax.jit(EncoderDecoder(CONFIG, z_loss).loss)(params, batch)
     found, log_probs = expected(params, batch)
     total = 0.0
     for row, column in zip(*np.nonzero(batch["decoder_loss_weights"]), strict=True):
@@ -48,16 +50,15 @@ def test_exact_counts_rows_whose_every_token_is_the_most_probable(batch):
     params = random_params(CONFIG)
     model = EncoderDecoder(CONFIG)
     # Give the model's own greedy answers as targets of the first row: only that one is exact.
-    answer = np.asarray(
-        model.predict(params, batch["encoder_input_tokens"][:1], max_decode_length=4)
-    )
+    predict = jax.jit(functools.partial(model.predict, max_decode_length=4))
+    answer = np.asarray(predict(params, batch["encoder_input_tokens"][:1]))
     targets = batch["decoder_target_tokens"].copy()
     targets[0] = answer[0]
     batch |= {"decoder_target_tokens": targets, "decoder_input_tokens": shift_right(targets)}
     batch["decoder_loss_weights"] = (targets > 0).astype(np.int32)
     _, log_probs = expected(params, batch)
     right = (log_probs.argmax(-1) == targets) & (targets > 0)
-    _, sums = model.loss(params, batch)
+    _, sums = jax.jit(model.loss)(params, batch)
     assert sums.correct == right.sum()
     assert sums.exact == sum(right[i].sum() == (targets[i] > 0).sum() > 0 for i in range(3))
     assert sums.exact >= 1
@@ -65,7 +66,8 @@ def test_exact_counts_rows_whose_every_token_is_the_most_probable(batch):
 
 def test_routing_has_the_weights_of_the_tokens_that_a_layer_takes(batch):
     params = random_params(CONFIG)
-    weights = np.asarray(EncoderDecoder(CONFIG).routing(params, batch["encoder_input_tokens"]))
+    routing = jax.jit(EncoderDecoder(CONFIG).routing)
+    weights = np.asarray(routing(params, batch["encoder_input_tokens"]))
     assert weights.shape == (2, 3, 8)
     np.testing.assert_array_equal((weights > 0).sum(-1), [[4, 3, 0]] * 2)
     assert (weights[:, batch["encoder_input_tokens"] == 0] == 0).all()
@@ -76,6 +78,7 @@ def test_routing_has_the_weights_of_the_tokens_that_a_layer_takes(batch):
 
 def test_dropout_needs_an_rng_and_changes_the_loss(batch):
     model, params = EncoderDecoder(config(dropout_rate=0.5)), random_params(config())
-    losses = [model.loss(params, batch, rng)[0] for rng in (None, jax.random.key(0))]
+    loss = jax.jit(model.loss)
+    losses = [loss(params, batch, rng)[0] for rng in (None, jax.random.key(0))]
     assert jnp.isfinite(jnp.array(losses)).all()
     assert losses[0] != losses[1]

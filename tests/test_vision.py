@@ -121,7 +121,7 @@ def test_packed_batches_have_the_loss_of_single_rows(rng):
         (batch,) = batches.batch_examples(
             examples, batch_size=rows, feature_lengths=lengths, pack=pack
         )
-        losses.append(EncoderDecoder(cfg).loss(random_params(cfg), batch)[1])
+        losses.append(jax.jit(EncoderDecoder(cfg).loss)(random_params(cfg), batch)[1])
     np.testing.assert_allclose(losses[0].loss, losses[1].loss, rtol=1e-5)
     assert losses[0].examples == losses[1].examples == 3
 
@@ -236,7 +236,7 @@ def test_cached_decoding_gives_the_tokens_of_the_uncached_network(name, rng):
 def test_routing_has_the_weights_of_the_patches_that_a_layer_takes(rng):
     patches = random_patches(rng, SIZES, 13)
     cfg = config({"reduction": (1, 3)})
-    weights = np.asarray(EncoderDecoder(cfg).routing(random_params(cfg), patches))
+    weights = np.asarray(jax.jit(EncoderDecoder(cfg).routing)(random_params(cfg), patches))
     np.testing.assert_array_equal(weights[0], is_patch(patches))
     assert (weights[1] > 0).sum(-1).tolist() == [4, 1, 2, 0, 1]
     assert (weights[:, ~is_patch(patches)] == 0).all()
