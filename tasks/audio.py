@@ -114,7 +114,8 @@ def features(samples: tf.Tensor) -> tf.Tensor:
     windows -= tf.reduce_mean(windows, axis=1, keepdims=True)
     before = tf.concat([windows[:, :1], windows[:, :-1]], axis=1)
     windows = (windows - _PREEMPHASIS * before) * np.hanning(WINDOW) ** 0.85
-    power = tf.square(tf.abs(tf.signal.rfft(windows, [FFT])))
+    spectrum = tf.signal.rfft(windows, [FFT])
+    power = tf.square(tf.math.real(spectrum)) + tf.square(tf.math.imag(spectrum))
     bins = tf.math.log(tf.maximum(power @ mel_filters(), _MEL_FLOOR))
     bins -= tf.reduce_mean(bins, axis=0, keepdims=True)
     freedom = tf.cast(tf.shape(bins)[0] - 1, tf.float64)

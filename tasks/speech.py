@@ -82,11 +82,13 @@ class Spec:
       source: directory or None -> the records.
       step: seqio preprocessor from records to "inputs", frames, and "targets", text.
       reads_directory: whether the records lie in a directory of the user's.
+      shuffle_buffer_size: of `add_task`.
     """
 
     source: Callable[[str | None], seqio.DataSource]
     step: Callable
     reads_directory: bool = False
+    shuffle_buffer_size: int = 1
 
 
 def _tfds(directory, splits):
@@ -100,7 +102,9 @@ def _folder(directory):
 
 SPECS = {
     **{
-        f"librispeech_{name}": Spec(functools.partial(_tfds, splits=splits), from_librispeech)
+        f"librispeech_{name}": Spec(
+            functools.partial(_tfds, splits=splits), from_librispeech, shuffle_buffer_size=1000
+        )
         for name, splits in LIBRISPEECH_SPLITS.items()
     },
     "audio_folder": Spec(_folder, audio.load_audio(), reads_directory=True),
@@ -131,12 +135,22 @@ def task(name: str, vocabulary: str, directory: str | None = None) -> str:
     arguments = repr((name, vocabulary, directory))
     registered = f"{name}_{hashlib.sha256(arguments.encode()).hexdigest()[:12]}"
     if registered not in seqio.TaskRegistry.names():
-        add_task(registered, spec.source(directory), spec.step, data.load_vocabulary(vocabulary))
+        add_task(
+            registered,
+            spec.source(directory),
+            spec.step,
+            data.load_vocabulary(vocabulary),
+            spec.shuffle_buffer_size,
+        )
     return registered
 
 
 def add_task(
-    name: str, source: seqio.DataSource, step: Callable, vocabulary: seqio.Vocabulary
+    name: str,
+    source: seqio.DataSource,
+    step: Callable,
+    vocabulary: seqio.Vocabulary,
+    shuffle_buffer_size: int = 1,
 ) -> seqio.Task:
     """Registers a task from frames to transcripts, judged by word and character error rates.
 
@@ -145,6 +159,8 @@ def add_task(
       source: of the records.
       step: seqio preprocessor from records to "inputs", [N, 161] frames, and "targets", text.
       vocabulary: of the targets.
+      shuffle_buffer_size: how many examples, frames and all, are held to be shuffled; 1 for a
+        source that shuffles all its records.
 
     Returns:
       The task.
@@ -159,5 +175,5 @@ def add_task(
         },
         postprocess_fn=data.strip_text,
         metric_fns=[metrics.transcript_errors],
-        shuffle_buffer_size=1000,  # Of recordings that are not decoded yet.
+        shuffle_buffer_size=shuffle_buffer_size,
     )

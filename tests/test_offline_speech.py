@@ -134,6 +134,25 @@ def test_tasks_give_the_frames_of_their_recordings(name):
         assert example["targets"].tolist() == [*vocabulary.encode(text), 1]
 
 
+def test_only_few_recordings_are_made_before_the_first_is_given(monkeypatch):
+    """The order is shuffled, not the recordings: a buffer of them would take their time first."""
+    made, noise = [], offline_speech.noise
+    monkeypatch.setattr(offline_speech, "noise", lambda *args: made.append(1) or noise(*args))
+    lengths = dict(zip(("inputs", "targets"), LENGTHS["spoken_digits_clean"], strict=True))
+    examples = data.seqio_examples(
+        "spoken_digits_clean",
+        "validation",
+        feature_lengths=lengths,
+        seed=0,
+        shuffle=True,
+        num_epochs=1,
+    )
+    first = next(examples)["targets"].tolist()
+    assert 1 <= len(made) < 100
+    _, text = offline_speech.spoken_digits("spoken_digits_clean", "validation", 0)
+    assert first != [*data.load_vocabulary("bytes").encode(text), 1]
+
+
 def test_no_target_is_cut():
     for name, recipes in offline_speech.RECIPES.items():
         longest = 2 * max(recipe.digits[1] for recipe in recipes.values())  # digits, spaces, EOS
