@@ -2,9 +2,13 @@
 
 import json
 
+from helpers import config, random_params, random_tokens
+import numpy as np
 import pytest
 
+from coda_jax import models as models_lib
 from coda_jax import params as params_lib
+from coda_jax import runs
 from coda_jax.demos import comparison, images, speech, text
 
 DEMOS = {"text": text.DEMO, "images": images.DEMO, "speech": speech.DEMO}
@@ -21,6 +25,18 @@ def test_methods_train_adapters_only(name, random_base):
         assert params_lib.count(trained) < 0.1 * params_lib.count(model.params)  # tiny models
         assert (model.config.coda and model.config.coda.reduction) == r
         assert (model.directory is None) == random_base
+
+
+def test_answers_and_routing_are_those_of_each_input_alone(rng):
+    cfg = config(coda={"reduction": 2.0})
+    model = runs.LoadedModel(cfg, random_params(cfg), None)
+    inputs = [random_tokens(rng, [length], length)[0] for length in (7, 4)]
+    found = comparison.routed_answers(model, inputs, max_decode_length=5)
+    alone = models_lib.for_config(cfg)
+    for (weights, answer), row in zip(found, inputs, strict=True):
+        expected = alone.routing(model.params, row[None])[:, 0]
+        np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-6)
+        assert answer == alone.predict(model.params, row[None], max_decode_length=5)[0].tolist()
 
 
 def test_a_report_becomes_tables_of_its_figures():

@@ -4,7 +4,7 @@ Each demo says what it adapts to what (`Demo`); all else is the same for every f
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -155,6 +155,23 @@ def heldout(task: str, feature_lengths: Mapping[str, int], count: int) -> list[d
         task, "test", feature_lengths=feature_lengths, seed=0, shuffle=True, num_epochs=1
     )
     return list(itertools.islice(examples, count))
+
+
+def routed_answers(
+    model: runs.LoadedModel, inputs: Sequence[np.ndarray], max_decode_length: int
+) -> list[tuple[np.ndarray, list[int]]]:
+    """What a model makes of each input [n, ...]: its routing's weights [layers, n], its answer."""
+    module = models.for_config(model.config)
+
+    @jax.jit
+    def run(params, rows):
+        answers = module.predict(params, rows, max_decode_length=max_decode_length)
+        return module.routing(params, rows), answers
+
+    longest = max(len(row) for row in inputs)
+    rows = [np.pad(row, [(0, longest - len(row))] + [(0, 0)] * (row.ndim - 1)) for row in inputs]
+    weights, answers = (np.asarray(found) for found in run(model.params, np.stack(rows)))
+    return [(weights[:, i, : len(row)], answers[i].tolist()) for i, row in enumerate(inputs)]
 
 
 def markdown(report: Mapping[str, Any]) -> str:

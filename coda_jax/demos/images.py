@@ -11,7 +11,6 @@ import numpy as np
 
 from coda_jax import bundled, data, plots, runs
 from coda_jax.demos import comparison
-from coda_jax.models import EncoderDecoder
 from coda_jax.tasks import images, offline_images
 
 TASK = "digit_strips"
@@ -27,16 +26,14 @@ def timed_inputs(length: int) -> np.ndarray:
 def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 4) -> None:
     """The picture of the patches that each layer takes, on held-out sheets."""
     vocabulary = data.task_vocabulary(TASK)
-    answer = EncoderDecoder(model.config)
+    sheets = [offline_images.digit_strip("test", number) for number in range(count)]
+    inputs = [np.asarray(images.patches(image, LENGTHS["inputs"])) for image, _ in sheets]
+    found = comparison.routed_answers(model, inputs, LENGTHS["targets"])
     examples = []
-    for number in range(count):
-        image, right = offline_images.digit_strip("test", number)
-        inputs = np.asarray(images.patches(image, LENGTHS["inputs"]))[None]
-        weights = np.asarray(answer.routing(model.params, inputs))[:, 0]
-        predicted = answer.predict(model.params, inputs, max_decode_length=LENGTHS["targets"])
-        found = vocabulary.decode(predicted[0].tolist())
-        grid = inputs[0, -1, :2].astype(int)  # the last patch's row and column, from 1
-        examples.append((f"{right}; answer: {found}", image, weights.reshape(-1, *grid)))
+    for (image, right), patches, (weights, answer) in zip(sheets, inputs, found, strict=True):
+        grid = patches[-1, :2].astype(int)  # the last patch's row and column, from 1
+        heading = f"{right}; answer: {vocabulary.decode(answer)}"
+        examples.append((heading, image, weights.reshape(-1, *grid)))
     plots.routed_images(
         path,
         examples,

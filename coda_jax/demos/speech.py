@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from coda_jax import bundled, data, models, plots, runs
+from coda_jax import bundled, data, plots, runs
 from coda_jax.demos import comparison
 from coda_jax.tasks import audio, offline_speech  # noqa: F401 (registers the tasks)
 
@@ -29,15 +29,14 @@ def timed_inputs(length: int) -> np.ndarray:
 def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     """The picture of the frames that each layer takes, in held-out recordings."""
     vocabulary = data.task_vocabulary(TASK)
-    answer = models.for_config(model.config)
+    heldout = comparison.heldout(TASK, LENGTHS, count)
+    inputs = [example["inputs"] for example in heldout]
+    found = comparison.routed_answers(model, inputs, LENGTHS["targets"])
     examples = []
-    for example in comparison.heldout(TASK, LENGTHS, count):
-        inputs = example["inputs"][None]
-        weights = np.asarray(answer.routing(model.params, inputs))[:, 0]
-        predicted = answer.predict(model.params, inputs, max_decode_length=LENGTHS["targets"])
-        right, found = (vocabulary.decode(t.tolist()) for t in (example["targets"], predicted[0]))
-        bins = inputs[0, :, 1:].reshape(-1, audio.NUM_BINS)  # two windows are one frame
-        examples.append((f"{right}; answer: {found}", bins, weights))
+    for example, (weights, answer) in zip(heldout, found, strict=True):
+        right, answer = (vocabulary.decode(t) for t in (example["targets"].tolist(), answer))
+        bins = example["inputs"][:, 1:].reshape(-1, audio.NUM_BINS)  # two windows are one frame
+        examples.append((f"{right}; answer: {answer}", bins, weights))
     plots.routed_frames(
         path,
         examples,

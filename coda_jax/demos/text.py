@@ -12,7 +12,6 @@ import numpy as np
 
 from coda_jax import bundled, data, plots, runs
 from coda_jax.demos import comparison
-from coda_jax.models import EncoderDecoder
 from coda_jax.tasks import baselines, offline  # noqa: F401 (registers the tasks)
 
 TASK = "stdlib_module"
@@ -30,15 +29,15 @@ def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     """The picture of what each layer takes, for held-out functions of medium length."""
     vocabulary = data.task_vocabulary(TASK)
     heldout = comparison.heldout(TASK, WHOLE, 200)
-    answer = EncoderDecoder(model.config)
+    heldout = [example for example in heldout if 90 <= len(example["inputs"]) <= 220][:count]
+    inputs = [example["inputs"] for example in heldout]
     examples = []
-    for example in [e for e in heldout if 90 <= len(e["inputs"]) <= 220][:count]:
-        tokens = example["inputs"]
-        weights = np.asarray(answer.routing(model.params, tokens[None]))[:, 0]
-        predicted = answer.predict(model.params, tokens[None], max_decode_length=8)
-        right, found = (vocabulary.decode(t.tolist()) for t in (example["targets"], predicted[0]))
-        heading = f"held-out function of {right}; answer: {found}"
-        examples.append((heading, [_text(vocabulary, token) for token in tokens], weights))
+    for example, (weights, answer) in zip(
+        heldout, comparison.routed_answers(model, inputs, max_decode_length=8), strict=True
+    ):
+        right, answer = (vocabulary.decode(t) for t in (example["targets"].tolist(), answer))
+        heading = f"held-out function of {right}; answer: {answer}"
+        examples.append((heading, [_text(vocabulary, t) for t in example["inputs"]], weights))
     plots.routed_text(
         path,
         examples,
