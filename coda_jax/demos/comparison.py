@@ -22,7 +22,7 @@ from coda_jax.inference import Decoding
 from coda_jax.run_files import write_atomically, write_report
 from coda_jax.training import TrainOptions
 
-TIMED_BATCH = 4
+TIMED_POSITIONS = 4096  # the most tokens, patches or frames in a timed batch
 METRIC_NAMES = {"wer": "word error rate"}  # where a metric's own name is not enough
 WARM_UP_STEPS = 50
 
@@ -41,7 +41,7 @@ class Demo:
         dense: folder of the dense checkpoint.
         coda: folder of the same after conditional pretraining, with its `adapter`.
         reductions: r of each CoDA model.
-        timed_inputs: N -> [TIMED_BATCH, N, ...] inputs of the encoder.
+        timed_inputs: (rows B, length N) -> [B, N, ...] inputs of the encoder.
         timed_lengths: the N at which the models are timed, the most telling one first.
         draw: writes the picture of a model's routing to a path.
         metric: the one of the task's metrics that is reported, in per cent.
@@ -57,7 +57,7 @@ class Demo:
     dense: pathlib.Path
     coda: pathlib.Path
     reductions: tuple[int, ...]
-    timed_inputs: Callable[[int], np.ndarray]
+    timed_inputs: Callable[[int, int], np.ndarray]
     timed_lengths: tuple[int, ...]
     draw: Callable[[runs.LoadedModel, pathlib.Path], None]
     metric: str = "accuracy"
@@ -109,6 +109,11 @@ def score(demo: Demo, model: runs.LoadedModel) -> float:
     """The demo's metric of the answers to the test split, in per cent."""
     found = answers.evaluate(model, demo.task, demo.feature_lengths, demo.decoding, split="test")
     return found[demo.task][demo.metric]
+
+
+def timed_rows(length: int) -> int:
+    """How many inputs of a length are timed at once."""
+    return TIMED_POSITIONS // length
 
 
 def measure(
@@ -181,7 +186,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     speed = "encoder | speed-up | FLOPs ratio | end to end | speed-up |"
     lines = [
         f"Held-out {metric} on `{report['task']}`, {report['steps']} steps of adaptation each; "
-        f"speed at input length {first}, batch {TIMED_BATCH}, on {report['versions']['device']}.",
+        f"speed at input length {first}, batch {timed_rows(first)}, on "
+        f"{report['versions']['device']}.",
         "",
         f"| | trained | {metric} | {speed}",
         "|---|---|---|---|---|---|---|---|",
@@ -192,7 +198,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     for name, percent in report["baselines"].items():
         lines.append(f"| {name.replace('_', ' ')} | | {percent:.1f} % | | | | | |")
     for length in others:
-        lines += ["", f"At input length {length}:", "", f"| | {speed}", "|---|---|---|---|---|---|"]
+        at = f"At input length {length}, batch {timed_rows(length)}:"
+        lines += ["", at, "", f"| | {speed}", "|---|---|---|---|---|---|"]
         for name, row in report["methods"].items():
             lines.append(f"| {name} | {_speed(row, length)} |")
     return "\n".join(lines) + "\n"
@@ -222,7 +229,7 @@ def run(demo: Demo, directory: pathlib.Path, random_base: bool = False) -> dict[
             "speed": {},
         }
     for length in demo.timed_lengths:
-        inputs = demo.timed_inputs(length)
+        inputs = demo.timed_inputs(timed_rows(length), length)
         for name, figures in measure(adapted, inputs, demo.decoding.max_decode_length).items():
             rows[name]["speed"][str(length)] = figures
     report = {

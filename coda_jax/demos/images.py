@@ -17,9 +17,9 @@ TASK = "digit_strips"
 LENGTHS = {"inputs": 256, "targets": 8}  # 256 patches are a whole sheet in full resolution
 
 
-def timed_inputs(length: int) -> np.ndarray:
+def timed_inputs(rows: int, length: int) -> np.ndarray:
     """Held-out sheets, scaled to the timed number of patches."""
-    heldout = comparison.heldout(TASK, {**LENGTHS, "inputs": length}, comparison.TIMED_BATCH)
+    heldout = comparison.heldout(TASK, {**LENGTHS, "inputs": length}, rows)
     return np.stack([example["inputs"] for example in heldout])
 
 

@@ -18,9 +18,8 @@ TASK = "spoken_digits"
 LENGTHS = {"inputs": 400, "targets": 10}  # a whole recording: 8 s
 
 
-def timed_inputs(length: int) -> np.ndarray:
+def timed_inputs(rows: int, length: int) -> np.ndarray:
     """Held-out recordings, one after the other, in rows of the timed number of frames."""
-    rows = comparison.TIMED_BATCH
     needed = -(-rows * length // LENGTHS["inputs"])
     stream = np.concatenate([e["inputs"] for e in comparison.heldout(TASK, LENGTHS, needed + rows)])
     return stream[: rows * length].reshape(rows, length, -1)

@@ -18,10 +18,9 @@ TASK = "stdlib_module"
 WHOLE = {"inputs": 4096, "targets": 64}  # feature lengths that cut nothing
 
 
-def timed_inputs(length: int) -> np.ndarray:
+def timed_inputs(rows: int, length: int) -> np.ndarray:
     """Held-out functions, one after the other, in rows of the timed length."""
     stream = np.concatenate([e["inputs"] for e in comparison.heldout(TASK, WHOLE, 100)])
-    rows = comparison.TIMED_BATCH
     return stream[: rows * length].reshape(rows, length)
 
 
