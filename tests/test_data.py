@@ -62,9 +62,9 @@ def read(task, split, seed=0, shuffle=False, num_epochs=1, limit=None):
 
 
 def test_a_shuffled_mixture_repeats_with_its_seed_only():
-    first = read("stdlib_pretrain", "validation", 5, shuffle=True, num_epochs=None, limit=100)
-    again = read("stdlib_pretrain", "validation", 5, shuffle=True, num_epochs=None, limit=100)
-    other = read("stdlib_pretrain", "validation", 6, shuffle=True, num_epochs=None, limit=100)
+    first = read("stdlib_pretrain", "validation", 5, shuffle=True, num_epochs=None, limit=300)
+    again = read("stdlib_pretrain", "validation", 5, shuffle=True, num_epochs=None, limit=300)
+    other = read("stdlib_pretrain", "validation", 6, shuffle=True, num_epochs=None, limit=300)
     assert first == again
     assert first != other
 

@@ -33,9 +33,10 @@ def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     found = comparison.routed_answers(model, inputs, LENGTHS["targets"])
     examples = []
     for example, (weights, answer) in zip(heldout, found, strict=True):
-        right, answer = (vocabulary.decode(t) for t in (example["targets"].tolist(), answer))
+        right = vocabulary.decode(example["targets"].tolist())
+        heading = f"{right}; answer: {vocabulary.decode(answer)}"
         bins = example["inputs"][:, 1:].reshape(-1, audio.NUM_BINS)  # two windows are one frame
-        examples.append((f"{right}; answer: {answer}", bins, weights))
+        examples.append((heading, bins, weights))
     plots.routed_frames(
         path,
         examples,

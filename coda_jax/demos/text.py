@@ -30,12 +30,11 @@ def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     heldout = comparison.heldout(TASK, WHOLE, 200)
     heldout = [example for example in heldout if 90 <= len(example["inputs"]) <= 220][:count]
     inputs = [example["inputs"] for example in heldout]
+    found = comparison.routed_answers(model, inputs, max_decode_length=8)
     examples = []
-    for example, (weights, answer) in zip(
-        heldout, comparison.routed_answers(model, inputs, max_decode_length=8), strict=True
-    ):
-        right, answer = (vocabulary.decode(t) for t in (example["targets"].tolist(), answer))
-        heading = f"held-out function of {right}; answer: {answer}"
+    for example, (weights, answer) in zip(heldout, found, strict=True):
+        right = vocabulary.decode(example["targets"].tolist())
+        heading = f"held-out function of {right}; answer: {vocabulary.decode(answer)}"
         examples.append((heading, [_text(vocabulary, t) for t in example["inputs"]], weights))
     plots.routed_text(
         path,
