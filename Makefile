@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 
 DEMOS := demo demo-vision demo-speech
 
-.PHONY: $(DEMOS) test test-t5x lint format clean
+.PHONY: $(DEMOS) test test-all test-t5x lint format clean
 
 # By default glibc returns large buffers to the kernel after each step and asks for them in the next.
 # Two devices of one CPU share a batch better than two threads share each of its small products.
@@ -27,6 +27,10 @@ demo-speech: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+# Every combination, and the light installation, which needs the network.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m ""
+
 # T5X_PATH: a folder with clones of google-research/t5x, google/airio and google-research/jestimator.
 test-t5x: $(INSTALLED)
 	@test -d "$(T5X_PATH)/t5x/t5x" || { echo "make test-t5x T5X_PATH=FOLDER, with clones of \
@@ -42,7 +46,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): setup.py pyproject.toml coda_jax/__init__.py
+$(INSTALLED): setup.py requirements-light.txt pyproject.toml coda_jax/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

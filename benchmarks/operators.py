@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coda_jax import bench, benchmark, decoding
-from coda_jax.models import EncoderDecoder
-from coda_jax.run_files import write_report
-from coda_jax.soft_topk import SOLVERS, soft_topk
+from coda_jax import files
+from coda_jax.commands import bench
+from coda_jax.methods.soft_topk import SOLVERS, soft_topk
+from coda_jax.models import preset
+from coda_jax.objectives import decoding, model_for
+from coda_jax.profiling import timing
 
 BATCH, INPUT_LENGTH, LENGTHS, BEAMS = 4, 512, (16, 32, 64), 4
 
@@ -41,8 +43,8 @@ def soft_topk_calls(batch: int, length: int, reduction: int = 3) -> dict:
 
 def decoding_calls() -> dict:
     """Calls of greedy search to several lengths, and of beam search, by name."""
-    config = bench.published("t5_1_1", "base")
-    model = EncoderDecoder(config)
+    config = preset("t5_1_1_base", dropout_rate=0.0)
+    model = model_for(config)
     params = jax.jit(model.init)(jax.random.key(0))
     tokens = jnp.asarray(
         bench.random_batch(config, BATCH, INPUT_LENGTH, LENGTHS[0])["encoder_input_tokens"]
@@ -75,16 +77,16 @@ def main() -> None:
         "soft top-k [16, 4096]": soft_topk_calls(16, 4096),
         f"decoding, batch {BATCH}, input {INPUT_LENGTH}": decoding_calls(),
     }
-    report = {"versions": benchmark.versions(), "rounds": options.rounds, "ms": {}}
+    report = {"versions": timing.versions(), "rounds": options.rounds, "ms": {}}
     for group, calls in groups.items():
         rounds = options.rounds * (10 if group.startswith("soft") else 1)
-        timings = benchmark.time_interleaved(calls, rounds)
-        report["ms"][group] = {name: 1e3 * timing.median for name, timing in timings.items()}
+        timings = timing.time_interleaved(calls, rounds)
+        report["ms"][group] = {name: 1e3 * taken.median for name, taken in timings.items()}
         print(f"\n**{group}**\n\n| | time |\n|---|---|")
         for name, ms in report["ms"][group].items():
             print(f"| {name} | {ms:.2f} ms |")
     if options.json:
-        write_report(options.json, report)
+        files.write_json(options.json, report)
 
 
 if __name__ == "__main__":

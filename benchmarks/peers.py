@@ -23,15 +23,16 @@ import tempfile
 import adapters
 from colt5_attention import ConditionalRoutedTransformerBlock
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
-from coda_jax import bench, benchmark, checkpoints
-from coda_jax.models import EncoderDecoder
-from coda_jax.routing import num_selected
-from coda_jax.run_files import write_report
+from coda_jax import checkpoints, files, methods
+from coda_jax.commands import bench
+from coda_jax.methods.coda import num_selected
+from coda_jax.models import preset
+from coda_jax.objectives import model_for
+from coda_jax.profiling import timing
 
 TORCH = "transformers + adapters, parallel adapter"
 
@@ -42,7 +43,7 @@ def torch_t5(config, params) -> transformers.T5ForConditionalGeneration:
         checkpoints.save_hf(directory, config, params)
         model = transformers.T5ForConditionalGeneration.from_pretrained(directory)
     adapters.init(model)
-    reduction_factor = config.emb_dim / bench.BOTTLENECK
+    reduction_factor = config.emb_dim / methods.ParallelAdapter().bottleneck
     model.add_adapter("adapter", config=adapters.ParBnConfig(reduction_factor=reduction_factor))
     model.set_active_adapters("adapter")
     return model.eval()
@@ -50,14 +51,14 @@ def torch_t5(config, params) -> transformers.T5ForConditionalGeneration:
 
 def t5_calls(config, batch, reductions) -> tuple[dict[str, dict[str, Callable]], float]:
     """Calls by measure and name; and how far the logits of the two dense models are apart."""
-    params = jax.jit(EncoderDecoder(config).init)(jax.random.key(0))
+    params = jax.jit(model_for(config).init)(jax.random.key(0))
     reference = torch_t5(config, params)
     inputs = torch.tensor(batch["encoder_input_tokens"], dtype=torch.long)
     decoder_inputs = torch.tensor(batch["decoder_input_tokens"], dtype=torch.long)
     length = decoder_inputs.shape[1]
     with torch.no_grad():
         expected = reference(input_ids=inputs, decoder_input_ids=decoder_inputs).logits.numpy()
-    difference = np.abs(np.asarray(EncoderDecoder(config).logits(params, batch)) - expected)
+    difference = np.abs(np.asarray(model_for(config).logits(params, batch)) - expected)
     relative = float(difference.max() / np.abs(expected).max())
     if relative > 1e-3:
         raise ValueError(f"the two models differ: logits are {relative} of their maximum apart")
@@ -78,7 +79,7 @@ def t5_calls(config, batch, reductions) -> tuple[dict[str, dict[str, Callable]],
             ).numpy()
 
     calls = {"encoder": {TORCH: encode}, "end_to_end": {TORCH: generate}}
-    for name, method in bench.methods(config, reductions).items():
+    for name, method in bench.compared(config, reductions).items():
         if "k_to_all" not in name:
             programs = bench.Programs(method, params, batch, seed=0)
             for measure, functions in calls.items():
@@ -90,7 +91,7 @@ def block_calls(config, batch, reductions) -> dict[str, Callable]:
     """One routed block of each library, by name."""
     config = config.replace(num_encoder_layers=1, num_decoder_layers=1)
     rows, length = batch["encoder_input_tokens"].shape
-    params = jax.jit(EncoderDecoder(config).init)(jax.random.key(0))
+    params = jax.jit(model_for(config).init)(jax.random.key(0))
     x = torch.randn(rows, length, config.emb_dim)
     calls = {}
     for r in reductions:
@@ -110,7 +111,7 @@ def block_calls(config, batch, reductions) -> dict[str, Callable]:
                 return block(x).numpy()
 
         calls[f"CoLT5-attention, r = {r:g}"] = run
-        method = bench.methods(config, [r])[f"CoDA r = {r:g}, k_to_k"]
+        method = bench.compared(config, [r])[f"CoDA r = {r:g}, k_to_k"]
         calls[f"coda_jax, r = {r:g}"] = bench.Programs(method, params, batch, seed=0).encoder()[1]
     return calls
 
@@ -129,7 +130,7 @@ def markdown(report) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--size", choices=bench.SIZES["t5_1_1"], default="base")
+    parser.add_argument("--preset", default="t5_1_1_base")
     parser.add_argument("--input_length", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--target_length", type=int, default=16)
@@ -138,21 +139,21 @@ def main() -> None:
     parser.add_argument("--json", help="file for the report")
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = bench.published("t5_1_1", options.size, jnp.float32)
+    config = preset(options.preset, dropout_rate=0.0)
     batch = bench.random_batch(
         config, options.batch_size, options.input_length, options.target_length
     )
     calls, difference = t5_calls(config, batch, options.reductions)
     calls["block"] = block_calls(config, batch, options.reductions)
     timings = {
-        measure: benchmark.time_interleaved(functions, options.rounds)
+        measure: timing.time_interleaved(functions, options.rounds)
         for measure, functions in calls.items()
     }
     packages = ("jax", "jaxlib", "flax", "torch", "transformers", "adapters", "CoLT5-attention")
     report = {
         "settings": {k: v for k, v in vars(options).items() if k != "json"}
         | {"torch_threads": torch.get_num_threads()},
-        "versions": benchmark.versions(packages),
+        "versions": timing.versions(packages),
         "logits_difference": difference,
         "measures": {
             measure: {
@@ -164,7 +165,7 @@ def main() -> None:
     }
     print(markdown(report))
     if options.json:
-        write_report(options.json, report)
+        files.write_json(options.json, report)
 
 
 if __name__ == "__main__":

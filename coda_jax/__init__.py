@@ -1,14 +1,73 @@
-"""coda_jax: Conditional Adapters (CoDA) for T5-family encoder-decoder models in JAX and Flax."""
+"""Conditional adapters (CoDA) for encoder-decoder models in JAX and Flax.
 
-import pathlib
+A dense pretrained checkpoint is frozen; each encoder layer gets a small adapter, which sees every
+token, and a router, which sends only some tokens through the layer. Only those two and the norms
+are trained, and the model answers several times faster than one with plain adapters:
 
-from coda_jax.soft_topk import soft_topk
+    import jax
+    import coda_jax
 
-__all__ = ["soft_topk"]
+    config, params = coda_jax.load_hf("flan-t5-base")  # dense; any family, see FAMILIES
+    config = config.replace(
+        methods=(coda_jax.Coda(reduction=3.0), coda_jax.ParallelAdapter(bottleneck=64))
+    )
+    params = coda_jax.swap_in(config, params, jax.random.key(0))  # strict: lists wrong leaves
+    model = coda_jax.model_for(config)          # .logits .loss .predict .encode .routing
+    coda_jax.save_adapter("my_adapter", config, params)
+
+Methods are frozen dataclasses, listed in METHODS: any of them alone, or several in
+`config.methods`. `partition` splits parameters into what is trained and what is frozen, `merge`
+folds into the base what can be folded. `Predictor` answers lists of inputs. The operator of the
+router alone is `soft_topk`.
+
+The command `coda` trains, evaluates, predicts, converts and exports from gin files: `coda --help`.
+Each folder of the package says in its own docstring what it holds. Everything here is loaded when
+it is first used.
+"""
+
+import importlib
+
 __version__ = "0.1.0"
 
-# `tasks` and `gin_configs` are folders of the source tree's root that are installed as
-# `coda_jax.tasks` and `coda_jax.gin_configs`; from a source tree they are found beside the package.
-_root = pathlib.Path(__file__).resolve().parent.parent
-if (_root / "setup.py").exists() and (_root / "gin_configs").is_dir():
-    __path__.append(str(_root))
+_HOMES = {
+    "FAMILIES": "models",
+    "METHODS": "methods",
+    "OBJECTIVES": "objectives",
+    "Decoding": "inference",
+    "Predictor": "inference",
+    "load_adapter": "checkpoints",
+    "load_hf": "checkpoints",
+    "load_t5x": "checkpoints",
+    "merge": "methods",
+    "model_for": "objectives",
+    "partition": "methods",
+    "preset": "models",
+    "save_adapter": "checkpoints",
+    "save_hf": "checkpoints",
+    "save_t5x": "checkpoints",
+    "soft_topk": "methods.soft_topk",
+    "swap_in": "checkpoints",
+}
+
+
+def _tables() -> dict[str, type]:
+    """The classes of the methods and of the families' configs, by their names."""
+    methods = importlib.import_module("coda_jax.methods").METHODS.values()
+    configs = importlib.import_module("coda_jax.models").CONFIGS
+    return {method.__name__: method for method in methods} | configs
+
+
+def __getattr__(name: str):
+    if name == "__all__":
+        return sorted([*_HOMES, *_tables()])
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"coda_jax.{_HOMES[name]}"), name)
+    # Python asks here for submodules too, before it imports them; they are in lower case.
+    found = _tables() if name[:1].isupper() else {}
+    if name not in found:
+        raise AttributeError(f"module 'coda_jax' has no attribute {name!r}")
+    return found[name]
+
+
+def __dir__():
+    return sorted({*globals(), *_HOMES, *_tables()})

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from coda_jax.models import Model
-from coda_jax.training import Placement
+from coda_jax.models import ModelConfig
+from coda_jax.objectives import Model, model_for
+from coda_jax.sharding import Placement
 
 _SHORTEST_BUCKET = 32
 
@@ -58,13 +59,15 @@ def predict_function(
 class Predictor:
     """A model ready to answer; it compiles one program per bucket of input lengths."""
 
-    def __init__(self, model: Model, params: Mapping[str, Any], decoding: Decoding):
+    def __init__(
+        self, config: ModelConfig, params: Mapping[str, Any], decoding: Decoding = Decoding()
+    ):
         self.decoding = decoding
         self.num_truncated = 0
-        self._model = model
+        self._model = model_for(config)
         self._placement = Placement()
         self._params = self._placement.params(params)
-        self._predict = jax.jit(predict_function(model, decoding))
+        self._predict = jax.jit(predict_function(self._model, decoding))
 
     @property
     def num_programs(self) -> int:

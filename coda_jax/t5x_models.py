@@ -1,21 +1,72 @@
-"""T5X's side: its model class with metrics of the routing, and its optimizer of the new parameters.
+"""T5X's side: its model class with metrics of the routing, and its optimizer of what is trained.
 
-The network is `network.Transformer` as it is. The only module that imports t5x.
+The network is the config's own. The only module that imports t5x. Its functions are named in
+gin_configs/t5x.
 """
 
+from collections.abc import Sequence
 import copy
 from typing import Any
 
 from absl import logging
 import clu.metrics
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from t5x import models, optimizers
 
-from coda_jax import params as param_lib
-from coda_jax.check import check_leaves
-from coda_jax.routing import Selection
+from coda_jax import trees
+from coda_jax.commands.check import NEW_LEAVES, check_leaves
+from coda_jax.methods import Method, created, trained
+from coda_jax.models import ModelConfig
+from coda_jax.nn.tokens import selections
+
+
+def adapted(
+    config: ModelConfig,
+    methods: Sequence[Method],
+    dtype: Any = "float32",
+    dropout_rate: float = 0.0,
+) -> ModelConfig:
+    """The config of a run: a preset with methods, dtype of the computation and dropout.
+
+    Raises:
+        ValueError: there is no config: a T5X checkpoint does not say its sizes.
+    """
+    if config is None:
+        raise ValueError("a run of T5X needs the sizes of its model: give a PRESET")
+    dtype = jnp.dtype(dtype).type
+    return config.replace(methods=tuple(methods), dtype=dtype, dropout_rate=dropout_rate)
+
+
+def network(config: ModelConfig) -> nn.Module:
+    """The network of a config, as T5X's `module`."""
+    return config.network()
+
+
+def assignment_map(config: ModelConfig, new_leaves: str = "created") -> list[tuple[str, Any]]:
+    """T5X's `assignment_map` for a start from a checkpoint.
+
+    What the methods create is new, or restored; all other parameters must be in the checkpoint:
+    without the last rule, T5X would start those that it lacks from scratch. The step goes on, the
+    optimizer starts anew.
+
+    Args:
+        config: the run's.
+        new_leaves: "created" or "restored".
+
+    Raises:
+        ValueError: `new_leaves` is another word.
+    """
+    if new_leaves not in NEW_LEAVES:
+        raise ValueError(f"new_leaves={new_leaves!r} must be one of {NEW_LEAVES}")
+    new = created(config) if new_leaves == "created" else ()
+    return [
+        (r"state/param_states.*", None),
+        *((f"target/.*?(?:{pattern}).*", None) for pattern in new),
+        (r"(.*)", r"\1"),
+    ]
 
 
 class CodaEncoderDecoderModel(models.EncoderDecoderModel):
@@ -25,7 +76,7 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
         checkpoint: where the run starts from; its leaves are compared with the model's before
             anything is restored, as `coda check` does. A remote one is left unchecked, with a
             warning.
-        new_leaves: whether adapters and routers are "created" or "restored".
+        new_leaves: whether the methods' leaves are "created" or "restored".
         *args: T5X's.
         **kwargs: T5X's.
 
@@ -73,8 +124,7 @@ def routing_metrics(intermediates: Any, num_tokens: jax.Array) -> dict[str, clu.
         -lam ln lam - (1 - lam) ln(1 - lam): 0 where the router is sure, ln 2 where it wavers.
     """
     metrics = {}
-    for name, layer in intermediates.get("encoder", {}).items():
-        selection: Selection = layer["router"]["selection"][0]
+    for name, selection in selections(intermediates).items():
         weights = selection.weights
         count = jnp.sum(selection.valid)
         # The weight of an empty slot is 0, and so is its entropy.
@@ -91,23 +141,22 @@ def routing_metrics(intermediates: Any, num_tokens: jax.Array) -> dict[str, clu.
 
 
 def partial_optimizer(
-    optimizer: optax.GradientTransformation, trained: str = "adapters"
+    optimizer: optax.GradientTransformation, config: ModelConfig
 ) -> optimizers.OptaxWrapper:
-    """Trains what `params.TRAINED` names; the rest keeps its bits and has no optimizer state.
+    """Trains what the methods train; the rest keeps its bits and has no optimizer state.
 
     Args:
         optimizer: of the trained parameters, with its learning rate: T5X's trainer sets none.
-        trained: "adapters" (adapters, routers, norms and CTC heads) or "all".
+        config: the run's, with its methods, whose own parts of a step are put around it.
 
     Returns:
         The optimizer definition for a T5X model.
-
-    Raises:
-        ValueError: `trained` is another word.
     """
+    for method in config.methods:
+        optimizer = method.wrap_optimizer(optimizer)
 
     def labels(params):
-        return param_lib.labels(params, trained)
+        return trees.labels(params, trained(config))
 
     transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
     return optimizers.OptaxWrapper(optax.multi_transform(transforms, labels))

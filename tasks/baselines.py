@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import seqio
 
-from coda_jax import runs
-from coda_jax.models import EncoderDecoder
+from coda_jax.commands.loading import LoadedModel, load_model
+from coda_jax.data.source import Data
+from coda_jax.objectives import model_for
+from coda_jax.optional import needs
 from coda_jax.tasks import offline  # noqa: F401 (registers the tasks)
 
 FEATURE_LENGTHS = {"inputs": 4096, "targets": 512}
@@ -44,15 +46,16 @@ def linear_svm(task_name: str, split: str = "test", tf_idf: bool = True) -> floa
     """Trains a linear support vector machine on the counts of the inputs' words.
 
     Args:
-      task_name: a seqio text task with classes as targets.
-      split: what to evaluate on.
-      tf_idf: weighs the counts by how rare a word is.
+        task_name: a seqio text task with classes as targets.
+        split: what to evaluate on.
+        tf_idf: weighs the counts by how rare a word is.
 
     Returns:
-      The accuracy in per cent.
+        The accuracy in per cent.
     """
-    from sklearn import svm  # Here: the other tasks do without scikit-learn.
-    from sklearn.feature_extraction import text
+    with needs("images"):  # Here: the other tasks do without scikit-learn.
+        from sklearn import svm
+        from sklearn.feature_extraction import text
 
     train_inputs, train_targets = texts(task_name, "train")
     inputs, targets = texts(task_name, split)
@@ -72,19 +75,21 @@ def baselines(task_name: str, split: str = "test") -> dict[str, float]:
     }
 
 
-def linear_probe(model: runs.LoadedModel, task_name: str, length: int = 256) -> dict[str, float]:
+def linear_probe(model: LoadedModel, task_name: str, length: int = 256) -> dict[str, float]:
     """Linear classifiers (ridge regression on the classes) of the mean over an input's tokens.
 
     Args:
-      model: whose embeddings and encoder outputs are taken, without training.
-      task_name: a seqio text task with classes as targets.
-      length: tokens of an input that are read.
+        model: whose embeddings and encoder outputs are taken, without training.
+        task_name: a seqio text task with classes as targets.
+        length: tokens of an input that are read.
 
     Returns:
-      {"embeddings": ..., "encoder": ...}, accuracies on the test split in per cent; "mean_cosine",
-      between the encoder's outputs for any two tokens: near 1 where they have collapsed.
+        {"embeddings": ..., "encoder": ...}, accuracies on the test split in per cent;
+        "mean_cosine", between the encoder's outputs for any two tokens: near 1 where they have
+        collapsed.
     """
-    from sklearn import linear_model, preprocessing
+    with needs("images"):
+        from sklearn import linear_model, preprocessing
 
     train, targets = _mean_features(model, task_name, "train", length)
     test, test_targets = _mean_features(model, task_name, "test", length)
@@ -101,11 +106,11 @@ def _mean_features(model, task_name, split, length):
     """Means over the tokens, {name: [examples, D]}, and the targets as text."""
     embedding = np.asarray(model.params["token_embedder"]["embedding"], np.float32)
 
-    encode = jax.jit(EncoderDecoder(model.config).encode)
+    encode = jax.jit(model_for(model.config).encode)
     features = {"embeddings": [], "encoder": [], "directions": []}
     targets = []
-    data = runs.Data({"inputs": length, "targets": 16}, task_name, split=split, shuffle=False)
-    for batch in data.batches(model.config, repeat=False):
+    data = Data({"inputs": length, "targets": 16}, task_name, split=split, shuffle=False)
+    for batch in data.batches(repeat=False):
         tokens = batch["encoder_input_tokens"]
         present = (tokens > 0)[..., None]
         rows = tokens.any(-1)  # the last batch is filled up with empty ones
@@ -129,9 +134,9 @@ def main() -> None:
     parser.add_argument("--task", default="stdlib_module")
     parser.add_argument("--random", action="store_true", help="random numbers in its place")
     arguments = parser.parse_args()
-    model = runs.load_model(arguments.checkpoint)
+    model = load_model(arguments.checkpoint)
     if arguments.random:
-        model = runs.load_model(config=model.config)
+        model = load_model(config=model.config)
     for name, value in linear_probe(model, arguments.task).items():
         print(f"{name}: {value:.2f}")
 

@@ -31,19 +31,19 @@ def cider(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
     """CIDEr-D over a set of captions; a rare n-gram is one that few examples' references have.
 
     Args:
-      targets: the references of each example.
-      predictions: one for each example.
+        targets: the references of each example.
+        predictions: one for each example.
 
     Returns:
-      {"cider"}: 100 times the mean score, as it is published.
+        {"cider"}: 100 times the mean score, as it is published.
 
     Raises:
-      ValueError: no texts, another number of predictions, or an example without references.
+        ValueError: no texts, another number of predictions, or an example without references.
     """
     check_pairs(targets, predictions)
     for number, texts in enumerate(targets):
         if not texts:
-            raise ValueError(f"The example number {number} has no references.")
+            raise ValueError(f"The example number {number} has no references")
     references = [[_ngrams(text) for text in texts] for texts in targets]
     documents = Counter(g for texts in references for g in set().union(*texts))
     total = 0.0

@@ -6,25 +6,25 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from coda_jax import data
+from coda_jax.data.seqio_tasks import MemorySource
 
 SIZES = {"train": 100_000, "validation": 500, "test": 1_000}  # examples of each split
 SPLITS = tuple(SIZES)
 
 
-def source(prepare: Callable[[str], object]) -> data.MemorySource:
+def source(prepare: Callable[[str], object]) -> MemorySource:
     """Returns the seqio source of {"split", "number"} of every example.
 
     Args:
-      prepare: called with the split before the threads that make examples start, for what each of
-        them would otherwise do.
+        prepare: called with the split before the threads that make examples start, for what each of
+            them would otherwise do.
     """
 
     def numbers(split: str) -> dict[str, list]:
         prepare(split)
         return {"split": [split] * SIZES[split], "number": list(range(SIZES[split]))}
 
-    return data.MemorySource(numbers, SPLITS, SIZES)
+    return MemorySource(numbers, SPLITS, SIZES)
 
 
 def step(
@@ -35,9 +35,9 @@ def step(
     """Returns the seqio preprocessor that makes the examples whose split and number it gets.
 
     Args:
-      make: (split, number) -> an array and the text of the targets.
-      dtype: of the array.
-      feature: the array as a feature of the example, by its name.
+        make: (split, number) -> an array and the text of the targets.
+        dtype: of the array.
+        feature: the array as a feature of the example, by its name.
     """
 
     def make_bytes(split, number):

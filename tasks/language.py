@@ -14,15 +14,14 @@ import csv
 import dataclasses
 import functools
 import glob
-import hashlib
 import json
 import os
 
 import seqio
 import tensorflow as tf
 
-from coda_jax import data
-from coda_jax.tasks import metrics, preprocessors, stdlib_corpus
+from coda_jax.data import seqio_tasks
+from coda_jax.tasks import metrics, preprocessors, registry, stdlib_corpus
 
 CLINC_FILE = "data_full.json"
 CLINC_KEYS = {
@@ -35,6 +34,7 @@ CLINC_KEYS = {
 }
 BANKING_COLUMNS = ["text", "category"]
 LINES_PER_TEXT = 64
+SHUFFLE_BUFFER_SIZE = 1000  # records, of sets that may be too large for memory
 VALIDATION_BUCKETS = 20  # One of them, 5 % of a folder's texts, is the validation split.
 
 _SPLITS = ("train", "validation", "test")
@@ -49,13 +49,13 @@ def glue(record, name: str, fields: Sequence[str], labels: Sequence[str]):
     """T5's text of a GLUE or SuperGLUE record: "mnli hypothesis: ... premise: ...".
 
     Args:
-      record: has the fields, and "label", an index. TFDS marks a missing label by -1: an error.
-      name: the first word of the text.
-      fields: in the order of the text; T5 sorts them.
-      labels: the texts of the labels.
+        record: has the fields, and "label", an index. TFDS marks a missing label by -1: an error.
+        name: the first word of the text.
+        fields: in the order of the text; T5 sorts them.
+        labels: the texts of the labels.
 
     Returns:
-      {"inputs", "targets"}.
+        {"inputs", "targets"}.
     """
     parts = [name]
     for field in fields:
@@ -77,10 +77,10 @@ def squad(record):
     """T5's text of a SQuAD record: "question: ... context: ...", punctuation set off by spaces.
 
     Args:
-      record: has "question", "context" and "answers" with at least one "text".
+        record: has "question", "context" and "answers" with at least one "text".
 
     Returns:
-      {"inputs", "targets": the first answer, "answers": all of them, for the metric}.
+        {"inputs", "targets": the first answer, "answers": all of them, for the metric}.
     """
     parts = ["question:", _spaced(record["question"]), "context:", _spaced(record["context"])]
     answers = _spaced(record["answers"]["text"])
@@ -94,12 +94,12 @@ def record(dataset: tf.data.Dataset) -> tf.data.Dataset:
     The highlights below an article become sentences of it.
 
     Args:
-      dataset: records with "passage", "query", "entities", "answers", and "idx" with the numbers of
-        "passage" and "query"; one without an answer is an error.
+        dataset: records with "passage", "query", "entities", "answers", and "idx" with the numbers
+            of "passage" and "query"; one without an answer is an error.
 
     Returns:
-      A dataset of {"inputs", "targets": one answer, "answers": all, "group": [2] int32 the two
-      numbers}; the last two are for the metric.
+        A dataset of {"inputs", "targets": one answer, "answers": all, "group": [2] int32 the two
+        numbers}; the last two are for the metric.
     """
 
     def texts(x):
@@ -121,13 +121,13 @@ def prefixed(record, prefix: str, source: str, target: str):
     """The text of a set with one input, "<prefix>: <input>".
 
     Args:
-      record: has the two fields.
-      prefix: "summarize" for XSum as for T5's summaries; the name of the set for intents.
-      source: the field with the input.
-      target: the field with the summary or the intent's name.
+        record: has the two fields.
+        prefix: "summarize" for XSum as for T5's summaries; the name of the set for intents.
+        source: the field with the input.
+        target: the field with the summary or the intent's name.
 
     Returns:
-      {"inputs", "targets"}.
+        {"inputs", "targets"}.
     """
     inputs = tf.strings.join([f"{prefix}:", record[source]], " ")
     return {"inputs": inputs, "targets": record[target]}
@@ -140,27 +140,27 @@ def read_clinc(directory: str, split: str) -> _Columns:
     """Reads a split of CLINC150 from the published `data_full.json`.
 
     Args:
-      directory: where the file lies.
-      split: one of `CLINC_KEYS`; "oos_..." are the out-of-scope queries, in no other split.
+        directory: where the file lies.
+        split: one of `CLINC_KEYS`; "oos_..." are the out-of-scope queries, in no other split.
 
     Returns:
-      The columns "text" and "intent_name".
+        The columns "text" and "intent_name".
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not as published; the place is named.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not as published; the place is named.
     """
     path, key = os.path.join(directory, CLINC_FILE), CLINC_KEYS[split]
     with open(path, "rb") as f:
         try:
             splits = json.loads(f.read().decode("utf-8"))
         except ValueError as e:
-            raise ValueError(f"{path}: not JSON: {e}.") from e
+            raise ValueError(f"{path}: not JSON: {e}") from e
     if not isinstance(splits, dict) or not isinstance(splits.get(key), list) or not splits[key]:
-        raise ValueError(f"{path}: there must be a list of pairs [text, intent] under {key!r}.")
+        raise ValueError(f"{path}: there must be a list of pairs [text, intent] under {key!r}")
     for number, pair in enumerate(splits[key]):
         if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair))):
-            raise ValueError(f"{path}: {key}[{number}] must be [text, intent], not {pair!r}.")
+            raise ValueError(f"{path}: {key}[{number}] must be [text, intent], not {pair!r}")
     texts, intents = zip(*splits[key], strict=True)
     return {"text": list(texts), "intent_name": list(intents)}
 
@@ -176,15 +176,16 @@ def read_banking(directory: str, split: str) -> _Columns:
     picks, and they are missing in "train".
 
     Args:
-      directory: where the files lie.
-      split: "train", "validation" or "test".
+        directory: where the files lie.
+        split: "train", "validation" or "test".
 
     Returns:
-      The columns "text" and "category".
+        The columns "text" and "category".
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a file is not as published (file and line are named), or nothing is in the split.
+        FileNotFoundError: there is no such file.
+        ValueError: a file is not as published (file and line are named), or nothing is in the
+            split.
     """
     path = os.path.join(directory, "test.csv" if split == "test" else "train.csv")
     rows = _read_csv(path)
@@ -192,7 +193,7 @@ def read_banking(directory: str, split: str) -> _Columns:
         wanted = split == "validation"
         rows = [r for r in rows if (stdlib_corpus.split_of(r[0]) == "validation") == wanted]
     if not rows:
-        raise ValueError(f"{path}: there is no query of the split {split!r}.")
+        raise ValueError(f"{path}: there is no query of the split {split!r}")
     texts, categories = zip(*rows, strict=True)
     return {"text": list(texts), "category": list(categories)}
 
@@ -210,7 +211,7 @@ def _read_csv(path: str) -> list[list[str]]:
                     raise ValueError(f"not a row of {BANKING_COLUMNS}: {row}")
                 rows.append(row)
         except (ValueError, csv.Error) as e:  # UnicodeDecodeError is a ValueError.
-            raise ValueError(f"{path}:{reader.line_num}: {e}.") from e
+            raise ValueError(f"{path}:{reader.line_num}: {e}") from e
     return rows
 
 
@@ -231,7 +232,7 @@ class TextFolder(seqio.FileDataSource):
         """Returns the files; FileNotFoundError if there are none."""
         files = super().list_shards(split)
         if not files:
-            raise FileNotFoundError(f"There are no *.txt files in {self._directory!r}.")
+            raise FileNotFoundError(f"There are no *.txt files in {self._directory!r}")
         return files
 
     def get_dataset(self, split="train", **kwargs):
@@ -266,7 +267,7 @@ def _glue(name: str, fields: Sequence[str], labels: Sequence[str]) -> _Preproces
 
 
 def _memory_source(read: Callable[[str, str], _Columns], splits: Sequence[str]):
-    return lambda directory: data.MemorySource(functools.partial(read, directory), splits)
+    return lambda directory: seqio_tasks.MemorySource(functools.partial(read, directory), splits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,13 +275,13 @@ class Spec:
     """One row of `SPECS`.
 
     Attributes:
-      texts: seqio preprocessor, from records to texts.
-      tfds_name: name and version of the TFDS data set; None: only a folder is read.
-      splits: those of TFDS, or a dict from the task's names of them to TFDS's.
-      folder: makes the source of a folder; None: only TFDS is read.
-      noise: seqio preprocessor of tokens, if there is one.
-      metric_fns: of seqio.
-      postprocess: seqio's `postprocess_fn`.
+        texts: seqio preprocessor, from records to texts.
+        tfds_name: name and version of the TFDS data set; None: only a folder is read.
+        splits: those of TFDS, or a dict from the task's names of them to TFDS's.
+        folder: makes the source of a folder; None: only TFDS is read.
+        noise: seqio preprocessor of tokens, if there is one.
+        metric_fns: of seqio.
+        postprocess: seqio's `postprocess_fn`.
     """
 
     texts: _Preprocessor
@@ -288,8 +289,8 @@ class Spec:
     splits: Sequence[str] | Mapping[str, str] = ("train", "validation")
     folder: Callable[[str], seqio.DataSource] | None = None
     noise: _Preprocessor | None = None
-    metric_fns: Sequence[Callable] = (data.accuracy,)
-    postprocess: Callable = data.strip_text
+    metric_fns: Sequence[Callable] = (seqio_tasks.accuracy,)
+    postprocess: Callable = seqio_tasks.strip_text
 
 
 SPECS = {
@@ -352,12 +353,12 @@ def _source(name: str, directory: str | None) -> seqio.DataSource:
     spec = SPECS[name]
     if directory is None:
         if spec.tfds_name is None:
-            raise ValueError(f"{name!r} is not in TFDS: it needs the directory with its files.")
+            raise ValueError(f"{name!r} is not in TFDS: it needs the directory with its files")
         return seqio.TfdsDataSource(spec.tfds_name, splits=spec.splits)
     if spec.folder is None:
         raise ValueError(
             f"{name!r} reads no directory, so directory={directory!r} cannot be: it is read by "
-            f"TFDS ({spec.tfds_name}), whose folder is $TFDS_DATA_DIR."
+            f"TFDS ({spec.tfds_name}), whose folder is $TFDS_DATA_DIR"
         )
     return spec.folder(directory)
 
@@ -366,33 +367,31 @@ def task(name: str, vocabulary: str, directory: str | None = None) -> str:
     """Registers a task, once, and returns the name that it has in seqio. For gin files.
 
     Args:
-      name: a key of `SPECS`.
-      vocabulary: a path, or "bytes", for `data.load_vocabulary`.
-      directory: for "c4" a folder of text files, for "clinc150" and "banking77" the folder with the
-        published files; None: TFDS.
+        name: a key of `SPECS`.
+        vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`.
+        directory: for "c4" a folder of text files, for "clinc150" and "banking77" the folder with
+            the published files; None: TFDS.
 
     Returns:
-      "<name>_<hash of the arguments>".
+        "<name>_<hash of the arguments>".
 
     Raises:
-      ValueError: an unknown name, or a directory where none is read or none where one is needed.
-      FileNotFoundError: there is no such vocabulary.
+        ValueError: an unknown name, or a directory where none is read or none where one is needed.
+        FileNotFoundError: there is no such vocabulary.
     """
-    if name not in SPECS:
-        raise ValueError(f"There is no language task {name!r}, only {sorted(SPECS)}.")
+    spec = registry.find("language", name, SPECS)
     source = _source(name, directory)
-    arguments = repr((name, vocabulary, directory))
-    registered = f"{name}_{hashlib.sha256(arguments.encode()).hexdigest()[:12]}"
-    if registered not in seqio.TaskRegistry.names():
-        spec = SPECS[name]
-        text_steps = [spec.texts, seqio.preprocessors.tokenize]
+
+    def add(registered: str) -> seqio.Task:
         noise_steps = [spec.noise] if spec.noise else []
-        seqio.TaskRegistry.add(
+        return seqio_tasks.add_task(
             registered,
-            source=source,
-            preprocessors=[*text_steps, *noise_steps, seqio.preprocessors.append_eos],
-            output_features=data.output_features(data.load_vocabulary(vocabulary)),
+            source,
+            [spec.texts, seqio.preprocessors.tokenize, *noise_steps],
+            seqio_tasks.seqio_vocabulary(vocabulary),
             postprocess_fn=spec.postprocess,
-            metric_fns=list(spec.metric_fns),
+            metric_fns=spec.metric_fns,
+            shuffle_buffer_size=SHUFFLE_BUFFER_SIZE,
         )
-    return registered
+
+    return registry.once(name, (name, vocabulary, directory), add)

@@ -1,7 +1,7 @@
 """Metrics of the tasks, in per cent: exact match and F1, ROUGE, ANLS, errors of transcripts.
 
 They are seqio metric functions, of all targets and predictions, which the postprocessors here make
-of texts. Accuracy is `coda_jax.data.accuracy`.
+of texts. Accuracy is `coda_jax.data.seqio_tasks.accuracy`.
 """
 
 from collections import Counter
@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import json
 import re
 import string
+
+from coda_jax.optional import needs
 
 _ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -36,10 +38,10 @@ def normalized_answer(text: str) -> str:
     """Returns the text as SQuAD compares it.
 
     Args:
-      text: an answer.
+        text: an answer.
 
     Returns:
-      The text in lower case, without ASCII punctuation and articles, with single spaces.
+        The text in lower case, without ASCII punctuation and articles, with single spaces.
     """
     text = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(re.sub(r"\b(?:the|an|a)\b", " ", text).split())
@@ -49,12 +51,12 @@ def token_f1(answer: str, prediction: str) -> float:
     """Returns the harmonic mean of precision and recall of a prediction's words.
 
     Args:
-      answer: normalised, words with spaces between.
-      prediction: likewise.
+        answer: normalised, words with spaces between.
+        prediction: likewise.
 
     Returns:
-      A number in [0, 1]; 0 where nothing is shared, so also for two empty texts, as in SQuAD's
-      own script.
+        A number in [0, 1]; 0 where nothing is shared, so also for two empty texts, as in SQuAD's
+        own script.
     """
     words, predicted = answer.split(), prediction.split()
     shared = (Counter(words) & Counter(predicted)).total()
@@ -66,20 +68,20 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
     """SQuAD's metrics: for each question the best over its answers.
 
     Args:
-      targets: the right answers of each question.
-      predictions: one for each question.
+        targets: the right answers of each question.
+        predictions: one for each question.
 
     Returns:
-      {"em", "f1"}: the means of the exact matches and of the word F1.
+        {"em", "f1"}: the means of the exact matches and of the word F1.
 
     Raises:
-      ValueError: no questions, another number of predictions, or a question without an answer.
+        ValueError: no questions, another number of predictions, or a question without an answer.
     """
     check_pairs(targets, predictions)
     em = f1 = 0.0
     for number, (answers, prediction) in enumerate(zip(targets, predictions, strict=True)):
         if not answers:
-            raise ValueError(f"The question number {number} has no answers.")
+            raise ValueError(f"The question number {number} has no answers")
         normalized = normalized_answer(prediction)
         em += _best(lambda answer, given: float(answer == given), answers, normalized)
         f1 += _best(token_f1, answers, normalized)
@@ -96,14 +98,14 @@ def record(targets: Sequence[Mapping], predictions: Sequence[str]) -> dict[str, 
     A question with several answers is as many examples, all with the same inputs.
 
     Args:
-      targets: {"group": what tells questions apart, "answers": all right answers} per example.
-      predictions: one for each example; the first of each group counts.
+        targets: {"group": what tells questions apart, "answers": all right answers} per example.
+        predictions: one for each example; the first of each group counts.
 
     Returns:
-      {"em", "f1"}.
+        {"em", "f1"}.
 
     Raises:
-      ValueError: as for `squad`.
+        ValueError: as for `squad`.
     """
     check_pairs(targets, predictions)
     questions: dict = {}
@@ -117,16 +119,17 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float
     """ROUGE-1, ROUGE-2 and ROUGE-Lsum as T5 computes them, save for its bootstrap.
 
     Args:
-      targets: the summaries; " . " ends a sentence, which matters for Lsum.
-      predictions: one for each.
+        targets: the summaries; " . " ends a sentence, which matters for Lsum.
+        predictions: one for each.
 
     Returns:
-      {"rouge1", "rouge2", "rougeLsum"}: the means of the F1.
+        {"rouge1", "rouge2", "rougeLsum"}: the means of the F1.
 
     Raises:
-      ValueError: no summaries, or another number of predictions.
+        ValueError: no summaries, or another number of predictions.
     """
-    from rouge_score import rouge_scorer  # Here: only summaries need it.
+    with needs():  # Here: only summaries need it.
+        from rouge_score import rouge_scorer
 
     check_pairs(targets, predictions)
     scorer = rouge_scorer.RougeScorer(_ROUGE_TYPES)
@@ -149,16 +152,17 @@ def rouge_of_any(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -
     """ROUGE-1, ROUGE-2 and ROUGE-Lsum, of each prediction with the target that it is closest to.
 
     Args:
-      targets: several right texts for each.
-      predictions: one for each.
+        targets: several right texts for each.
+        predictions: one for each.
 
     Returns:
-      {"rouge1", "rouge2", "rougeLsum"}: the means of the F1.
+        {"rouge1", "rouge2", "rougeLsum"}: the means of the F1.
 
     Raises:
-      ValueError: no texts, or another number of predictions.
+        ValueError: no texts, or another number of predictions.
     """
-    from rouge_score import rouge_scorer
+    with needs():
+        from rouge_score import rouge_scorer
 
     check_pairs(targets, predictions)
     scorer = rouge_scorer.RougeScorer(_ROUGE_TYPES)
@@ -173,14 +177,14 @@ def anls(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[s
     case and with single spaces; 0 where that is below one half.
 
     Args:
-      targets: the right answers of each question.
-      predictions: one for each question.
+        targets: the right answers of each question.
+        predictions: one for each question.
 
     Returns:
-      {"anls"}.
+        {"anls"}.
 
     Raises:
-      ValueError: no questions, or another number of predictions.
+        ValueError: no questions, or another number of predictions.
     """
     check_pairs(targets, predictions)
     total = 0.0
@@ -200,21 +204,22 @@ def transcript_errors(targets: Sequence[str], predictions: Sequence[str]) -> dic
     """Word and character error rate: edits from all targets to the predictions by their length.
 
     Args:
-      targets: the right transcripts.
-      predictions: one for each.
+        targets: the right transcripts.
+        predictions: one for each.
 
     Returns:
-      {"wer", "cer"}; above 100 where the predictions have many insertions.
+        {"wer", "cer"}; above 100 where the predictions have many insertions.
 
     Raises:
-      ValueError: no transcripts, another number of predictions, or not one word in the targets.
-      ImportError: the extra `speech` is not installed.
+        ValueError: no transcripts, another number of predictions, or not one word in the targets.
+        ImportError: the extra `speech` is not installed.
     """
-    import jiwer  # Here: only speech needs it.
+    with needs("speech"):  # Here: only speech needs it.
+        import jiwer
 
     check_pairs(targets, predictions)
     if not any(target.split() for target in targets):
-        raise ValueError(f"All {len(targets)} targets are empty: there is no error rate.")
+        raise ValueError(f"All {len(targets)} targets are empty: there is no error rate")
     targets, predictions = list(targets), list(predictions)
     return {
         "wer": 100 * jiwer.wer(targets, predictions),
@@ -242,5 +247,5 @@ def check_pairs(targets: Sequence, predictions: Sequence) -> None:
     if not targets or len(targets) != len(predictions):
         raise ValueError(
             f"A prediction is needed for each of at least one target: there are {len(targets)} "
-            f"targets and {len(predictions)} predictions."
+            f"targets and {len(predictions)} predictions"
         )

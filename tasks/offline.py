@@ -21,12 +21,12 @@ import re
 import seqio
 import tensorflow as tf
 
-from coda_jax import data
+from coda_jax import bundled
+from coda_jax.data import seqio_tasks
+from coda_jax.data.vocabularies import EXTRA_IDS, VOCABULARY_NAME
 from coda_jax.tasks import preprocessors, stdlib_corpus
 
-VOCABULARY_FILE = os.path.join(
-    os.path.dirname(os.path.abspath(data.__file__)), "bundled", "stdlib_vocabulary", "spiece.model"
-)
+VOCABULARY_FILE = str(bundled.VOCABULARY / VOCABULARY_NAME)
 NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
 
 MIN_CLASS_SIZE = 10
@@ -59,12 +59,12 @@ def mask_name(source: str, name: str, flags: int = 0) -> str:
     """Replaces every standalone occurrence of a name by a sentinel.
 
     Args:
-      source: Python source or other text.
-      name: an identifier.
-      flags: of `re`.
+        source: Python source or other text.
+        name: an identifier.
+        flags: of `re`.
 
     Returns:
-      The source with the sentinel's text, after a space: SentencePiece knows it only there.
+        The source with the sentinel's text, after a space: SentencePiece knows it only there.
     """
     return re.sub(rf" ?(?<!\w){re.escape(name)}(?!\w)", " " + SENTINEL, source, flags=flags)
 
@@ -143,11 +143,11 @@ def passages(text: str, min_bytes: int) -> list[str]:
     """Cuts a text into runs of whole lines.
 
     Args:
-      text: any text.
-      min_bytes: a run ends with the line that brings it to this size; the last may be smaller.
+        text: any text.
+        min_bytes: a run ends with the line that brings it to this size; the last may be smaller.
 
     Returns:
-      The runs, which together are the text.
+        The runs, which together are the text.
     """
     found, start, size = [], 0, 0
     lines = text.splitlines(keepends=True)
@@ -189,14 +189,13 @@ def _add_task(name, load, vocabulary, splits, steps, metric_fns=(), shuffle_buff
         check_vocabulary_file(vocabulary)
         return load(split)
 
-    return seqio.TaskRegistry.add(
+    return seqio_tasks.add_task(
         name,
-        source=data.MemorySource(load_checked, splits),
-        preprocessors=steps,
-        output_features=data.output_features(vocabulary),
-        postprocess_fn=data.strip_text,
-        metric_fns=list(metric_fns),
-        shuffle_buffer_size=shuffle_buffer_size,  # 1: the source shuffles all records.
+        seqio_tasks.MemorySource(load_checked, splits),
+        steps,
+        vocabulary,
+        metric_fns=metric_fns,
+        shuffle_buffer_size=shuffle_buffer_size,
     )
 
 
@@ -206,7 +205,7 @@ def check_vocabulary_file(vocabulary: seqio.Vocabulary) -> None:
     if path and not tf.io.gfile.exists(path):
         raise FileNotFoundError(
             f"No vocabulary at {path!r}. Write it with "
-            "`python -m coda_jax.tasks.offline --write_vocabulary=DIR`."
+            "`python -m coda_jax.tasks.offline --write_vocabulary=DIR`"
         )
 
 
@@ -214,19 +213,19 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
     """Registers all tasks of this module and the mixture `stdlib_pretrain` for a vocabulary.
 
     Args:
-      vocabulary: for inputs and targets; span corruption uses its extra ids.
-      suffix: is added to each name.
+        vocabulary: for inputs and targets; span corruption uses its extra ids.
+        suffix: is added to each name.
 
     Returns:
-      The mixture.
+        The mixture.
 
     Raises:
-      ValueError: a task of such a name is registered already.
+        ValueError: a task of such a name is registered already.
     """
-    text_steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+    tokenize = seqio.preprocessors.tokenize
     for name, load in (("stdlib_module", _module), ("stdlib_exception", _exception)):
         splits = ("train", "validation", "test")
-        _add_task(name + suffix, load, vocabulary, splits, text_steps, [data.accuracy])
+        _add_task(name + suffix, load, vocabulary, splits, [tokenize], [seqio_tasks.accuracy])
     splits = ("train", "validation")
     whole = functools.partial(_module, prefix="")  # The windows get the prefix.
     for name, load, prefix, window_splits in (
@@ -236,19 +235,18 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
         window = functools.partial(
             preprocessors.random_window, num_tokens=WINDOW_TOKENS, prefix=prefix
         )
-        steps = [seqio.preprocessors.tokenize, window, seqio.preprocessors.append_eos]
-        _add_task(name + suffix, load, vocabulary, window_splits, steps)
+        _add_task(name + suffix, load, vocabulary, window_splits, [tokenize, window])
     for name, load, first in (
         ("stdlib_function_name", _function_name, []),
         ("stdlib_docstring", _docstring, []),
         ("stdlib_summary", _summary, []),
         ("stdlib_siblings", _siblings, [_sample_name]),
     ):
-        _add_task(name + suffix, load, vocabulary, splits, [*first, *text_steps], [data.accuracy])
+        steps = [*first, tokenize]
+        _add_task(name + suffix, load, vocabulary, splits, steps, [seqio_tasks.accuracy])
     corruption_steps = [
-        functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+        functools.partial(tokenize, copy_pretokenized=False),
         preprocessors.span_corruption,
-        seqio.preprocessors.append_eos,
     ]
     _add_task(
         "stdlib_span_corruption" + suffix,
@@ -270,14 +268,14 @@ def write_vocabulary(directory: str | os.PathLike) -> pathlib.Path:
     what no piece covers falls back to bytes.
 
     Args:
-      directory: where `spiece.model` is written; made if it does not exist.
+        directory: where `spiece.model` is written; made if it does not exist.
 
     Returns:
-      The path of the file.
+        The path of the file.
     """
     import sentencepiece  # Here, because only the training needs it.
 
-    path = pathlib.Path(directory) / "spiece.model"
+    path = pathlib.Path(directory) / VOCABULARY_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as f:
         sentencepiece.SentencePieceTrainer.train(
@@ -311,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(write_vocabulary(parser.parse_args(argv).write_vocabulary))
 
 
-add_tasks(seqio.SentencePieceVocabulary(VOCABULARY_FILE, extra_ids=data.EXTRA_IDS))
-add_tasks(seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS), suffix="_bytes")
+add_tasks(seqio.SentencePieceVocabulary(VOCABULARY_FILE, extra_ids=EXTRA_IDS))
+add_tasks(seqio_tasks.seqio_vocabulary("bytes"), suffix="_bytes")
 
 if __name__ == "__main__":
     main()

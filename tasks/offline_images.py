@@ -11,16 +11,19 @@ import functools
 import os
 import re
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-import seqio
-from sklearn.datasets import load_digits
 import tensorflow as tf
 
-from coda_jax import data
+from coda_jax.data.images import patches
+from coda_jax.data.seqio_tasks import seqio_vocabulary
+from coda_jax.optional import needs
 from coda_jax.tasks import drawn, images, stdlib_corpus
 from coda_jax.tasks.drawn import SPLITS
+
+with needs("images"):
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    from sklearn.datasets import load_digits
 
 HEIGHT, WIDTH = 128, 512
 DIGITS = (2, 5)  # the fewest and the most digits on a sheet
@@ -82,11 +85,11 @@ def digit_strip(split: str, number: int) -> Sheet:
     """Draws a sheet with scans of the split, at places of their own from left to right.
 
     Args:
-      split: one of `SPLITS`.
-      number: of the sheet; the same number gives the same sheet.
+        split: one of `SPLITS`.
+        number: of the sheet; the same number gives the same sheet.
 
     Returns:
-      The image [HEIGHT, WIDTH, 3] uint8, and the digits in their order.
+        The image [HEIGHT, WIDTH, 3] uint8, and the digits in their order.
     """
     rng = _generator(split, number, task=0)
     pictures, labels = scans()[split]
@@ -125,11 +128,11 @@ def rendered_text(split: str, number: int) -> Sheet:
     the digits of `digit_strip` are.
 
     Args:
-      split: one of `SPLITS`; its words are in no other.
-      number: of the sheet; the same number gives the same sheet.
+        split: one of `SPLITS`; its words are in no other.
+        number: of the sheet; the same number gives the same sheet.
 
     Returns:
-      The image [HEIGHT, WIDTH, 3] uint8, and the letters or digits.
+        The image [HEIGHT, WIDTH, 3] uint8, and the letters or digits.
     """
     rng = _generator(split, number, task=1)
     text = _text(split, rng)
@@ -159,28 +162,28 @@ def inked_patches(image: tf.Tensor, count: int | tf.Tensor, patch_size: int = 16
     """The patches of a sheet with the most contrast; the others are left out.
 
     Args:
-      image: [HEIGHT, WIDTH, 3], of 0 to 255.
-      count: how many are left.
-      patch_size: p, height and width of a patch.
+        image: [HEIGHT, WIDTH, 3], of 0 to 255.
+        count: how many are left.
+        patch_size: p, height and width of a patch.
 
     Returns:
-      [count, 2 + 3 p^2] float32: those of `images.patches` in their order, with their places.
+        [count, 2 + 3 p^2] float32: those of `patches` in their order, with their places.
     """
-    every = images.patches(image, HEIGHT * WIDTH // patch_size**2, patch_size)
+    every = patches(image, HEIGHT * WIDTH // patch_size**2, patch_size)
     pixels = every[:, 2:]
     contrast = tf.reduce_max(pixels, axis=1) - tf.reduce_min(pixels, axis=1)
     return tf.gather(every, tf.sort(tf.math.top_k(contrast, count).indices))
 
 
 for _name, _draw, _prepare, _cut in (
-    ("digit_strips", digit_strip, scans, images.patches),
-    ("rendered_text", rendered_text, words, images.patches),
+    ("digit_strips", digit_strip, scans, patches),
+    ("rendered_text", rendered_text, words, patches),
     ("rendered_text_inked", rendered_text, words, inked_patches),
 ):
     images.add_task(
         _name,
         drawn.source(lambda split, prepare=_prepare: prepare()),
         drawn.step(_draw, tf.uint8, lambda image: {"image": image}),
-        seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS),
+        seqio_vocabulary("bytes"),
         cut=_cut,
     )

@@ -21,13 +21,16 @@ import functools
 import itertools
 
 import numpy as np
-import scipy.signal
-import seqio
 import tensorflow as tf
 
-from coda_jax import data
-from coda_jax.tasks import audio, drawn, speech, voices
+from coda_jax.data import audio
+from coda_jax.data.seqio_tasks import seqio_vocabulary
+from coda_jax.optional import needs
+from coda_jax.tasks import drawn, speech, voices
 from coda_jax.tasks.drawn import SPLITS
+
+with needs("speech"):
+    import scipy.signal
 
 PITCHES = (0.7, 0.85, 1.0, 1.2, 1.4)
 PITCHES_HELD_OUT = (0.77, 0.92, 1.1, 1.3)
@@ -42,12 +45,13 @@ class Recipe:
     """How the recordings of a split are made.
 
     Attributes:
-      speakers: of whom each recording has one.
-      seconds: the length.
-      digits: the fewest and the most in a recording.
-      decibels: the lowest and the highest level of the speech, while it lasts, over the noise.
-      tempo: the lowest and the highest factor by which a recording's speech is played faster, which
-        shifts all frequencies: as if by another speaker (Ko et al. 2015, speed perturbation).
+        speakers: of whom each recording has one.
+        seconds: the length.
+        digits: the fewest and the most in a recording.
+        decibels: the lowest and the highest level of the speech, while it lasts, over the noise.
+        tempo: the lowest and the highest factor by which a recording's speech is played faster,
+            which shifts all frequencies: as if by another speaker (Ko et al. 2015, speed
+            perturbation).
     """
 
     speakers: tuple[voices.Speaker, ...]
@@ -97,12 +101,12 @@ def spoken_digits(task: str, split: str, number: int) -> tuple[np.ndarray, str]:
     """Makes a recording: digits of one speaker, one after the other at random places, in noise.
 
     Args:
-      task: a key of `RECIPES`.
-      split: one of `SPLITS`.
-      number: of the recording; the same number gives the same recording.
+        task: a key of `RECIPES`.
+        split: one of `SPLITS`.
+        number: of the recording; the same number gives the same recording.
 
     Returns:
-      [samples] float32 at 16 kHz, and the digits with spaces between.
+        [samples] float32 at 16 kHz, and the digits with spaces between.
     """
     recipe = RECIPES[task][split]
     rng = np.random.default_rng([list(RECIPES).index(task), SPLITS.index(split), number])
@@ -133,5 +137,5 @@ for _task in RECIPES:
         _task,
         drawn.source(functools.partial(_prepare, _task)),
         drawn.step(functools.partial(spoken_digits, _task), tf.float32, _frames),
-        seqio.ByteVocabulary(extra_ids=data.BYTE_EXTRA_IDS),
+        seqio_vocabulary("bytes"),
     )

@@ -21,18 +21,18 @@ def random_spans_helper(
     """Returns the lengths before and after the noise that fill the inputs exactly.
 
     Args:
-      inputs_length: the wanted length of the inputs, sentinels and EOS included.
-      noise_density: the share of the tokens that is noise.
-      mean_noise_span_length: the mean number of tokens in a noise span.
+        inputs_length: the wanted length of the inputs, sentinels and EOS included.
+        noise_density: the share of the tokens that is noise.
+        mean_noise_span_length: the mean number of tokens in a noise span.
 
     Returns:
-      The number of tokens to take, and the length of the targets, sentinels and EOS included.
+        The number of tokens to take, and the length of the targets, sentinels and EOS included.
 
     Raises:
-      ValueError: the inputs are too short to hold a token, a sentinel and EOS.
+        ValueError: the inputs are too short to hold a token, a sentinel and EOS.
     """
     if inputs_length < 4:
-        raise ValueError(f"Span corruption needs an inputs length of at least 4: {inputs_length}.")
+        raise ValueError(f"Span corruption needs an inputs length of at least 4: {inputs_length}")
 
     def lengths(num_tokens: int) -> tuple[int, int]:
         num_noise, num_spans = _num_noise(num_tokens, noise_density, mean_noise_span_length)
@@ -63,13 +63,13 @@ def random_spans_noise_mask(
     over all ways to divide the tokens. The first token is kept and the last is noise.
 
     Args:
-      length: int32 scalar, the number of tokens.
-      seeds: int32 [2, 2], two stateless seeds.
-      noise_density: the share of the tokens that is noise.
-      mean_noise_span_length: the mean number of tokens in a noise span.
+        length: int32 scalar, the number of tokens.
+        seeds: int32 [2, 2], two stateless seeds.
+        noise_density: the share of the tokens that is noise.
+        mean_noise_span_length: the mean number of tokens in a noise span.
 
     Returns:
-      A bool tensor [length], True for noise.
+        A bool tensor [length], True for noise.
     """
     original_length = length
     length = tf.maximum(length, 2)  # One token cannot be both kept and masked.
@@ -103,12 +103,12 @@ def noise_span_to_unique_sentinel(
     """Replaces each span of noise by one sentinel.
 
     Args:
-      tokens: int32 [length].
-      noise_mask: bool [length].
-      vocabulary: the sentinels are its last ids, in descending order.
+        tokens: int32 [length].
+        noise_mask: bool [length].
+        vocabulary: the sentinels are its last ids, in descending order.
 
     Returns:
-      An int32 tensor, shorter than `tokens` by the noise tokens after the first of each span.
+        An int32 tensor, shorter than `tokens` by the noise tokens after the first of each span.
     """
     previous_is_noise = tf.pad(noise_mask[:-1], [[1, 0]])
     first_of_span = tf.logical_and(noise_mask, tf.logical_not(previous_is_noise))
@@ -131,13 +131,13 @@ def random_window(
     """Keeps a random window of the inputs, drawn afresh whenever an example comes.
 
     Args:
-      dataset: examples with int32 "inputs".
-      output_features: seqio features.
-      num_tokens: of the window; shorter inputs stay whole.
-      prefix: text to put before the window.
+        dataset: examples with int32 "inputs".
+        output_features: seqio features.
+        num_tokens: of the window; shorter inputs stay whole.
+        prefix: text to put before the window.
 
     Returns:
-      A dataset of the same examples with shorter "inputs".
+        A dataset of the same examples with shorter "inputs".
     """
     prefix_tokens = output_features["inputs"].vocabulary.encode_tf(prefix)
 
@@ -158,12 +158,12 @@ def concatenate_and_split(
     """Joins the "targets" of groups of examples and cuts them into segments.
 
     Args:
-      dataset: examples with int32 "targets".
-      segment_length: the number of tokens of a segment; the last of each group may be shorter.
-      group_size: the number of examples that are joined.
+        dataset: examples with int32 "targets".
+        segment_length: the number of tokens of a segment; the last of each group may be shorter.
+        group_size: the number of examples that are joined.
 
     Returns:
-      A dataset of examples with "targets" only.
+        A dataset of examples with "targets" only.
     """
     dataset = dataset.map(lambda x: x["targets"]).ragged_batch(group_size)
 
@@ -184,13 +184,14 @@ def denoise(
     """Turns tokens into noised inputs and the targets that restore them, without EOS.
 
     Args:
-      dataset: examples with int32 "targets".
-      output_features: seqio features; the vocabulary of "targets" gives the sentinels.
-      noise_density: the share of the tokens that is noise.
-      mean_noise_span_length: the mean number of tokens in a noise span.
+        dataset: examples with int32 "targets".
+        output_features: seqio features; the vocabulary of "targets" gives the sentinels.
+        noise_density: the share of the tokens that is noise.
+        mean_noise_span_length: the mean number of tokens in a noise span.
 
     Returns:
-      A dataset with "inputs" and "targets"; the noise is fresh in each epoch and follows the seed.
+        A dataset with "inputs" and "targets"; the noise is fresh in each epoch and follows the
+        seed.
     """
     vocabulary = output_features["targets"].vocabulary
 
@@ -218,32 +219,32 @@ def span_corruption(
     """T5's pretraining task on tokenised texts; EOS is to be appended afterwards.
 
     Args:
-      dataset: examples with int32 "targets": whole texts.
-      sequence_length: the lengths of "inputs" and "targets"; the inputs get exactly that length
-        (EOS included), save where a group of texts ends.
-      output_features: seqio features.
-      noise_density: the share of the tokens that is noise.
-      mean_noise_span_length: the mean number of tokens in a noise span.
+        dataset: examples with int32 "targets": whole texts.
+        sequence_length: the lengths of "inputs" and "targets"; the inputs get exactly that length
+            (EOS included), save where a group of texts ends.
+        output_features: seqio features.
+        noise_density: the share of the tokens that is noise.
+        mean_noise_span_length: the mean number of tokens in a noise span.
 
     Returns:
-      A dataset with "inputs" and "targets".
+        A dataset with "inputs" and "targets".
 
     Raises:
-      ValueError: no length given, targets too short for the noise, or fewer sentinels than spans.
+        ValueError: no length given, targets too short for the noise, or fewer sentinels than spans.
     """
     if not sequence_length or not sequence_length.get("inputs"):
-        raise ValueError(f"Span corruption needs the length of the inputs: {sequence_length}.")
+        raise ValueError(f"Span corruption needs the length of the inputs: {sequence_length}")
     num_tokens, targets_length = random_spans_helper(
         sequence_length["inputs"], noise_density, mean_noise_span_length
     )
     if sequence_length.get("targets") and targets_length > sequence_length["targets"]:
         raise ValueError(
             f"Inputs of length {sequence_length['inputs']} have targets of length "
-            f"{targets_length}, but the targets length is {sequence_length['targets']}."
+            f"{targets_length}, but the targets length is {sequence_length['targets']}"
         )
     _, num_spans = _num_noise(num_tokens, noise_density, mean_noise_span_length)
     extra_ids = output_features["targets"].vocabulary.extra_ids
     if num_spans > extra_ids:
-        raise ValueError(f"{num_spans} noise spans need as many sentinels; there are {extra_ids}.")
+        raise ValueError(f"{num_spans} noise spans need as many sentinels; there are {extra_ids}")
     dataset = concatenate_and_split(dataset, num_tokens)
     return denoise(dataset, output_features, noise_density, mean_noise_span_length)

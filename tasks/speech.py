@@ -9,14 +9,14 @@ from collections.abc import Callable
 import csv
 import dataclasses
 import functools
-import hashlib
 import os
 
 import seqio
 import tensorflow as tf
 
-from coda_jax import data
-from coda_jax.tasks import audio, metrics
+from coda_jax.data import seqio_tasks
+from coda_jax.data.audio import frames
+from coda_jax.tasks import audio, metrics, registry
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("path", "sentence")  # of a table of transcripts, as in Common Voice
@@ -39,15 +39,15 @@ def read_folder(directory: str, split: str) -> dict[str, list[str]]:
     """Reads `<split>.tsv`, tab-separated columns under a head with "path" and "sentence".
 
     Args:
-      directory: where the tables lie, and where the paths of the recordings start.
-      split: one of `SPLITS`.
+        directory: where the tables lie, and where the paths of the recordings start.
+        split: one of `SPLITS`.
 
     Returns:
-      The columns "audio" and "targets".
+        The columns "audio" and "targets".
 
     Raises:
-      FileNotFoundError: there is no such table.
-      ValueError: it has no rows, or a column is missing; the file and line are named.
+        FileNotFoundError: there is no such table.
+        ValueError: it has no rows, or a column is missing; the file and line are named.
     """
     file = os.path.join(directory, f"{split}.tsv")
     columns: dict[str, list[str]] = {"audio": [], "targets": []}
@@ -55,15 +55,15 @@ def read_folder(directory: str, split: str) -> dict[str, list[str]]:
         rows = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
         missing = set(COLUMNS) - set(rows.fieldnames or ())
         if missing:
-            raise ValueError(f"{file}:1: no column {sorted(missing)} in {rows.fieldnames}.")
+            raise ValueError(f"{file}:1: no column {sorted(missing)} in {rows.fieldnames}")
         for row in rows:
             path, sentence = (row[name] for name in COLUMNS)
             if not path or sentence is None:
-                raise ValueError(f"{file}:{rows.line_num}: no {list(COLUMNS)} in {row!r}.")
+                raise ValueError(f"{file}:{rows.line_num}: no {list(COLUMNS)} in {row!r}")
             columns["audio"].append(os.path.join(directory, path))
             columns["targets"].append(sentence.lower())
     if not columns["audio"]:
-        raise ValueError(f"{file}: there are no recordings.")
+        raise ValueError(f"{file}: there are no recordings")
     return columns
 
 
@@ -71,7 +71,7 @@ def read_folder(directory: str, split: str) -> dict[str, list[str]]:
 def from_librispeech(record):
     """The frames and the transcript of a TFDS record: "speech", 16-bit samples, and "text"."""
     samples = tf.cast(record["speech"], tf.float32) / 2.0**15
-    return {"inputs": audio.frames(samples), "targets": tf.strings.lower(record["text"])}
+    return {"inputs": frames(samples), "targets": tf.strings.lower(record["text"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Spec:
     """One row of `SPECS`.
 
     Attributes:
-      source: directory or None -> the records.
-      step: seqio preprocessor from records to "inputs", frames, and "targets", text.
-      reads_directory: whether the records lie in a directory of the user's.
-      shuffle_buffer_size: of `add_task`.
+        source: directory or None -> the records.
+        step: seqio preprocessor from records to "inputs", frames, and "targets", text.
+        reads_directory: whether the records lie in a directory of the user's.
+        shuffle_buffer_size: of `add_task`.
     """
 
     source: Callable[[str | None], seqio.DataSource]
@@ -97,7 +97,7 @@ def _tfds(directory, splits):
 
 
 def _folder(directory):
-    return data.MemorySource(functools.partial(read_folder, directory), SPLITS)
+    return seqio_tasks.MemorySource(functools.partial(read_folder, directory), SPLITS)
 
 
 SPECS = {
@@ -115,34 +115,32 @@ def task(name: str, vocabulary: str, directory: str | None = None) -> str:
     """Registers a task, once, and returns the name that it has in seqio. For gin files.
 
     Args:
-      name: a key of `SPECS`.
-      vocabulary: a path, or "bytes", for `data.load_vocabulary`.
-      directory: for "audio_folder", where the tables and recordings lie.
+        name: a key of `SPECS`.
+        vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`.
+        directory: for "audio_folder", where the tables and recordings lie.
 
     Returns:
-      "<name>_<hash of the arguments>".
+        "<name>_<hash of the arguments>".
 
     Raises:
-      ValueError: an unknown name, or a directory where none is read or none where one is needed.
-      FileNotFoundError: there is no such vocabulary.
+        ValueError: an unknown name, or a directory where none is read or none where one is needed.
+        FileNotFoundError: there is no such vocabulary.
     """
-    if name not in SPECS:
-        raise ValueError(f"There is no speech task {name!r}, only {sorted(SPECS)}.")
-    spec = SPECS[name]
+    spec = registry.find("speech", name, SPECS)
     if spec.reads_directory != (directory is not None):
         needs = "needs a" if spec.reads_directory else "reads no"
-        raise ValueError(f"{name!r} {needs} directory, got {directory!r}.")
-    arguments = repr((name, vocabulary, directory))
-    registered = f"{name}_{hashlib.sha256(arguments.encode()).hexdigest()[:12]}"
-    if registered not in seqio.TaskRegistry.names():
-        add_task(
+        raise ValueError(f"{name!r} {needs} directory, got {directory!r}")
+
+    def add(registered: str) -> seqio.Task:
+        return add_task(
             registered,
             spec.source(directory),
             spec.step,
-            data.load_vocabulary(vocabulary),
+            seqio_tasks.seqio_vocabulary(vocabulary),
             spec.shuffle_buffer_size,
         )
-    return registered
+
+    return registry.once(name, (name, vocabulary, directory), add)
 
 
 def add_task(
@@ -155,25 +153,22 @@ def add_task(
     """Registers a task from frames to transcripts, judged by word and character error rates.
 
     Args:
-      name: the name of the task.
-      source: of the records.
-      step: seqio preprocessor from records to "inputs", [N, 161] frames, and "targets", text.
-      vocabulary: of the targets.
-      shuffle_buffer_size: how many examples, frames and all, are held to be shuffled; 1 for a
-        source that shuffles all its records.
+        name: the name of the task.
+        source: of the records.
+        step: seqio preprocessor from records to "inputs", [N, 161] frames, and "targets", text.
+        vocabulary: of the targets.
+        shuffle_buffer_size: how many examples, frames and all, are held to be shuffled; 1 for a
+            source that shuffles all its records.
 
     Returns:
-      The task.
+        The task.
     """
-    return seqio.TaskRegistry.add(
+    return seqio_tasks.add_task(
         name,
-        source=source,
-        preprocessors=[step, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-        output_features={
-            "inputs": seqio.ContinuousFeature(rank=2, dtype=tf.float32),
-            "targets": seqio.Feature(vocabulary=vocabulary, add_eos=True),
-        },
-        postprocess_fn=data.strip_text,
+        source,
+        [step, seqio.preprocessors.tokenize],
+        vocabulary,
+        vectors=True,
         metric_fns=[metrics.transcript_errors],
         shuffle_buffer_size=shuffle_buffer_size,
     )

@@ -31,15 +31,15 @@ class Function:
     """One function of the standard library.
 
     Attributes:
-      source: its text, decorators included, without the indentation of its place.
-      module: the top-level module that holds it ("asyncio" for asyncio/events.py).
-      file: the path of its file, relative to the library, with "/" between the parts.
-      qualname: its name with the classes and functions around it, "Class.method".
-      name: its name.
-      docstring: the first line of its docstring, or None.
-      undocumented: `source` without the docstring; None where there is no docstring.
-      exceptions: the distinct exceptions that it raises by name, in order.
-      split: "train", "validation" or "test".
+        source: its text, decorators included, without the indentation of its place.
+        module: the top-level module that holds it ("asyncio" for asyncio/events.py).
+        file: the path of its file, relative to the library, with "/" between the parts.
+        qualname: its name with the classes and functions around it, "Class.method".
+        name: its name.
+        docstring: the first line of its docstring, or None.
+        undocumented: `source` without the docstring; None where there is no docstring.
+        exceptions: the distinct exceptions that it raises by name, in order.
+        split: "train", "validation" or "test".
     """
 
     source: str
@@ -58,12 +58,12 @@ class SourceFile:
     """One file of the standard library that holds at least one `Function`.
 
     Attributes:
-      path: the path relative to the library, with "/" between the parts.
-      module: the top-level module.
-      text: the text, without the functions of the validation and test splits.
-      undocumented: `text` without the file's docstring.
-      summary: the first line of its docstring, or None.
-      classes: the names of its classes outside of functions, in order.
+        path: the path relative to the library, with "/" between the parts.
+        module: the top-level module.
+        text: the text, without the functions of the validation and test splits.
+        undocumented: `text` without the file's docstring.
+        summary: the first line of its docstring, or None.
+        classes: the names of its classes outside of functions, in order.
     """
 
     path: str
@@ -99,13 +99,13 @@ def read_corpus(directory: str | None = None) -> Corpus:
     """Reads all functions and files of a standard library.
 
     Args:
-      directory: where the library lies; the running Python's own if None.
+        directory: where the library lies; the running Python's own if None.
 
     Returns:
-      A `Corpus`; the same library gives the same corpus.
+        A `Corpus`; the same library gives the same corpus.
 
     Raises:
-      ValueError: there is no function of a fitting size in the directory.
+        ValueError: there is no function of a fitting size in the directory.
     """
     directory = directory or sysconfig.get_paths()["stdlib"]
     functions, files, seen = [], [], set()
@@ -124,7 +124,7 @@ def read_corpus(directory: str | None = None) -> Corpus:
         if taken:  # Files without functions are tables of characters and the like.
             files.append(_source_file(path, lines, tree, found))
     if not functions:
-        raise ValueError(f"No function of {MIN_BYTES} to {MAX_BYTES} bytes under {directory!r}.")
+        raise ValueError(f"No function of {MIN_BYTES} to {MAX_BYTES} bytes under {directory!r}")
     return Corpus(tuple(functions), tuple(files))
 
 

@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 import csv
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from typing import Any
 
 import seqio
 
-from coda_jax import data
-from coda_jax.tasks import cider, images, metrics
+from coda_jax.data.jsonl import read_jsonl
+from coda_jax.data.seqio_tasks import MemorySource, accuracy, seqio_vocabulary, strip_text
+from coda_jax.tasks import cider, images, metrics, registry
 
 SPLITS = ("train", "validation", "test")
 OCR_VQA_SPLITS = {"train": 1, "validation": 2, "test": 3}
@@ -30,7 +30,7 @@ _Columns = dict[str, list[str]]
 def _columns(rows: Sequence[tuple[str, str, str, Sequence[str]]], where: str) -> _Columns:
     """Columns of (image, header, target, all right answers)."""
     if not rows:
-        raise ValueError(f"{where}: there are no examples of this split.")
+        raise ValueError(f"{where}: there are no examples of this split")
     paths, headers, targets, answers = zip(*rows, strict=True)
     return {
         "image": list(paths),
@@ -45,21 +45,21 @@ def _read_json(path: str) -> Any:
         try:
             return json.loads(f.read().decode("utf-8"))
         except ValueError as e:
-            raise ValueError(f"{path}: not JSON: {e}.") from e
+            raise ValueError(f"{path}: not JSON: {e}") from e
 
 
 def _field(record: Any, name: str, kind: type, where: str) -> Any:
     """Returns a field of a record; ValueError names the place where it is missing or wrong."""
     value = record.get(name) if isinstance(record, Mapping) else None
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: {name!r} must be a {kind.__name__}, not {value!r}.")
+        raise ValueError(f"{where}: {name!r} must be a {kind.__name__}, not {value!r}")
     return value
 
 
 def _texts(record: Any, name: str, where: str) -> list[str]:
     values = _field(record, name, list, where)
     if not values or not all(isinstance(text, str) for text in values):
-        raise ValueError(f"{where}: {name!r} must be a list of texts, not {values!r}.")
+        raise ValueError(f"{where}: {name!r} must be a list of texts, not {values!r}")
     return values
 
 
@@ -69,15 +69,15 @@ def read_ocr_vqa(directory: str, split: str) -> _Columns:
     The ending is that of the image's URL, as the release's own script saves it.
 
     Args:
-      directory: where they lie.
-      split: one of `SPLITS`.
+        directory: where they lie.
+        split: one of `SPLITS`.
 
     Returns:
-      The columns "image", "header", "targets" and "answers" (JSON).
+        The columns "image", "header", "targets" and "answers" (JSON).
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not as published; the place is named.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not as published; the place is named.
     """
     path = os.path.join(directory, "dataset.json")
     rows = []
@@ -89,7 +89,7 @@ def read_ocr_vqa(directory: str, split: str) -> _Columns:
         image = os.path.join(directory, "images", key + ending)
         questions, answers = (_texts(record, name, where) for name in ("questions", "answers"))
         if len(questions) != len(answers):
-            raise ValueError(f"{where}: {len(questions)} questions and {len(answers)} answers.")
+            raise ValueError(f"{where}: {len(questions)} questions and {len(answers)} answers")
         rows += [(image, q, a, [a]) for q, a in zip(questions, answers, strict=True)]
     return _columns(rows, path)
 
@@ -100,14 +100,14 @@ def read_docvqa(directory: str, split: str) -> _Columns:
     In training each right answer is an example; otherwise each question is one.
 
     Args:
-      directory: where the folders `train` and `val` lie.
-      split: "train" or "validation".
+        directory: where the folders `train` and `val` lie.
+        split: "train" or "validation".
 
     Returns:
-      As `read_ocr_vqa`.
+        As `read_ocr_vqa`.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_ocr_vqa`.
+        FileNotFoundError, ValueError: as `read_ocr_vqa`.
     """
     folder = os.path.join(directory, DOCVQA_SPLITS[split])
     path = os.path.join(folder, f"{DOCVQA_SPLITS[split]}_v1.0.json")
@@ -127,15 +127,15 @@ def read_screen2words(directory: str, split: str) -> _Columns:
     In training each summary is an example; otherwise each screen is one.
 
     Args:
-      directory: has `screen_summaries.csv`, `split/{train,dev,test}_screens.txt`, and in
-        `combined/<screenId>.jpg` the screens of RICO.
-      split: one of `SPLITS`.
+        directory: has `screen_summaries.csv`, `split/{train,dev,test}_screens.txt`, and in
+            `combined/<screenId>.jpg` the screens of RICO.
+        split: one of `SPLITS`.
 
     Returns:
-      As `read_ocr_vqa`; the headers are empty.
+        As `read_ocr_vqa`; the headers are empty.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_ocr_vqa`.
+        FileNotFoundError, ValueError: as `read_ocr_vqa`.
     """
     path = os.path.join(directory, "screen_summaries.csv")
     summaries: dict[str, list[str]] = {}
@@ -143,14 +143,14 @@ def read_screen2words(directory: str, split: str) -> _Columns:
         reader = csv.DictReader(f)
         for row in reader:
             if not row.get("screenId") or not row.get("summary"):
-                raise ValueError(f"{path}:{reader.line_num}: no 'screenId' or 'summary': {row!r}.")
+                raise ValueError(f"{path}:{reader.line_num}: no 'screenId' or 'summary': {row!r}")
             summaries.setdefault(row["screenId"], []).append(row["summary"])
     names = os.path.join(directory, "split", f"{SCREEN2WORDS_SPLITS[split]}_screens.txt")
     rows = []
     with open(names, encoding="utf-8") as f:
         for screen in f.read().split():
             if screen not in summaries:
-                raise ValueError(f"{names}: {path} has no summary of the screen {screen!r}.")
+                raise ValueError(f"{names}: {path} has no summary of the screen {screen!r}")
             texts = summaries[screen]
             image = os.path.join(directory, "combined", f"{screen}.jpg")
             for summary in texts if split == "train" else texts[:1]:
@@ -162,17 +162,17 @@ def read_image_folder(directory: str, split: str) -> _Columns:
     """Reads `<split>.jsonl`, whose lines are {"image": file, "header": question, "targets": text}.
 
     Args:
-      directory: where the JSONL files lie, and where the images' paths start.
-      split: one of `SPLITS`.
+        directory: where the JSONL files lie, and where the images' paths start.
+        split: one of `SPLITS`.
 
     Returns:
-      As `read_ocr_vqa`; a line without "header" has none.
+        As `read_ocr_vqa`; a line without "header" has none.
 
     Raises:
-      FileNotFoundError, ValueError: as `data.read_jsonl`.
+        FileNotFoundError, ValueError: as `jsonl.read_jsonl`.
     """
     path = os.path.join(directory, f"{split}.jsonl")
-    columns = data.read_jsonl(path, ("image", "targets"), optional=("header",))
+    columns = read_jsonl(path, ("image", "targets"), optional=("header",))
     rows = zip(columns["image"], columns["header"], columns["targets"], strict=True)
     return _columns([(os.path.join(directory, i), h, t, [t]) for i, h, t in rows], path)
 
@@ -182,10 +182,10 @@ class Spec:
     """One row of `SPECS`.
 
     Attributes:
-      read: (directory, split) -> columns.
-      splits: those with labels.
-      metric_fns: of seqio.
-      postprocess: seqio's `postprocess_fn`.
+        read: (directory, split) -> columns.
+        splits: those with labels.
+        metric_fns: of seqio.
+        postprocess: seqio's `postprocess_fn`.
     """
 
     read: Callable[[str, str], _Columns]
@@ -195,10 +195,10 @@ class Spec:
 
 
 SPECS = {
-    "ocr_vqa": Spec(read_ocr_vqa, SPLITS, (data.accuracy,), data.strip_text),
+    "ocr_vqa": Spec(read_ocr_vqa, SPLITS, (accuracy,), strip_text),
     "docvqa": Spec(read_docvqa, tuple(DOCVQA_SPLITS), (metrics.anls,)),
     "screen2words": Spec(read_screen2words, SPLITS, (cider.cider, metrics.rouge_of_any)),
-    "image_folder": Spec(read_image_folder, SPLITS, (data.accuracy,), data.strip_text),
+    "image_folder": Spec(read_image_folder, SPLITS, (accuracy,), strip_text),
 }
 
 
@@ -208,32 +208,30 @@ def task(
     """Registers a task, once, and returns the name that it has in seqio. For gin files.
 
     Args:
-      name: a key of `SPECS`.
-      vocabulary: a path, or "bytes", for `data.load_vocabulary`.
-      directory: the folder with the release's files.
-      font: TrueType file of the headers; None for `images.DEFAULT_FONT`.
-      patch_size: the model's.
+        name: a key of `SPECS`.
+        vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`.
+        directory: the folder with the release's files.
+        font: TrueType file of the headers; None for the `DEFAULT_FONT` of `coda_jax.data.images`.
+        patch_size: the model's.
 
     Returns:
-      "<name>_<hash of the arguments>".
+        "<name>_<hash of the arguments>".
 
     Raises:
-      ValueError: an unknown name.
-      FileNotFoundError: there is no such vocabulary.
+        ValueError: an unknown name.
+        FileNotFoundError: there is no such vocabulary.
     """
-    if name not in SPECS:
-        raise ValueError(f"There is no image task {name!r}, only {sorted(SPECS)}.")
-    arguments = repr((name, vocabulary, directory, font, patch_size))
-    registered = f"{name}_{hashlib.sha256(arguments.encode()).hexdigest()[:12]}"
-    if registered not in seqio.TaskRegistry.names():
-        spec = SPECS[name]
-        images.add_task(
+    spec = registry.find("image", name, SPECS)
+
+    def add(registered: str) -> seqio.Task:
+        return images.add_task(
             registered,
-            data.MemorySource(functools.partial(spec.read, directory), spec.splits),
+            MemorySource(functools.partial(spec.read, directory), spec.splits),
             images.load_images(font),
-            data.load_vocabulary(vocabulary),
+            seqio_vocabulary(vocabulary),
             patch_size=patch_size,
             postprocess_fn=spec.postprocess,
             metric_fns=spec.metric_fns,
         )
-    return registered
+
+    return registry.once(name, (name, vocabulary, directory, font, patch_size), add)

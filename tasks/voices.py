@@ -19,7 +19,8 @@ import warnings
 
 import numpy as np
 
-from coda_jax.tasks import audio
+from coda_jax.data.audio import read_audio
+from coda_jax.optional import needs
 
 ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPELLINGS = {
@@ -41,9 +42,9 @@ class Speaker(NamedTuple):
     """One way of saying digits.
 
     Attributes:
-      voice: a key of `SPELLINGS`.
-      pitch: 1 for the voice's own.
-      speed: 1 for the voice's own.
+        voice: a key of `SPELLINGS`.
+        pitch: 1 for the voice's own.
+        speed: 1 for the voice's own.
     """
 
     voice: str
@@ -59,11 +60,11 @@ def recordings(speakers: tuple[Speaker, ...]) -> tuple[tuple[np.ndarray, ...], .
     played as many times faster as their pitch and speed together.
 
     Returns:
-      For each speaker, the clips of the digits 0 to 9: [samples] float32 at 16 kHz without silence
-      around them, of root mean square 1.
+        For each speaker, the clips of the digits 0 to 9: [samples] float32 at 16 kHz without
+        silence around them, of root mean square 1.
 
     Raises:
-      ImportError: the extra `speech` is not installed.
+        ImportError: the extra `speech` is not installed.
     """
     if importlib.util.find_spec("py_nanotts"):
         clips = _synthesised(speakers)
@@ -119,11 +120,12 @@ def _synthesised(speakers: Sequence[Speaker]) -> list[np.ndarray]:
 
 def _bundled(speakers: Sequence[Speaker]) -> list[np.ndarray]:
     """As `_synthesised`, of captcha's clips."""
-    import captcha  # Here: only this needs them.
-    import scipy.signal
+    with needs("speech"):  # Here: only this needs them.
+        import captcha
+        import scipy.signal
 
     folder = Path(captcha.__file__).parent / "data"
-    digits = [audio.read_audio(str(folder / str(i) / "default.wav")) for i in range(len(ENGLISH))]
+    digits = [read_audio(str(folder / str(i) / "default.wav")) for i in range(len(ENGLISH))]
     clips = []
     for speaker in speakers:
         factor = Fraction(speaker.pitch * speaker.speed).limit_denominator(100)

@@ -1,16 +1,18 @@
 """What all tests share."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
-# Read when JAX starts. The models are tiny, so tests spend their time compiling: the first flag
-# halves it, the second again. The third gives the trainer two devices to share a batch.
+# Read when JAX starts. The models are tiny, so tests spend their time compiling: the second flag
+# halves it, the third, which newer versions refuse, again. The first gives the trainer two devices
+# to share a batch.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_force_host_platform_device_count=2",
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    + "--xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jaxlib") < "0.11"),
 )
 # What one test compiles serves all others, in whichever process they run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
+from pathlib import Path
+import tarfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq
 
-from coda_jax import params as params_lib
-from coda_jax.adapters import AdapterConfig
-from coda_jax.network import T5Config
-from coda_jax.routing import CodaConfig
-from coda_jax.speech import W2vBertConfig, join_frames
-from coda_jax.vision import Pix2StructConfig
+from coda_jax import trees
+from coda_jax.methods import Coda, Method, ParallelAdapter, partition
+from coda_jax.models.pix2struct.config import Pix2StructConfig
+from coda_jax.models.t5.config import T5Config
+from coda_jax.models.w2v_bert.config import W2vBertConfig
+from coda_jax.nn.tokens import Tokens, join_frames, selections
 
+GOLDEN = Path(__file__).parent / "golden"
 SIZES = {
     "vocab_size": 20,
     "emb_dim": 16,
@@ -36,16 +39,30 @@ TINY_SPEECH = W2vBertConfig(
     max_left_distance=5,
     max_right_distance=2,
 )
-ADAPTER = AdapterConfig(bottleneck=4)
+ADAPTER = ParallelAdapter(bottleneck=4)
 
 
 def config(coda=None, adapter=None, base=TINY, **changes):
     """Returns a tiny config with changes; a dict as `coda` is what differs from its defaults."""
     if isinstance(coda, dict):
-        coda = CodaConfig(**coda)
+        coda = Coda(**coda)
     if coda is not None and adapter is None:
         adapter = ADAPTER
-    return dataclasses.replace(base, coda=coda, adapter=adapter, **changes)
+    methods = tuple(method for method in (coda, adapter) if method is not None)
+    return dataclasses.replace(base, **{"methods": methods, **changes})
+
+
+def method_of(cfg, kind: type[Method]):
+    """Returns the config's method of a kind."""
+    (found,) = [method for method in cfg.methods if isinstance(method, kind)]
+    return found
+
+
+def with_coda(cfg, **changes):
+    """Returns the config with other values for fields of its `Coda`."""
+    coda = dataclasses.replace(method_of(cfg, Coda), **changes)
+    others = [method for method in cfg.methods if not isinstance(method, Coda)]
+    return cfg.replace(methods=(coda, *others))
 
 
 def shapes(cfg):
@@ -76,8 +93,15 @@ def random_params(cfg, seed=0, fresh=False):
             values *= 0
         return jnp.asarray(values, leaf.dtype)
 
-    flat = params_lib.flatten(shapes(cfg)["params"])
-    return params_lib.unflatten({path: draw(path, leaf) for path, leaf in flat.items()})
+    flat = trees.flatten(shapes(cfg)["params"])
+    return trees.unflatten({path: draw(path, leaf) for path, leaf in flat.items()})
+
+
+def adapted_params(cfg, base, seed=0):
+    """Returns the parameters of an adapted model: the base's, with every trained leaf another."""
+    trained, _ = partition(cfg, random_params(cfg, seed))
+    _, frozen = partition(cfg, base)
+    return trees.merge(jax.tree.map(np.asarray, trained), frozen)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -105,8 +129,7 @@ def encode(cfg, params, inputs, segments=None):
         method="encode",
         mutable=["intermediates"],
     )
-    sown = state.get("intermediates", {}).get("encoder", {})
-    return encoded, {name: layer["router"]["selection"][0] for name, layer in sown.items()}
+    return encoded, selections(state.get("intermediates", {}))
 
 
 def solution(scores, k, epsilon):
@@ -128,10 +151,27 @@ def solution(scores, k, epsilon):
     return weights(a)
 
 
+def gelu(x):
+    """GELU's tanh form in numpy, which T5 v1.1 was trained with."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def random_tokens(rng, lengths, num_tokens, vocab_size=TINY.vocab_size):
     """Returns int32 tokens [len(lengths), num_tokens] of 2..vocab_size-1, then 0 for padding."""
     tokens = rng.integers(2, vocab_size, (len(lengths), num_tokens))
     return np.where(np.arange(num_tokens) < np.array(lengths)[:, None], tokens, 0).astype(np.int32)
+
+
+def layer_tokens(rng, batch=3, length=12, width=4, mask=None, segment_ids=None):
+    """Returns the random `Tokens` of a layer; without a mask there is no padding."""
+    x, u = rng.normal(size=(2, batch, length, width)).astype(np.float32)
+    return Tokens(
+        x=jnp.asarray(x),
+        u=jnp.asarray(u),
+        positions=jnp.arange(length)[None],
+        mask=jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask),
+        segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
+    )
 
 
 def random_patches(rng, sizes, num_patches, patch_size=TINY_IMAGES.patch_size):
@@ -167,9 +207,16 @@ def pack(rows, num_tokens):
     return tokens, segments
 
 
+def unpack(name, folder):
+    """Unpacks an archive of the golden files into a folder, which is returned."""
+    with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
 def assert_same_tree(first, second):
     """The same paths, dtypes and bits."""
-    first, second = params_lib.flatten(first), params_lib.flatten(second)
+    first, second = trees.flatten(first), trees.flatten(second)
     assert first.keys() == second.keys()
     for path, leaf in first.items():
         assert leaf.dtype == second[path].dtype, path

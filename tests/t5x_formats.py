@@ -7,7 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from coda_jax import params as params_lib
+from coda_jax import trees
 
 CODA = config({"reduction": 3})
 
@@ -28,7 +28,7 @@ def write_zarr(folder, array, chunks):
 def write_legacy(directory, params, inline=(), edit_spec=None, edit_tree=None):
     """Writes a legacy checkpoint, with the leaves `inline` in the msgpack file itself."""
     flat = {}
-    for path, leaf in params_lib.flatten(params).items():
+    for path, leaf in trees.flatten(params).items():
         name = f"target/{path}".replace("/", ".")
         leaf = np.asarray(leaf)
         if path in inline:
@@ -44,7 +44,7 @@ def write_legacy(directory, params, inline=(), edit_spec=None, edit_tree=None):
     flat["state/step"] = np.int32(7)
     # The optimizer's state, which is not read: there is no such array.
     flat["state/param_states/x/v"] = {"driver": "n5", "kvstore": {"path": "x"}, "metadata": {}}
-    tree = params_lib.unflatten(flat | {"state/param_states/x/v_row": np.zeros(1, np.float32)})
+    tree = trees.unflatten(flat | {"state/param_states/x/v_row": np.zeros(1, np.float32)})
     tree = {"version": 3, "optimizer": tree}
     if edit_tree:
         edit_tree(tree)

@@ -10,7 +10,6 @@ import optax
 import seqio
 from t5x import partitioning, train_state
 
-from coda_jax.network import Transformer
 from coda_jax.t5x_models import CodaEncoderDecoderModel, partial_optimizer
 
 CONFIG = config(coda={"reduction": 2.0, "max_segments": 2}, vocab_size=32)
@@ -41,8 +40,8 @@ def make_batch():
 def make_step():
     """(state, step): the step takes state and batch, and returns the new state and the loss."""
     vocabulary = seqio.ByteVocabulary()
-    optimizer = partial_optimizer(optax.adam(1e-2))
-    model = CodaEncoderDecoderModel(Transformer(CONFIG), vocabulary, vocabulary, optimizer)
+    optimizer = partial_optimizer(optax.adam(1e-2), CONFIG)
+    model = CodaEncoderDecoderModel(CONFIG.network(), vocabulary, vocabulary, optimizer)
     variables = {"params": random_params(CONFIG), "params_axes": shapes(CONFIG)["params_axes"]}
     state = train_state.FlaxOptimTrainState.create(optimizer, freeze(variables))
 

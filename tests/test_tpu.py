@@ -5,19 +5,20 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from coda_jax import bench, training
-from coda_jax import params as params_lib
-from coda_jax.adapters import AdapterConfig
-from coda_jax.models import EncoderDecoder
-from coda_jax.routing import CodaConfig
+from coda_jax.methods import Coda, ParallelAdapter, partition
+from coda_jax.models import preset
+from coda_jax.objectives import model_for
+from coda_jax.training import trainer
 
 LENGTH, TARGETS, BATCH = 512, 16, 8
 
 
 @pytest.fixture(scope="module")
 def model():
-    cfg = bench.published("t5_1_1", "base", "bfloat16")
-    return EncoderDecoder(cfg.replace(adapter=AdapterConfig(), coda=CodaConfig(3, max_segments=4)))
+    """With one layer of each kind instead of twelve, which are alike."""
+    cfg = preset("t5_1_1_base", dtype=jnp.bfloat16, dropout_rate=0.0)
+    methods = (Coda(3, max_segments=4), ParallelAdapter())
+    return model_for(cfg.replace(num_encoder_layers=1, num_decoder_layers=1, methods=methods))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,12 @@ def test_the_training_step_of_packed_rows_lowers(model, params):
         "decoder_segment_ids": TARGETS,
         "decoder_positions": TARGETS,
     }
-    trained, frozen = params_lib.partition(params)
+    trained, frozen = partition(model.config, params)
     optimizer = optax.adamw(1e-3)
     state = jax.eval_shape(
-        lambda t: training.TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), trained
+        lambda t: trainer.TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), trained
     )
-    step = training.make_train_step(model, optimizer, 1, 0)
+    step = trainer.make_train_step(model, optimizer, 1, 0)
     text = lower(step, state, frozen, {name: tokens(length) for name, length in batch.items()})
     # k-to-k attention over K = ceil(512 / 3) + 3 slots, and no table of all pairs.
     assert "8x12x174x174x" in text and "x512x512x" not in text
@@ -63,4 +64,4 @@ def test_prediction_lowers_without_the_product_that_is_for_cpu(num_beams, model,
 
     text = lower(predict, params, tokens(LENGTH))
     assert "stablehlo.while" in text
-    assert "tensor<48x16x768xbf16>" not in text  # the blocks of `layers._blocked_product`
+    assert "tensor<48x16x768xbf16>" not in text  # the blocks of `nn.layers._blocked_product`

@@ -1,9 +1,19 @@
-"""Reading and writing checkpoints: Hugging Face's and T5X's, and adapter-only files."""
+"""Reading and writing checkpoints.
 
-from coda_jax.checkpoints.adapter_files import load_adapter, save_adapter
+| file | holds |
+|---|---|
+| `huggingface` | dense checkpoints in Hugging Face's layout |
+| `swap_in` | from a dense checkpoint to one with the leaves of its methods |
+| `adapter` | adapter files: what was trained, without its base |
+| `t5x`, `t5x_scanned`, `zarr_arrays` | T5X's checkpoints, without T5X |
+| `tensor_files` | safetensors files and their shards |
+| `config_json` | configurations as JSON |
+"""
+
+from coda_jax.checkpoints.adapter import load_adapter, save_adapter
 from coda_jax.checkpoints.huggingface import load_hf, save_hf
-from coda_jax.checkpoints.swap import swap_in
-from coda_jax.checkpoints.t5x_files import load_t5x, save_t5x
+from coda_jax.checkpoints.swap_in import swap_in
+from coda_jax.checkpoints.t5x import load_t5x, save_t5x
 
 __all__ = [
     "load_adapter",

@@ -17,10 +17,17 @@ import jax
 import numpy as np
 import optax
 
-from coda_jax import answers, benchmark, data, models, params, runs
+from coda_jax import files, methods, trees
+from coda_jax.commands.evaluate import evaluate
+from coda_jax.commands.loading import LoadedModel, load_model
+from coda_jax.commands.train import train
+from coda_jax.data import seqio_tasks
+from coda_jax.data.source import Data
 from coda_jax.inference import Decoding
-from coda_jax.run_files import write_atomically, write_report
-from coda_jax.training import TrainOptions
+from coda_jax.methods.comparisons import BASELINE, name_of
+from coda_jax.objectives import model_for
+from coda_jax.profiling import timing
+from coda_jax.training.trainer import TrainOptions
 
 TIMED_POSITIONS = 4096  # the most tokens, patches or frames in a timed batch
 METRIC_NAMES = {"wer": "word error rate"}  # where a metric's own name is not enough
@@ -50,7 +57,7 @@ class Demo:
 
     task: str
     feature_lengths: Mapping[str, int]
-    train_data: runs.Data
+    train_data: Data
     steps: int
     learning_rate: float
     coda_learning_rate: float
@@ -59,7 +66,7 @@ class Demo:
     reductions: tuple[int, ...]
     timed_inputs: Callable[[int, int], np.ndarray]
     timed_lengths: tuple[int, ...]
-    draw: Callable[[runs.LoadedModel, pathlib.Path], None]
+    draw: Callable[[LoadedModel, pathlib.Path], None]
     metric: str = "accuracy"
     baselines: Callable[[], dict[str, float]] = dict
 
@@ -69,7 +76,7 @@ class Demo:
         return Decoding(max_decode_length=self.feature_lengths["targets"])
 
 
-def methods(demo: Demo, random_base: bool = False) -> dict[str, runs.LoadedModel]:
+def compared(demo: Demo, random_base: bool = False) -> dict[str, LoadedModel]:
     """The models to adapt, by name, the parallel adapter first.
 
     Args:
@@ -81,20 +88,26 @@ def methods(demo: Demo, random_base: bool = False) -> dict[str, runs.LoadedModel
         "checkpoint": str(demo.coda),
         "adapter_checkpoint": str(demo.coda / "adapter"),
     }
-    config = runs.load_model(**routed).config
+    config = load_model(**routed).config
     if random_base:
         base = {"config": config.dense()}
-        routed = base | {"adapter": config.adapter, "coda": config.coda}
-    loaded = {"parallel adapter": runs.load_model(**base, adapter=config.adapter)}
+        routed = base | {"methods": config.methods}
+    loaded = {BASELINE: load_model(**base, methods=methods.unrouted(config.methods))}
     for r in demo.reductions:
-        loaded[f"CoDA r = {r}"] = runs.load_model(**routed, reduction=r)
+        loaded[name_of(r)] = load_model(**routed, reduction=r)
     return loaded
 
 
-def adapt(demo: Demo, model: runs.LoadedModel, directory: pathlib.Path) -> runs.LoadedModel:
+def reduction_of(model: LoadedModel) -> float:
+    """r of a CoDA model, one number for all layers."""
+    return next(m.reduction for m in model.config.methods if isinstance(m, methods.Coda))
+
+
+def adapt(demo: Demo, model: LoadedModel, directory: pathlib.Path) -> LoadedModel:
     """The model after adaptation; all are given the same examples in the same order."""
-    peak = demo.learning_rate if model.config.coda is None else demo.coda_learning_rate
-    result, _ = runs.train(
+    routes = methods.unrouted(model.config.methods) != model.config.methods
+    peak = demo.coda_learning_rate if routes else demo.learning_rate
+    result, _ = train(
         str(directory),
         model,
         data=demo.train_data,
@@ -105,9 +118,9 @@ def adapt(demo: Demo, model: runs.LoadedModel, directory: pathlib.Path) -> runs.
     return result
 
 
-def score(demo: Demo, model: runs.LoadedModel) -> float:
+def score(demo: Demo, model: LoadedModel) -> float:
     """The demo's metric of the answers to the test split, in per cent."""
-    found = answers.evaluate(model, demo.task, demo.feature_lengths, demo.decoding, split="test")
+    found = evaluate(model, demo.task, demo.feature_lengths, demo.decoding, split="test")
     return found[demo.task][demo.metric]
 
 
@@ -117,7 +130,7 @@ def timed_rows(length: int) -> int:
 
 
 def measure(
-    adapted: Mapping[str, runs.LoadedModel],
+    adapted: Mapping[str, LoadedModel],
     inputs: np.ndarray,
     max_decode_length: int,
     rounds: int = 15,
@@ -132,22 +145,22 @@ def measure(
     """
     functions, flops = {}, {}
     for name, model in adapted.items():
-        answer, weights = models.for_config(model.config), jax.device_put(model.params)
+        answer, weights = model_for(model.config), jax.device_put(model.params)
         encode = jax.jit(answer.encode).lower(weights, inputs).compile()
         predict = jax.jit(functools.partial(answer.predict, max_decode_length=max_decode_length))
-        flops[name] = benchmark.flops(encode)
+        flops[name] = timing.flops(encode)
         functions[f"encoder/{name}"] = functools.partial(encode, weights, inputs)
         functions[f"end_to_end/{name}"] = functools.partial(predict, weights, inputs)
-    timings = benchmark.time_interleaved(functions, rounds)
+    timings = timing.time_interleaved(functions, rounds)
     first = next(iter(adapted))
     report: dict[str, dict[str, Any]] = {}
     for name in adapted:
         report[name] = {"flops_ratio": flops[first] / flops[name]}
         for part in ("encoder", "end_to_end"):
-            timing, baseline = timings[f"{part}/{name}"], timings[f"{part}/{first}"]
-            middle, low, high = benchmark.speed_up(baseline, timing)
+            taken, baseline = timings[f"{part}/{name}"], timings[f"{part}/{first}"]
+            middle, low, high = timing.speed_up(baseline, taken)
             report[name] |= {
-                f"{part}_ms": 1e3 * timing.median,
+                f"{part}_ms": 1e3 * taken.median,
                 f"{part}_speed_up": middle,
                 f"{part}_speed_up_quartiles": [low, high],
             }
@@ -156,17 +169,17 @@ def measure(
 
 def heldout(task: str, feature_lengths: Mapping[str, int], count: int) -> list[dict[str, Any]]:
     """Examples of a task's test split, in a random order that is always the same."""
-    examples = data.seqio_examples(
+    examples = seqio_tasks.seqio_examples(
         task, "test", feature_lengths=feature_lengths, seed=0, shuffle=True, num_epochs=1
     )
     return list(itertools.islice(examples, count))
 
 
 def routed_answers(
-    model: runs.LoadedModel, inputs: Sequence[np.ndarray], max_decode_length: int
+    model: LoadedModel, inputs: Sequence[np.ndarray], max_decode_length: int
 ) -> list[tuple[np.ndarray, list[int]]]:
     """What a model makes of each input [n, ...]: its routing's weights [layers, n], its answer."""
-    module = models.for_config(model.config)
+    module = model_for(model.config)
 
     @jax.jit
     def run(params, rows):
@@ -218,11 +231,11 @@ def run(demo: Demo, directory: pathlib.Path, random_base: bool = False) -> dict[
     start = time.monotonic()
     rows: dict[str, dict[str, Any]] = {}
     adapted = {}
-    for name, model in methods(demo, random_base).items():
+    for name, model in compared(demo, random_base).items():
         print(f"\n== {name} ==", flush=True)
         adapted[name] = adapt(demo, model, directory / re.sub(r"\W+", "_", name))
-        trained, _ = params.partition(model.params, "adapters")
-        share = params.count(trained) / params.count(model.params)
+        trained, _ = methods.partition(model.config, model.params)
+        share = trees.count(trained) / trees.count(model.params)
         rows[name] = {
             "score": score(demo, adapted[name]),
             "trained_share": share,
@@ -241,11 +254,11 @@ def run(demo: Demo, directory: pathlib.Path, random_base: bool = False) -> dict[
         "methods": rows,
         "baselines": demo.baselines(),
         "seconds": time.monotonic() - start,
-        "versions": benchmark.versions(),
+        "versions": timing.versions(),
     }
-    demo.draw(adapted[f"CoDA r = {demo.reductions[0]}"], directory / "routing.png")
-    write_report(directory / "report.json", report)
-    write_atomically(directory / "report.md", markdown(report))
+    demo.draw(adapted[name_of(demo.reductions[0])], directory / "routing.png")
+    files.write_json(directory / "report.json", report)
+    files.write_text(directory / "report.md", markdown(report))
     return report
 
 

@@ -9,9 +9,13 @@ import pathlib
 
 import numpy as np
 
-from coda_jax import bundled, data, plots, runs
+from coda_jax import bundled
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.data import images, seqio_tasks
+from coda_jax.data.source import Data
 from coda_jax.demos import comparison
-from coda_jax.tasks import images, offline_images
+from coda_jax.profiling import plots
+from coda_jax.tasks import offline_images
 
 TASK = "digit_strips"
 LENGTHS = {"inputs": 256, "targets": 8}  # 256 patches are a whole sheet in full resolution
@@ -23,9 +27,9 @@ def timed_inputs(rows: int, length: int) -> np.ndarray:
     return np.stack([example["inputs"] for example in heldout])
 
 
-def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 4) -> None:
+def draw(model: LoadedModel, path: pathlib.Path, count: int = 4) -> None:
     """The picture of the patches that each layer takes, on held-out sheets."""
-    vocabulary = data.task_vocabulary(TASK)
+    vocabulary = seqio_tasks.task_vocabulary(TASK)
     sheets = [offline_images.digit_strip("test", number) for number in range(count)]
     inputs = [np.asarray(images.patches(image, LENGTHS["inputs"])) for image, _ in sheets]
     found = comparison.routed_answers(model, inputs, LENGTHS["targets"])
@@ -37,7 +41,7 @@ def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 4) -> None:
     plots.routed_images(
         path,
         examples,
-        f"Patches that the encoder's layers work on, r = {model.config.coda.reduction} "
+        f"Patches that the encoder's layers work on, r = {comparison.reduction_of(model):g} "
         "(the rest is dimmed)",
     )
 
@@ -45,7 +49,7 @@ def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 4) -> None:
 DEMO = comparison.Demo(
     task=TASK,
     feature_lengths=LENGTHS,
-    train_data=runs.Data(LENGTHS, TASK, batch_size=16),
+    train_data=Data(LENGTHS, TASK, batch_size=16),
     steps=700,
     learning_rate=2e-2,
     coda_learning_rate=2e-2,

@@ -10,9 +10,13 @@ import pathlib
 
 import numpy as np
 
-from coda_jax import bundled, data, plots, runs
+from coda_jax import bundled
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.data import audio, seqio_tasks
+from coda_jax.data.source import Data
 from coda_jax.demos import comparison
-from coda_jax.tasks import audio, offline_speech  # noqa: F401 (registers the tasks)
+from coda_jax.profiling import plots
+from coda_jax.tasks import offline_speech  # noqa: F401 (registers the tasks)
 
 TASK = "spoken_digits"
 LENGTHS = {"inputs": 400, "targets": 10}  # a whole recording: 8 s
@@ -25,9 +29,9 @@ def timed_inputs(rows: int, length: int) -> np.ndarray:
     return stream[: rows * length].reshape(rows, length, -1)
 
 
-def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
+def draw(model: LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     """The picture of the frames that each layer takes, in held-out recordings."""
-    vocabulary = data.task_vocabulary(TASK)
+    vocabulary = seqio_tasks.task_vocabulary(TASK)
     heldout = comparison.heldout(TASK, LENGTHS, count)
     inputs = [example["inputs"] for example in heldout]
     found = comparison.routed_answers(model, inputs, LENGTHS["targets"])
@@ -40,7 +44,7 @@ def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     plots.routed_frames(
         path,
         examples,
-        f"Frames that the encoder's layers work on, r = {model.config.coda.reduction}",
+        f"Frames that the encoder's layers work on, r = {comparison.reduction_of(model):g}",
         seconds=audio.STACKED * audio.HOP / audio.SAMPLE_RATE,
     )
 
@@ -48,7 +52,7 @@ def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
 DEMO = comparison.Demo(
     task=TASK,
     feature_lengths=LENGTHS,
-    train_data=runs.Data(LENGTHS, TASK, batch_size=8),
+    train_data=Data(LENGTHS, TASK, batch_size=8),
     steps=400,
     learning_rate=1e-2,
     coda_learning_rate=4e-3,

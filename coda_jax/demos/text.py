@@ -10,8 +10,12 @@ import re
 
 import numpy as np
 
-from coda_jax import bundled, data, plots, runs
+from coda_jax import bundled
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.data import seqio_tasks
+from coda_jax.data.source import Data
 from coda_jax.demos import comparison
+from coda_jax.profiling import plots
 from coda_jax.tasks import baselines, offline  # noqa: F401 (registers the tasks)
 
 TASK = "stdlib_module"
@@ -24,9 +28,9 @@ def timed_inputs(rows: int, length: int) -> np.ndarray:
     return stream[: rows * length].reshape(rows, length)
 
 
-def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
+def draw(model: LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     """The picture of what each layer takes, for held-out functions of medium length."""
-    vocabulary = data.task_vocabulary(TASK)
+    vocabulary = seqio_tasks.task_vocabulary(TASK)
     heldout = comparison.heldout(TASK, WHOLE, 200)
     heldout = [example for example in heldout if 90 <= len(example["inputs"]) <= 220][:count]
     inputs = [example["inputs"] for example in heldout]
@@ -39,7 +43,7 @@ def draw(model: runs.LoadedModel, path: pathlib.Path, count: int = 3) -> None:
     plots.routed_text(
         path,
         examples,
-        f"Tokens that the encoder's layers work on, r = {model.config.coda.reduction} "
+        f"Tokens that the encoder's layers work on, r = {comparison.reduction_of(model):g} "
         "(the darker, the more layers)",
     )
 
@@ -56,7 +60,7 @@ def _text(vocabulary, token: int) -> str:
 DEMO = comparison.Demo(
     task=TASK,
     feature_lengths={"inputs": 512, "targets": 8},  # a whole function, the name of a module
-    train_data=runs.Data(
+    train_data=Data(
         {"inputs": 128, "targets": 24},  # as in pretraining
         "stdlib_module_windows",  # of the same task's training functions
         batch_size=8,  # packed rows: on a CPU, many small steps teach more than few large ones

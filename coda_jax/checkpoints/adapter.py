@@ -1,0 +1,263 @@
+"""What an adaptation trained, without its base: a safetensors file and a JSON manifest.
+
+A directory with `adapter.safetensors` (what the methods created and what of the base they trained)
+and `adapter.json`. The manifest of version 2 has
+
+- `format_version`, `package_version`;
+- `config`: family, fields and methods, see `config_json`;
+- `base`: {path: SHA-256} of the frozen leaves that the adapter belongs to;
+- `vocabulary`: the vocabulary's fingerprint, None where it is not known;
+- `quantization`: how the base was quantised in training, None for not at all;
+- `leaves`: {path: shape, dtype, SHA-256} of the leaves in the safetensors file;
+- `manifest_sha256`: of all the rest.
+
+Version 1, which had one fingerprint for all frozen leaves and no names of methods, is read too.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import coda_jax
+from coda_jax import files, methods, trees
+from coda_jax.checkpoints import config_json, tensor_files
+from coda_jax.models import ModelConfig, param_shapes
+
+FORMAT_VERSION = 2
+TENSORS = "adapter.safetensors"
+MANIFEST = "adapter.json"
+_COMPUTE = ("dtype", "dropout_rate", "methods")  # fields in which base and adapter may differ
+_KEYS = {
+    1: {"format_version", "package_version", "base_config", "adapter", "coda", "leaves",
+        "base_fingerprint", "tensors_sha256"},
+    2: {"format_version", "package_version", "config", "base", "vocabulary", "quantization",
+        "leaves", "manifest_sha256"},
+}  # fmt: skip
+
+
+def leaf_sha256(leaf: Any) -> str:
+    """The SHA-256 of a leaf: its shape, dtype and bytes."""
+    array = np.ascontiguousarray(leaf)
+    digest = hashlib.sha256(f"{array.shape} {array.dtype.name}\n".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def base_fingerprints(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, str]:
+    """{path: SHA-256} of the frozen leaves, which do not change by adaptation."""
+    _, frozen = methods.partition(config, params)
+    return {path: leaf_sha256(leaf) for path, leaf in trees.flatten(frozen).items()}
+
+
+def fingerprint_version_1(config: ModelConfig, params: Mapping[str, Any]) -> str:
+    """The one SHA-256 of all frozen leaves that version 1 of files and runs has."""
+    _, frozen = methods.partition(config, params)
+    digest = hashlib.sha256()
+    for path, leaf in trees.flatten(frozen).items():  # sorted by path
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {array.shape} {array.dtype.name}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(leaf: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+
+
+def save_adapter(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    vocabulary: str | None = None,
+) -> None:
+    """Saves what an adaptation trained: the leaves of its methods, norms and heads.
+
+    Args:
+        path: a directory; created if need be, an older adapter in it is replaced.
+        config: the model's config, with its methods.
+        params: the whole parameter tree of the model. Its frozen leaves are only fingerprinted:
+            they must be the base's own, in the base's dtype.
+        vocabulary: fingerprint of the vocabulary, where it is known.
+
+    Raises:
+        ValueError: there is nothing to save: the config has no methods, or leaves none of the base
+            frozen; leaves are missing, extra or misshapen.
+    """
+    if not config.methods:
+        raise ValueError("the config has no methods: there is nothing to save")
+    trees.check_tree(param_shapes(config), params)
+    saved, frozen = methods.partition(config, params)
+    if not frozen:
+        names = [method.name for method in config.methods]
+        raise ValueError(f"{names} train every leaf: what they make is a base, save it as one")
+    tensors = {name: np.asarray(leaf) for name, leaf in trees.flatten(saved).items()}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "package_version": coda_jax.__version__,
+        "config": config_json.to_json(config),
+        "base": base_fingerprints(config, params),
+        "vocabulary": vocabulary,
+        "quantization": None,
+        "leaves": {
+            name: {**_describe(leaf), "sha256": leaf_sha256(leaf)} for name, leaf in tensors.items()
+        },
+    }
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensor_files.write_tensors(directory / TENSORS, tensors)
+    manifest["manifest_sha256"] = _manifest_sha256(manifest)
+    files.write_json(directory / MANIFEST, manifest, sort_keys=True)
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of an adapter's directory, checked as far as it goes without its tensors.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of an unknown version.
+    """
+    file = Path(path) / MANIFEST
+    manifest = dict(files.read_json(file))
+    version = manifest.get("format_version")
+    if version not in _KEYS:
+        raise ValueError(f"{file} has format_version={version!r}; this version reads {[*_KEYS]}")
+    if manifest.keys() != _KEYS[version]:
+        missing = sorted(_KEYS[version] - manifest.keys())
+        unknown = sorted(manifest.keys() - _KEYS[version])
+        raise ValueError(f"{file} lacks the keys {missing} and has the unknown keys {unknown}")
+    if version == 2 and _manifest_sha256(manifest) != manifest["manifest_sha256"]:
+        raise ValueError(f"{file} is corrupt, or was changed by hand: its SHA-256 differs")
+    leaves = manifest["leaves"]
+    if not isinstance(leaves, dict) or not all(isinstance(x, dict) for x in leaves.values()):
+        raise ValueError(f"{file} has no table of leaves: {leaves!r}")
+    if version == 2 and not isinstance(manifest["base"], dict):
+        raise ValueError(f"{file} has no fingerprints of its base: {manifest['base']!r}")
+    if manifest.get("quantization") is not None:
+        raise ValueError(
+            f"{file} belongs to a base quantised as {manifest['quantization']!r}, which this "
+            "version does not know"
+        )
+    return manifest
+
+
+def _config(manifest: Mapping[str, Any], file: Path) -> ModelConfig:
+    if manifest["format_version"] == 1:
+        config = config_json.from_version_1(manifest["base_config"], manifest, file)
+    else:
+        config = config_json.from_json(manifest["config"], file)
+    if not config.methods:
+        raise ValueError(f"{file} names no methods")
+    return config
+
+
+def _tensors(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of an adapter, which must be those of the manifest."""
+    file = directory / TENSORS
+    tensors = tensor_files.read_tensors(file)
+    listed = {
+        name: {key: value for key, value in entry.items() if key != "sha256"}
+        for name, entry in manifest["leaves"].items()
+    }
+    found = {name: _describe(leaf) for name, leaf in tensors.items()}
+    wrong = [
+        f"{name}: {found.get(name, 'missing')}, the manifest says {listed.get(name, 'nothing')}"
+        for name in sorted(listed.keys() | found.keys())
+        if found.get(name) != listed.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"{file} does not match {MANIFEST}:\n  " + "\n  ".join(wrong))
+    if manifest["format_version"] == 1:
+        with file.open("rb") as opened:
+            corrupt = (
+                hashlib.file_digest(opened, "sha256").hexdigest() != manifest["tensors_sha256"]
+            )
+        names = [TENSORS] if corrupt else []
+    else:
+        sums = {name: entry.get("sha256") for name, entry in manifest["leaves"].items()}
+        names = [name for name, leaf in tensors.items() if leaf_sha256(leaf) != sums[name]]
+    if names:
+        raise ValueError(
+            f"{file} is corrupt, or from another save than {MANIFEST}: SHA-256 differs for {names}"
+        )
+    return tensors
+
+
+def _check_base(
+    directory: Path, manifest: Mapping[str, Any], config: ModelConfig, frozen: Mapping[str, Any]
+) -> None:
+    """Raises ValueError unless the frozen leaves are those that the adapter was trained with."""
+    if manifest["format_version"] == 1:
+        found = fingerprint_version_1(config, frozen)
+        if found != manifest["base_fingerprint"]:
+            raise ValueError(
+                f"{directory} belongs to the base with fingerprint "
+                f"{manifest['base_fingerprint']}; the given base has {found}"
+            )
+        return
+    found, expected = base_fingerprints(config, frozen), manifest["base"]
+    paths = sorted(found.keys() | expected.keys())
+    different = [path for path in paths if found.get(path) != expected.get(path)]
+    if different:
+        raise ValueError(
+            f"{directory} belongs to another base; {len(different)} of {len(paths)} frozen leaves "
+            "differ:\n  " + "\n  ".join(different)
+        )
+
+
+def _check_config(directory: Path, given: ModelConfig, stored: ModelConfig) -> None:
+    """Raises ValueError where the base is of another family or has other sizes and options."""
+    if given.family != stored.family:
+        raise ValueError(f"{directory} belongs to a {stored.family!r}, not to a {given.family!r}")
+    skipped = (*_COMPUTE, *(given.head_fields if not given.vocab_size else ()))
+    different = [
+        f"{field.name}={getattr(stored, field.name)!r}, not {getattr(given, field.name)!r}"
+        for field in dataclasses.fields(stored)
+        if field.name not in skipped and getattr(stored, field.name) != getattr(given, field.name)
+    ]
+    if different:
+        raise ValueError(f"{directory} belongs to another base: {'; '.join(different)}")
+
+
+def load_adapter(
+    path: str | os.PathLike, config: ModelConfig, params: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Puts a saved adapter onto the base that it was trained with.
+
+    Args:
+        path: the directory that `save_adapter` wrote, of version 1 or 2.
+        config: of the base, e.g. from `load_hf`; it says how to compute.
+        params: the base's parameter tree. What an adapter file holds is replaced.
+
+    Returns:
+        (config, params): the config with the methods as they were saved (and their head, where the
+        base has none), and the whole parameter tree.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the base is another one; a file is corrupt or of an unknown format; leaves are
+            missing, extra or misshapen (all are listed).
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    stored = _config(manifest, directory / MANIFEST)
+    _check_config(directory, config, stored)
+    saved = _tensors(directory, manifest)
+    expected_saved, expected_frozen = methods.partition(stored, param_shapes(stored))
+    trees.check_tree(expected_saved, saved, what=f"the tensors of {directory} do")
+    _, frozen = methods.partition(stored, params)
+    trees.check_tree(expected_frozen, frozen, what="the base parameters do")
+    _check_base(directory, manifest, stored, frozen)
+    stored = stored.replace(dtype=config.dtype, dropout_rate=config.dropout_rate)
+    return stored, trees.merge(frozen, saved)

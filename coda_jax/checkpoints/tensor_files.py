@@ -1,0 +1,168 @@
+"""Safetensors files as numpy arrays, read lazily and written atomically."""
+
+from collections.abc import Mapping
+import json
+from pathlib import Path
+import re
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from coda_jax.files import atomic, read_json, write_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Maps a safetensors file into memory.
+
+    Args:
+        path: the file. It must stay as it is while the arrays are in use; replacing it by
+            renaming another file over it is safe.
+
+    Returns:
+        {name: read-only array}; bytes are read from disk when they are first used.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated or corrupt, or a tensor is not floating point.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="np"):  # checks the header against the file's length
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    unknown = [f"{name} ({entry['dtype']})" for name, entry in header.items()
+               if entry["dtype"] not in DTYPES]  # fmt: skip
+    if unknown:
+        raise ValueError(f"{path} holds tensors that are not floating point: {unknown}")
+    data = np.memmap(path, np.uint8, mode="r", offset=8 + header_size) if header else None
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        flat = np.asarray(data[start:stop]).view(DTYPES[entry["dtype"]])
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file under a temporary name, then renames it to `path`.
+
+    Args:
+        path: the file; its folder must exist.
+        tensors: {name: array in any layout}; dtypes are kept.
+
+    Raises:
+        ValueError: if a dtype is not one of DTYPES.
+    """
+    wrong = [f"{name} ({leaf.dtype})" for name, leaf in tensors.items()
+             if np.dtype(leaf.dtype) not in DTYPES.values()]  # fmt: skip
+    if wrong:
+        raise ValueError(f"Tensors that are not floating point cannot be saved: {wrong}")
+    contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
+    with atomic(path) as temporary:
+        # transformers reads only files that say that they hold PyTorch's layout.
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+
+
+def read_directory(directory: Path) -> dict[str, np.ndarray]:
+    """Maps the model.safetensors of a directory, or all its shards, into memory.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if there is only a pickled checkpoint; if the index and the shards disagree.
+    """
+    if (directory / SINGLE).is_file():
+        return read_tensors(directory / SINGLE)
+    if (directory / INDEX).is_file():
+        return _read_shards(directory)
+    pickled = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
+    if pickled:
+        raise ValueError(
+            f"{directory} holds only {pickled}. Unpickling it could run any code, so it is not "
+            "read; convert it once, if you trust it, in Python with PyTorch:\n"
+            "  from transformers import T5ForConditionalGeneration  # or the class of its family\n"
+            f"  T5ForConditionalGeneration.from_pretrained({str(directory)!r})"
+            f".save_pretrained({str(directory)!r})"
+        )
+    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}.")
+
+
+def _read_shards(directory: Path) -> dict[str, np.ndarray]:
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{directory / INDEX} has no weight_map.")
+    unsafe = sorted({str(f) for f in weight_map.values() if Path(str(f)).name != f})
+    if unsafe:
+        raise ValueError(f"{directory / INDEX} names files outside of its directory: {unsafe}")
+    shards = {file: directory / file for file in sorted(set(weight_map.values()))}
+    absent = [file for file, path in shards.items() if not path.is_file()]
+    if absent:
+        raise FileNotFoundError(f"{directory} lacks shards that {INDEX} names: {absent}")
+    tensors, problems = {}, []
+    for file, path in shards.items():
+        for name, leaf in read_tensors(path).items():
+            tensors.setdefault(name, leaf)
+            if weight_map.get(name) != file:
+                problems.append(f"{name} is in {file}, the index says {weight_map.get(name)}")
+    absent = weight_map.keys() - tensors.keys()
+    problems += [f"{name} is not in {weight_map[name]}" for name in sorted(absent)]
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(f"{directory / INDEX} does not match its shards:\n  {lines}")
+    return tensors
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Returns the tensors' names in groups of at most `limit` bytes (or of one tensor)."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def write_directory(directory: Path, tensors: Mapping[str, np.ndarray], limit: int) -> None:
+    """Writes model.safetensors, or shards with an index where the tensors exceed `limit` bytes.
+
+    Files of an older checkpoint of the other kind are removed, so that none can be read instead.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = {name: leaf.nbytes for name, leaf in tensors.items()}
+    groups = plan_shards(sizes, limit)
+    if len(groups) == 1:
+        write_tensors(directory / SINGLE, tensors)
+        written = {SINGLE}
+    else:
+        weight_map = {}
+        for number, names in enumerate(groups, 1):
+            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            write_tensors(directory / file, {name: tensors[name] for name in names})
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(directory / INDEX, index, sort_keys=True)
+        written = {INDEX, *weight_map.values()}
+    for path in directory.iterdir():
+        ours = path.name in (SINGLE, INDEX) or SHARD_NAME.fullmatch(path.name)
+        if ours and path.name not in written:
+            path.unlink()

@@ -1,0 +1,302 @@
+"""`coda bench`: what routing saves over the same model with plain parallel adapters.
+
+    coda bench --preset=t5_1_1_base --input_length=512 --batch_size=4 --reductions=3,5,8
+    coda bench --preset=pix2struct_base --input_length=4096 --batch_size=1 --reductions=4,8
+
+Times the encoder, whole answers and training steps of the parallel adapter and of CoDA, in turns,
+and sets the speed-ups beside what the arithmetic allows: the bound is the ratio of the programs'
+floating-point operations. Needs jax and flax only.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from coda_jax import checkpoints, files, methods, trees
+from coda_jax.methods import comparisons
+from coda_jax.models import DEFAULT_PRESET, ModelConfig, family_of, preset
+from coda_jax.objectives import decoding, model_for
+from coda_jax.profiling import breakdown, flops, timing
+from coda_jax.training import trainer
+
+BASELINE = comparisons.BASELINE
+MEASURES = ("encoder", "end_to_end", "train_step", "parts")
+
+
+def compared(dense: ModelConfig, reductions: Sequence[float]) -> dict[str, ModelConfig]:
+    """The configurations that are compared, by name, the baseline first."""
+    routed = comparisons.conditional(reductions, attentions=("k_to_k", "k_to_all"))
+    every = {BASELINE: comparisons.baseline(), **routed}
+    return {name: dense.replace(methods=adaptation) for name, adaptation in every.items()}
+
+
+class Programs:
+    """The compiled programs of one method, and calls of them on random tokens.
+
+    Attributes:
+        config: the method's configuration.
+        params: the dense model's parameters, and the method's own.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dense_params: Mapping, batch: Mapping[str, np.ndarray], seed: int
+    ):
+        self.config = config
+        self.params = checkpoints.swap_in(config, dense_params, jax.random.key(seed))
+        self._model = model_for(config)
+        self._batch = jax.device_put(dict(batch))
+
+    def encoder(self) -> tuple[jax.stages.Compiled, Callable]:
+        """Encodes the batch."""
+        arguments = self.params, self._batch["encoder_input_tokens"]
+        compiled = jax.jit(self._model.encode).lower(*arguments).compile()
+        return compiled, lambda: compiled(*arguments)
+
+    def end_to_end(self) -> tuple[jax.stages.Compiled, Callable]:
+        """Encodes the batch and answers; a decoder up to the last place, whatever comes out."""
+        length = self._batch["decoder_target_tokens"].shape[1]
+
+        def answer(params, inputs):
+            if not self.config.num_decoder_layers:
+                return self._model.predict(params, inputs, max_decode_length=length)
+            return decoding.greedy(
+                self._model.module, params, inputs, max_decode_length=length, eos_id=-1
+            )
+
+        arguments = self.params, self._batch["encoder_input_tokens"]
+        compiled = jax.jit(answer).lower(*arguments).compile()
+        return compiled, lambda: compiled(*arguments)
+
+    def train_step(self) -> tuple[jax.stages.Compiled, Callable]:
+        """One step of Adam on the adapters, routers and norms."""
+        trained, frozen = methods.partition(self.config, self.params)
+        trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
+        optimizer = optax.adam(1e-4)
+        state = trainer.TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+        step = trainer.make_train_step(self._model, optimizer, accumulation=1, seed=0)
+        compiled = step.lower(state, frozen, self._batch).compile()
+
+        def call():
+            nonlocal state
+            state, sums = compiled(state, frozen, self._batch)
+            return sums
+
+        return compiled, call
+
+
+def random_batch(config: ModelConfig, batch: int, length: int, target_length: int) -> dict:
+    """Random inputs in full rows, as a batch of the trainer."""
+    rng = np.random.default_rng(0)
+    inputs = family_of(config).inputs.random(config, rng, batch, length)
+    targets = rng.integers(2, config.vocab_size, (batch, target_length)).astype(np.int32)
+    return {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": np.ones_like(targets),
+    }
+
+
+def with_head(config: ModelConfig) -> ModelConfig:
+    """The config; one without a head gets that of its family's published sizes."""
+    if config.vocab_size:
+        return config
+    given = next(iter(family_of(config).presets.values()))
+    return config.replace(**{name: getattr(given, name) for name in config.head_fields})
+
+
+def measure(
+    dense: ModelConfig,
+    dense_params: Mapping,
+    *,
+    batch_size: int,
+    input_length: int,
+    target_length: int,
+    reductions: Sequence[float],
+    rounds: int = 20,
+    measures: Sequence[str] = MEASURES,
+) -> dict[str, Any]:
+    """The report: for each method its sizes, and for each measure times, speed-up and bound.
+
+    Args:
+        dense: the model without adapters.
+        dense_params: its parameters, in the dtype in which they are kept.
+        batch_size: B.
+        input_length: N.
+        target_length: T, tokens decoded, and target tokens of a training step.
+        reductions: r of each CoDA model.
+        rounds: runs of each program that are counted.
+        measures: what to time, of `MEASURES`.
+    """
+    unknown = sorted(set(measures) - set(MEASURES))
+    if unknown:
+        raise ValueError(f"measures must be of {MEASURES}, got {unknown}")
+    batch = random_batch(dense, batch_size, input_length, target_length)
+    dense_params = jax.device_put(dense_params)
+    programs = {
+        name: Programs(config, dense_params, batch, seed=0)
+        for name, config in compared(dense, reductions).items()
+    }
+    report: dict[str, Any] = {"methods": {name: _sizes(p) for name, p in programs.items()}}
+    sizes = batch_size, input_length
+    counts = {
+        "encoder": lambda config: flops.encoder_flops(config, *sizes),
+        "end_to_end": lambda config: flops.answer_flops(config, *sizes, target_length),
+    }
+    for name in measures:
+        if name == "parts":
+            report[name] = {
+                method: breakdown.shares(*p.encoder(), breakdown.parts_of(p.config))
+                for method, p in programs.items()
+            }
+        else:
+            report[name] = _compare(programs, name, rounds, counts.get(name))
+    return report
+
+
+def _sizes(program: Programs) -> dict[str, int]:
+    trained, _ = methods.partition(program.config, program.params)
+    return {
+        "parameters": trees.count(program.params),
+        "trained_parameters": trees.count(trained),
+    }
+
+
+def _compare(
+    programs: Mapping[str, Programs],
+    measure_name: str,
+    rounds: int,
+    analytic: Callable[[ModelConfig], float] | None,
+) -> dict[str, dict[str, Any]]:
+    """Times one kind of program of all methods in turns."""
+    compiled, calls = {}, {}
+    for name, program in programs.items():
+        compiled[name], calls[name] = getattr(program, measure_name)()
+    timings = timing.time_interleaved(calls, rounds)
+    # XLA counts the body of the decoding loop once: there, only the count by hand is of use.
+    by_xla = measure_name != "end_to_end"
+    rows: dict[str, dict[str, Any]] = {}
+    for name, taken in timings.items():
+        middle, low, high = timing.speed_up(timings[BASELINE], taken)
+        row = {
+            "ms": 1e3 * taken.median,
+            "speed_up": middle,
+            "speed_up_quartiles": [low, high],
+            "flops": timing.flops(compiled[name]) if by_xla else None,
+            "analytic_flops": analytic(programs[name].config) if analytic else None,
+            "peak_memory_bytes": timing.peak_memory(compiled[name]),
+        }
+        rows[name] = row
+        count = "flops" if by_xla else "analytic_flops"
+        row["bound"] = rows[BASELINE][count] / row[count]
+        row["fraction_of_bound"] = row["speed_up"] / row["bound"]
+    return rows
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as tables for people."""
+    settings, found = report["settings"], report["versions"]
+    lines = [
+        f"{settings['model']}, {settings['dtype']}, batch {settings['batch_size']}, input "
+        f"{settings['input_length']}, target {settings['target_length']}; {found['device']}, "
+        f"jax {found['jax']}; medians of {settings['rounds']} rounds taken in turns.",
+    ]
+    for name in [name for name in MEASURES if name in report and name != "parts"]:
+        lines += [
+            "",
+            f"**{name.replace('_', ' ')}**",
+            "",
+            "| | time | speed-up (quartiles) | GFLOPs (XLA) | GFLOPs (by hand) | bound "
+            "| of the bound | memory |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for method, row in report[name].items():
+            low, high = row["speed_up_quartiles"]
+            lines.append(
+                f"| {method} | {row['ms']:.1f} ms | {row['speed_up']:.2f}x ({low:.2f}-{high:.2f}) "
+                f"| {_giga(row['flops'])} | {_giga(row['analytic_flops'])} | {row['bound']:.2f} "
+                f"| {row['fraction_of_bound']:.2f} | {row['peak_memory_bytes'] / 2**20:.0f} MiB |"
+            )
+    if "parts" in report:
+        names = list(dict.fromkeys(name for row in report["parts"].values() for name in row))
+        lines += ["", "**shares of the encoder's time**", ""]
+        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for method, parts in report["parts"].items():
+            shares = " | ".join(f"{parts.get(name, 0):.1%}" for name in names)
+            lines.append(f"| {method} | {shares} |")
+    lines += ["", "| | parameters | trained | share |", "|---|---|---|---|"]
+    for method, row in report["methods"].items():
+        total, trained = row["parameters"], row["trained_parameters"]
+        lines.append(f"| {method} | {total:,} | {trained:,} | {trained / total:.2%} |")
+    return "\n".join(lines) + "\n"
+
+
+def _giga(count: float | None) -> str:
+    return "" if count is None else f"{count / 1e9:.1f}"
+
+
+def _known_preset(name: str) -> str:
+    try:
+        preset(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `coda bench`."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--preset",
+        type=_known_preset,
+        default=DEFAULT_PRESET,
+        help="a published size; random weights",
+    )
+    model.add_argument("--checkpoint", help="folder in Hugging Face layout")
+    parser.add_argument("--input_length", type=int, default=512, help="tokens, patches or frames")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--target_length", type=int, default=16)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--reductions", default="3,5", help="numbers with commas between them")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--measures", default=",".join(MEASURES), help="of these, with commas")
+    parser.add_argument("--json", help="file for the report")
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Measures, prints the tables and returns the exit status."""
+    dtype = jnp.dtype(options.dtype)
+    if options.checkpoint:
+        config, params = checkpoints.load_hf(options.checkpoint)
+        config = with_head(config).replace(dtype=dtype.type, dropout_rate=0.0)
+    else:
+        config = preset(options.preset, dtype=dtype.type, dropout_rate=0.0)
+        params = jax.jit(model_for(config).init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    sizes = {
+        "batch_size": options.batch_size,
+        "input_length": options.input_length,
+        "target_length": options.target_length,
+        "rounds": options.rounds,
+    }
+    model = options.checkpoint or options.preset
+    report = {
+        "settings": {"model": model, "dtype": options.dtype, **sizes},
+        "versions": timing.versions(),
+        **measure(
+            config,
+            params,
+            reductions=[float(text) for text in options.reductions.split(",")],
+            measures=options.measures.split(","),
+            **sizes,
+        ),
+    }
+    print(markdown(report))
+    if options.json:
+        files.write_json(options.json, report)
+    return 0

@@ -1,0 +1,121 @@
+"""`coda check`: does a checkpoint fit a model, and what will the model cost?
+
+To be asked before a pod is started. T5X drops parameters that the model lacks without a word, and
+orbax does not compare shapes; here every leaf that is missing, extra or misshapen is an error.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from coda_jax import checkpoints, files, trees
+from coda_jax.checkpoints.huggingface import CONFIG_FILE
+from coda_jax.checkpoints.t5x import is_t5x, read_t5x, t5x_shapes
+from coda_jax.methods import Method, partition, unrouted
+from coda_jax.models import ModelConfig, param_shapes
+from coda_jax.profiling import flops
+
+NEW_LEAVES = ("created", "restored")
+
+
+def check(
+    checkpoint: str,
+    config: ModelConfig | None = None,
+    methods: Sequence[Method] = (),
+    *,
+    new_leaves: str = "created",
+    feature_lengths: Mapping[str, int] | None = None,
+    read_values: bool = False,
+    output: str | None = None,
+) -> dict[str, Any]:
+    """Compares a checkpoint with a model, and counts parameters and operations.
+
+    Args:
+        checkpoint: folder in Hugging Face layout or of T5X.
+        config: the model's sizes; None for those that a Hugging Face checkpoint says itself.
+        methods: how the model is adapted.
+        new_leaves: "created" where training starts from a dense checkpoint, which must not have
+            leaves of the methods; "restored" where they must be in it.
+        feature_lengths: tokens of "inputs" and "targets", for the operations.
+        read_values: also reads every value, which finds missing and damaged parts of files.
+        output: JSON file for the report.
+
+    Returns:
+        The report: "parameters" and "trained_parameters", and the operations of matrix products
+        "flops_per_input_token" of the encoder, "flops_per_output_token" of the decoder (greedy),
+        and "encoder_flops_ratio", the dense encoder's with adapters divided by the model's.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: leaves are missing, extra, misshapen or damaged (all are listed); a T5X
+            checkpoint is given without a config.
+    """
+    if config is None:
+        if is_t5x(Path(checkpoint)):
+            raise ValueError(f"{checkpoint} is of T5X and does not say its sizes: give the config")
+        config = checkpoints.load_hf(checkpoint)[0]
+    config = config.replace(methods=tuple(methods))
+    check_leaves(config, checkpoint, new_leaves)
+    if read_values:
+        _read_values(checkpoint)
+    shapes = param_shapes(config)
+    report = {
+        "parameters": trees.count(shapes),
+        "trained_parameters": trees.count(partition(config, shapes)[0]),
+        **costs(config, **(feature_lengths or {"inputs": 512, "targets": 64})),
+    }
+    print(f"{checkpoint} fits the model.")
+    for name, value in report.items():
+        print(f"{name:24}{value:>20,.2f}" if isinstance(value, float) else f"{name:24}{value:>20,}")
+    if output is not None:
+        files.write_json(output, report)
+    return report
+
+
+def check_leaves(config: ModelConfig, checkpoint: str, new_leaves: str = "created") -> None:
+    """Raises where a checkpoint's leaves are not a model's; see `check`. No values are read."""
+    if new_leaves not in NEW_LEAVES:
+        raise ValueError(f"new_leaves={new_leaves!r} must be one of {NEW_LEAVES}")
+    if new_leaves == "created":
+        config = config.dense()
+    what = f"the leaves of {checkpoint}, where those of the methods are to be {new_leaves}, do"
+    trees.check_tree(param_shapes(config), stored_shapes(checkpoint), what=what)
+
+
+def stored_shapes(checkpoint: str) -> dict:
+    """Returns the tree of `jax.ShapeDtypeStruct` of a checkpoint in Hugging Face's or T5X's layout.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if (Path(checkpoint) / CONFIG_FILE).is_file():
+        _, params = checkpoints.load_hf(checkpoint)  # values are read when first used
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return t5x_shapes(checkpoint)
+
+
+def _read_values(checkpoint: str) -> None:
+    if is_t5x(Path(checkpoint)):
+        read_t5x(checkpoint)
+    else:
+        jax.tree.map(lambda leaf: leaf.copy(), checkpoints.load_hf(checkpoint)[1])
+
+
+def costs(config: ModelConfig, inputs: int, targets: int) -> dict[str, float]:
+    """Operations per token of one example of full length, counted as in `flops`.
+
+    Args:
+        config: the model's.
+        inputs: input tokens.
+        targets: output tokens.
+    """
+    encoder = flops.encoder_flops(config, 1, inputs)
+    dense = flops.encoder_flops(config.replace(methods=unrouted(config.methods)), 1, inputs)
+    decoder = flops.answer_flops(config, 1, inputs, targets) - encoder
+    return {
+        "flops_per_input_token": encoder / inputs,
+        "flops_per_output_token": decoder / targets,
+        "encoder_flops_ratio": dense / encoder,
+    }

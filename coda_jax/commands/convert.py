@@ -1,0 +1,285 @@
+"""`coda convert`: checkpoints from one layout to another, and the adapter file out of any of them.
+
+What is converted is known by what its folder holds:
+- `config.json`: a dense Hugging Face checkpoint;
+- `adapter.json`: an adapter file, together with its base;
+- `run.json`: a run of `coda train`, together with its base where only adapters were trained;
+- a T5X checkpoint, or a run's folder of them. The config is not part of it: sizes are read off the
+  shapes, and what adapters and routers do has to be said.
+
+The step goes along, the optimizer's state does not: a run goes on in the other trainer from its
+parameters, with a fresh optimizer.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from pathlib import Path
+import shutil
+from typing import Any
+
+import numpy as np
+
+from coda_jax import checkpoints, files, trees
+from coda_jax import methods as methods_lib
+from coda_jax.checkpoints.adapter import (
+    MANIFEST,
+    fingerprint_version_1,
+    leaf_sha256,
+    read_manifest,
+)
+from coda_jax.checkpoints.config_json import from_json, from_version_1
+from coda_jax.checkpoints.huggingface import CONFIG_FILE
+from coda_jax.checkpoints.t5x import is_t5x, read_t5x
+from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
+from coda_jax.data.vocabularies import VOCABULARY_NAME
+from coda_jax.methods import Method
+from coda_jax.models import FAMILIES, ModelConfig, param_shapes
+from coda_jax.objectives import OBJECTIVES
+from coda_jax.training.run_directory import CHECKPOINTS, FORMAT_VERSION, RUN_FILE
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What was read.
+
+    Attributes:
+        config: of the model.
+        params: its whole parameter tree.
+        step: the training step, 0 where none is known.
+        vocabulary: fingerprint of the vocabulary of what was trained, None where it is not known.
+    """
+
+    config: ModelConfig
+    params: Mapping[str, Any] = dataclasses.field(repr=False)
+    step: int = 0
+    vocabulary: str | None = None
+
+
+def convert(
+    source: str,
+    output: str,
+    layout: str,
+    *,
+    base: str | None = None,
+    config: ModelConfig | None = None,
+    methods: Sequence[Method] = (),
+    step: int | None = None,
+) -> None:
+    """Writes a checkpoint in another layout.
+
+    Args:
+        source: folder of what is converted; see the module.
+        output: folder to write. In layout "hf" it gets the dense checkpoint, and in its folder
+            `adapter` the adapter file, if there are adapters or routers; in layout "t5x" an orbax
+            checkpoint `checkpoint_<step>` with them under `target`, named as here; in layout
+            "adapter" the adapter file alone. A vocabulary beside the source, or beside the base,
+            is copied beside a checkpoint.
+        layout: "hf", "t5x" or "adapter".
+        base: folder of the dense checkpoint, in Hugging Face layout or of T5X, that `source` was
+            trained from. A source that holds only what was trained needs it. Given with a T5X
+            checkpoint, the frozen leaves have to be the base's, and get its dtype again.
+        config: sizes, for a T5X checkpoint; None to read them off its shapes.
+        methods: how the model of a T5X checkpoint is adapted.
+        step: takes the checkpoint of that step from a run; None for the newest.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint, or files of it are missing.
+        ValueError: if an argument is unknown, missing or not used by such a source; if leaves are
+            missing, extra, misshapen or damaged (all are listed); if the base is another one.
+    """
+    if layout not in WRITERS:
+        raise ValueError(f"layout={layout!r} is unknown; it must be one of {[*WRITERS]}")
+    options = {"base": base, "config": config, "methods": tuple(methods) or None, "step": step}
+    read = _read(Path(source), {name: x for name, x in options.items() if x is not None})
+    WRITERS[layout](Path(output), read)
+    if layout != "adapter":
+        _copy_vocabulary([Path(name) for name in (source, base) if name], Path(output))
+    count = trees.count(read.params)
+    print(f"{source}, step {read.step}, {count:,} parameters, is now in {output} ({layout})")
+
+
+def _read(folder: Path, options: Mapping[str, Any]) -> Source:
+    """Reads what a folder holds; raises ValueError for options that mean nothing for it."""
+    found = [kind for file, kind in KINDS.items() if (folder / file).is_file()]
+    if is_t5x(folder):
+        found.append(("a T5X checkpoint", _read_t5x, ("base", "config", "methods", "step")))
+    if not found:
+        raise FileNotFoundError(f"{folder} is no T5X checkpoint and has none of {[*KINDS]}")
+    if len(found) > 1:
+        raise ValueError(f"{folder} is several things at once: {[kind[0] for kind in found]}")
+    name, reader, allowed = found[0]
+    unused = sorted(options.keys() - set(allowed))
+    if unused:
+        raise ValueError(f"{folder} is {name}, for which {unused} cannot be given")
+    return reader(folder, **options)
+
+
+def _read_hf(folder: Path) -> Source:
+    return Source(*checkpoints.load_hf(folder))
+
+
+def _read_adapter(folder: Path, base: str | None = None) -> Source:
+    manifest = read_manifest(folder)  # a damaged one is found before the base is read
+    config, params = _load_base(base, folder)
+    if config is None:
+        config = _infer_config(params, base)
+    config, params = checkpoints.load_adapter(folder, config, params)
+    return Source(config, params, vocabulary=manifest.get("vocabulary"))
+
+
+def _load_base(base: str | None, source: Path) -> tuple[ModelConfig | None, Mapping[str, Any]]:
+    """The config, if it is known, and the parameters of a dense checkpoint."""
+    if base is None:
+        raise ValueError(f"{source} holds only what was trained: give the base that it belongs to")
+    if (Path(base) / CONFIG_FILE).is_file():
+        return checkpoints.load_hf(base)
+    return None, read_t5x(base)[0]
+
+
+def _infer_config(params: Mapping[str, Any], source: object) -> ModelConfig:
+    """The config that the shapes of a T5X checkpoint tell.
+
+    Raises:
+        ValueError: they tell none; each family says why.
+    """
+    problems = []
+    for family in FAMILIES.values():
+        if family.infer_config is None:
+            continue
+        try:
+            config = family.infer_config(params)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            print(f"config, from the shapes of {source}: {config}")
+            return config
+    raise ValueError(f"{source} does not tell its config: {'; '.join(problems)}")
+
+
+def _read_run(folder: Path, base: str | None = None, step: int | None = None) -> Source:
+    """Reads a checkpoint of `coda train`: the trained leaves, and the frozen ones of its base.
+
+    The optimizer's state is not read, nor are an objective's own leaves, which are in no model.
+    """
+    run = files.read_json(folder / RUN_FILE)
+    config = _config_of(run, folder / RUN_FILE)
+    steps = sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("[0-9]*"))
+    if not steps or step not in (None, *steps):
+        raise FileNotFoundError(f"{folder} has no checkpoint of {step=}. Steps found: {steps}")
+    step = steps[-1] if step is None else step
+    item = folder / CHECKPOINTS / str(step) / "state"
+    stored = {
+        path.removeprefix("trained/"): array
+        for path, array in list_orbax(item).items()
+        if path.startswith("trained/")
+    }
+    own = tuple(pattern for objective in OBJECTIVES.values() for pattern in objective.creates)
+    stored = {path: array for path, array in stored.items() if not trees.matches(path, own)}
+    params = trees.unflatten(read_arrays(stored, item))
+    if methods_lib.partition(config, param_shapes(config))[1]:
+        _, base_params = _load_base(base, folder)
+        _check_base(run, config, base_params, folder, base)
+        params = trees.merge(methods_lib.partition(config, base_params)[1], params)
+    elif base is not None:
+        raise ValueError(f"{folder} holds all leaves: base={base!r} is not used")
+    trees.check_tree(param_shapes(config), params, what=f"the leaves of {item} do")
+    return Source(*methods_lib.finish(config, params), step, run.get("vocabulary"))
+
+
+def _config_of(run: Mapping[str, Any], file: Path) -> ModelConfig:
+    """The config of the model that a run.json describes."""
+    try:
+        version = run.get("format_version", 1)
+        if version == 1:
+            return from_version_1(run["model"], {}, file, run["trained"])
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version={version!r} is unknown")
+        return from_json(run["config"], file)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file} does not describe a model: {error}") from error
+
+
+def _check_base(
+    run: Mapping[str, Any], config: ModelConfig, params: Mapping, folder: Path, base: str | None
+) -> None:
+    """Raises ValueError unless the frozen leaves are those that a run was trained with."""
+    if "format_version" not in run:
+        found, expected = fingerprint_version_1(config, params), run.get("base")
+        different = [] if found == expected else [f"the fingerprint {expected}, not {found}"]
+    else:
+        frozen = trees.flatten(methods_lib.partition(config, params)[1])
+        expected = run.get("base") or {}
+        different = [p for p, leaf in frozen.items() if expected.get(p) != leaf_sha256(leaf)]
+    if different:
+        lines = "\n  ".join(different)
+        raise ValueError(f"{folder} was trained from another base than {base}:\n  {lines}")
+
+
+def _read_t5x(
+    folder: Path,
+    base: str | None = None,
+    config: ModelConfig | None = None,
+    methods: Sequence[Method] = (),
+    step: int | None = None,
+) -> Source:
+    params, step = read_t5x(folder, step)
+    if config is None:
+        config = _infer_config(params, folder)
+    config = config.replace(methods=tuple(methods) or config.methods)
+    what = (
+        f"with the methods {[method.name for method in config.methods]}, the leaves of {folder} do"
+    )
+    trees.check_tree(param_shapes(config), params, what=what)
+    if base is not None:
+        params = _onto_base(config, params, _load_base(base, folder)[1], folder)
+    return Source(*methods_lib.finish(config, params), step)
+
+
+def _onto_base(config: ModelConfig, params: Mapping, base_params: Mapping, folder: Path) -> dict:
+    """Puts the trained leaves onto the base, whose values the frozen leaves must have."""
+    saved, frozen = methods_lib.partition(config, params)
+    _, base = methods_lib.partition(config, base_params)
+    trees.check_tree(base, frozen, what=f"the frozen leaves of {folder} do")
+    theirs, ours = trees.flatten(base), trees.flatten(frozen)
+    changed = [path for path, leaf in theirs.items() if not _same_values(leaf, ours[path])]
+    if changed:
+        raise ValueError(
+            f"{folder} was not trained from this base, these leaves differ:\n  "
+            + "\n  ".join(changed)
+        )
+    return trees.merge(base, saved)
+
+
+def _same_values(first: np.ndarray, second: np.ndarray) -> bool:
+    # float64 holds every value of the dtypes that a base may have.
+    return np.array_equal(first.astype(np.float64), second.astype(np.float64))
+
+
+def _write_hf(output: Path, read: Source) -> None:
+    _, dense = trees.split(read.params, methods_lib.created(read.config))
+    checkpoints.save_hf(output, read.config.dense(), dense)
+    if read.config.methods:
+        _write_adapter(output / "adapter", read)
+
+
+def _write_t5x(output: Path, read: Source) -> None:
+    checkpoints.save_t5x(output, read.params, read.step)
+
+
+def _write_adapter(output: Path, read: Source) -> None:
+    checkpoints.save_adapter(output, read.config, read.params, vocabulary=read.vocabulary)
+
+
+def _copy_vocabulary(folders: list[Path], output: Path) -> None:
+    """Puts the vocabulary of the first folder that has one beside the new checkpoint."""
+    found = [path for folder in folders if (path := folder / VOCABULARY_NAME).is_file()]
+    if found and found[0].resolve() != (output / VOCABULARY_NAME).resolve():
+        shutil.copy(found[0], output)
+
+
+WRITERS = {"hf": _write_hf, "t5x": _write_t5x, "adapter": _write_adapter}
+KINDS = {  # by the file that tells: what a folder is, what reads it, the options that it takes
+    CONFIG_FILE: ("a Hugging Face checkpoint", _read_hf, ()),
+    MANIFEST: ("an adapter file", _read_adapter, ("base",)),
+    RUN_FILE: ("a run of coda train", _read_run, ("base", "step")),
+}

@@ -1,0 +1,82 @@
+"""`coda evaluate`: the metrics of a task, from decoded outputs."""
+
+from collections.abc import Mapping
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+from tqdm import tqdm
+
+from coda_jax import files
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.data.source import Data
+from coda_jax.inference import Decoding, Predictor
+from coda_jax.models import family_of
+from coda_jax.optional import needs
+
+
+def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
+    """Inputs held at once: texts are worth sorting by length, images and audio are large."""
+    return family_of(model.config).inputs.held or 8 * decoding.batch_size
+
+
+def evaluate(
+    model: LoadedModel,
+    task: str,
+    feature_lengths: Mapping[str, int],
+    decoding: Decoding,
+    split: str = "validation",
+    output: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Decodes the inputs of a seqio task and compares them with its targets.
+
+    Args:
+        model: what to evaluate.
+        task: name of a registered seqio task or mixture.
+        feature_lengths: the most tokens of "inputs" and of "targets".
+        decoding: how outputs are searched for.
+        split: of the task.
+        output: JSON file for the metrics.
+
+    Returns:
+        {task: {metric: value}}.
+    """
+    with needs():
+        import seqio
+
+    from coda_jax.data import seqio_tasks
+
+    Data(feature_lengths, task).check_vocabulary(model.config.vocab_size, model.directory)
+    decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
+    predictor = Predictor(model.config, model.params, decoding)
+    module = model.config.network()
+
+    def unpadded(inputs):
+        return inputs[: np.flatnonzero(module.input_mask(inputs)).max(initial=-1) + 1]
+
+    def predict(dataset):
+        examples, answers = dataset.as_numpy_iterator(), []
+        with tqdm(desc=task, unit="example") as progress:
+            while chunk := list(itertools.islice(examples, held_at_once(model, decoding))):
+                inputs = [unpadded(example["encoder_input_tokens"]) for _, example in chunk]
+                for place, tokens in predictor(inputs):
+                    answers.append((int(chunk[place][0]), tokens.tolist()))
+                    progress.update()
+        return answers
+
+    evaluator = seqio.Evaluator(
+        seqio_tasks.provider(task).name,
+        seqio_tasks.feature_converter(task),
+        eval_split=split,
+        sequence_length=dict(feature_lengths),
+    )
+    metrics, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)
+    metrics = {
+        name: {metric: float(value) for metric, value in values.items()}
+        for name, values in metrics.result().items()
+    }
+    print(json.dumps(metrics, indent=2))
+    if output is not None:
+        files.write_json(output, metrics)
+    return metrics

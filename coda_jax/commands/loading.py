@@ -1,0 +1,182 @@
+"""A model as a command needs it: a checkpoint, methods, an adapter file, put together.
+
+The functions here are named in gin files.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from coda_jax import checkpoints, methods, trees
+from coda_jax.checkpoints.adapter import read_manifest
+from coda_jax.checkpoints.swap_in import add_head
+from coda_jax.data.vocabularies import find_fingerprint
+from coda_jax.methods import with_reduction
+from coda_jax.models import ModelConfig, init_params, param_shapes, preset
+from coda_jax.optional import needs
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with its parameters, and where they came from.
+
+    Attributes:
+        config: the model's configuration.
+        params: the parameter tree.
+        directory: the checkpoint's folder, or None for a model that starts at random.
+    """
+
+    config: ModelConfig
+    params: Mapping[str, Any] = dataclasses.field(repr=False)
+    directory: pathlib.Path | None
+
+
+def configured_preset(
+    name: str | None, changes: Mapping[str, Any] | None = None
+) -> ModelConfig | None:
+    """A published size with other values for some fields; None for no name."""
+    return None if name is None else preset(name, **(changes or {}))
+
+
+def configured_methods(names: Sequence[str]) -> tuple[methods.Method, ...]:
+    """The methods of these names, each with the values that gin files give its fields.
+
+    Raises:
+        ValueError: a name is unknown, or given twice.
+    """
+    with needs():  # Here: the core runs where gin is not installed.
+        import gin
+
+    if isinstance(names, str):
+        raise ValueError(f"METHODS={names!r} must be a tuple of names, such as ({names!r},)")
+
+    def make(cls):
+        try:
+            configurable = gin.get_configurable(cls)
+        except ValueError:  # no gin file says anything about it
+            configurable = cls
+        return configurable()
+
+    return methods.ordered(make(methods.find(name)) for name in names)
+
+
+def load_model(
+    checkpoint: str | None = None,
+    *,
+    config: ModelConfig | None = None,
+    adapter_checkpoint: str | None = None,
+    methods: Sequence[methods.Method] | None = None,
+    reduction: float | tuple[float, ...] | None = None,
+    dtype: Any = "float32",
+    dropout_rate: float = 0.0,
+    seed: int = 0,
+) -> LoadedModel:
+    """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
+
+    Args:
+        checkpoint: folder in Hugging Face layout; None to start at random from `config`.
+        config: the sizes of a model that starts at random; a checkpoint's must be the same, but a
+            model without a head gets a fresh one of this config's, also where its adapter comes
+            from a file that has none.
+        adapter_checkpoint: folder that `save_adapter` wrote for this checkpoint.
+        methods: how to adapt; None or () for those of `adapter_checkpoint`, or for none. Given with
+            it, they may differ in what changes no leaf, and train more.
+        reduction: replaces that of the routing.
+        dtype: of the computation.
+        dropout_rate: in training.
+        seed: of what is created.
+
+    Raises:
+        ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
+            contradict `adapter_checkpoint`; `reduction` is given for a model that does not route.
+    """
+    rng = jax.random.key(seed)
+    given = config
+    config, params = _base(checkpoint, given, rng)
+    config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
+    directory = checkpoint and pathlib.Path(checkpoint)
+    if adapter_checkpoint is None:
+        config = _with_head_of(config, given).replace(methods=tuple(methods or ()))
+        params = checkpoints.swap_in(config, params, rng)
+    else:
+        config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)
+        _check_vocabulary(adapter_checkpoint, directory)
+        config = _continued(config, methods, adapter_checkpoint)
+        with_head = _with_head_of(config, given)
+        if given is not None:
+            _check_sizes(given, with_head.dense(), adapter_checkpoint)
+        if with_head != config:
+            config, params = with_head, add_head(with_head, params, rng)
+    if reduction is not None:
+        config = config.replace(methods=with_reduction(config.methods, reduction))
+    return LoadedModel(config, params, directory)
+
+
+def _base(
+    checkpoint: str | None, given: ModelConfig | None, rng: jax.Array
+) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """The dense model: from a checkpoint, whose sizes must be those given, or random."""
+    if checkpoint is None:
+        if given is None:
+            raise ValueError("load_model needs a checkpoint or, to start at random, a config")
+        return given.dense(), init_params(given.dense(), rng)
+    config, params = checkpoints.load_hf(checkpoint)
+    if given is not None:
+        _check_sizes(given, _with_head_of(config, given), checkpoint)
+    return config, params
+
+
+def _with_head_of(config: ModelConfig, given: ModelConfig | None) -> ModelConfig:
+    """The config with the head of another, where it has none."""
+    if given is None or config.vocab_size or given.family != config.family:
+        return config
+    return config.replace(**{name: getattr(given, name) for name in config.head_fields})
+
+
+def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: str) -> None:
+    """Raises ValueError where a config differs in more than how it computes and is trained."""
+    if type(given) is not type(stored):
+        raise ValueError(f"{checkpoint} is a {stored.family!r}, not a {given.family!r}")
+    given = given.dense().replace(dtype=stored.dtype, dropout_rate=stored.dropout_rate)
+    different = [
+        f"{field.name}={getattr(given, field.name)!r}, not {getattr(stored, field.name)!r}"
+        for field in dataclasses.fields(stored)
+        if getattr(given, field.name) != getattr(stored, field.name)
+    ]
+    if different:
+        raise ValueError(f"{checkpoint} is not of the given config: {'; '.join(different)}")
+
+
+def _continued(
+    config: ModelConfig, given: Sequence[methods.Method] | None, adapter_checkpoint: str
+) -> ModelConfig:
+    """The config of an adapter file with the given methods in the place of the saved ones.
+
+    Raises:
+        ValueError: the saved leaves are not those of the given methods.
+    """
+    if not given:
+        return config
+    saved = {method.name: method for method in config.methods}
+    continued = config.replace(methods=tuple(given))
+    for method in continued.methods:
+        if method.name in saved and not method.continues(saved[method.name]):
+            raise ValueError(f"{adapter_checkpoint} holds {saved[method.name]}, not {method}")
+    what = f"{adapter_checkpoint} and the given methods: the leaves do"
+    trees.check_tree(param_shapes(continued), param_shapes(config), what=what)
+    return continued
+
+
+def _check_vocabulary(adapter_checkpoint: str, directory: pathlib.Path | None) -> None:
+    """Raises ValueError where an adapter was trained with another vocabulary than the base's."""
+    expected = read_manifest(adapter_checkpoint).get("vocabulary")
+    found = directory and find_fingerprint(directory)
+    if expected and found and expected != found:
+        raise ValueError(
+            f"{adapter_checkpoint} was trained with another vocabulary than that of {directory} "
+            f"(SHA-256 {expected}, {found})"
+        )

@@ -1,0 +1,146 @@
+"""`coda train`: trains a model and exports what came out."""
+
+from collections.abc import Callable
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from coda_jax import checkpoints, files, methods, trees
+from coda_jax.checkpoints.adapter import leaf_sha256
+from coda_jax.checkpoints.config_json import to_json
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.data.source import Data
+from coda_jax.data.vocabularies import VOCABULARY_NAME
+from coda_jax.models import ModelConfig
+from coda_jax.objectives import Model, model_for
+from coda_jax.training import trainer
+
+
+def train(
+    directory: str,
+    model: LoadedModel,
+    data: Data,
+    options: trainer.TrainOptions,
+    optimizer: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    eval_data: Data | None = None,
+    objective: Callable[[ModelConfig], Model] = model_for,
+    export_dtype: Any = None,
+) -> tuple[LoadedModel, dict[str, float]]:
+    """Trains and exports into `directory`/export what `load_model` reads.
+
+    Where a base came out it is exported in Hugging Face layout, and what the methods trained into
+    its folder `adapter`. A frozen leaf always stays what it was.
+
+    Args:
+        directory: of the run: checkpoints, logs, metrics, export.
+        model: what to train; its methods say which leaves.
+        data: what to train on.
+        options: how long and how often.
+        optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
+        learning_rate: a number or an optax schedule.
+        eval_data: what to evaluate on.
+        objective: (config) -> the model with what it is trained for.
+        export_dtype: of the leaves, where all were trained.
+
+    Returns:
+        The trained model, as it is exported, and the metrics of its evaluation.
+
+    Raises:
+        ValueError: there is nothing to train on, or nothing to train; the data do not fit the
+            model; and see `trainer.train`.
+    """
+    if not data.exists:
+        raise ValueError("there is nothing to train on: name a task or a cache file")
+    eval_data = eval_data if eval_data and eval_data.exists else None
+    trained = objective(model.config)
+    _check_data(model, trained, [read for read in (data, eval_data) if read is not None])
+    segments = methods.max_segments(model.config.methods)
+    vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
+    params, metrics = trainer.train(
+        trained,
+        trained.add_leaves(model.params),
+        data.batches(repeat=True, max_segments=segments),
+        options=options,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        directory=directory,
+        run={**_identity(model, data, trained, options), "vocabulary": vocabulary},
+        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, max_segments=segments)),
+    )
+    _, params = trees.split(params, trained.creates)
+    if export_dtype is not None and not methods.partition(model.config, params)[1]:
+        params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
+    folder = pathlib.Path(directory) / "export"
+    model = export(folder, model.config, params, model.directory, data.vocabulary_file, vocabulary)
+    files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
+    print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
+    return model, metrics
+
+
+def _check_data(model: LoadedModel, trained: Model, sources: list[Data]) -> None:
+    """Raises ValueError where data do not fit the model."""
+    for data in sources:
+        if trained.reads_targets:
+            data.check_vocabulary(model.config.vocab_size, model.directory)
+        apart = [method.name for method in model.config.methods if not method.packs]
+        if data.pack and apart:
+            raise ValueError(f"{apart} cannot keep packed examples apart: pack=False")
+
+
+def _identity(
+    model: LoadedModel, data: Data, trained: Model, options: trainer.TrainOptions
+) -> dict[str, Any]:
+    """What makes a run the one that it is, as JSON."""
+    drawn = (*methods.created(model.config), *model.config.heads)
+    _, base = trees.split(model.params, drawn)
+    return {
+        "config": to_json(model.config),
+        "base": {path: leaf_sha256(leaf) for path, leaf in trees.flatten(base).items()},
+        "data": dataclasses.asdict(data),
+        "objective": {"name": trained.name, **trained.options},
+        "accumulation": options.accumulation,
+        "seed": options.seed,
+    }
+
+
+def export(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    params: Any,
+    base_directory: pathlib.Path | None,
+    vocabulary_file: Callable[[], str | None],
+    vocabulary: str | None,
+) -> LoadedModel:
+    """Writes what was trained: the base, where its leaves were; what the methods leave behind.
+
+    Args:
+        folder: to write.
+        config: of the model that was trained.
+        params: its parameters.
+        base_directory: of the checkpoint that it started from; a vocabulary there goes before the
+            task's.
+        vocabulary_file: gives the task's.
+        vocabulary: its fingerprint.
+
+    Returns:
+        The model as it is exported.
+    """
+    finished, params = methods.finish(config, params)
+    _, frozen = methods.partition(config, params)
+    if not frozen:
+        _, dense = trees.split(params, methods.created(finished))
+        checkpoints.save_hf(folder, finished.dense(), dense)
+        beside = base_directory and base_directory / VOCABULARY_NAME
+        file = beside if beside and beside.exists() else vocabulary_file()
+        if file is not None:
+            shutil.copy(file, folder / VOCABULARY_NAME)
+    if finished.methods:
+        checkpoints.save_adapter(folder / "adapter", finished, params, vocabulary=vocabulary)
+    return LoadedModel(finished, params, base_directory)

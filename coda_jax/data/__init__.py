@@ -1,0 +1,16 @@
+"""Data: from files and seqio tasks to the batches that models take.
+
+Without seqio and TensorFlow:
+
+- `batches`: examples to batches, padded or packed; epochs of examples.
+- `cache`: the file that holds a task's tokenised examples.
+- `vocabularies`: SentencePiece and bytes.
+- `jsonl`: JSONL files and tasks over them.
+- `source`: `Data`, which finds the examples of a task's name or of a cache file.
+
+With them:
+
+- `seqio_tasks`: what is built on seqio; the only module that imports it.
+- `images`: image files to patches. TensorFlow is imported when patches are made.
+- `audio`: recordings to frames. TensorFlow is imported when frames are made.
+"""

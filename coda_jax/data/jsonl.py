@@ -1,0 +1,209 @@
+"""JSONL files: their texts, and tasks over them that need neither seqio nor TensorFlow.
+
+`jsonl_task` reads the files and keeps the task in `TASKS` under the name that it returns. Where
+seqio is in use, seqio knows the task by the same name.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import sys
+
+import numpy as np
+
+from coda_jax.data.batches import FEATURES
+from coda_jax.data.vocabularies import Vocabulary, load_vocabulary
+
+Columns = Mapping[str, Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlTask:
+    """Pairs of texts by split, and the vocabulary for both.
+
+    Attributes:
+        name: of the task.
+        columns: for each split, the lists "inputs" and "targets".
+        vocabulary_path: a path, or "bytes", for `load_vocabulary`.
+    """
+
+    name: str
+    columns: Mapping[str, Columns] = dataclasses.field(repr=False)
+    vocabulary_path: str
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary, which is loaded when it is first used."""
+        return load_vocabulary(self.vocabulary_path)
+
+    @functools.cached_property
+    def _examples(self) -> dict[str, list[dict[str, np.ndarray]]]:
+        return {}
+
+    def examples(self, split: str) -> list[dict[str, np.ndarray]]:
+        """Returns {"inputs", "targets"} of each line, int32 tokens with EOS at the end.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if split not in self.columns:
+            raise ValueError(f"{self.name} has no split {split!r}, only {sorted(self.columns)}")
+        if split not in self._examples:
+            pairs = zip(*(self.columns[split][key] for key in FEATURES), strict=True)
+            self._examples[split] = [
+                {key: self._tokens(text) for key, text in zip(FEATURES, pair, strict=True)}
+                for pair in pairs
+            ]
+        return self._examples[split]
+
+    def _tokens(self, text: str) -> np.ndarray:
+        return np.array([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
+
+
+TASKS: dict[str, JsonlTask] = {}  # by name
+
+
+def jsonl_task(
+    *,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    test_file: str | None = None,
+    vocabulary: str,
+) -> str:
+    """Returns the name of the task over these files. For gin files.
+
+    The files and the vocabulary are read at once, so that a bad line is found before anything runs.
+
+    Args:
+        train_file: the file of the split "train", if there is one; see `read_splits`.
+        validation_file: the file of the split "validation", if there is one.
+        test_file: the file of the split "test", if there is one.
+        vocabulary: a path, or "bytes", for `load_vocabulary`.
+
+    Returns:
+        "jsonl_<hash of the arguments>".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as for `read_splits`, or the vocabulary is not a SentencePiece model.
+    """
+    files = (train_file, validation_file, test_file)
+    name = hashed_name("jsonl", (files, vocabulary))
+    task = TASKS.get(name) or JsonlTask(name, read_splits(name, *files), vocabulary)
+    # T5X finds tasks in seqio's registry. Only seqio reads a vocabulary in a bucket.
+    if sys.modules.get("seqio"):
+        from coda_jax.data import seqio_tasks
+
+        seqio_tasks.add_loaded_task(task)
+    else:
+        _ = task.vocabulary  # which is loaded, or refused, here
+    TASKS[name] = task
+    return name
+
+
+def hashed_name(prefix: str, arguments: Sequence) -> str:
+    """Returns "<prefix>_<hash of the arguments>", the name of a task that is made for them."""
+    return f"{prefix}_{hashlib.sha256(repr(arguments).encode()).hexdigest()[:12]}"
+
+
+def read_splits(
+    name: str,
+    train_file: str | os.PathLike | None,
+    validation_file: str | os.PathLike | None,
+    test_file: str | os.PathLike | None,
+) -> dict[str, Columns]:
+    """Reads JSONL files with lines {"inputs": str, "targets": str}.
+
+    Other fields of a line are ignored; blank lines are allowed at the end only.
+
+    Args:
+        name: of the task, for the error.
+        train_file: the file of the split "train", if there is one.
+        validation_file: the file of the split "validation", if there is one.
+        test_file: the file of the split "test", if there is one.
+
+    Returns:
+        The lists "inputs" and "targets" of each split that has a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no file, an empty file, or a bad line (file and line are named).
+    """
+    files = {"train": train_file, "validation": validation_file, "test": test_file}
+    columns = {
+        split: read_jsonl(path, FEATURES) for split, path in files.items() if path is not None
+    }
+    if not columns:
+        raise ValueError(f"Task {name!r} needs at least one of {[f'{s}_file' for s in files]}")
+    return columns
+
+
+def read_jsonl(
+    path: str | os.PathLike, fields: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Reads some text fields of a JSONL file.
+
+    Args:
+        path: the file, UTF-8.
+        fields: what each line must have, as strings.
+        optional: what a line may lack, "" then.
+
+    Returns:
+        A list for each field, in the order of the lines.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an empty file, or a line that is not such an object; file and line are named.
+    """
+    with open(path, "rb") as f:
+        lines = f.read().rstrip().split(b"\n")
+    if lines == [b""]:
+        raise ValueError(f"{os.fspath(path)}: the file is empty")
+    columns: dict[str, list[str]] = {field: [] for field in (*fields, *optional)}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{os.fspath(path)}:{number}: not JSON: {e}") from e
+        if not isinstance(record, dict):
+            raise ValueError(f"{os.fspath(path)}:{number}: not an object: {record!r}")
+        record = {**dict.fromkeys(optional, ""), **record}
+        for field in columns:
+            if field not in record:
+                raise ValueError(f"{os.fspath(path)}:{number}: the field {field!r} is missing")
+            if not isinstance(record[field], str):
+                raise ValueError(
+                    f"{os.fspath(path)}:{number}: {field!r} must be a string: {record[field]!r}"
+                )
+            columns[field].append(record[field])
+    return columns
+
+
+def read_inputs(path: str | os.PathLike) -> list[str]:
+    """Reads the inputs to predict from.
+
+    Args:
+        path: a text file with one input a line, a .jsonl file with lines {"inputs": str}, or "-"
+            for text on standard input.
+
+    Returns:
+        The inputs in order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no input, or a bad JSONL line (file and line are named).
+    """
+    path = os.fspath(path)
+    if path.endswith(".jsonl"):
+        return read_jsonl(path, ("inputs",))["inputs"]
+    if path == "-":
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+    else:
+        with open(path, encoding="utf-8") as f:
+            lines = [line.rstrip("\n") for line in f]
+    if not lines:
+        raise ValueError(f"{path}: there are no inputs")
+    return lines

@@ -1,0 +1,128 @@
+"""Where examples come from: a JSONL task, a cache file, or any other task or mixture of seqio.
+
+seqio and TensorFlow are imported for the last only.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import os
+
+from coda_jax.data import jsonl
+from coda_jax.data.batches import Batches, batch_examples, epochs
+from coda_jax.data.cache import read_cache
+from coda_jax.data.vocabularies import check_vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where examples come from: a task or mixture, a file of `coda cache`, or nothing.
+
+    Attributes:
+        feature_lengths: the most tokens, or patches, of "inputs" and tokens of "targets".
+        task: name of a JSONL task, or of a registered seqio task or mixture.
+        cache: path of the file instead.
+        split: the task's split.
+        batch_size: rows of a batch.
+        pack: whether several examples share a row.
+        shuffle: whether the order is random, anew in each epoch.
+        seed: of the order and of random preprocessing.
+    """
+
+    feature_lengths: Mapping[str, int]
+    task: str | None = None
+    cache: str | None = None
+    split: str = "train"
+    batch_size: int = 32
+    pack: bool = False
+    shuffle: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.task is not None and self.cache is not None:
+            raise ValueError(f"give a task or a cache file, not both: {self.task=}, {self.cache=}")
+
+    @property
+    def exists(self) -> bool:
+        """Whether a task or a file is named at all."""
+        return self.task is not None or self.cache is not None
+
+    def batches(self, repeat: bool, max_segments: int | None = None) -> Batches:
+        """Batches: for ever in full, or one pass whose last is filled up with empty rows.
+
+        Args:
+            repeat: whether for ever.
+            max_segments: at most so many examples in a row, with `pack`; None for no limit.
+
+        Raises:
+            FileNotFoundError: there is no such cache file.
+            ValueError: an unknown task or split, no examples, or a damaged cache file.
+        """
+        return batch_examples(
+            self._examples(None if repeat else 1),
+            batch_size=self.batch_size,
+            feature_lengths=self.feature_lengths,
+            pack=self.pack,
+            max_segments=max_segments if self.pack else None,
+            drop_remainder=repeat,
+        )
+
+    def _examples(self, num_epochs: int | None):
+        if self.cache is not None:
+            examples, _ = read_cache(self.cache)
+        elif self.task in jsonl.TASKS:
+            examples = jsonl.TASKS[self.task].examples(self.split)
+        else:
+            from coda_jax.data import seqio_tasks
+
+            return seqio_tasks.seqio_examples(
+                self.task,
+                self.split,
+                feature_lengths=self.feature_lengths,
+                seed=self.seed,
+                shuffle=self.shuffle,
+                num_epochs=num_epochs,
+            )
+        return epochs(examples, seed=self.seed, num_epochs=num_epochs, shuffle=self.shuffle)
+
+    def check_vocabulary(self, vocab_size: int, directory: str | os.PathLike | None = None) -> None:
+        """Checks that the data's token ids are those of a model.
+
+        Args:
+            vocab_size: the model's number of embeddings.
+            directory: where the model's `spiece.model` may lie.
+
+        Raises:
+            ValueError: they are not, or the cache file does not say what its ids are.
+        """
+        check_vocabulary(*self._vocabulary(), vocab_size, directory)
+
+    def _vocabulary(self) -> tuple[str, int]:
+        """The fingerprint of the vocabulary and the number of its ids."""
+        if self.cache is not None:
+            _, metadata = read_cache(self.cache)
+            missing = {"vocabulary", "vocab_size"} - metadata.keys()
+            if missing:
+                raise ValueError(f"{self.cache} does not say its {sorted(missing)}")
+            return metadata["vocabulary"], metadata["vocab_size"]
+        if self.task in jsonl.TASKS:
+            vocabulary = jsonl.TASKS[self.task].vocabulary
+            return vocabulary.fingerprint, vocabulary.vocab_size
+        from coda_jax.data import seqio_tasks
+
+        vocabulary = seqio_tasks.task_vocabulary(self.task)
+        return seqio_tasks.vocabulary_fingerprint(vocabulary), vocabulary.vocab_size
+
+    def vocabulary_fingerprint(self) -> str:
+        """The SHA-256 of the vocabulary's file, or "bytes"; a cache file must say it."""
+        fingerprint, _ = self._vocabulary()
+        return fingerprint
+
+    def vocabulary_file(self) -> str | None:
+        """The SentencePiece file of the task, None for bytes or a cache."""
+        if self.task is None:
+            return None
+        if self.task in jsonl.TASKS:
+            return jsonl.TASKS[self.task].vocabulary.file
+        from coda_jax.data import seqio_tasks
+
+        return getattr(seqio_tasks.task_vocabulary(self.task), "sentencepiece_model_file", None)

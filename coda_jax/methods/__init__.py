@@ -1,0 +1,76 @@
+"""Methods of adaptation, one file each. Start reading at `base`, then `coda`.
+
+`METHODS` holds them all by name; its order is that in which they wrap a layer, the innermost
+first, and in which a config keeps them. A new method is a file and a line here.
+
+| file | holds |
+|---|---|
+| `base` | the record `Method`, and what follows from a config's methods: what is trained, `merge` |
+| `coda` | `Coda`: the router sends some tokens through the frozen layer |
+| `soft_topk` | the differentiable top-k of the router: two solvers, one gradient |
+| `parallel_adapter` | `ParallelAdapter`: a bottleneck beside each layer |
+| `full` | `Full`: every leaf of the base is trained |
+| `comparisons` | the methods that `coda bench` and the demos set side by side |
+"""
+
+from collections.abc import Iterable
+
+from coda_jax.methods.base import Method, created, finish, merge, partition, trained
+from coda_jax.methods.coda import Coda, max_segments, unrouted, with_reduction
+from coda_jax.methods.full import Full
+from coda_jax.methods.parallel_adapter import ParallelAdapter
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Coda,
+        ParallelAdapter,
+        Full,
+    )
+}
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "created",
+    "find",
+    "finish",
+    "max_segments",
+    "merge",
+    "ordered",
+    "partition",
+    "trained",
+    "unrouted",
+    "with_reduction",
+    *(method.__name__ for method in METHODS.values()),
+]
+
+
+def find(name: str) -> type[Method]:
+    """The method of a name.
+
+    Raises:
+        ValueError: there is none; the names are listed.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; it must be one of {[*METHODS]}")
+    return METHODS[name]
+
+
+def ordered(methods: Iterable[Method]) -> tuple[Method, ...]:
+    """The methods in the order of `METHODS`, which is that in which they wrap a layer.
+
+    Raises:
+        TypeError: something is not a method.
+        ValueError: there are two of one kind.
+    """
+    methods = tuple(methods)
+    for method in methods:
+        if not isinstance(method, Method):
+            raise TypeError(f"methods must be methods such as those of METHODS, got {method!r}")
+    names = [method.name for method in methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"methods must be of different kinds, got two of {twice}")
+    order = [*METHODS]
+    return tuple(sorted(methods, key=lambda method: order.index(find(method.name).name)))

@@ -1,0 +1,205 @@
+"""What a method of adaptation is: the record that every file of this folder fills in.
+
+A method changes a network in three places, all of them optional: it wraps whole layers
+(`wrap_layer`), it wraps modules inside them (`wrap_module`), and it wraps the optimizer
+(`wrap_optimizer`). Which leaves it creates and which of the base's it trains are path patterns;
+what a run trains and what an adapter file holds follow from them alone.
+
+Axis letters: B batch, N tokens, K selected tokens, D embedding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+import optax
+
+from coda_jax import trees
+from coda_jax.nn.tokens import Tokens
+
+# (tokens to work on [B, K, D], tokens to attend to [B, K or N, D]) -> [B, K, D], residual
+# connections included.
+Layer = Callable[[Tokens, Tokens], Float[Array, "b k d"]]
+# (tokens of a row to work on, tokens to attend to) -> floating-point operations.
+LayerFlops = Callable[[int, int], float]
+Call = Callable[..., Any]  # of a Flax module
+# Of the layer norms, which most methods train with their own leaves.
+NORMS = (r"(^|/)\w*norm/(scale|bias)$",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a layer stands.
+
+    Attributes:
+        stack: "encoder" or "decoder".
+        index: of the layer in its stack, from 0.
+        num_layers: of the stack.
+    """
+
+    stack: str
+    index: int
+    num_layers: int
+
+
+class Method:
+    """A way to adapt a frozen model; each is a frozen dataclass with its options as fields.
+
+    Attributes:
+        name: in gin files, manifests and `METHODS`.
+        creates: patterns of the paths of its new leaves, which no dense checkpoint has.
+        also_trains: patterns of the base's leaves that it trains; an adapter file holds them too.
+        without_gradient: patterns of those of its new leaves that no gradient reaches, like masks.
+        starts_as_base: whether fresh leaves leave the base's outputs as they are.
+        packs: whether examples that share a row still give what they give alone.
+        profile_scopes: {part of a profile: names of the modules and scopes that belong to it}.
+    """
+
+    name: ClassVar[str]
+    creates: ClassVar[tuple[str, ...]] = ()
+    also_trains: ClassVar[tuple[str, ...]] = ()
+    without_gradient: ClassVar[tuple[str, ...]] = ()
+    starts_as_base: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+    profile_scopes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @classmethod
+    def examples(cls) -> tuple["Method", ...]:
+        """Instances for tests, the usual one first; together they have all that works differently.
+
+        By default the one without arguments.
+        """
+        return (cls(),)
+
+    def validate(self, config: Any) -> None:
+        """Raises ValueError where the method does not fit the model of a config."""
+
+    def continues(self, saved: "Method") -> bool:
+        """Whether leaves saved with other options of the method serve these; by default not.
+
+        They do where an option changes how leaves are used, but not what they mean.
+        """
+        return self == saved
+
+    def wrap_layer(self, layer: Layer, place: Place) -> Layer:
+        """The layer with the method around it; by default as it is.
+
+        Called within the compact method of a Flax module, whose scope gets the method's parameters
+        beside those of the layer.
+        """
+        del place
+        return layer
+
+    def wrap_module(self, call: Call, module: nn.Module) -> Call:
+        """A module's `__call__` with the method around it; by default as it is.
+
+        Asked at every call of every module of the network. What is returned runs in the module's
+        own scope: parameters that it makes lie beside the module's.
+        """
+        del module
+        return call
+
+    def wrap_optimizer(
+        self, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        """The method's own part of a training step, inside the compiled step of both trainers.
+
+        By default the optimizer as it is. What a method keeps from step to step (a schedule, a
+        score for each channel) is the state of the transformation that it returns, and is in the
+        checkpoints of both trainers; what its layers read (a mask) is a leaf that it `creates`,
+        and it changes such a leaf by that leaf's update.
+        """
+        return optimizer
+
+    def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
+        """The operations of `wrap_layer` and `wrap_module` on a layer; by default no more."""
+        del place, config
+        return flops
+
+    def merge(self, config: Any, params: Mapping[str, Any]) -> tuple["Method | None", Mapping]:
+        """Folds the method into the base: (what is left of it, the parameters).
+
+        By default nothing can be folded, and all of it is left.
+        """
+        del config
+        return self, params
+
+    def finish(self, config: Any, params: Mapping[str, Any]) -> tuple["Method | None", Mapping]:
+        """What is exported after training: (the method, the parameters); by default as it is."""
+        del config
+        return self, params
+
+
+@contextlib.contextmanager
+def applied_to_modules(methods: tuple[Method, ...]) -> Iterator[None]:
+    """While open, the calls of modules go through `wrap_module` of the methods, in their order."""
+    wrapping = [m for m in methods if type(m).wrap_module is not Method.wrap_module]
+    if not wrapping:
+        yield
+        return
+
+    def intercept(call, arguments, keywords, context):
+        if context.method_name == "__call__":
+            for method in wrapping:
+                call = method.wrap_module(call, context.module)
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def conditional_layer(methods: tuple[Method, ...], layer: Layer, place: Place) -> Layer:
+    """The layer with every method around it, in their order."""
+    for method in methods:
+        layer = method.wrap_layer(layer, place)
+    return layer
+
+
+def created(config: Any) -> tuple[str, ...]:
+    """Patterns of the leaves that no base has: those of the config's methods."""
+    return tuple(pattern for method in config.methods for pattern in method.creates)
+
+
+def trained(config: Any) -> tuple[str, ...]:
+    """Patterns of the leaves that are trained: those of the methods, and the head.
+
+    The same leaves are in the adapter file. A head, such as that of CTC, is new for most tasks.
+    """
+    also = (pattern for method in config.methods for pattern in method.also_trains)
+    return (*created(config), *also, *config.heads) if config.methods else ()
+
+
+def partition(config: Any, params: Mapping[str, Any]) -> tuple[dict, dict]:
+    """Splits a parameter tree into what is trained and what is frozen."""
+    return trees.split(params, trained(config))
+
+
+def _fold(config: Any, params: Mapping[str, Any], step: str) -> tuple[Any, Mapping[str, Any]]:
+    """Applies `merge` or `finish` of each method, the outermost last."""
+    kept = []
+    for method in config.methods:
+        method, params = getattr(method, step)(config, params)
+        if method is not None:
+            kept.append(method)
+    return config.replace(methods=tuple(kept)), params
+
+
+def merge(config: Any, params: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """Folds into the base what can be folded; the rest stays a method.
+
+    Args:
+        config: of the adapted model.
+        params: its whole parameter tree.
+
+    Returns:
+        (config, params) of a model that gives the same outputs.
+    """
+    return _fold(config, params, "merge")
+
+
+def finish(config: Any, params: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """(config, params) as they are exported after training, see `Method.finish`."""
+    return _fold(config, params, "finish")

@@ -1,0 +1,282 @@
+"""CoDA: a router scores the tokens and sends k of each example through the frozen layer.
+
+    s   = u . w_router                              one score a token, `Router._scores`
+    lam = soft_topk(s, k)                           k = ceil(length / r) of each example
+    idx = the k largest scores, in ascending position order
+    y   = x + scatter(lam[idx] * (layer(x[idx]) - x[idx]), idx)
+
+Axis letters: B batch, N tokens, K slots (the static capacity), S segments, D embedding.
+Reference: Lei et al. 2023, Conditional Adapters, section 3.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from flax import linen as nn
+from flax.linen import partitioning
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
+from coda_jax.methods.soft_topk import SOLVERS, kth_largest, one_row_per_constraint, soft_topk
+from coda_jax.nn.tokens import Selection, Tokens, kept_first
+
+ROUTINGS = ("soft_topk", "sigmoid", "truncation")
+ATTENTIONS = ("k_to_k", "k_to_all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Coda(Method):
+    """How the encoder's layers route. A layer that is not routed to gets the residual stream alone.
+
+    Attributes:
+        reduction: r, at least 1: a layer works on ceil(length / r) tokens of each example. One
+            number for all layers, or one for each; 1 is the dense layer. It changes no parameter,
+            so a trained model can be run at another reduction.
+        epsilon: temperature of the soft top-k.
+        solver: of the soft top-k, "exact" or "iterative".
+        num_iterations: steps of the iterative solver.
+        attention: what selected tokens attend to: "k_to_k" (each other) or "k_to_all".
+        routing: "soft_topk" (weights from the soft top-k of the scores), "sigmoid" (a picked
+            token's weight is the sigmoid of its score) or "truncation" (the first k tokens with
+            weight 1, no parameter).
+        max_segments: the most examples in a packed row; each costs a slot more.
+    """
+
+    name: ClassVar[str] = "coda"
+    creates: ClassVar[tuple[str, ...]] = (r"(^|/)router/",)
+    also_trains: ClassVar[tuple[str, ...]] = NORMS
+    profile_scopes: ClassVar = {
+        "router": ("router",),
+        "gather": ("gather",),
+        "scatter": ("scatter",),
+    }
+
+    reduction: float | tuple[float, ...] = 3.0
+    epsilon: float = 1.0
+    solver: str = "exact"
+    num_iterations: int = 20
+    attention: str = "k_to_k"
+    routing: str = "soft_topk"
+    max_segments: int = 16
+
+    @classmethod
+    def examples(cls) -> tuple["Coda", ...]:
+        """Each attention, routing and solver."""
+        return (
+            cls(),
+            cls(2.5, attention="k_to_all", max_segments=8),
+            cls(2.0, routing="sigmoid"),
+            cls(2.0, routing="truncation", attention="k_to_all"),
+            cls(2.5, solver="iterative", epsilon=0.5),
+        )
+
+    def __post_init__(self):
+        if isinstance(self.reduction, list):
+            object.__setattr__(self, "reduction", tuple(self.reduction))
+        for reduction in self.reductions(1):
+            if not 1 <= reduction < float("inf"):
+                raise ValueError(f"Coda.reduction must be a finite number >= 1, got {reduction}")
+        for name, value, allowed in (
+            ("solver", self.solver, SOLVERS),
+            ("attention", self.attention, ATTENTIONS),
+            ("routing", self.routing, ROUTINGS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Coda.{name} must be one of {allowed}, got {value!r}")
+        for name in ("epsilon", "num_iterations", "max_segments"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Coda.{name} must be above 0, got {getattr(self, name)}")
+
+    def reductions(self, num_layers: int) -> tuple[float, ...]:
+        """The reduction of each layer; one number stands for `num_layers` equal ones."""
+        if isinstance(self.reduction, tuple):
+            return self.reduction
+        return (self.reduction,) * num_layers
+
+    def validate(self, config: Any) -> None:
+        """Raises ValueError where there is not one reduction for each encoder layer."""
+        given = len(self.reductions(config.num_encoder_layers))
+        if given != config.num_encoder_layers:
+            raise ValueError(
+                f"Coda.reduction has {given} entries for {config.num_encoder_layers} encoder layers"
+            )
+
+    def continues(self, saved: Method) -> bool:
+        """True: a trained router serves at any reduction, temperature and attention."""
+        return isinstance(saved, Coda)
+
+    def wrap_layer(self, layer: Layer, place: Place) -> Layer:
+        """An encoder layer on the selected tokens; a decoder layer as it is."""
+        if place.stack != "encoder":
+            return layer
+        reduction = self.reductions(place.num_layers)[place.index]
+
+        def conditional(tokens, context):
+            selection = Router(self, reduction, name="router")(tokens)
+            if selection is None:
+                return layer(tokens, context)
+            selected = selection.gather(tokens)
+            context = selected if self.attention == "k_to_k" else context
+            return selection.scatter_add(tokens.x, layer(selected, context) - selected.x)
+
+        return conditional
+
+    def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
+        """Those of a layer on K = ceil(N / r) tokens, and the router's."""
+        reduction = self.reductions(place.num_layers)[place.index]
+        if place.stack != "encoder" or reduction == 1:
+            return flops
+        per_token = 0 if self.routing == "truncation" else 2 * config.emb_dim
+
+        def routed(tokens, context):
+            selected = capacity(tokens, reduction)
+            seen = context if self.attention == "k_to_all" else selected
+            return flops(selected, seen) + per_token * tokens
+
+        return routed
+
+
+def with_reduction(
+    methods: Sequence[Method], reduction: float | tuple[float, ...]
+) -> tuple[Method, ...]:
+    """The methods at another reduction, which needs no training.
+
+    Raises:
+        ValueError: none of them routes.
+    """
+    if not any(isinstance(method, Coda) for method in methods):
+        raise ValueError(f"reduction={reduction} is given for a model that does not route")
+    return tuple(
+        dataclasses.replace(method, reduction=reduction) if isinstance(method, Coda) else method
+        for method in methods
+    )
+
+
+def unrouted(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """The other methods."""
+    return tuple(method for method in methods if not isinstance(method, Coda))
+
+
+def max_segments(methods: Sequence[Method]) -> int | None:
+    """The most examples that a packed row may hold; None for no limit."""
+    return next((method.max_segments for method in methods if isinstance(method, Coda)), None)
+
+
+def num_selected(length: int | Int[Array, "..."], reduction: float) -> int | Int[Array, "..."]:
+    """k = ceil(length / reduction), in whole numbers; 0 for an empty example.
+
+    Args:
+        length: int, or an int array.
+        reduction: at least 1.
+    """
+    ratio = Fraction(reduction).limit_denominator(1000)
+    return -(-(length * ratio.denominator) // ratio.numerator)
+
+
+def capacity(length: int, reduction: float, max_segments: int = 1) -> int:
+    """K = ceil(N / r) + S - 1, at most N: slots that hold every segment's own ceil."""
+    return min(length, num_selected(length, reduction) + max_segments - 1)
+
+
+def select(
+    scores: Float[Array, "b n"],
+    k: Int[Array, "b s"],
+    num_slots: int,
+    mask: Bool[Array, "b n"],
+    segment_ids: Int[Array, "b n"] | None = None,
+) -> tuple[Int[Array, "b k"], Bool[Array, "b k"]]:
+    """The k largest scores of each example, in ascending position order; ties go to the earlier.
+
+    Args:
+        scores: [B, N] float32.
+        k: [B, S] tokens to pick from each segment, S = 1 where `segment_ids` is None.
+        num_slots: K, at least `k.sum(-1)` and at most N.
+        mask: [B, N], False for tokens that must not be picked.
+        segment_ids: [B, N], 1..S for packed examples, 0 for padding.
+
+    Returns:
+        indices [B, K] int32, strictly ascending; valid [B, K], False in empty slots, whose indices
+        are those of tokens that were not picked.
+    """
+    segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
+    scores, k, mask = one_row_per_constraint(lax.stop_gradient(scores), k, mask, segments)
+    threshold = kth_largest(scores, k, mask)
+    above = mask & (scores > threshold)
+    ties = mask & (scores == threshold)
+    wanted = k - above.sum(-1, keepdims=True)
+    picked = (above | (ties & (jnp.cumsum(ties, axis=-1) <= wanted))).any(axis=1)
+    # The rest of the slots hold the first other tokens, so that no index repeats.
+    spare = num_slots - picked.sum(-1, keepdims=True)
+    taken = picked | (~picked & (jnp.cumsum(~picked, axis=-1) <= spare))
+    indices = kept_first(taken, num_slots)
+    return indices, jnp.take_along_axis(picked, indices, axis=1, mode="promise_in_bounds")
+
+
+class Router(nn.Module):
+    """Scores the tokens, s = u . w, and picks k = ceil(length / reduction) of each example.
+
+    Attributes:
+        config: how tokens are scored and weighted.
+        reduction: r of this layer, at least 1.
+    """
+
+    config: Coda
+    reduction: float
+
+    @nn.compact
+    def __call__(self, tokens: Tokens) -> Selection | None:
+        """Picks tokens; None stands for all of them with weight 1, which is what r = 1 gives."""
+        scores = self._scores(tokens.u)
+        if self.reduction == 1:
+            return None
+        mask, segment_ids = tokens.mask, tokens.segment_ids
+        num_segments = 1 if segment_ids is None else self.config.max_segments
+        segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
+        lengths = jnp.sum(
+            (segments[:, None, :] == jnp.arange(1, num_segments + 1)[:, None]) & mask[:, None, :],
+            axis=-1,
+        )
+        k = num_selected(lengths, self.reduction)
+        slots = capacity(scores.shape[1], self.reduction, num_segments)
+        indices, valid = select(scores, k, slots, mask, segment_ids)
+        weights = self._weights(scores, k, mask, segments)
+        weights = jnp.where(valid, jnp.take_along_axis(weights, indices, axis=-1), 0.0)
+        if segment_ids is not None:
+            # More segments than the slots were counted for cannot be an error inside a compiled
+            # program, and must not pass unseen: it makes the loss NaN.
+            overflow = segment_ids.max() > self.config.max_segments
+            weights = jnp.where(overflow, jnp.nan, weights)
+        selection = Selection(indices, weights, valid)
+        self.sow("intermediates", "selection", selection)
+        return selection
+
+    def _scores(self, u: Float[Array, "b n d"]) -> Float[Array, "b n"]:
+        if self.config.routing == "truncation":
+            return jnp.broadcast_to(-jnp.arange(u.shape[1], dtype=jnp.float32), u.shape[:2])
+        kernel = partitioning.param_with_axes(
+            "kernel",
+            nn.initializers.normal(u.shape[-1] ** -0.5),
+            (u.shape[-1],),
+            jnp.float32,
+            axes=("embed",),
+        )
+        return jnp.einsum("bnd,d->bn", u.astype(jnp.float32), kernel.astype(jnp.float32))
+
+    def _weights(self, scores, k, mask, segments) -> Float[Array, "b n"]:
+        if self.config.routing == "sigmoid":
+            return nn.sigmoid(scores)
+        if self.config.routing == "truncation":
+            return jnp.ones_like(scores)
+        return soft_topk(
+            scores,
+            k,
+            epsilon=self.config.epsilon,
+            solver=self.config.solver,
+            num_iterations=self.config.num_iterations,
+            mask=mask,
+            segment_ids=segments,
+        )

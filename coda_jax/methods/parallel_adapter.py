@@ -1,0 +1,79 @@
+"""The parallel adapter: a small bottleneck beside each layer, which sees every token.
+
+Axis letters: B batch, N tokens, D embedding.
+Reference: He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
+from coda_jax.nn.layers import Dense, Dtype, activation_function
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelAdapter(Method):
+    """y = layer(x) + act(u W_down) W_up, u the normalised input, beside encoder and decoder layers.
+
+    Attributes:
+        bottleneck: width between the two projections.
+        activation: name of a function in `flax.linen`, or "linear".
+    """
+
+    name: ClassVar[str] = "parallel_adapter"
+    creates: ClassVar[tuple[str, ...]] = (r"(^|/)adapter/",)
+    also_trains: ClassVar[tuple[str, ...]] = NORMS
+    profile_scopes: ClassVar = {"adapter": ("adapter",)}
+
+    bottleneck: int = 64
+    activation: str = "relu"
+
+    def __post_init__(self):
+        if self.bottleneck < 1:
+            raise ValueError(
+                f"ParallelAdapter.bottleneck must be at least 1, got {self.bottleneck}"
+            )
+        activation_function(self.activation)
+
+    def wrap_layer(self, layer: Layer, place: Place) -> Layer:
+        """The layer, plus the adapter on all of its tokens."""
+        del place
+
+        def adapted(tokens, context):
+            y = layer(tokens, context)
+            return y + Adapter(self.bottleneck, self.activation, y.dtype, name="adapter")(tokens.u)
+
+        return adapted
+
+    def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
+        """Two more products for each token."""
+        del place
+        per_token = 2 * 2 * config.emb_dim * self.bottleneck
+        return lambda tokens, context: flops(tokens, context) + per_token * tokens
+
+
+class Adapter(nn.Module):
+    """act(u W_down) W_up, with W_up zero at the start.
+
+    Attributes:
+        bottleneck: width between the two projections.
+        activation: name of a function in `flax.linen`, or "linear".
+        dtype: of the computation.
+    """
+
+    bottleneck: int
+    activation: str = "relu"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, u: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """[B, N, D] -> [B, N, D]."""
+        down = Dense(self.bottleneck, ("embed", "mlp"), dtype=self.dtype, name="wi")
+        up = Dense(
+            u.shape[-1], ("mlp", "embed"), nn.initializers.zeros, dtype=self.dtype, name="wo"
+        )
+        return up(activation_function(self.activation)(down(u)))

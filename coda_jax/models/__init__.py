@@ -1,0 +1,72 @@
+"""Families of models, one folder each. Start reading at `base`, then `t5`.
+
+A folder has the same files in every family: `config` (sizes, options, published presets), `network`
+(the Flax modules), `huggingface` (checkpoints), `inputs` (how inputs are read), and in `__init__`
+its `FAMILY`. `FAMILIES` holds them all by name; a new family is a folder and a line here.
+"""
+
+import difflib
+
+from coda_jax.models.base import Family, ModelConfig, init_params, param_shapes
+from coda_jax.models.pix2struct import FAMILY as PIX2STRUCT
+from coda_jax.models.t5 import FAMILY as T5
+from coda_jax.models.w2v_bert import FAMILY as W2V_BERT
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        T5,
+        PIX2STRUCT,
+        W2V_BERT,
+    )
+}
+DEFAULT_PRESET = "t5_1_1_base"  # of `coda bench`
+CONFIGS = {family.config.__name__: family.config for family in FAMILIES.values()}
+
+__all__ = [
+    "CONFIGS",
+    "DEFAULT_PRESET",
+    "FAMILIES",
+    "Family",
+    "ModelConfig",
+    "family_of",
+    "find",
+    "init_params",
+    "param_shapes",
+    "preset",
+    "presets",
+]
+
+
+def find(name: str, source: object) -> Family:
+    """The family of a name.
+
+    Raises:
+        ValueError: there is none; `source` says where the name was found.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"{source}: family={name!r} is unknown; it must be one of {[*FAMILIES]}")
+    return FAMILIES[name]
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family of a config."""
+    return FAMILIES[config.family]
+
+
+def presets() -> dict[str, ModelConfig]:
+    """The published sizes of all families, by name."""
+    return {name: cfg for family in FAMILIES.values() for name, cfg in family.presets.items()}
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    """The config of a published size, with other values for some fields.
+
+    Raises:
+        ValueError: there is no such size; the nearest names are listed.
+    """
+    known = presets()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=3) or sorted(known)
+        raise ValueError(f"preset {name!r} is unknown; did you mean one of {near}?")
+    return known[name].replace(**changes)

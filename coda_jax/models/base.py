@@ -1,0 +1,205 @@
+"""What a family of models is: the record that every folder here fills in.
+
+A family is a configuration class, whose instances say what their network is, and a `Family`, which
+says what else differs: published sizes, checkpoints of Hugging Face, how inputs are read.
+
+Axis letters: B batch, N input tokens, C channels, D embedding, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+
+from coda_jax import trees
+from coda_jax.methods import Method, ordered
+from coda_jax.models import hf_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A frozen matrix of a layer, as methods that change projections and counts of FLOPs see it.
+
+    Attributes:
+        path: of its module within the layer, such as "attention/query".
+        inputs: rows of the matrix.
+        outputs: its columns.
+        rows: what it is applied to: the "tokens" that the layer works on, or the "context" that
+            they attend to.
+    """
+
+    path: str
+    inputs: int
+    outputs: int
+    rows: str = "tokens"
+
+
+@struct.dataclass
+class ModelConfig:
+    """Sizes and options that all families have.
+
+    Attributes:
+        family: name of the family, the same for all its models, as in manifests.
+        heads: patterns of the leaves that a base may lack: they are then created, and trained and
+            saved with what the methods create.
+        head_fields: what such a base, whose vocab_size is 0, does not say.
+        eos_id: the token that ends a target.
+        vocab_size: V.
+        dtype: of the computation.
+        emb_dim: D.
+        num_encoder_layers: layers of the encoder.
+        num_decoder_layers: layers of the decoder.
+        dropout_rate: used where `enable_dropout` is set.
+        methods: how the model is adapted, in the order of `methods.METHODS`; () for a dense model.
+    """
+
+    family: ClassVar[str]
+    heads: ClassVar[tuple[str, ...]] = ()
+    head_fields: ClassVar[tuple[str, ...]] = ()
+    eos_id: ClassVar[int] = 1
+
+    vocab_size: int
+    dtype: Any = jnp.float32
+    emb_dim: int = 512
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    dropout_rate: float = 0.1
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # a config is a key of caches
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+        object.__setattr__(self, "methods", ordered(self.methods))
+        for method in self.methods:
+            method.validate(self)
+
+    def dense(self) -> "ModelConfig":
+        """The same model without methods."""
+        return self.replace(methods=())
+
+    def network(self) -> nn.Module:
+        """The network of this configuration."""
+        raise NotImplementedError
+
+    def input_spec(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the encoder's inputs, [B, N, ...]."""
+        raise NotImplementedError
+
+    def init_inputs(self) -> tuple[Array, ...]:
+        """Arguments with which the network makes its parameters."""
+        raise NotImplementedError
+
+    def projections(self, stack: str) -> tuple[Projection, ...]:
+        """The frozen matrices of a layer of the "encoder" or the "decoder"."""
+        raise NotImplementedError
+
+    def mixing_flops(self, stack: str, tokens: int, context: int) -> float:
+        """Operations of a layer beside its projections: what mixes the tokens of a row.
+
+        Args:
+            stack: "encoder" or "decoder".
+            tokens: of a row, that the layer works on.
+            context: tokens that they attend to; for a decoder, those of the encoder.
+        """
+        raise NotImplementedError
+
+    def input_flops(self, length: int) -> float:
+        """Operations that make N inputs of a row vectors."""
+        del length
+        return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The inputs of a family.
+
+    Attributes:
+        unit: what a place of a row is: "tokens", "patches" or "frames".
+        random: (config, rng, B, N) -> [B, N, ...] inputs that fill their rows.
+        read: (file) -> the requests in it, records that `coda predict` writes out again.
+        encoder: (config, vocabulary, N, font) -> (request -> its inputs [n, ...]), n at most N
+            where what is longer cannot be cut.
+        held: requests that are held at once, to be sorted by length; None for a few batches.
+    """
+
+    unit: str
+    random: Callable[[Any, np.random.Generator, int, int], np.ndarray]
+    read: Callable[[str], Iterable[dict[str, str]]]
+    encoder: Callable[..., Callable[[Mapping[str, str]], np.ndarray]]
+    held: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """The checkpoints of a family in Hugging Face's layout.
+
+    Attributes:
+        model_types: values of `model_type` in config.json.
+        parse_config: (fields, name of the file) -> the dense config.
+        format_config: (dense config, name of the weights' dtype) -> fields.
+        tensor_name: (path of a leaf, config) -> the tensor's name.
+        resolve_tensors: (tensors, fields, name of the file) -> those that are leaves, each once.
+        tensor_shape: (path, shape of a leaf) -> the tensor's shape.
+    """
+
+    model_types: tuple[str, ...]
+    parse_config: Callable[[Mapping[str, Any], str], ModelConfig]
+    format_config: Callable[[Any, str], dict[str, Any]]
+    tensor_name: Callable[[str, Any], str]
+    resolve_tensors: Callable[[dict, Mapping[str, Any], str], dict]
+    tensor_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = hf_fields.tensor_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        config: the class of its configurations.
+        presets: published sizes by name.
+        tiny: a config of a few thousand parameters, for tests and examples.
+        objectives: (config) -> names of the objectives that it may be trained for, the usual first.
+        huggingface: its checkpoints.
+        inputs: how its inputs are read and made up.
+        profile_scopes: {part of a profile: names of the modules that belong to it}.
+        infer_config: (tree of leaves) -> the config that their shapes tell; None where they do not.
+    """
+
+    config: type[ModelConfig]
+    presets: Mapping[str, ModelConfig]
+    tiny: ModelConfig
+    objectives: Callable[[Any], tuple[str, ...]]
+    huggingface: HuggingFace
+    inputs: Inputs
+    profile_scopes: Mapping[str, tuple[str, ...]]
+    infer_config: Callable[[Mapping[str, Any]], ModelConfig] | None = None
+
+    @property
+    def name(self) -> str:
+        """The family's name in manifests."""
+        return self.config.family
+
+
+def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
+    """The fresh parameter tree of a config's network."""
+    return config.network().init(rng, *config.init_inputs(), enable_dropout=False)["params"]
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """The tree of `jax.ShapeDtypeStruct` that a config's network expects."""
+    return trees.unflatten(_flat_shapes(config))
+
+
+@functools.lru_cache(maxsize=128)
+def _flat_shapes(config: ModelConfig) -> dict[str, Any]:
+    """`param_shapes` by path; tracing a network takes longer than all that is done with these."""
+    shapes = jax.eval_shape(lambda rng: init_params(config, rng), jax.random.key(0))
+    return trees.flatten(shapes)

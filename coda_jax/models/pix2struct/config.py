@@ -1,0 +1,85 @@
+"""Pix2Struct's configuration and the published sizes.
+
+Axis letters: B batch, N patches, C = 2 + 3 * patch_size ** 2 channels.
+"""
+
+from typing import ClassVar
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from coda_jax.models.t5.config import T5Config
+
+
+@struct.dataclass
+class Pix2StructConfig(T5Config):
+    """Sizes and options of a Pix2Struct: those of a T5, and those of its patches.
+
+    Attributes:
+        patch_size: height and width of a patch in pixels of three colours.
+        num_positions: rows of each of the two position embeddings. A row or column id that is not
+            below it makes the outputs NaN.
+    """
+
+    family: ClassVar[str] = "pix2struct"
+
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    patch_size: int = 16
+    num_positions: int = 4096
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("patch_size", "num_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"Pix2StructConfig.{name} must be at least 1, got {getattr(self, name)}"
+                )
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return 3 * self.patch_size**2
+
+    def network(self) -> nn.Module:
+        """The network of this configuration."""
+        from coda_jax.models.pix2struct.network import Pix2Struct  # which reads this class
+
+        return Pix2Struct(self)
+
+    def input_spec(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the encoder's inputs, [B, N, C] float32 flattened patches."""
+        return jax.ShapeDtypeStruct((batch, length, 2 + self.patch_dim), jnp.float32)
+
+    def input_flops(self, length: int) -> float:
+        """The projection of N patches."""
+        return 2 * length * self.patch_dim * self.emb_dim
+
+
+def _sizes(emb_dim, num_heads, num_encoder_layers, num_decoder_layers, mlp_dim):
+    return {
+        "emb_dim": emb_dim,
+        "num_heads": num_heads,
+        "num_encoder_layers": num_encoder_layers,
+        "num_decoder_layers": num_decoder_layers,
+        "mlp_dim": mlp_dim,
+    }
+
+
+PRESETS = {
+    "pix2struct_base": Pix2StructConfig(50244, **_sizes(768, 12, 12, 12, 2048)),
+    "pix2struct_large": Pix2StructConfig(50244, **_sizes(1536, 24, 18, 18, 3968)),
+    "pix2struct_tiny": Pix2StructConfig(  # bundled
+        384, num_positions=128, **_sizes(128, 2, 4, 2, 384)
+    ),
+}
+TINY = Pix2StructConfig(  # for tests and examples
+    20,
+    head_dim=8,
+    relpos_num_buckets=8,
+    relpos_max_distance=16,
+    patch_size=2,
+    num_positions=16,
+    **_sizes(16, 2, 2, 1, 24),
+)

@@ -1,0 +1,200 @@
+"""T5's configuration, the published sizes, and the sizes that a parameter tree tells.
+
+Axis letters: B batch, N input tokens, D embedding, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from coda_jax import trees
+from coda_jax.models.base import ModelConfig, Projection
+
+
+@struct.dataclass
+class T5Config(ModelConfig):
+    """Sizes and options of a T5 model; the fields are those of T5X's config, and `methods`.
+
+    Attributes:
+        num_heads: attention heads.
+        head_dim: width of a head.
+        mlp_dim: hidden width of the feed-forward block.
+        mlp_activations: ("relu",) for T5 1.0, ("gelu", "linear") for v1.1 and later.
+        logits_via_embedding: whether the output layer is the embedding (T5 1.0).
+        float32_attention_logits: whether attention logits are float32 whatever `dtype` is.
+        relpos_num_buckets: buckets of the relative position bias.
+        relpos_max_distance: distance from which on all share a bucket.
+        layer_norm_epsilon: of the layer norms.
+    """
+
+    family: ClassVar[str] = "t5"
+
+    num_heads: int = 8
+    head_dim: int = 64
+    mlp_dim: int = 2048
+    mlp_activations: tuple[str, ...] = ("relu",)
+    logits_via_embedding: bool = False
+    float32_attention_logits: bool = False
+    relpos_num_buckets: int = 32
+    relpos_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def network(self) -> nn.Module:
+        """The network of this configuration."""
+        from coda_jax.models.t5.network import Transformer  # which reads this class
+
+        return Transformer(self)
+
+    def input_spec(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the encoder's inputs, [B, N] int32 token ids."""
+        return jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def init_inputs(self) -> tuple[Array, ...]:
+        """Arguments with which the network makes its parameters."""
+        spec = self.input_spec(1, 2)  # parameters do not depend on batch or length
+        tokens = jnp.ones((1, 2), jnp.int32)
+        return jnp.ones(spec.shape, spec.dtype), tokens, tokens
+
+    def projections(self, stack: str) -> tuple[Projection, ...]:
+        """The frozen matrices of a layer of the "encoder" or the "decoder"."""
+        if stack == "encoder":
+            return (*self._attention("attention", "context"), *self._mlp("mlp"))
+        return (
+            *self._attention("self_attention", "tokens"),
+            *self._attention("encoder_decoder_attention", "context"),
+            *self._mlp("mlp"),
+        )
+
+    def _attention(self, path: str, keys: str) -> tuple[Projection, ...]:
+        inner = self.num_heads * self.head_dim
+        rows = {"query": "tokens", "key": keys, "value": keys}
+        made = (Projection(f"{path}/{n}", self.emb_dim, inner, r) for n, r in rows.items())
+        return (*made, Projection(f"{path}/out", inner, self.emb_dim))
+
+    def _mlp(self, path: str) -> tuple[Projection, ...]:
+        gated = len(self.mlp_activations) > 1
+        names = [f"wi_{i}" for i in range(len(self.mlp_activations))] if gated else ["wi"]
+        made = (Projection(f"{path}/{name}", self.emb_dim, self.mlp_dim) for name in names)
+        return (*made, Projection(f"{path}/wo", self.mlp_dim, self.emb_dim))
+
+    def mixing_flops(self, stack: str, tokens: int, context: int) -> float:
+        """Logits and weighted sums of the attentions; a decoder's own reads its whole cache."""
+        seen = context if stack == "encoder" else context + tokens
+        return 2 * 2 * tokens * seen * self.num_heads * self.head_dim
+
+
+def _sizes(emb_dim, num_heads, num_encoder_layers, num_decoder_layers, mlp_dim, head_dim=64):
+    return {
+        "emb_dim": emb_dim,
+        "num_heads": num_heads,
+        "num_encoder_layers": num_encoder_layers,
+        "num_decoder_layers": num_decoder_layers,
+        "mlp_dim": mlp_dim,
+        "head_dim": head_dim,
+    }
+
+
+_GATED = {"mlp_activations": ("gelu", "linear")}
+_T5_1_1 = {
+    "small": _sizes(512, 6, 8, 8, 1024),
+    "base": _sizes(768, 12, 12, 12, 2048),
+    "large": _sizes(1024, 16, 24, 24, 2816),
+    "xl": _sizes(2048, 32, 24, 24, 5120),
+    "xxl": _sizes(4096, 64, 24, 24, 10240),
+}
+_T5_1_0 = {
+    "small": _sizes(512, 8, 6, 6, 2048),
+    "base": _sizes(768, 12, 12, 12, 3072),
+    "large": _sizes(1024, 16, 24, 24, 4096),
+    "3b": _sizes(1024, 32, 24, 24, 16384, head_dim=128),
+    "11b": _sizes(1024, 128, 24, 24, 65536, head_dim=128),
+}
+_BYT5 = {
+    "small": _sizes(1472, 6, 12, 4, 3584),
+    "base": _sizes(1536, 12, 18, 6, 3968),
+    "large": _sizes(1536, 16, 36, 12, 3840),
+    "xl": _sizes(2560, 32, 36, 12, 6720),
+    "xxl": _sizes(4672, 64, 36, 12, 12352),
+}
+PRESETS = {
+    **{
+        f"t5_1_0_{size}": T5Config(32128, logits_via_embedding=True, **sizes)
+        for size, sizes in _T5_1_0.items()
+    },
+    **{
+        f"{model}_{size}": T5Config(vocab_size, **_GATED, **sizes)
+        for model, vocab_size, table in (
+            ("t5_1_1", 32128, _T5_1_1),
+            ("flan_t5", 32128, _T5_1_1),
+            ("mt5", 250112, _T5_1_1),
+            ("byt5", 384, _BYT5),
+        )
+        for size, sizes in table.items()
+    },
+    "t5_1_1_stdlib": T5Config(4096, **_GATED, **_sizes(192, 3, 4, 2, 512)),  # bundled
+}
+TINY = T5Config(  # for tests and examples
+    20,
+    relpos_num_buckets=8,
+    relpos_max_distance=16,
+    **_GATED,
+    **_sizes(16, 2, 2, 1, 24, head_dim=8),
+)
+
+_HEAD = "decoder/logits_dense/kernel"  # of all T5 but 1.0
+_T5X_BUCKETS = 32
+_TELLING = {  # matrices from whose shapes the sizes are read
+    "embedding": "token_embedder/embedding",
+    "bias": "encoder/relpos_bias/rel_embedding",
+    "query": "encoder/layers_0/attention/query/kernel",
+    "mlp": "encoder/layers_0/mlp/wo/kernel",
+}
+
+
+def infer_config(params: Mapping[str, Any]) -> T5Config:
+    """The dense config of a T5's parameters, as far as their shapes tell it.
+
+    The rest is what T5X's own network fixes: gated layers use GELU, and relative positions end at
+    128.
+
+    Raises:
+        ValueError: leaves that tell a size are missing, or they look like no known T5.
+    """
+    flat = trees.flatten(params)
+    shapes = {name: getattr(flat.get(path), "shape", ()) for name, path in _TELLING.items()}
+    missing = [_TELLING[name] for name, shape in shapes.items() if len(shape) != 2]
+    if missing:
+        raise ValueError(f"these parameters are not a T5's, they lack the matrices {missing}")
+    gated, tied = "encoder/layers_0/mlp/wi_0/kernel" in flat, _HEAD not in flat
+    if gated == tied:
+        raise ValueError(
+            f"these parameters are neither T5 1.0's nor a later T5's: with {gated=}, {_HEAD} must "
+            f"be {'there' if gated else 'missing'}; if that is so, give the config"
+        )
+    layers = {
+        stack: {path.split("/")[1] for path in flat if path.startswith(f"{stack}/layers_")}
+        for stack in ("encoder", "decoder")
+    }
+    vocab_size, emb_dim = shapes["embedding"]
+    num_heads, num_buckets = shapes["bias"]
+    if num_buckets != _T5X_BUCKETS:
+        raise ValueError(
+            f"a relative position bias with {num_buckets} buckets is not of T5X's own network, "
+            f"which has {_T5X_BUCKETS}, and does not tell the largest distance; give the config"
+        )
+    return T5Config(
+        vocab_size=vocab_size,
+        emb_dim=emb_dim,
+        num_heads=num_heads,
+        num_encoder_layers=len(layers["encoder"]),
+        num_decoder_layers=len(layers["decoder"]),
+        head_dim=shapes["query"][1] // num_heads,
+        mlp_dim=shapes["mlp"][0],
+        mlp_activations=("gelu", "linear") if gated else ("relu",),
+        logits_via_embedding=tied,
+    )

@@ -1,0 +1,33 @@
+"""Texts for T5: random ids, requests of `coda predict`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from coda_jax.data import jsonl
+from coda_jax.models.base import Inputs
+from coda_jax.models.t5.config import T5Config
+
+
+def random_tokens(
+    config: T5Config, rng: np.random.Generator, batch: int, length: int
+) -> np.ndarray:
+    """Ids [B, N] int32 from 2, the first that is neither padding nor end marker."""
+    return rng.integers(2, config.vocab_size, (batch, length)).astype(np.int32)
+
+
+def read_texts(path: str) -> Iterator[dict[str, str]]:
+    """The texts of a file: {"inputs"}."""
+    return ({"inputs": text} for text in jsonl.read_inputs(path))
+
+
+def encoder(
+    config: T5Config, vocabulary: Any, max_length: int, font: str | None = None
+) -> Callable[[Mapping[str, str]], np.ndarray]:
+    """{"inputs"} -> ids [n] with the end marker; what is too long is left for the model to cut."""
+    del config, max_length, font
+    return lambda record: np.array([*vocabulary.encode(record["inputs"]), vocabulary.eos_id])
+
+
+INPUTS = Inputs("tokens", random_tokens, read_texts, encoder, held=4096)

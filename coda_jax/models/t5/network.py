@@ -1,0 +1,377 @@
+"""T5: encoder-decoder Transformer with T5X's call signatures and parameter tree.
+
+Each layer is a function of its tokens, around which the config's methods are put; without methods
+this is T5 itself. Other families have the same layers and decoder over inputs of their own, where a
+token is a vector of C values.
+
+Axis letters: B batch, N input tokens, T target tokens, C channels, D embedding, V vocabulary.
+"""
+
+from flax import linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coda_jax.methods.base import Place, applied_to_modules, conditional_layer
+from coda_jax.models.t5.config import T5Config
+from coda_jax.nn import attention as attentions
+from coda_jax.nn import layers
+from coda_jax.nn.tokens import Tokens
+
+
+def _norm(cfg: T5Config, name: str) -> layers.RMSNorm:
+    return layers.RMSNorm(cfg.layer_norm_epsilon, cfg.dtype, name=name)
+
+
+def _attention(cfg: T5Config, name: str) -> attentions.Attention:
+    return attentions.Attention(
+        cfg.num_heads,
+        cfg.head_dim,
+        cfg.dropout_rate,
+        cfg.float32_attention_logits,
+        cfg.dtype,
+        name=name,
+    )
+
+
+def _mlp(cfg: T5Config) -> layers.MlpBlock:
+    return layers.MlpBlock(
+        cfg.mlp_dim, cfg.mlp_activations, cfg.dropout_rate, cfg.dtype, name="mlp"
+    )
+
+
+def _relpos_bias(cfg: T5Config, bidirectional: bool) -> attentions.RelativePositionBiases:
+    return attentions.RelativePositionBiases(
+        cfg.relpos_num_buckets,
+        cfg.relpos_max_distance,
+        cfg.num_heads,
+        bidirectional,
+        cfg.dtype,
+        name="relpos_bias",
+    )
+
+
+def _dropout(cfg: T5Config, deterministic: bool) -> nn.Dropout:
+    return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward on the tokens that the methods let through.
+
+    Attributes:
+        config: sizes, options and methods.
+        relpos_bias: the bias that all layers share; None for none.
+        layer_index: from 0.
+    """
+
+    config: T5Config
+    relpos_bias: nn.Module | None
+    layer_index: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b n"],
+        segment_ids: Int[Array, "b n"] | None,
+        deterministic: bool,
+    ) -> Float[Array, "b n d"]:
+        """[B, N, D] -> [B, N, D]; `mask` is False for padding."""
+        cfg = self.config
+        attention, mlp = _attention(cfg, "attention"), _mlp(cfg)
+        mlp_norm = _norm(cfg, "pre_mlp_layer_norm")
+        dropout = _dropout(cfg, deterministic)
+
+        def layer(tokens: Tokens, context: Tokens) -> Array:
+            bias = None
+            if self.relpos_bias is not None:
+                bias = self.relpos_bias(tokens.positions, context.positions)
+            y = attention(
+                tokens.u,
+                attention.keys_values(context.u),
+                tokens.visible(context),
+                bias,
+                deterministic=deterministic,
+            )
+            h = tokens.x + dropout(y)
+            return h + dropout(mlp(mlp_norm(h), deterministic))
+
+        u = _norm(cfg, "pre_attention_layer_norm")(x)
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        tokens = Tokens(x, u, positions, mask, segment_ids)
+        place = Place("encoder", self.layer_index, cfg.num_encoder_layers)
+        return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder's output, feed-forward.
+
+    Attributes:
+        config: sizes, options and methods.
+        relpos_bias: the bias that all layers share.
+        layer_index: from 0.
+    """
+
+    config: T5Config
+    relpos_bias: nn.Module
+    layer_index: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        encoded: Float[Array, "r n d"],
+        self_mask: Bool[Array, "b 1 #t t"] | None,
+        cross_mask: Bool[Array, "r 1 #t n"] | None,
+        deterministic: bool,
+        decode: bool,
+        cache_encoded: bool,
+    ) -> Float[Array, "b t d"]:
+        """[B, T, D] -> [B, T, D]; see `Transformer.decode` for R and the cache."""
+        cfg = self.config
+        dropout = _dropout(cfg, deterministic)
+
+        def self_attention(u):
+            attention = _attention(cfg, "self_attention")
+            key, value = attention.keys_values(u)
+            query_positions = jnp.arange(u.shape[1], dtype=jnp.int32)[None]
+            if decode:
+                key, value, query_positions = attentions.KeyValueCache(name="cache")(key, value)
+            key_positions = jnp.arange(key.shape[2], dtype=jnp.int32)[None]
+            visible = (key_positions[:, None, :] <= query_positions[:, :, None])[:, None]
+            if self_mask is not None:
+                visible &= self_mask
+            bias = self.relpos_bias(query_positions, key_positions)
+            return attention(u, (key, value), visible, bias, deterministic=deterministic)
+
+        def cross_attention(q):
+            attention = _attention(cfg, "encoder_decoder_attention")
+            if self.has_variable("cache", "encoded_key"):
+                key, value = (self.get_variable("cache", f"encoded_{n}") for n in ("key", "value"))
+            else:
+                key, value = attention.keys_values(encoded)
+                if cache_encoded:
+                    self.put_variable("cache", "encoded_key", key)
+                    self.put_variable("cache", "encoded_value", value)
+            return attention(q, (key, value), cross_mask, deterministic=deterministic)
+
+        def layer(tokens: Tokens, context: Tokens) -> Array:
+            del context  # each token sees those before it, which may be in the cache
+            h = tokens.x + dropout(self_attention(tokens.u))
+            h += dropout(cross_attention(_norm(cfg, "pre_cross_attention_layer_norm")(h)))
+            mlp_norm = _norm(cfg, "pre_mlp_layer_norm")
+            return h + dropout(_mlp(cfg)(mlp_norm(h), deterministic))
+
+        u = _norm(cfg, "pre_self_attention_layer_norm")(x)
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        tokens = Tokens(x, u, positions, jnp.ones(x.shape[:2], bool))
+        place = Place("decoder", self.layer_index, cfg.num_decoder_layers)
+        return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
+
+
+class Encoder(nn.Module):
+    """The stack of encoder layers.
+
+    Attributes:
+        config: sizes and options.
+        embedding: the inputs as vectors, [B, N, ...] -> [B, N, D].
+        relative_positions: whether the layers share a relative position bias.
+    """
+
+    config: T5Config
+    embedding: nn.Module
+    relative_positions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
+        mask: Bool[Array, "b n"],
+        segment_ids: Int[Array, "b n"] | None = None,
+        deterministic: bool = False,
+    ) -> Float[Array, "b n d"]:
+        """Inputs [B, N, ...] -> [B, N, D]; `mask` is False for padding."""
+        cfg = self.config
+        dropout = _dropout(cfg, deterministic)
+        relpos_bias = _relpos_bias(cfg, bidirectional=True) if self.relative_positions else None
+        x = dropout(self.embedding(encoder_input_tokens))
+        for i in range(cfg.num_encoder_layers):
+            x = EncoderLayer(cfg, relpos_bias, i, name=f"layers_{i}")(
+                x, mask, segment_ids, deterministic
+            )
+        x = _norm(cfg, "encoder_norm")(x)
+        return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """The stack of decoder layers and the output layer.
+
+    Attributes:
+        config: sizes, options and methods.
+        shared_embedding: of the tokens.
+    """
+
+    config: T5Config
+    shared_embedding: nn.Module
+
+    @nn.compact
+    def __call__(
+        self,
+        encoded: Float[Array, "r n d"],
+        decoder_input_tokens: Int[Array, "b t"],
+        self_mask: Bool[Array, "b 1 #t t"] | None = None,
+        cross_mask: Bool[Array, "r 1 #t n"] | None = None,
+        deterministic: bool = False,
+        decode: bool = False,
+        cache_encoded: bool = False,
+    ) -> Float[Array, "b t v"]:
+        """Tokens [B, T] -> logits [B, T, V] float32; see `Transformer.decode`."""
+        cfg = self.config
+        dropout = _dropout(cfg, deterministic)
+        relpos_bias = _relpos_bias(cfg, bidirectional=False)
+        y = dropout(self.shared_embedding(decoder_input_tokens))
+        for i in range(cfg.num_decoder_layers):
+            y = DecoderLayer(cfg, relpos_bias, i, name=f"layers_{i}")(
+                y, encoded, self_mask, cross_mask, deterministic, decode, cache_encoded
+            )
+        y = dropout(_norm(cfg, "decoder_norm")(y))
+        if cfg.logits_via_embedding:
+            # Brings the logits of the shared embedding, whose entries have unit scale, to order 1.
+            return self.shared_embedding.attend(y * cfg.emb_dim**-0.5)
+        return layers.Dense(
+            cfg.vocab_size, ("embed", "vocab"), dtype=jnp.float32, name="logits_dense"
+        )(y)
+
+
+class Transformer(nn.Module):
+    """T5, called as T5X calls its network.
+
+    What `encoder_input_tokens` is differs by family; each defines `make_encoder` and `input_mask`.
+    """
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        self.shared_embedding = layers.Embed(
+            cfg.vocab_size, cfg.emb_dim, cfg.dtype, name="token_embedder"
+        )
+        self.encoder = self.make_encoder()
+        self.decoder = Decoder(cfg, self.shared_embedding)
+
+    def make_encoder(self) -> Encoder:
+        """The encoder, as `setup` attaches it."""
+        return Encoder(self.config, self.shared_embedding)
+
+    @staticmethod
+    def input_mask(encoder_input_tokens: Int[Array, "b n"]) -> Bool[Array, "b n"]:
+        """False for padding."""
+        return encoder_input_tokens > 0
+
+    def encode(
+        self,
+        encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
+        encoder_segment_ids: Int[Array, "b n"] | None = None,
+        enable_dropout: bool = True,
+    ) -> Float[Array, "b n d"]:
+        """The encoder's output, [B, N, D].
+
+        Args:
+            encoder_input_tokens: as the config's `input_spec` says; [B, N] int32 for T5, 0 for
+                padding.
+            encoder_segment_ids: [B, N], 1..S for packed examples, 0 for padding; None if unpacked.
+            enable_dropout: needs the RNG "dropout".
+
+        Raises:
+            ValueError: the inputs are another family's.
+        """
+        channels = self.config.input_spec(1, 1).shape[2:]
+        if encoder_input_tokens.shape[2:] != channels:
+            raise ValueError(
+                f"{self.config.family} takes inputs [B, N, *{channels}], got the shape "
+                f"{encoder_input_tokens.shape}"
+            )
+        with applied_to_modules(self.config.methods):
+            return self.encoder(
+                encoder_input_tokens,
+                self.input_mask(encoder_input_tokens),
+                encoder_segment_ids,
+                deterministic=not enable_dropout,
+            )
+
+    def decode(
+        self,
+        encoded: Float[Array, "r n d"],
+        encoder_input_tokens: Int[Array, "r n"] | Float[Array, "r n c"],
+        decoder_input_tokens: Int[Array, "b t"],
+        decoder_target_tokens: Int[Array, "b t"],
+        encoder_segment_ids: Int[Array, "r n"] | None = None,
+        decoder_segment_ids: Int[Array, "b t"] | None = None,
+        decoder_positions: Int[Array, "b t"] | None = None,
+        enable_dropout: bool = True,
+        decode: bool = False,
+        max_decode_length: int | None = None,
+        cache_encoded: bool = False,
+    ) -> Float[Array, "b t v"]:
+        """Logits, [B, T, V] float32.
+
+        Args:
+            encoded: [B, N, D], or in cached decoding [R, N, D] with B = R * beams.
+            encoder_input_tokens: of B or R rows; says what is padding.
+            decoder_input_tokens: [B, T], the targets shifted right; one token a step with a cache.
+            decoder_target_tokens: [B, T]; says what is padding.
+            encoder_segment_ids: [B, N] for packed examples.
+            decoder_segment_ids: [B, T] for packed examples.
+            decoder_positions: not used, the biases are relative; part of T5X's signature.
+            enable_dropout: needs the RNG "dropout".
+            decode: makes the cache, a mutable collection, and from then on uses it.
+            max_decode_length: not used, the cache knows its length; part of T5X's signature.
+            cache_encoded: keep the keys and values of `encoded` in the cache that this call makes,
+                for all later steps.
+        """
+        del decoder_positions, max_decode_length
+        if decode and encoder_segment_ids is not None:
+            raise ValueError("packed examples cannot be decoded: encoder_segment_ids was given")
+        cross_mask = self.input_mask(encoder_input_tokens)[:, None, None, :]
+        self_mask = None if decode else (decoder_target_tokens > 0)[:, None, None, :]
+        if encoder_segment_ids is not None:
+            segments = decoder_segment_ids[:, None, :, None]
+            self_mask = self_mask & (segments == decoder_segment_ids[:, None, None, :])
+            cross_mask = cross_mask & (segments == encoder_segment_ids[:, None, None, :])
+        with applied_to_modules(self.config.methods):
+            return self.decoder(
+                encoded,
+                decoder_input_tokens,
+                self_mask,
+                cross_mask,
+                deterministic=not enable_dropout,
+                decode=decode,
+                cache_encoded=cache_encoded,
+            )
+
+    def __call__(
+        self,
+        encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
+        decoder_input_tokens: Int[Array, "b t"],
+        decoder_target_tokens: Int[Array, "b t"],
+        encoder_segment_ids: Int[Array, "b n"] | None = None,
+        decoder_segment_ids: Int[Array, "b t"] | None = None,
+        encoder_positions: Int[Array, "b n"] | None = None,
+        decoder_positions: Int[Array, "b t"] | None = None,
+        *,
+        enable_dropout: bool = True,
+        decode: bool = False,
+    ) -> Float[Array, "b t v"]:
+        """Logits of the targets given the inputs, [B, T, V] float32; see `encode` and `decode`."""
+        del encoder_positions
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
+        return self.decode(
+            encoded,
+            encoder_input_tokens,
+            decoder_input_tokens,
+            decoder_target_tokens,
+            encoder_segment_ids,
+            decoder_segment_ids,
+            decoder_positions,
+            enable_dropout,
+            decode,
+        )

@@ -1,0 +1,37 @@
+"""Recordings for w2v-BERT: random frames, requests of `coda predict`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from coda_jax.data import jsonl
+from coda_jax.models.base import Inputs
+from coda_jax.models.w2v_bert.config import W2vBertConfig
+
+
+def random_frames(
+    config: W2vBertConfig, rng: np.random.Generator, batch: int, length: int
+) -> np.ndarray:
+    """Frames [B, N, 1 + F] float32, none of them padding."""
+    frames = rng.standard_normal(config.input_spec(batch, length).shape, np.float32)
+    frames[..., 0] = 1
+    return frames
+
+
+def read_recordings(path: str) -> Iterator[dict[str, str]]:
+    """The recordings of a list: {"audio"}."""
+    return ({"audio": file} for file in jsonl.read_inputs(path))
+
+
+def encoder(
+    config: W2vBertConfig, vocabulary: Any, max_length: int, font: str | None = None
+) -> Callable[[Mapping[str, str]], np.ndarray]:
+    """{"audio"} -> frames [n, 1 + F]; what is too long is left for the model to cut."""
+    from coda_jax.data import audio  # which needs more than other families have
+
+    del config, vocabulary, max_length, font
+    return lambda record: np.asarray(audio.frames(audio.read_audio(record["audio"])))
+
+
+INPUTS = Inputs("frames", random_frames, read_recordings, encoder)

@@ -1,0 +1,9 @@
+"""Blocks of networks, without family or method.
+
+| file | holds |
+|---|---|
+| `tokens` | what a layer knows of its tokens; a selection of some, its gather and scatter |
+| `layers` | projections, norms, embeddings, feed-forward blocks |
+| `attention` | attention, relative positions, the decoder's cache |
+| `convolution` | a Conformer's convolution |
+"""

@@ -1,0 +1,294 @@
+"""Attention and what biases it: relative positions, the cache of a decoder.
+
+Axis letters: B batch, N tokens (Q queries, L keys), D embedding, H heads, R distances.
+"""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+from flax.linen import partitioning
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from coda_jax.nn.layers import Dense, Dtype
+
+_MASKED_LOGIT = -1e10
+_fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def relative_position_bucket(
+    distance: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """T5's bucket of each distance (key position - query position), as static numpy arithmetic.
+
+    Half of the buckets hold one distance each, the other half grow in logarithmic steps up to
+    `max_distance`, beyond which all share the last.
+    """
+    bucket = np.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket += np.where(distance > 0, num_buckets, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    max_exact = num_buckets // 2
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / max_exact)
+    ratio = ratio / np.float32(np.log(max_distance / max_exact))
+    large = max_exact + (ratio * (num_buckets - max_exact)).astype(distance.dtype)
+    return bucket + np.where(distance < max_exact, distance, np.minimum(large, num_buckets - 1))
+
+
+class RelativePositionBiases(nn.Module):
+    """T5's relative position bias, computed from the positions of the queries and the keys.
+
+    Attributes:
+        num_buckets: number of learned values per head.
+        max_distance: all distances from here on share one bucket.
+        num_heads: H.
+        bidirectional: whether keys after the query have buckets of their own.
+        dtype: of the result.
+    """
+
+    num_buckets: int
+    max_distance: int
+    num_heads: int
+    bidirectional: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, query_positions: Int[Array, "#b q"], key_positions: Int[Array, "#b l"]
+    ) -> Float[Array, "b h q l"]:
+        """The bias of each query and key, [B, H, Q, L]."""
+        rel_embedding = partitioning.param_with_axes(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (self.num_heads, self.num_buckets),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        # Distances are few and buckets static: one value per head and distance, then a look-up.
+        limit = self.max_distance
+        buckets = relative_position_bucket(
+            np.arange(-limit, limit + 1), self.bidirectional, self.num_buckets, limit
+        )
+        by_distance = rel_embedding.astype(self.dtype)[:, buckets]
+        distance = key_positions[:, None, :] - query_positions[:, :, None]
+        distance = jnp.clip(distance, -limit, limit) + limit
+        return jnp.moveaxis(jnp.take(by_distance, distance, axis=1), 0, 1)
+
+
+def attend(
+    query: Float[Array, "b h q k"],
+    key: Float[Array, "b h l k"],
+    value: Float[Array, "b h l k"],
+    bias: Float[Array, "..."] | None,
+    mask: Bool[Array, "..."] | None,
+    *,
+    float32_logits: bool = False,
+    dropout: Callable[[Array], Array] = lambda weights: weights,
+) -> Float[Array, "b h q k"]:
+    """softmax(q k^T + bias) v over the keys that the mask allows; T5 does not scale the logits.
+
+    Args:
+        query: [B, H, Q, head_dim].
+        key: [B, H, L, head_dim].
+        value: [B, H, L, head_dim].
+        bias: broadcasts to [B, H, Q, L].
+        mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
+        float32_logits: whether logits and softmax are float32 where the computation is not.
+        dropout: applied to the attention weights.
+    """
+    dtype = query.dtype
+    if float32_logits:
+        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    logits = jnp.einsum("bhqd,bhld->bhql", query, key)
+    if bias is not None:
+        logits += bias.astype(logits.dtype)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
+    weights = dropout(jax.nn.softmax(logits).astype(dtype))
+    return jnp.einsum("bhql,bhld->bhqd", weights, value)
+
+
+def split_heads(x: Float[Array, "b n j"], num_heads: int) -> Float[Array, "b h n k"]:
+    """[B, N, H * head_dim] -> [B, H, N, head_dim], as the matrix products want it."""
+    x = x.reshape(*x.shape[:-1], num_heads, -1)
+    x = partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+    return jnp.swapaxes(x, 1, 2)
+
+
+def join_heads(x: Float[Array, "b h n k"]) -> Float[Array, "b n j"]:
+    """The inverse of `split_heads`."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases; keys and values may be made once and used often.
+
+    Attributes:
+        num_heads: H.
+        head_dim: of each head.
+        dropout_rate: on the attention weights.
+        float32_logits: whether logits and softmax are float32 where `dtype` is not.
+        dtype: of the computation.
+    """
+
+    num_heads: int
+    head_dim: int
+    dropout_rate: float = 0.0
+    float32_logits: bool = False
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        def project(init):
+            return Dense(
+                self.num_heads * self.head_dim, ("embed", "joined_kv"), init, dtype=self.dtype
+            )
+
+        # T5 folds the 1 / sqrt(head_dim) of the logits into the start of the query projection.
+        self.query = project(lambda *args: _fan_in_normal(*args) * self.head_dim**-0.5)
+        self.key = project(_fan_in_normal)
+        self.value = project(_fan_in_normal)
+        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+    def keys_values(
+        self, x: Float[Array, "b l d"]
+    ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h l k"]]:
+        """The keys and values of x, each [B, H, L, head_dim]."""
+        return tuple(split_heads(y, self.num_heads) for y in (self.key(x), self.value(x)))
+
+    @nn.compact
+    def __call__(
+        self,
+        x_q: Float[Array, "b q d"],
+        keys_values: tuple[Float[Array, "c h l k"], Float[Array, "c h l k"]],
+        mask: Bool[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | None = None,
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "b q d"]:
+        """Attends from x_q to keys and values that `keys_values` made.
+
+        The keys may have fewer rows than the queries, [C, ...] with B = C * beams: the beams of a
+        row then share its keys, and mask is that of the C rows.
+        """
+        key, value = keys_values
+        query = self.query(x_q)
+        y = attend(
+            split_heads(query.reshape(key.shape[0], -1, query.shape[-1]), self.num_heads),
+            key,
+            value,
+            bias,
+            mask,
+            float32_logits=self.float32_logits,
+            dropout=lambda weights: self.dropout(weights, deterministic=deterministic),
+        )
+        return Dense(
+            x_q.shape[-1], ("joined_kv", "embed"), _fan_in_normal, dtype=self.dtype, name="out"
+        )(join_heads(y).reshape(query.shape))
+
+
+class KeyValueCache(nn.Module):
+    """The keys and values of the tokens decoded so far.
+
+    The first call, with arrays of the full length, makes an empty cache and returns its input.
+    Each later call brings one position, which is written at the index.
+    """
+
+    @nn.compact
+    def __call__(
+        self, key: Float[Array, "b h n k"], value: Float[Array, "b h n k"]
+    ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h l k"], Int[Array, "1 q"]]:
+        """(keys, values [B, H, L, head_dim], positions of the queries [1, Q])."""
+        exists = self.has_variable("cache", "cached_key")
+        cached_key = self.variable("cache", "cached_key", jnp.zeros_like, key)
+        cached_value = self.variable("cache", "cached_value", jnp.zeros_like, value)
+        index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+        if not exists:
+            return key, value, jnp.arange(key.shape[2], dtype=jnp.int32)[None]
+        if key.shape[2] != 1:
+            raise ValueError(f"cached decoding takes one token a step, got {key.shape[2]}")
+        start = (0, 0, index.value, 0)
+        cached_key.value = lax.dynamic_update_slice(cached_key.value, key, start)
+        cached_value.value = lax.dynamic_update_slice(cached_value.value, value, start)
+        position = index.value[None, None]
+        index.value += 1
+        return cached_key.value, cached_value.value, position
+
+
+class RelativeKeyAttention(nn.Module):
+    """softmax((q k^T + q E[distance]^T) / sqrt(head_dim)) v, with a learned vector per distance.
+
+    Attributes:
+        num_heads: H.
+        head_dim: of each head.
+        max_left: keys that lie further before the query share a vector.
+        max_right: keys that lie further behind it share a vector.
+        dropout_rate: on the attention weights.
+        float32_logits: whether logits and softmax are float32 where `dtype` is not.
+        dtype: of the computation.
+
+    Reference: Shaw et al. 2018, Self-Attention with Relative Position Representations.
+    """
+
+    num_heads: int
+    head_dim: int
+    max_left: int
+    max_right: int
+    dropout_rate: float = 0.0
+    float32_logits: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_q: Float[Array, "b q d"],
+        x_kv: Float[Array, "b l d"],
+        mask: Bool[Array, "b 1 #q l"],
+        query_positions: Int[Array, "_ q"],
+        key_positions: Int[Array, "_ l"],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "b q d"]:
+        """Attends from x_q to x_kv where the mask allows; positions are in time."""
+
+        def heads(name, x):
+            width = self.num_heads * self.head_dim
+            x = Dense(width, ("embed", "joined_kv"), use_bias=True, dtype=self.dtype, name=name)(x)
+            return split_heads(x, self.num_heads)
+
+        query = heads("query", x_q) * self.head_dim**-0.5
+        dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
+        y = attend(
+            query,
+            heads("key", x_kv),
+            heads("value", x_kv),
+            self._position_term(query, query_positions, key_positions),
+            mask,
+            float32_logits=self.float32_logits,
+            dropout=dropout,
+        )
+        return Dense(
+            x_q.shape[-1], ("joined_kv", "embed"), use_bias=True, dtype=self.dtype, name="out"
+        )(join_heads(y))
+
+    def _position_term(self, query, query_positions, key_positions) -> Float[Array, "b h q l"]:
+        embedding = partitioning.param_with_axes(
+            "distance_embedding",
+            nn.initializers.normal(1.0),
+            (self.max_left + 1 + self.max_right, self.head_dim),
+            jnp.float32,
+            axes=("relpos_buckets", "kv"),
+        )
+        # Distances are few: one product per query and distance, then a look-up for each key.
+        by_distance = jnp.einsum("bhqd,rd->bhqr", query, embedding.astype(self.dtype))
+        distance = key_positions[:, None, :] - query_positions[:, :, None]
+        distance = jnp.clip(distance, -self.max_left, self.max_right) + self.max_left
+        return jnp.take_along_axis(
+            by_distance, distance[:, None], axis=-1, mode="promise_in_bounds"
+        )

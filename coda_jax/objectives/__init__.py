@@ -1,0 +1,58 @@
+"""What a model is trained for, one file an objective: loss, sums of scores, predictions.
+
+| file | holds |
+|---|---|
+| `base` | the record `Model` and the sums that all objectives give |
+| `seq2seq` | `Seq2Seq`: cross-entropy of the targets |
+| `decoding` | greedy and beam search over a cached decoder |
+| `ctc` | `CTC`: its loss, greedy decoding and prefix beam search |
+| `best_rq` | `BestRQ`: pretraining of speech encoders without transcripts |
+"""
+
+import inspect
+
+from coda_jax.models import ModelConfig, family_of
+from coda_jax.objectives.base import Batch, Model, Sums
+from coda_jax.objectives.best_rq import BestRQ, BestRQConfig
+from coda_jax.objectives.ctc import CTC
+from coda_jax.objectives.seq2seq import Seq2Seq
+
+OBJECTIVES: dict[str, type[Model]] = {
+    objective.name: objective
+    for objective in (
+        Seq2Seq,
+        CTC,
+        BestRQ,
+    )
+}
+
+__all__ = [
+    "OBJECTIVES",
+    "Batch",
+    "BestRQConfig",
+    "Model",
+    "Sums",
+    "model_for",
+    *(objective.__name__ for objective in OBJECTIVES.values()),
+]
+
+
+def model_for(config: ModelConfig, objective: str | None = None, **options) -> Model:
+    """The model of a configuration.
+
+    Args:
+        config: sizes, options and methods; it decides the network.
+        objective: a name of `OBJECTIVES`; None for the family's usual one.
+        **options: of the objective, such as `z_loss` of "seq2seq"; None stands for its default.
+
+    Raises:
+        ValueError: the objective or an option is unknown, or not for such a config.
+    """
+    name = family_of(config).objectives(config)[0] if objective is None else objective
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective {name!r} is unknown; it must be one of {[*OBJECTIVES]}")
+    given = {key: value for key, value in options.items() if value is not None}
+    unknown = sorted(given.keys() - inspect.signature(OBJECTIVES[name]).parameters.keys())
+    if unknown:
+        raise ValueError(f"objective {name!r} has no option {unknown}: {given}")
+    return OBJECTIVES[name](config, **given)

@@ -1,0 +1,139 @@
+"""What a trainer needs of a model: its loss and its scores, on batches of numpy arrays.
+
+Axis letters: B batch, N input tokens, T target tokens, D embedding, V vocabulary.
+The encoder's inputs are [B, N] token ids, or [B, N, C] vectors: whatever the config's family takes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from coda_jax.models import ModelConfig, family_of, init_params
+from coda_jax.nn.tokens import selections
+
+Batch = dict[str, Array]
+
+
+@flax.struct.dataclass
+class Sums:
+    """Sums over a batch; those of several batches add up.
+
+    Attributes:
+        loss: of the target tokens' losses, weighted.
+        weight: of the target tokens' weights.
+        correct: of the weighted target tokens whose most probable token is right.
+        exact: of the targets all of whose tokens are most probable, that is, of the examples that
+            greedy decoding gets right to the last token (unpacked batches).
+        examples: number of examples (segments, where rows are packed).
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    correct: Float[Array, ""]
+    exact: Float[Array, ""]
+    examples: Float[Array, ""]
+
+    def metrics(self) -> dict[str, float]:
+        """Means: loss and accuracy per token, exact match per example."""
+        weight, examples = jnp.maximum(self.weight, 1), jnp.maximum(self.examples, 1)
+        return {
+            "loss": float(self.loss / weight),
+            "token_accuracy": float(self.correct / weight),
+            "exact_match": float(self.exact / examples),
+        }
+
+
+class Model:
+    """A model that is trained for one objective; each adds `loss`, most `logits` and `predict`.
+
+    Attributes:
+        name: of the objective, in `OBJECTIVES` and in gin files.
+        creates: patterns of the leaves that the objective adds to the network's; they are trained,
+            and in no checkpoint that is exported.
+        reads_targets: whether the loss reads a batch's targets.
+        config: the model's configuration; it decides the family.
+        module: its network.
+
+    Raises:
+        ValueError: the family's configs cannot be trained for the objective.
+    """
+
+    name: ClassVar[str]
+    creates: ClassVar[tuple[str, ...]] = ()
+    reads_targets: ClassVar[bool] = True
+
+    def __init__(self, config: ModelConfig):
+        allowed = family_of(config).objectives(config)
+        if self.name not in allowed:
+            raise ValueError(
+                f"objective {self.name!r} is not for such a {config.family!r}; it may be {allowed}"
+            )
+        self.config = config
+        self.module = config.network()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What differs from run to run beside the config, as JSON."""
+        return {}
+
+    @property
+    def needs_rng(self) -> bool:
+        """Whether the loss draws random numbers in training."""
+        return self.config.dropout_rate > 0
+
+    def init(self, rng: Array) -> dict[str, Any]:
+        """Random parameters."""
+        return init_params(self.config, rng)
+
+    def add_leaves(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The network's parameters with the objective's own leaves; by default there are none."""
+        return params
+
+    def loss(
+        self, params: Mapping[str, Any], batch: Batch, rng: Array | None = None
+    ) -> tuple[Float[Array, ""], Sums]:
+        """The sum of the weighted losses, and the sums; with dropout where an RNG is given."""
+        raise NotImplementedError
+
+    def _apply(self, params, inputs, dropout_rng, **kwargs):
+        """The network's output, with dropout where an RNG is given."""
+        return self.module.apply(
+            {"params": params},
+            *inputs,
+            **kwargs,
+            enable_dropout=dropout_rng is not None,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+        )
+
+    def encode(self, params, encoder_input_tokens) -> Float[Array, "b n d"]:
+        """The encoder's output, [B, N, D], without dropout."""
+        return self.module.apply(
+            {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
+        )
+
+    def routing(self, params, encoder_input_tokens) -> Float[Array, "layers b n"]:
+        """The weight with which each encoder layer takes each token, 0 where it does not.
+
+        A layer without a router, or with r = 1, takes every token with weight 1.
+        """
+        _, variables = self.module.apply(
+            {"params": params},
+            encoder_input_tokens,
+            enable_dropout=False,
+            method="encode",
+            mutable=["intermediates"],
+        )
+        found = selections(variables.get("intermediates", {}))
+        every_token = self.module.input_mask(encoder_input_tokens).astype(jnp.float32)
+        rows = jnp.arange(every_token.shape[0])[:, None]
+
+        def weights(layer):
+            if layer not in found:
+                return every_token
+            selection = found[layer]
+            return jnp.zeros_like(every_token).at[rows, selection.indices].set(selection.weights)
+
+        return jnp.stack([weights(f"layers_{i}") for i in range(self.config.num_encoder_layers)])

@@ -1,0 +1,9 @@
+"""Speed, cost and pictures.
+
+| file | holds |
+|---|---|
+| `flops` | operations counted by hand |
+| `timing` | timing in turns, operations and memory of compiled programs |
+| `breakdown` | a profile of the encoder by parts of a layer |
+| `plots` | pictures of the routing |
+"""

@@ -1,0 +1,51 @@
+"""What a model's arithmetic should cost: floating-point operations counted by hand.
+
+A multiplication and the addition of its result count as two, as in XLA's cost analysis. Only
+matrix products and convolutions are counted; norms, softmaxes and sorts are a few per cent more.
+
+Axis letters: B batch, N input tokens, T output tokens.
+"""
+
+from coda_jax.methods.base import LayerFlops, Place
+from coda_jax.models import ModelConfig
+
+
+def encoder_flops(config: ModelConfig, batch: int, length: int) -> float:
+    """Operations of encoding B rows of N tokens, with methods, embedding of patches or frames."""
+    layers = (
+        _layer(config, Place("encoder", i, config.num_encoder_layers))(length, length)
+        for i in range(config.num_encoder_layers)
+    )
+    return batch * (config.input_flops(length) + sum(layers))
+
+
+def answer_flops(config: ModelConfig, batch: int, length: int, target_length: int) -> float:
+    """Operations of encoding B rows of N tokens and giving their outputs.
+
+    With a decoder, T tokens of each row are decoded greedily. Keys and values are cached: those of
+    the input are computed once, and self-attention reads the whole cache of T places in each step.
+    Without one, a head is applied to each of the N places.
+    """
+    steps = target_length if config.num_decoder_layers else length
+    layers = (
+        _layer(config, Place("decoder", i, config.num_decoder_layers))(target_length, length)
+        for i in range(config.num_decoder_layers)
+    )
+    head = 2 * steps * config.emb_dim * config.vocab_size
+    return encoder_flops(config, batch, length) + batch * (sum(layers) + head)
+
+
+def _layer(config: ModelConfig, place: Place) -> LayerFlops:
+    """(tokens, context) -> operations of a layer of one row with the methods around it."""
+
+    def frozen(tokens, context):
+        rows = {"tokens": tokens, "context": context}
+        products = (
+            2 * rows[p.rows] * p.inputs * p.outputs for p in config.projections(place.stack)
+        )
+        return sum(products) + config.mixing_flops(place.stack, tokens, context)
+
+    flops: LayerFlops = frozen
+    for method in config.methods:
+        flops = method.wrap_flops(flops, place, config)
+    return flops

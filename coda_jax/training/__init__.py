@@ -1,0 +1,7 @@
+"""Training on one host.
+
+| file | holds |
+|---|---|
+| `trainer` | the compiled step, the loop, evaluation by the loss |
+| `run_directory` | what a run keeps on disk: checkpoints, logs, what it is; how it stops |
+"""

@@ -1,0 +1,38 @@
+"""What the modules share that have a table `SPECS` and a `task` for gin files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import seqio
+
+from coda_jax.data.jsonl import hashed_name
+
+
+def find(kind: str, name: str, specs: Mapping[str, Any]) -> Any:
+    """Returns the row of a table; ValueError says which names it has.
+
+    Args:
+        kind: the word for the tasks of the table.
+        name: of the row.
+        specs: the table.
+    """
+    if name not in specs:
+        raise ValueError(f"There is no {kind} task {name!r}, only {sorted(specs)}")
+    return specs[name]
+
+
+def once(name: str, arguments: Sequence, add: Callable[[str], seqio.Task]) -> str:
+    """Registers a task unless it was registered before for the same arguments.
+
+    Args:
+        name: how the task's name begins.
+        arguments: whatever makes the task another one.
+        add: registers it under the name that it gets.
+
+    Returns:
+        "<name>_<hash of the arguments>".
+    """
+    registered = hashed_name(name, arguments)
+    if registered not in seqio.TaskRegistry.names():
+        add(registered)
+    return registered

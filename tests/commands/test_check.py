@@ -1,0 +1,125 @@
+"""`coda check`: what does not fit is listed before a run starts, and costs are those counted."""
+
+import json
+
+from helpers import ADAPTER, GOLDEN, TINY_SPEECH, config, random_params, unpack
+import jax
+import numpy as np
+import pytest
+
+from coda_jax import checkpoints, cli, trees
+from coda_jax.checkpoints.t5x import read_t5x
+from coda_jax.commands.check import check, check_leaves, costs, stored_shapes
+from coda_jax.methods import Coda, Full, partition
+from coda_jax.models.t5.config import infer_config
+from coda_jax.profiling import flops
+
+CODA = config(coda={"reduction": 2.0})
+DENSE = CODA.dense()
+
+
+def save(folder, flat):
+    checkpoints.save_t5x(folder, trees.unflatten(flat))
+    return str(folder)
+
+
+@pytest.fixture(name="dense")
+def fixture_dense(tmp_path):
+    """A dense T5X checkpoint."""
+    return save(tmp_path / "dense", trees.flatten(random_params(DENSE)))
+
+
+@pytest.fixture(name="routed")
+def fixture_routed(tmp_path):
+    """A T5X checkpoint with adapters and routers."""
+    return save(tmp_path / "routed", trees.flatten(random_params(CODA)))
+
+
+def test_shapes_are_those_of_what_is_loaded(routed):
+    for folder, params in (
+        (routed, read_t5x(routed)[0]),
+        (GOLDEN / "v1_1", checkpoints.load_hf(GOLDEN / "v1_1")[1]),
+    ):
+        found, loaded = (trees.flatten(tree) for tree in (stored_shapes(str(folder)), params))
+        assert {path: (leaf.shape, leaf.dtype) for path, leaf in found.items()} == {
+            path: (leaf.shape, leaf.dtype) for path, leaf in loaded.items()
+        }
+
+
+def test_adapters_and_routers_are_either_created_or_restored(dense, routed):
+    check_leaves(CODA, dense, "created")
+    check_leaves(CODA, routed, "restored")
+    with pytest.raises(ValueError, match=r"to be created, do(.*\n)*  extra: .*/router/kernel"):
+        check_leaves(CODA, routed, "created")
+    with pytest.raises(ValueError, match=r"to be restored, do(.*\n)*  missing: .*/adapter/wi/"):
+        check_leaves(CODA, dense, "restored")
+    with pytest.raises(ValueError, match="new_leaves='dropped'"):
+        check_leaves(CODA, dense, "dropped")
+
+
+def test_all_leaves_that_do_not_fit_are_listed(tmp_path):
+    flat = dict(trees.flatten(random_params(DENSE)))
+    flat["encoder/layers_0/mlp/wo/bias"] = np.zeros(3, np.float32)
+    flat["encoder/encoder_norm/scale"] = np.zeros(17, np.float32)
+    del flat["decoder/logits_dense/kernel"]
+    checkpoint = save(tmp_path / "broken", flat)
+    with pytest.raises(ValueError, match=r"\(3 leaves\)") as error:
+        check_leaves(CODA, checkpoint)
+    for line in ("missing: decoder/logits_dense/kernel (16, 20)",
+                 "wrong shape: encoder/encoder_norm/scale is (17,), expected (16,)",
+                 "extra: encoder/layers_0/mlp/wo/bias (3,)"):  # fmt: skip
+        assert line in str(error.value)
+
+
+def test_a_missing_part_of_a_file_is_found_where_asked_for(tmp_path, capsys):
+    cfg = infer_config(read_t5x(unpack("t5x/legacy", tmp_path))[0])
+    chunk = next(tmp_path.rglob("target.token_embedder.embedding/0.0"))
+    chunk.unlink()
+    check(str(tmp_path), cfg)  # the shapes fit
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"damaged \(1 leaves\):\n  token_embedder/embedding"):
+        check(str(tmp_path), cfg, read_values=True)
+    assert not capsys.readouterr().out
+
+
+def test_costs_are_counted_for_the_lengths_that_are_asked_for(dense, tmp_path, capsys):
+    lengths = {"inputs": 32, "targets": 4}
+    output = tmp_path / "report.json"
+    report = check(dense, DENSE, CODA.methods, feature_lengths=lengths, output=output)
+    assert json.loads(output.read_text()) == report
+    params = random_params(CODA)
+    assert report["parameters"] == trees.count(params)
+    assert report["trained_parameters"] == trees.count(partition(CODA, params)[0])
+    encoder = flops.encoder_flops(CODA, 1, 32)
+    assert report["flops_per_input_token"] == encoder / 32
+    answer = flops.answer_flops(CODA, 1, 32, 4)
+    assert 4 * report["flops_per_output_token"] + encoder == pytest.approx(answer)
+    baseline = flops.encoder_flops(CODA.replace(methods=(ADAPTER,)), 1, 32)
+    assert report["encoder_flops_ratio"] == baseline / encoder > 1.5
+    assert f"{trees.count(params):,}" in capsys.readouterr().out
+
+
+def test_what_is_trained_follows_from_the_methods(dense):
+    reports = [check(dense, DENSE, methods) for methods in ((), (ADAPTER,), (Full(),))]
+    trained = [report["trained_parameters"] for report in reports]
+    assert trained[0] == 0 < trained[1] < trained[2] == reports[2]["parameters"]
+
+
+def test_a_head_of_ctc_is_counted_for_every_frame():
+    counted = costs(TINY_SPEECH, inputs=100, targets=10)["flops_per_output_token"] * 10
+    assert counted == 2 * 100 * TINY_SPEECH.emb_dim * TINY_SPEECH.vocab_size
+
+
+def test_the_command_takes_model_and_methods(tmp_path, capsys):
+    arguments = ["check", "--gin_file=runs/check.gin", "--gin_file=methods/coda.gin"]
+    hf = f"--gin.INITIAL_CHECKPOINT_PATH={GOLDEN / 'v1_1'}"
+    assert cli.main([*arguments, hf]) == 0
+    assert "fits the model" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"wrong shape: token_embedder/embedding"):
+        cli.main([*arguments, "--gin.PRESET=t5_1_1_small", hf])
+    _, params = checkpoints.load_hf(GOLDEN / "v1_1")
+    t5x = save(tmp_path, trees.flatten(jax.tree.map(np.asarray, params)))
+    with pytest.raises(ValueError, match="does not say its sizes: give the config"):
+        check(t5x, methods=(Coda(), ADAPTER))
+    with pytest.raises(FileNotFoundError, match="nothing_here"):
+        check(str(tmp_path / "nothing_here"), DENSE)

@@ -1,0 +1,130 @@
+"""The commands for texts: train, evaluate, predict and cache of a tiny model of bytes."""
+
+import json
+
+from command_line import coda
+from helpers import ADAPTER, config, method_of, random_params
+import numpy as np
+import pytest
+
+from coda_jax import checkpoints
+from coda_jax.commands.loading import load_model
+from coda_jax.data.cache import read_cache
+from coda_jax.data.source import Data
+from coda_jax.methods import Coda, ParallelAdapter
+
+CONFIG = config(vocab_size=384, num_encoder_layers=1)
+LENGTHS = {"inputs": 8, "targets": 4}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny dense checkpoint of bytes."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    checkpoints.save_hf(directory, CONFIG, random_params(CONFIG))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, checkpoint):
+    """What the commands share; the task: a word and its first letter."""
+    directory = tmp_path_factory.mktemp("jsonl")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 24), ("validation", 6)):
+        words = ["".join(rng.choice(list("abcdef"), 5)) for _ in range(count)]
+        lines = [json.dumps({"inputs": word, "targets": word[0]}) for word in words]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return {
+        "TRAIN_FILE": directory / "train.jsonl",
+        "VALIDATION_FILE": directory / "validation.jsonl",
+        "INITIAL_CHECKPOINT_PATH": checkpoint,
+        "VOCABULARY": "bytes",
+        "TASK_FEATURE_LENGTHS": LENGTHS,
+        "BATCH_SIZE": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shared):
+    """A run of `coda train` with CoDA."""
+    directory = tmp_path_factory.mktemp("run")
+    given = {"MODEL_DIR": directory, "TRAIN_STEPS": 24, "ParallelAdapter.bottleneck": 4}
+    files = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
+    coda("train", files, shared | given)
+    return directory
+
+
+def test_train_exports_an_adapter_for_the_checkpoint(trained, checkpoint):
+    cfg, params = checkpoints.load_adapter(
+        trained / "export" / "adapter", *checkpoints.load_hf(checkpoint)
+    )
+    assert cfg.methods == (Coda(reduction=3), ParallelAdapter(bottleneck=4))
+    assert np.asarray(params["encoder"]["layers_0"]["adapter"]["wo"]["kernel"]).any()
+    assert json.loads((trained / "metrics.json").read_text())["exact_match"] >= 0
+
+
+def test_evaluate_agrees_with_the_evaluation_during_training(trained, shared, tmp_path):
+    given = {
+        "INITIAL_ADAPTER_PATH": trained / "export" / "adapter",
+        "OUTPUT": tmp_path / "metrics.json",
+        "Decoding.max_decode_length": 4,
+    }
+    coda("evaluate", ["runs/evaluate.gin", "tasks/jsonl.gin"], shared | given)
+    (metrics,) = json.loads((tmp_path / "metrics.json").read_text()).values()
+    during = json.loads((trained / "metrics.json").read_text())
+    assert metrics["accuracy"] == pytest.approx(100 * during["exact_match"], abs=1e-4)
+
+
+def test_predict_answers_in_order(trained, checkpoint, tmp_path):
+    texts = ["fade", "a much longer input", "b"]
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
+    given = {
+        "INITIAL_CHECKPOINT_PATH": checkpoint,
+        "INITIAL_ADAPTER_PATH": trained / "export" / "adapter",
+        "VOCABULARY": "bytes",
+        "INPUT": tmp_path / "in.txt",
+        "OUTPUT": tmp_path / "out.jsonl",
+        "REDUCTION": 2,
+        "Decoding.max_decode_length": 4,
+    }
+    coda("predict", ["runs/predict.gin"], given)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["inputs"] for line in lines] == texts
+    assert all(isinstance(line["prediction"], str) for line in lines)
+
+
+def test_a_cache_gives_the_batches_of_the_task(checkpoint, shared, tmp_path):
+    given = shared | {"OUTPUT": tmp_path / "train.npz"}
+    coda("cache", ["runs/cache.gin", "tasks/jsonl.gin"], given)
+    examples, metadata = read_cache(tmp_path / "train.npz")
+    assert len(examples) == 24
+    assert metadata["vocabulary"] == "bytes"
+    data = Data(LENGTHS, cache=str(tmp_path / "train.npz"), batch_size=4)
+    assert next(iter(data.batches(repeat=True)))["encoder_input_tokens"].shape == (4, 8)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint):
+    import coda_jax.tasks.offline  # noqa: F401
+
+    model = load_model(str(checkpoint))
+    with pytest.raises(ValueError, match="4096 ids, the model only 384"):
+        Data(LENGTHS, task="stdlib_module").check_vocabulary(
+            model.config.vocab_size, model.directory
+        )
+
+
+def test_training_goes_on_from_an_adapter_file_at_another_reduction(trained, shared, tmp_path):
+    given = {
+        "MODEL_DIR": tmp_path,
+        "INITIAL_ADAPTER_PATH": trained / "export" / "adapter",
+        "TRAIN_STEPS": 2,
+        "warmup_cosine_decay_schedule.warmup_steps": 1,
+        "REDUCTION": 4,
+        "ParallelAdapter.bottleneck": ADAPTER.bottleneck,
+        "EVAL_TASK_NAME": None,
+    }
+    files = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
+    coda("train", files, shared | given)
+    base = shared["INITIAL_CHECKPOINT_PATH"]
+    found = load_model(str(base), adapter_checkpoint=str(tmp_path / "export" / "adapter"))
+    assert method_of(found.config, Coda).reduction == 4

@@ -1,0 +1,255 @@
+"""`coda convert`: nothing changes on the way, and what does not belong together is refused."""
+
+import shutil
+
+import gin
+from helpers import ADAPTER, GOLDEN, adapted_params, assert_same_tree, unpack
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coda_jax import checkpoints, cli, methods, trees
+from coda_jax.checkpoints.adapter import read_manifest
+from coda_jax.commands.convert import convert
+from coda_jax.data.vocabularies import VOCABULARY_NAME
+from coda_jax.methods import Coda, Full
+from coda_jax.models.t5.config import infer_config
+
+METHODS = (Coda(reduction=(1, 2.5), epsilon=0.1, attention="k_to_all"), ADAPTER)
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    """Leaves no configuration behind."""
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(name="base", scope="module")
+def fixture_base(tmp_path_factory):
+    """A dense Hugging Face checkpoint in bfloat16, with a vocabulary beside it."""
+    folder = tmp_path_factory.mktemp("base")
+    config, params = checkpoints.load_hf(GOLDEN / "v1_1")
+    checkpoints.save_hf(folder, config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    (folder / VOCABULARY_NAME).write_text("pieces")
+    return folder
+
+
+# --- Round trips ---
+
+
+@pytest.mark.parametrize("name", ["v1_1", "v1_0", "mt5"])
+def test_hf_to_t5x_to_hf_is_bit_identical(tmp_path, name):
+    config, params = checkpoints.load_hf(GOLDEN / name)
+    convert(GOLDEN / name, tmp_path / "t5x", "t5x")
+    convert(tmp_path / "t5x", tmp_path / "hf", "hf")
+    again_config, again = checkpoints.load_hf(tmp_path / "hf")
+    assert again_config == config
+    assert_same_tree(again, params)
+
+
+def test_what_shapes_do_not_tell_comes_from_the_config(tmp_path):
+    config, params = checkpoints.load_hf(GOLDEN / "byt5")  # 16 buckets up to distance 20
+    convert(GOLDEN / "byt5", tmp_path / "t5x", "t5x")
+    with pytest.raises(ValueError, match="16 buckets"):
+        convert(tmp_path / "t5x", tmp_path / "hf", "hf")
+    convert(tmp_path / "t5x", tmp_path / "hf", "hf", config=config)
+    again_config, again = checkpoints.load_hf(tmp_path / "hf")
+    assert again_config == config
+    assert_same_tree(again, params)
+
+
+@pytest.mark.parametrize("name", ["v1_1", "v1_0"])
+def test_adapters_make_the_round_trip(tmp_path, name):
+    dense_config, base = checkpoints.load_hf(GOLDEN / name)
+    config = dense_config.replace(methods=METHODS)
+    params = adapted_params(config, base)
+    checkpoints.save_adapter(tmp_path / "adapter", config, params)
+    convert(tmp_path / "adapter", tmp_path / "t5x", "t5x", base=GOLDEN / name)
+    assert_same_tree(checkpoints.load_t5x(tmp_path / "t5x", config), params)
+
+    convert(tmp_path / "t5x", tmp_path / "hf", "hf", methods=METHODS)
+    again_dense_config, dense = checkpoints.load_hf(tmp_path / "hf")
+    assert again_dense_config == dense_config
+    adapter = tmp_path / "hf" / "adapter"
+    again_config, again = checkpoints.load_adapter(adapter, dense_config, dense)
+    assert again_config == config
+    assert_same_tree(again, params)
+    # The new dense checkpoint has the norms that were trained; the adapter brings its own.
+    assert_same_tree(checkpoints.load_adapter(adapter, dense_config, base)[1], params)
+
+
+def test_an_adapter_file_keeps_its_vocabulary(base, tmp_path):
+    config, params = checkpoints.load_hf(base)
+    config = config.replace(methods=METHODS)
+    params = adapted_params(config, params)
+    checkpoints.save_adapter(tmp_path / "adapter", config, params, vocabulary="pieces")
+    convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=base)
+    assert read_manifest(tmp_path / "hf" / "adapter")["vocabulary"] == "pieces"
+    assert (tmp_path / "hf" / VOCABULARY_NAME).read_text() == "pieces"
+
+
+def test_transformers_reads_a_checkpoint_of_t5x(tmp_path):
+    """From T5X's own file to the logits of transformers, compared with T5X's."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    for name in ("legacy", "orbax", "scanned"):
+        convert(unpack(f"t5x/{name}", tmp_path / name), tmp_path / f"hf_{name}", "hf")
+        model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / f"hf_{name}")
+        data = np.load(GOLDEN / "t5x" / "logits.npz")
+        encoder = torch.tensor(data["encoder"], dtype=torch.long)
+        with torch.no_grad():
+            theirs = model.eval()(
+                input_ids=encoder,
+                attention_mask=(encoder > 0).long(),
+                decoder_input_ids=torch.tensor(data["decoder_inputs"], dtype=torch.long),
+            ).logits.numpy()
+        valid = data["decoder_targets"] > 0
+        np.testing.assert_allclose(
+            theirs[valid], data[f"logits_{name}"][valid], rtol=1e-4, atol=1e-5
+        )
+
+
+# --- Adapter files out of training checkpoints ---
+
+
+@pytest.fixture(name="t5x_run", scope="module")
+def fixture_t5x_run(base, tmp_path_factory):
+    """A T5X run of the base: float32 as T5X trains it, with two checkpoints."""
+    config, dense = checkpoints.load_hf(base)
+    config = config.replace(methods=METHODS)
+    dense = jax.tree.map(lambda x: x.astype(np.float32), dense)
+    folder = tmp_path_factory.mktemp("t5x_run")
+    for step in (10, 20):
+        params = adapted_params(config, dense, seed=step)
+        checkpoints.save_t5x(folder, params, step)
+    return folder, config, params
+
+
+def test_the_adapter_of_a_t5x_run_belongs_to_its_base_again(t5x_run, base, tmp_path):
+    folder, config, params = t5x_run
+    convert(folder, tmp_path / "adapter", "adapter", base=base, methods=METHODS)
+    base_config, base_params = checkpoints.load_hf(base)
+    loaded_config, loaded = checkpoints.load_adapter(tmp_path / "adapter", base_config, base_params)
+    assert loaded_config == config
+    trained, _ = methods.partition(config, params)
+    _, frozen = methods.partition(config, base_params)
+    assert frozen["token_embedder"]["embedding"].dtype == jnp.bfloat16
+    assert_same_tree(loaded, trees.merge(trained, frozen))
+
+    convert(folder, tmp_path / "other", "adapter", methods=METHODS)
+    with pytest.raises(ValueError, match="belongs to another base"):  # of float32 leaves
+        checkpoints.load_adapter(tmp_path / "other", base_config, base_params)
+
+
+def test_a_step_of_a_t5x_run_is_chosen(t5x_run, tmp_path):
+    folder, config, _ = t5x_run
+    convert(folder, tmp_path / "t5x", "t5x", step=10, methods=METHODS)
+    assert (tmp_path / "t5x" / "checkpoint_10").is_dir()
+    expected = checkpoints.load_t5x(folder, config, 10)
+    assert_same_tree(checkpoints.load_t5x(tmp_path / "t5x", config), expected)
+
+
+def test_a_run_of_all_leaves_becomes_a_base(t5x_run, tmp_path):
+    """What trains every leaf leaves nothing of itself behind."""
+    folder, config, params = t5x_run
+    convert(folder, tmp_path / "hf", "hf", methods=(*METHODS, Full()))
+    base_config, dense = checkpoints.load_hf(tmp_path / "hf")
+    adapter = tmp_path / "hf" / "adapter"
+    loaded_config, loaded = checkpoints.load_adapter(adapter, base_config, dense)
+    assert loaded_config == config
+    assert_same_tree(loaded, params)
+
+
+def test_a_base_whose_leaves_were_not_frozen_is_refused(t5x_run, base, tmp_path):
+    _, _, params = t5x_run
+    flat = dict(trees.flatten(params))
+    path = "decoder/layers_1/mlp/wo/kernel"
+    flat[path] = np.nextafter(flat[path], np.float32(9))
+    checkpoints.save_t5x(tmp_path / "run", trees.unflatten(flat))
+    with pytest.raises(ValueError, match=rf"not trained from this base.*\n  {path}$"):
+        convert(tmp_path / "run", tmp_path / "x", "adapter", base=base, methods=METHODS)
+    assert not (tmp_path / "x").exists()
+
+
+# --- The command, and what it refuses ---
+
+
+def test_the_command_takes_a_recipe_after_its_own_file(t5x_run, base, tmp_path, capsys):
+    folder, config, params = t5x_run
+    arguments = [
+        "convert",
+        "--gin_file=runs/convert.gin",
+        f"--gin.INPUT={folder}",
+        f"--gin.OUTPUT={tmp_path}/hf",
+        "--gin.LAYOUT=hf",
+        f"--gin.INITIAL_CHECKPOINT_PATH={base}",
+    ]
+    with pytest.raises(
+        ValueError, match=r"with the methods \[\], (.*\n)+  extra: .*adapter/wi/kernel"
+    ):
+        cli.main(arguments)
+    recipe = ["--gin_file=methods/coda.gin", "--gin.ParallelAdapter.bottleneck=4"]
+    recipe += ["--gin.REDUCTION=(1, 2.5)", "--gin.Coda.epsilon=0.1"]
+    assert cli.main([*arguments, *recipe, "--gin.Coda.attention=k_to_all"]) == 0
+    assert f"step 20, {trees.count(params):,} parameters" in capsys.readouterr().out
+    base_config, dense = checkpoints.load_hf(tmp_path / "hf")
+    loaded, _ = checkpoints.load_adapter(tmp_path / "hf" / "adapter", base_config, dense)
+    assert loaded == config
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"layout": "pytorch"}, r"layout='pytorch' is unknown.*'hf', 't5x', 'adapter'"),
+        ({"layout": "adapter"}, "nothing to save"),
+        ({"layout": "t5x", "step": 3}, r"Hugging Face checkpoint, for which \['step'\]"),
+        ({"layout": "t5x", "methods": METHODS}, r"\['methods'\] cannot"),
+        ({"layout": "t5x", "base": "x"}, r"\['base'\] cannot"),
+    ],
+)
+def test_what_means_nothing_for_a_source_is_refused(tmp_path, options, text):
+    with pytest.raises(ValueError, match=text):
+        convert(GOLDEN / "v1_1", tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_must_be_one_thing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no T5X checkpoint and has none of \['config"):
+        convert(tmp_path, tmp_path / "x", "hf")
+    convert(GOLDEN / "v1_1", tmp_path / "both", "t5x")
+    shutil.copy(GOLDEN / "v1_1" / "config.json", tmp_path / "both")
+    with pytest.raises(ValueError, match=r"several things .*Hugging Face.*T5X"):
+        convert(tmp_path / "both", tmp_path / "x", "hf")
+
+
+def test_leaves_that_a_t5x_checkpoint_lacks_are_listed(t5x_run, tmp_path):
+    _, _, params = t5x_run
+    flat = dict(trees.flatten(params))
+    for path in ("encoder/layers_1/router/kernel", "decoder/layers_0/mlp/wo/kernel"):
+        del flat[path]
+    checkpoints.save_t5x(tmp_path / "run", trees.unflatten(flat))
+    with pytest.raises(ValueError) as error:
+        convert(tmp_path / "run", tmp_path / "x", "hf", methods=METHODS)
+    assert "missing: encoder/layers_1/router/kernel" in str(error.value)
+    assert "missing: decoder/layers_0/mlp/wo/kernel" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"decoder/logits_dense/kernel": None}, "with gated=True, decoder/logits_dense/kernel"),
+        ({"token_embedder/embedding": None}, r"lack the matrices \['token_embedder/embedding'\]"),
+        ({"encoder/relpos_bias/rel_embedding": (2,)}, "lack the matrices"),
+    ],
+)
+def test_sizes_are_not_guessed(change, text):
+    _, params = checkpoints.load_hf(GOLDEN / "v1_1")
+    flat = dict(trees.flatten(params))
+    for path, shape in change.items():
+        flat[path] = np.ones(shape or ())
+        if shape is None:
+            del flat[path]
+    with pytest.raises(ValueError, match=text):
+        infer_config(trees.unflatten(flat))

@@ -1,0 +1,145 @@
+"""What is trained has the right gradient and changes; what is frozen keeps its bits."""
+
+import functools
+
+from contract.programs import batch_of, coda_of, fresh_params, params, without_gradient
+from contract.table import each_case
+from helpers import assert_same_tree, encode
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from coda_jax import methods, trees
+from coda_jax.objectives import model_for
+from coda_jax.training import trainer
+
+# Of the finite differences, as shares of a leaf's size: the later where the earlier change which
+# tokens are picked.
+STEPS = (0.002, 0.002, 0.002, 0.001, 0.001)
+
+
+def recorded():
+    """Does nothing, and keeps the last gradient as its state."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda gradient, state, params=None: (gradient, gradient),
+    )
+
+
+@functools.cache
+def training(config):
+    """(model, the trainer's step, the optimizer's first state, which begins with the gradient)."""
+    model = model_for(config)
+    optimizer = optax.chain(recorded(), trainer.make_optimizer(model, optax.adam, 1e-2))
+    step = trainer.make_train_step(model, optimizer, accumulation=1, seed=0)
+    start = optimizer.init(trainer.partition(model, fresh_params(config))[0])
+    return model, step, jax.device_get(start)  # numpy arrays: the step uses up JAX's
+
+
+def steps(config, trained, frozen, number=1):
+    """(the trainer's state, sums of the last step) after some steps on the same batch."""
+    _, step, start = training(config)
+    state = trainer.TrainState(np.zeros((), np.int32), trained, start)
+    for _ in range(number):
+        state, sums = step(state, frozen, batch_of(config))
+    return state, sums
+
+
+@each_case("training")
+def test_every_gradient_is_that_of_finite_differences(case):
+    """Leaf by leaf, in a direction that is partly the gradient's and partly random."""
+    config = case.config
+    trained, frozen = trainer.partition(training(config)[0], params(config))
+    state, sums = steps(config, trained, frozen)
+    assert np.isfinite(sums.loss) and sums.weight > 0
+    flat = trees.flatten(trained)
+    for path, gradient in trees.flatten(jax.device_get(state.optimizer[0])).items():
+        gradient = gradient * float(sums.weight)  # the trainer's is that of the mean
+        assert np.isfinite(gradient).all(), path
+        if trees.matches(path, without_gradient(config)):
+            assert not gradient.any(), path
+            continue
+        assert gradient.any(), path
+        check_along_directions(config, flat, frozen, path, gradient)
+
+
+def check_along_directions(config, flat, frozen, path, gradient):
+    """Compares a leaf's gradient in a direction in which no layer picks other tokens."""
+    inputs = batch_of(config)["encoder_input_tokens"]
+    rng = np.random.default_rng(0)
+
+    def moved(direction):
+        """The loss, and which tokens each layer picks."""
+        trained = trees.unflatten({**flat, path: flat[path] + direction})
+        _, sums = steps(config, trained, frozen)
+        if coda_of(config) is None:
+            return float(sums.loss), []
+        _, selections = encode(config, trees.merge(trained, frozen), inputs)
+        return float(sums.loss), [np.asarray(s.indices) for s in selections.values()]
+
+    for size in STEPS:
+        noise = rng.normal(size=gradient.shape)
+        direction = gradient / np.linalg.norm(gradient) + noise / np.linalg.norm(noise)
+        direction *= size * np.linalg.norm(flat[path]) / np.linalg.norm(direction)
+        direction = direction.astype(np.float32)
+        (up, up_picks), (down, down_picks) = moved(direction), moved(-direction)
+        if all(map(np.array_equal, up_picks, down_picks)):
+            expected = np.sum(gradient * direction, dtype=np.float64)
+            found = (up - down) / 2
+            assert abs(found - expected) < 0.02 * abs(expected) + 1e-5, (path, found, expected)
+            return
+    pytest.fail(f"{path}: each direction changes what is picked")
+
+
+@each_case("training")
+def test_training_changes_what_is_trained_and_nothing_else(case):
+    """Invariant 5, in the trainer: the frozen leaves are an argument of its step."""
+    config = case.config
+    before = fresh_params(config)
+    trained, frozen = trainer.partition(training(config)[0], before)
+    for found, expected in zip((trained, frozen), methods.partition(config, before), strict=True):
+        assert_same_tree(found, expected)
+    created = trees.split(before, methods.created(config))[0]
+    assert trees.flatten(created).keys() <= trees.flatten(trained).keys()
+    state, _ = steps(config, trained, frozen, number=2)
+    after = trees.merge(jax.device_get(state.trained), frozen)
+    assert_only_trained_leaves_changed(config, before, after)
+
+
+@each_case("training")
+def test_t5x_trains_the_same_leaves(case):
+    """Invariant 5, as T5X does it: one optimizer for all leaves, which are labelled."""
+    config = case.config
+    optimizer = optax.adam(1e-2)
+    for method in config.methods:
+        optimizer = method.wrap_optimizer(optimizer)
+    transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
+    optimizer = optax.multi_transform(
+        transforms, lambda params: trees.labels(params, methods.trained(config))
+    )
+
+    @jax.jit
+    def step(params, state):
+        gradients = jax.tree.map(jnp.cos, params)  # of any model
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    before = fresh_params(config)
+    after, state = before, optimizer.init(before)
+    for _ in range(2):
+        after, state = step(after, state)
+    assert_only_trained_leaves_changed(config, before, jax.device_get(after))
+
+
+def assert_only_trained_leaves_changed(config, before, after):
+    """Every trained leaf did, save those that no gradient reaches; the frozen keep their bits."""
+    trained, _ = methods.partition(config, before)
+    after = trees.flatten(after)
+    for path, leaf in trees.flatten(before).items():
+        if trees.matches(path, without_gradient(config)):
+            continue
+        assert after[path].dtype == leaf.dtype, path
+        same = after[path].tobytes() == leaf.tobytes()
+        assert same != (path in trees.flatten(trained)), path

@@ -1,0 +1,141 @@
+"""Batches: the same as seqio's, and epochs of examples."""
+
+import logging
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from coda_jax.data import batches
+
+LENGTHS = {"inputs": 24, "targets": 9}
+
+
+def random_examples(count, seed=0, max_inputs=24, max_targets=9):
+    rng = np.random.default_rng(seed)
+
+    def tokens(limit):
+        length = rng.integers(1, limit + 1)
+        return np.append(rng.integers(2, 50, length - 1), 1).astype(np.int32)
+
+    return [{"inputs": tokens(max_inputs), "targets": tokens(max_targets)} for _ in range(count)]
+
+
+def seqio_batches(examples, batch_size, pack):
+    signature = dict.fromkeys(batches.FEATURES, tf.TensorSpec([None], tf.int32))
+    dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=signature)
+    dataset = seqio.utils.trim_dataset(dataset, LENGTHS, LENGTHS)
+    dataset = seqio.EncDecFeatureConverter(pack=pack)(dataset, LENGTHS)
+    return list(dataset.batch(batch_size, drop_remainder=True).as_numpy_iterator())
+
+
+def assert_same_batches(actual, expected):
+    assert len(actual) == len(expected) > 0
+    for a, b in zip(actual, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in b:
+            assert a[key].dtype == b[key].dtype, key
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+# seqio packs in windows of max(LENGTHS) examples, so no more than that here; the small examples
+# make rows of many segments.
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(("max_inputs", "max_targets"), [(24, 9), (6, 3), (40, 20)])
+def test_batches_equal_those_of_seqio(pack, max_inputs, max_targets):
+    examples = random_examples(24, max_inputs, max_inputs, max_targets)
+    ours = batches.batch_examples(examples, batch_size=2, feature_lengths=LENGTHS, pack=pack)
+    assert_same_batches(list(ours), seqio_batches(examples, 2, pack))
+
+
+def test_packed_rows_hold_all_examples_in_order_and_at_most_max_segments():
+    examples = random_examples(50, max_inputs=7, max_targets=3)
+    packed = batches.batch_examples(
+        examples,
+        batch_size=4,
+        feature_lengths=LENGTHS,
+        pack=True,
+        max_segments=3,
+        drop_remainder=False,
+    )
+    found = []
+    for batch in packed:
+        assert batch["encoder_segment_ids"].max() <= 3
+        for i in range(4):
+            for segment in range(1, batch["encoder_segment_ids"][i].max(initial=0) + 1):
+                found.append(
+                    {
+                        "inputs": batch["encoder_input_tokens"][i][
+                            batch["encoder_segment_ids"][i] == segment
+                        ],
+                        "targets": batch["decoder_target_tokens"][i][
+                            batch["decoder_segment_ids"][i] == segment
+                        ],
+                    }
+                )
+    assert len(found) == len(examples)
+    for a, b in zip(found, examples, strict=True):
+        np.testing.assert_array_equal(a["inputs"], b["inputs"])
+        np.testing.assert_array_equal(a["targets"], b["targets"])
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_last_batch_is_dropped_or_filled_with_empty_rows(pack):
+    examples = random_examples(5, max_inputs=24)
+    for example in examples:
+        example["inputs"] = np.resize(example["inputs"], 24)  # One a row, packed or not.
+    kwargs = {"batch_size": 3, "feature_lengths": LENGTHS, "pack": pack}
+    assert len(list(batches.batch_examples(examples, **kwargs))) == 1
+    full, last = batches.batch_examples(examples, drop_remainder=False, **kwargs)
+    assert full["decoder_loss_weights"].any(axis=1).tolist() == [True, True, True]
+    for key, value in last.items():
+        assert value.shape == full[key].shape
+        assert not value[2].any(), key
+    assert last["decoder_loss_weights"].any(axis=1).tolist() == [True, True, False]
+
+
+def test_truncated_examples_are_counted_and_warned_of_rarely(caplog):
+    long = {"inputs": np.arange(2, 40), "targets": np.array([5, 1])}
+    short = {"inputs": np.array([4, 1]), "targets": np.array([5, 1])}
+    examples = [long, short] * 12
+    with caplog.at_level(logging.WARNING, logger="coda_jax.data.batches"):
+        iterator = batches.batch_examples(examples, batch_size=2, feature_lengths=LENGTHS)
+        rows = list(iterator)
+    assert iterator.num_truncated == 12
+    assert iterator.num_examples == 24
+    assert [r.args[0] for r in caplog.records] == [1, 10]
+    np.testing.assert_array_equal(rows[0]["encoder_input_tokens"][0], np.arange(2, 26))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"batch_size": 0}, "batch_size .* not 0"),
+        ({"batch_size": 2.0}, "batch_size .* not 2.0"),
+        ({"feature_lengths": {"inputs": 0, "targets": 3}}, r"feature_lengths\['inputs'\] .* not 0"),
+        ({"feature_lengths": {"inputs": 3}}, "must have the keys"),
+        ({"pack": True, "max_segments": 0}, "max_segments .* not 0"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(changed, named):
+    with pytest.raises(ValueError, match=named):
+        batches.batch_examples([], **{"batch_size": 2, "feature_lengths": LENGTHS} | changed)
+
+
+def test_epochs_are_permutations_that_differ_and_repeat_with_the_seed():
+    numbers = list(range(30))
+    first = list(batches.epochs(numbers, seed=3, num_epochs=2))
+    assert first == list(batches.epochs(numbers, seed=3, num_epochs=2))
+    assert first != list(batches.epochs(numbers, seed=4, num_epochs=2))
+    assert sorted(first[:30]) == sorted(first[30:]) == numbers
+    assert first[:30] != first[30:] and first[:30] != numbers
+    assert list(batches.epochs(numbers, seed=3, num_epochs=2, shuffle=False)) == numbers * 2
+    endless = batches.epochs(numbers, seed=3)
+    assert [next(endless) for _ in range(60)] == first
+
+
+@pytest.mark.parametrize(("examples", "kwargs"), [([], {}), ([1], {"num_epochs": 0})])
+def test_epochs_of_nothing_are_refused(examples, kwargs):
+    with pytest.raises(ValueError, match="0"):
+        batches.epochs(examples, seed=0, **kwargs)

@@ -1,0 +1,127 @@
+"""Vocabularies: the ids and texts of seqio's, and the one that a model was trained with."""
+
+import copy
+import hashlib
+from pathlib import Path
+import shutil
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import sentencepiece
+
+from coda_jax import bundled
+from coda_jax.data import seqio_tasks, vocabularies
+
+PATHS = ("bytes", str(bundled.VOCABULARY))
+PAIRS = {
+    path: (vocabularies.load_vocabulary(path), seqio_tasks.seqio_vocabulary(path)) for path in PATHS
+}
+SENTINELS = st.integers(0, 101).map("<extra_id_{}>".format)
+WORDS = st.sampled_from(["def ", "self", "  ", "\n", "ü", "日本", "🙂", "\x00", "▁", "</s>"])
+TEXTS = st.lists(SENTINELS | WORDS | st.text(max_size=5), max_size=12).map("".join)
+IDS = st.lists(st.integers(0, 5) | st.integers(2, 4300), max_size=12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_numbers_equal_those_of_seqio(path):
+    ours, theirs = PAIRS[path]
+    assert ours.vocab_size == theirs.vocab_size == {"bytes": 384}.get(path, 4096)
+    assert (ours.eos_id, ours.pad_id) == (theirs.eos_id, theirs.pad_id) == (1, 0)
+    assert ours.fingerprint == seqio_tasks.vocabulary_fingerprint(theirs)
+    assert ours.file == getattr(theirs, "sentencepiece_model_file", None)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS)
+def test_texts_have_the_ids_of_seqio(path, text):
+    ours, theirs = PAIRS[path]
+    ids = ours.encode(text)
+    assert ids == list(theirs.encode(text)) == theirs.encode_tf(text).numpy().tolist()
+    assert ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=300, deadline=None)
+@given(ids=IDS)
+def test_ids_have_the_texts_of_seqio(path, ids):
+    ours, theirs = PAIRS[path]
+    assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.decode(np.array(ids, np.int32)) == ours.decode(iter(ids)) == ours.decode(ids)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_copy_is_the_same(path):
+    """gin copies what it is given."""
+    ours, _ = PAIRS[path]
+    same = copy.deepcopy(ours)
+    assert same == ours
+    assert same.encode("def f():") == ours.encode("def f():")
+
+
+def test_sentinels_are_the_last_ids_in_descending_order():
+    vocabulary, _ = PAIRS[str(bundled.VOCABULARY)]
+    text = "".join(f" <extra_id_{i}>" for i in range(100))
+    assert [i for i in vocabulary.encode(text) if i >= 3996] == list(range(4095, 3995, -1))
+    assert vocabulary.decode([4095, 4094]) == "<extra_id_0> <extra_id_1>"
+
+
+def test_vocabularies_load_from_a_directory_a_file_and_bytes(tmp_path):
+    shutil.copy(bundled.VOCABULARY / "spiece.model", tmp_path / "spiece.model")
+    for load in (vocabularies.load_vocabulary, seqio_tasks.seqio_vocabulary):
+        for path in (tmp_path, tmp_path / "spiece.model"):
+            assert load(path).vocab_size == 4096
+        assert load("bytes").vocab_size == 384
+        assert load("bytes").encode("a") == [100]
+    assert seqio_tasks.seqio_vocabulary(tmp_path).extra_ids == 100
+
+
+def test_a_vocabulary_that_brings_its_extra_ids_gets_no_more(tmp_path):
+    path = tmp_path / "spiece.model"
+    path.write_bytes(PAIRS[str(bundled.VOCABULARY)][1].sp_model)  # seqio's has the extra ids.
+    ours, theirs = vocabularies.load_vocabulary(path), seqio_tasks.seqio_vocabulary(path)
+    assert ours.vocab_size == theirs.vocab_size == 4096
+    text = "def <extra_id_3> <extra_id_99>"
+    assert ours.encode(text) == list(theirs.encode(text))
+
+
+def test_pieces_are_added_as_protobuf_would_add_them():
+    """All of what SentencePiece holds equals what it makes of seqio's bytes."""
+    ours, theirs = PAIRS[str(bundled.VOCABULARY)]
+    model = sentencepiece.SentencePieceProcessor(model_proto=theirs.sp_model)
+    assert ours.processor.serialized_model_proto() == model.serialized_model_proto()
+
+
+@pytest.mark.parametrize("load", [vocabularies.load_vocabulary, seqio_tasks.seqio_vocabulary])
+def test_what_is_no_vocabulary_is_refused(load, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"spiece\.model'. For a model of bytes"):
+        load(tmp_path)
+    for number, content in enumerate((b"\xff nonsense", b"")):
+        path = tmp_path / str(number) / "spiece.model"  # seqio remembers what it has read
+        path.parent.mkdir()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"spiece\.model' is not a SentencePiece model: ."):
+            load(path.parent)
+
+
+def test_the_vocabulary_must_be_the_models(tmp_path):
+    def check(path, *args):
+        vocabulary, _ = PAIRS[path]
+        vocabularies.check_vocabulary(vocabulary.fingerprint, vocabulary.vocab_size, *args)
+
+    path = str(bundled.VOCABULARY)
+    check(path, 4096)
+    check(path, 4224, tmp_path)  # No file beside the checkpoint.
+    check("bytes", 384, tmp_path / "no_such_folder")
+    with pytest.raises(ValueError, match="4096 ids, the model only 4095"):
+        check(path, 4095)
+    shutil.copy(Path(path) / "spiece.model", tmp_path / "spiece.model")
+    check(path, 4096, tmp_path)  # The same bytes elsewhere.
+    with pytest.raises(ValueError, match=r"differs from .*spiece\.model.* bytes, "):
+        check("bytes", 4096, tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"model")
+    vocabularies.check_vocabulary(hashlib.sha256(b"model").hexdigest(), 100, 128, tmp_path)
+    with pytest.raises(ValueError, match="differs from"):
+        check(path, 4096, tmp_path)

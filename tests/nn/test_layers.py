@@ -1,0 +1,89 @@
+"""Projections, norms, embeddings and feed-forward blocks against plain numpy."""
+
+from helpers import gelu, random_tokens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coda_jax.nn import layers
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "features"),
+    [(4, 48, 40), (4, 48, 5000), (1, 48, 40), (4, 40, 8)],  # blocks; too wide; one row; no blocks
+)
+def test_the_product_of_one_token_equals_numpy(rows, inputs, features, dtype, rng):
+    x = jnp.asarray(rng.normal(size=(rows, 1, inputs)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(inputs, features)), dtype)
+    found = jax.jit(layers._product)(x, kernel)
+    assert found.dtype == dtype
+    expected = np.float64(x) @ np.float64(kernel)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(np.float64(found), expected, rtol=tolerance, atol=5 * tolerance)
+    blocked = layers._blocked_product if inputs % layers._BLOCK == 0 else layers._product
+    np.testing.assert_allclose(blocked(x, kernel).astype(float), expected, atol=5 * tolerance)
+
+
+def test_norms_equal_numpy(rng):
+    x = rng.normal(size=(2, 3, 8)) * 5 + 2
+    scale, bias = rng.normal(size=(2, 8))
+    for epsilon in (1e-6, 0.5):
+        found = layers.RMSNorm(epsilon).apply({"params": {"scale": scale}}, x)
+        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        found = layers.LayerNorm(epsilon).apply({"params": {"scale": scale, "bias": bias}}, x)
+        expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+        np.testing.assert_allclose(found, expected * scale + bias, rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm_squares_in_float32():
+    """256 entries of 1 and one of 100: summed in bfloat16, the ones would vanish in part."""
+    x = jnp.concatenate([jnp.full(1, 100.0), jnp.ones(511)]).astype(jnp.bfloat16)
+    found = layers.RMSNorm(dtype=jnp.bfloat16).apply({"params": {"scale": jnp.ones(512)}}, x)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.float32(found), np.float32(x) / np.sqrt((100**2 + 511) / 512), rtol=4e-3
+    )
+
+
+def test_zero_row_stays_finite_in_rms_norm():
+    norm = layers.RMSNorm()
+
+    def total(x):
+        return norm.apply({"params": {"scale": jnp.ones(4)}}, x).sum()
+
+    value, gradient = jax.value_and_grad(total)(jnp.zeros((2, 4)))
+    assert value == 0 and np.isfinite(gradient).all()
+
+
+def test_mlp_equals_numpy(rng):
+    x = rng.normal(size=(2, 3, 6))
+    wi_0, wi_1 = rng.normal(size=(2, 6, 10))
+    wo = rng.normal(size=(10, 6))
+    gated = layers.MlpBlock(10, ("gelu", "linear")).apply(
+        {"params": {"wi_0": {"kernel": wi_0}, "wi_1": {"kernel": wi_1}, "wo": {"kernel": wo}}},
+        jnp.asarray(x),
+        deterministic=True,
+    )
+    np.testing.assert_allclose(gated, (gelu(x @ wi_0) * (x @ wi_1)) @ wo, atol=1e-4, rtol=1e-4)
+    plain = layers.MlpBlock(10, ("relu",)).apply(
+        {"params": {"wi": {"kernel": wi_0}, "wo": {"kernel": wo}}},
+        jnp.asarray(x),
+        deterministic=True,
+    )
+    np.testing.assert_allclose(plain, np.maximum(x @ wi_0, 0) @ wo, atol=1e-4, rtol=1e-4)
+
+
+def test_embedding_and_its_transpose(rng):
+    table = rng.normal(size=(11, 5)).astype(np.float32)
+    tokens = random_tokens(rng, [4, 2], 4, vocab_size=11)
+    module = layers.Embed(11, 5, dtype=jnp.bfloat16)
+    params = {"params": {"embedding": jnp.asarray(table)}}
+    found = module.apply(params, jnp.asarray(tokens))
+    np.testing.assert_array_equal(found, jnp.asarray(table[tokens], jnp.bfloat16))
+    x = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    logits = module.apply(params, jnp.asarray(x), method="attend")
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, x @ table.T, atol=1e-5)

@@ -1,0 +1,328 @@
+"""Greedy and beam search: the same tokens and scores as the uncached network gives."""
+
+import functools
+import itertools
+
+from helpers import config as any_config
+from helpers import logits, random_params, random_tokens, shift_right
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coda_jax import trees
+from coda_jax.models.t5.network import Transformer
+from coda_jax.objectives import decoding
+
+EOS = 1
+config = functools.partial(any_config, num_encoder_layers=1, num_decoder_layers=2)
+CODA = {"reduction": 2, "epsilon": 0.1}
+CONFIGS = {  # routing is in the encoder alone, and the output layer behind the decoder
+    "dense, untied": config(),
+    "dense, tied": config(logits_via_embedding=True, mlp_activations=("relu",)),
+    "coda, untied": config(CODA),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="max_decode_length")
+def greedy(cfg, params, inputs, *, max_decode_length):
+    return decoding.greedy(Transformer(cfg), params, inputs, max_decode_length=max_decode_length)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_decode_length", "num_beams"))
+def beam_search(cfg, params, inputs, **kwargs):
+    return decoding.beam_search(Transformer(cfg), params, inputs, **kwargs)
+
+
+def log_probs(cfg, params, inputs, decoder_inputs):
+    """Returns [B, T, V] of the network without a cache; no target counts as padding."""
+    ones = np.ones_like(decoder_inputs)
+    return np.asarray(jax.nn.log_softmax(logits(cfg, params, inputs, decoder_inputs, ones)))
+
+
+def total_log_prob(cfg, params, inputs, tokens):
+    """Returns [B]: the sum over the tokens of each row, up to its end token."""
+    all_log_probs = log_probs(cfg, params, inputs, shift_right(tokens))
+    chosen = np.take_along_axis(all_log_probs, tokens[..., None], axis=-1)[..., 0]
+    before = np.cumsum(tokens == EOS, axis=-1) - (tokens == EOS)
+    return (chosen * (before == 0)).sum(-1)
+
+
+def lengths(tokens):
+    """Returns [...]: tokens up to the end token; all of them where there is none."""
+    ended = (tokens == EOS).any(-1)
+    return np.where(ended, (tokens == EOS).argmax(-1) + 1, tokens.shape[-1])
+
+
+def naive_greedy(cfg, params, inputs, length):
+    """Runs the whole network anew on each prefix."""
+    tokens = np.zeros((len(inputs), length), np.int32)
+    ended = np.zeros(len(inputs), bool)
+    for t in range(length):
+        best = log_probs(cfg, params, inputs, shift_right(tokens))[:, t].argmax(-1)
+        tokens[:, t] = np.where(ended, 0, best)
+        ended |= tokens[:, t] == EOS
+    return tokens
+
+
+def ending_params(cfg, seed=0, strength=2.0):
+    """Returns parameters with which EOS is favoured by `strength`.
+
+    The first entry of the decoder's residual stream is made a constant that only EOS reads.
+    """
+    assert not cfg.logits_via_embedding
+    flat = trees.flatten(random_params(cfg, seed))
+    for path, leaf in flat.items():
+        if path == "token_embedder/embedding":
+            flat[path] = leaf.at[:, 0].set(3.0)
+        elif path == "decoder/decoder_norm/scale":
+            flat[path] = leaf.at[0].set(1.0)
+        elif path == "decoder/logits_dense/kernel":
+            flat[path] = leaf.at[0].set(0.0).at[0, EOS].set(strength)
+        elif path.startswith("decoder") and path.endswith(("wo/kernel", "out/kernel")):
+            flat[path] = leaf.at[:, 0].set(0.0)
+    return trees.unflatten(flat)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_equals_the_uncached_network(name, rng):
+    cfg = CONFIGS[name]
+    params = random_params(cfg, seed=1)
+    inputs = random_tokens(rng, [7, 3, 9, 1, 0, 5, 9, 8], 9)
+    tokens, total = greedy(cfg, params, inputs, max_decode_length=8)
+    assert tokens.dtype == jnp.int32 and total.dtype == jnp.float32
+    np.testing.assert_array_equal(tokens, naive_greedy(cfg, params, inputs, 8))
+    np.testing.assert_allclose(
+        total, total_log_prob(cfg, params, inputs, np.asarray(tokens)), atol=1e-4
+    )
+
+
+def test_greedy_rows_that_end_early_keep_eos_and_stay_padded(rng):
+    cfg = config()
+    params = ending_params(cfg, strength=0.4)
+    inputs = random_tokens(rng, rng.integers(1, 9, 24), 9)
+    tokens, total = map(np.asarray, greedy(cfg, params, inputs, max_decode_length=8))
+    ends = lengths(tokens)
+    assert ends.min() < 4 and not (tokens == EOS).any(-1).all()  # the case is a real one
+    for row, end in zip(tokens, ends, strict=True):
+        assert not row[end:].any() and EOS not in row[: end - 1]
+    np.testing.assert_array_equal(tokens, naive_greedy(cfg, params, inputs, 8))
+    np.testing.assert_allclose(total, total_log_prob(cfg, params, inputs, tokens), atol=1e-4)
+
+
+class CountingModel:
+    """A Transformer that counts how often it decodes with a cache, at run time."""
+
+    def __init__(self, cfg, search, **kwargs):
+        self.model = Transformer(cfg)
+        self.steps = 0
+        self.search = jax.jit(functools.partial(search, self, **kwargs))
+
+    def apply(self, variables, *args, **kwargs):
+        if "cache" in variables:
+            jax.debug.callback(self.count)
+        return self.model.apply(variables, *args, **kwargs)
+
+    def count(self):
+        self.steps += 1
+
+    def steps_of(self, *args):
+        """How many steps the search takes."""
+        self.steps = 0
+        jax.block_until_ready(self.search(*args))
+        jax.effects_barrier()
+        return self.steps
+
+
+@pytest.mark.parametrize(
+    "search, options, fewest",
+    # Of beams the likeliest output ends at once, and the runner-up takes another step.
+    [(decoding.greedy, {}, 1), (decoding.beam_search, {"num_beams": 2}, 2)],
+    ids=["greedy", "beam_search"],
+)
+def test_search_stops_when_it_cannot_improve(search, options, fewest, rng):
+    cfg = config()
+    inputs = random_tokens(rng, [5, 3], 6)
+    counting = CountingModel(cfg, search, max_decode_length=12, **options)
+    assert counting.steps_of(ending_params(cfg, strength=50.0), inputs) == fewest
+    assert counting.steps_of(ending_params(cfg, strength=-50.0), inputs) == 12
+
+
+def all_outputs(vocab_size, length):
+    """Returns every token sequence [count, length] that ends within `length`, padded with 0."""
+    others = [token for token in range(vocab_size) if token != EOS]
+    return np.array(
+        [
+            [*prefix, EOS] + [0] * (length - len(prefix) - 1)
+            for count in range(length)
+            for prefix in itertools.product(others, repeat=count)
+        ],
+        np.int32,
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+def test_beam_search_equals_enumeration(alpha, rng):
+    length = 3
+    cfg = config(CODA, vocab_size=4)
+    params = random_params(cfg, seed=3)
+    inputs = random_tokens(rng, [6, 2, 4], 6, vocab_size=4)
+    outputs = all_outputs(4, length)
+    count = len(outputs)  # 1 + 3 + 9
+    # In the last step 9 live beams have 36 continuations, and twice the beams are looked at.
+    kwargs = {"max_decode_length": length, "num_beams": 18, "alpha": alpha}
+    tokens, scores = beam_search(cfg, params, inputs, **kwargs)
+    for i, row in enumerate(inputs):
+        total = total_log_prob(cfg, params, np.tile(row, (count, 1)), outputs)
+        expected = total / ((5 + lengths(outputs)) / 6) ** alpha
+        order = np.argsort(-expected)
+        assert np.diff(expected[order]).max() < -1e-4  # no ties that rounding could swap
+        np.testing.assert_array_equal(tokens[i, :count], outputs[order])
+        np.testing.assert_allclose(scores[i, :count], expected[order], atol=1e-4)
+        assert (scores[i, count:] < -1e6).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_beam_scores_are_those_of_the_tokens(name, rng):
+    cfg = CONFIGS[name]
+    tied = cfg.logits_via_embedding
+    params = random_params(cfg, seed=5) if tied else ending_params(cfg, seed=5, strength=1.4)
+    inputs = random_tokens(rng, [7, 3, 9, 1, 0, 5], 9)
+    kwargs = {"max_decode_length": 7, "num_beams": 3, "alpha": 0.6}
+    tokens, scores = map(np.asarray, beam_search(cfg, params, inputs, **kwargs))
+    assert tokens.shape == (6, 3, 7) and scores.dtype == np.float32
+    assert (np.diff(scores, axis=-1) <= 0).all()
+    ended = (tokens == EOS).any(-1)
+    assert tied or (ended.any(-1).any() and len(np.unique(lengths(tokens))) > 2)
+    penalty = np.where(ended.any(-1, keepdims=True), ((5 + lengths(tokens)) / 6) ** 0.6, 1.0)
+    flat = tokens.reshape(-1, 7)
+    total = total_log_prob(cfg, params, np.repeat(inputs, 3, axis=0), flat).reshape(6, 3)
+    found = scores > -1e6
+    assert found[:, 0].all()
+    np.testing.assert_allclose(scores[found], (total / penalty)[found], atol=1e-4)
+    for row in tokens[ended]:
+        assert not row[lengths(row) :].any()
+    for row in tokens[found.all(-1)]:
+        assert len(np.unique(row, axis=0)) == 3
+
+
+def test_beams_never_do_worse_than_greedy_where_its_path_survives(rng):
+    """Without a length penalty, and with the greedy path kept, its score is a lower bound."""
+    cfg = config()
+    params = ending_params(cfg, seed=2, strength=0.4)
+    inputs = random_tokens(rng, rng.integers(1, 9, 12), 9)
+    tokens, total = map(np.asarray, greedy(cfg, params, inputs, max_decode_length=8))
+    kwargs = {"max_decode_length": 8, "alpha": 0.0}
+    _, scores = beam_search(cfg, params, inputs, num_beams=12, **kwargs)
+    ended = (tokens == EOS).any(-1)
+    assert ended.any()
+    assert (np.asarray(scores)[ended, 0] >= total[ended] - 1e-5).all()
+
+
+def test_one_beam_of_a_sharp_model_is_greedy(rng):
+    """One beam differs from greedy where EOS is the runner-up: not if the winner is certain."""
+    cfg = config()
+    params = ending_params(cfg, seed=2, strength=0.4)
+    kernel = params["decoder"]["logits_dense"]["kernel"]
+    params["decoder"]["logits_dense"]["kernel"] = kernel * 20
+    inputs = random_tokens(rng, rng.integers(1, 9, 12), 9)
+    tokens, total = map(np.asarray, greedy(cfg, params, inputs, max_decode_length=8))
+    kwargs = {"max_decode_length": 8, "num_beams": 1, "alpha": 0.0}
+    beams, scores = map(np.asarray, beam_search(cfg, params, inputs, **kwargs))
+    ended = (tokens == EOS).any(-1) & (total > -0.5)
+    assert ended.any()
+    np.testing.assert_array_equal(beams[ended, 0], tokens[ended])
+    np.testing.assert_allclose(scores[ended, 0], total[ended], atol=1e-5)
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("strength", [0.0, 0.4])
+def test_beam_search_equals_t5x(num_beams, strength, rng):
+    t5x_decoding = pytest.importorskip(
+        "t5x.decoding", reason="T5X is not installed", exc_type=ImportError
+    )
+    cfg, length = config(), 8
+    params = ending_params(cfg, seed=num_beams, strength=strength)
+    inputs = random_tokens(rng, rng.integers(1, 9, 10), 9)
+    repeated = np.repeat(inputs, num_beams, axis=0)
+
+    def next_logits(state):
+        ones = jnp.ones_like(state.sequences)
+        all_logits = logits(cfg, params, repeated, state.sequences, ones)
+        return all_logits[:, state.cur_index], state.cache
+
+    expected, expected_scores = t5x_decoding.beam_search(
+        jnp.zeros((len(inputs), length), jnp.int32),
+        {},
+        next_logits,
+        EOS,
+        num_decodes=num_beams,
+        alpha=0.6,
+    )
+    kwargs = {"max_decode_length": length, "num_beams": num_beams, "alpha": 0.6}
+    tokens, scores = beam_search(cfg, params, inputs, **kwargs)
+    # T5X has the best beam last.
+    np.testing.assert_array_equal(tokens, np.asarray(expected)[:, ::-1])
+    np.testing.assert_allclose(scores, np.asarray(expected_scores)[:, ::-1], atol=1e-5)
+
+
+def test_results_do_not_depend_on_padding_and_other_rows(rng):
+    """Invariant 2, in the shapes of the tests above."""
+    cfg = CONFIGS["coda, untied"]
+    params = random_params(cfg, seed=7)
+    rows = random_tokens(rng, [7, 3, 5, 9, 8, 1], 9)
+    kwargs = {"max_decode_length": 7, "num_beams": 3, "alpha": 0.6}
+    together = beam_search(cfg, params, rows, **kwargs)
+    empty = np.pad(rows, ((0, 2), (0, 0)))
+    greedy_together = [x[:6] for x in greedy(cfg, params, empty, max_decode_length=8)]
+    wide = np.pad(rows[::-1], ((1, 0), (0, 5)))  # other order, an empty row, more padding
+    apart = [x[1:][::-1] for x in beam_search(cfg, params, wide, **kwargs)]
+    greedy_apart = [x[1:][::-1] for x in greedy(cfg, params, wide, max_decode_length=8)]
+    for one, other in zip((*together, *greedy_together), (*apart, *greedy_apart), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_only_the_self_attention_cache_is_reordered():
+    cache = {
+        "layer": {
+            "cache": {
+                "cached_key": jnp.arange(4.0)[:, None],
+                "cached_value": 10 + jnp.arange(4.0)[:, None],
+                "cache_index": jnp.int32(3),
+            },
+            "encoded_key": jnp.arange(2.0),
+            "encoded_value": jnp.arange(2.0),
+        }
+    }
+    new = decoding._reorder(cache, jnp.array([[1, 1], [0, 0]]))["layer"]
+    assert new["cache"]["cached_key"][:, 0].tolist() == [1, 1, 2, 2]
+    assert new["cache"]["cached_value"][:, 0].tolist() == [11, 11, 12, 12]
+    assert new["cache"]["cache_index"] == 3
+    assert new["encoded_key"].tolist() == new["encoded_value"].tolist() == [0, 1]
+
+
+def test_cache_has_one_entry_per_input_not_per_beam(rng):
+    cfg = config()
+
+    @jax.jit
+    def start(params, inputs):
+        return decoding._start(Transformer(cfg), params, inputs, rows=8, length=7)[1]
+
+    cache = start(random_params(cfg), random_tokens(rng, [5, 3], 6))
+    layer = cache["decoder"]["layers_0"]
+    assert layer["encoded_key"].shape == layer["encoded_value"].shape == (2, 2, 6, 8)
+    assert layer["cache"]["cached_key"].shape == (8, 2, 7, 8)
+    assert layer["cache"]["cache_index"] == 0
+
+
+@pytest.mark.parametrize("value", [0, -3])
+def test_lengths_and_beams_below_one_are_refused(value):
+    cfg = config()
+    inputs = jnp.ones((1, 2), jnp.int32)
+    model = Transformer(cfg)
+    with pytest.raises(ValueError, match=f"max_decode_length must be at least 1, got {value}"):
+        decoding.greedy(model, {}, inputs, max_decode_length=value)
+    with pytest.raises(ValueError, match=f"max_decode_length must be at least 1, got {value}"):
+        decoding.beam_search(model, {}, inputs, max_decode_length=value)
+    with pytest.raises(ValueError, match=f"num_beams must be at least 1, got {value}"):
+        decoding.beam_search(model, {}, inputs, max_decode_length=4, num_beams=value)

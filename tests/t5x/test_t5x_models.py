@@ -1,0 +1,279 @@
+"""T5X's side, against T5X itself: run with its checkout on PYTHONPATH (`make test-t5x`)."""
+
+import importlib
+import re
+import sys
+import types
+
+import gin
+from helpers import (
+    TINY_SPEECH,
+    config,
+    random_frames,
+    random_params,
+    random_tokens,
+    shapes,
+    shift_right,
+)
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import seqio
+
+from coda_jax import checkpoints, cli, gin_configs, methods, trees
+from coda_jax.methods import Coda, Full, Lora, ParallelAdapter
+from coda_jax.models.pix2struct.config import Pix2StructConfig
+from coda_jax.models.w2v_bert.config import W2vBertConfig
+from coda_jax.nn.tokens import Selection
+from coda_jax.objectives import Seq2Seq
+
+# Not "t5x": this folder of tests would be found under that name.
+pytest.importorskip(
+    "t5x.models", reason="T5X is not installed: make test-t5x T5X_PATH=...", exc_type=ImportError
+)
+t5x_models = importlib.import_module("coda_jax.t5x_models")
+
+CONFIG = config(coda={"reduction": 2.0, "max_segments": 2})
+
+
+def model(cfg, optimizer=None, **kwargs):
+    """T5X's model around the network of a config."""
+    vocabulary = seqio.ByteVocabulary()
+    return t5x_models.CodaEncoderDecoderModel(
+        t5x_models.network(cfg), vocabulary, vocabulary, optimizer, **kwargs
+    )
+
+
+def packed_batch(rng):
+    inputs = random_tokens(rng, [9, 5], 9)
+    targets = random_tokens(rng, [4, 6], 6)
+    ones = (inputs > 0).astype(np.int32)
+    segments = np.where(np.arange(9) < 4, 1, 2) * ones
+    target_segments = np.where(np.arange(6) < 3, 1, 2) * (targets > 0)
+    return {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": shift_right(targets),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": (targets > 0).astype(np.int32),
+        "encoder_segment_ids": segments,
+        "decoder_segment_ids": target_segments,
+        "encoder_positions": np.zeros_like(inputs),
+        "decoder_positions": np.zeros_like(targets),
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_is_ours_and_the_metrics_tell_how_tokens_are_routed(packed, rng):
+    params = random_params(CONFIG)
+    batch = packed_batch(rng)
+    if not packed:
+        batch = {k: v for k, v in batch.items() if "segment" not in k and "position" not in k}
+    loss, metrics = jax.jit(lambda p, b: model(CONFIG, z_loss=1e-4).loss_fn(p, b, None))(
+        params, batch
+    )
+    expected, _ = jax.jit(Seq2Seq(CONFIG, z_loss=1e-4).loss)(params, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert not any("routing" in name for name in _dense_metrics(batch))
+    for layer in range(CONFIG.num_encoder_layers):
+        share, weight, entropy = (
+            metrics[f"routing/layers_{layer}/{name}"].compute()
+            for name in ("share", "weight", "entropy")
+        )
+        assert share == pytest.approx((5 + 3) / 14 if not packed else (2 + 3 + 2 + 1) / 14)
+        assert 0 < weight <= 1 and 0 <= entropy <= np.log(2)
+
+
+def test_speech_has_our_loss_and_its_routing_is_told(rng):
+    """The encoder's inputs are float frames with their own mask."""
+    cfg = config({"reduction": 2.0}, base=TINY_SPEECH, num_decoder_layers=1)
+    made = model(cfg, z_loss=1e-4)
+    targets = random_tokens(rng, [4, 6], 6)
+    batch = {
+        "encoder_input_tokens": random_frames(rng, [9, 5], 9),
+        "decoder_input_tokens": shift_right(targets),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": (targets > 0).astype(np.int32),
+    }
+    variables = made.get_initial_variables(
+        jax.random.key(0),
+        {name: values.shape for name, values in batch.items()},
+        {"encoder_input_tokens": jnp.float32},
+    )
+    params = variables["params"]
+    loss, metrics = jax.jit(lambda p, b: made.loss_fn(p, b, None))(params, batch)
+    expected, _ = jax.jit(Seq2Seq(cfg, z_loss=1e-4).loss)(params, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics["routing/layers_1/share"].compute() == pytest.approx((5 + 3) / 14)
+
+
+def _dense_metrics(batch):
+    dense = CONFIG.dense()
+    return jax.jit(lambda p: model(dense).loss_fn(p, batch, None)[1])(random_params(dense))
+
+
+def test_entropy_is_that_of_the_weights():
+    weights = np.array([[0.25, 1.0, 0.0]], np.float32)
+    selection = Selection(
+        jnp.arange(3)[None], jnp.asarray(weights), jnp.array([[True, True, False]])
+    )
+    found = t5x_models.routing_metrics(
+        {"encoder": {"layers_0": {"router": {"selection": (selection,)}}}}, jnp.int32(8)
+    )
+    values = {name.split("/")[-1]: metric.compute() for name, metric in found.items()}
+    entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75)) / 2
+    assert values == pytest.approx({"share": 0.25, "weight": 0.625, "entropy": entropy})
+
+
+def test_the_optimizer_leaves_frozen_parameters_alone():
+    params = random_params(CONFIG)
+    definition = t5x_models.partial_optimizer(optax.adamw(0.1), CONFIG)
+    state = definition.init_state(params)
+    moments = [leaf for leaf in jax.tree.leaves(state.param_states) if leaf.ndim]
+    trained, _ = methods.partition(CONFIG, params)
+    assert len(moments) == 2 * len(jax.tree.leaves(trained))
+    gradients = jax.tree.map(jnp.ones_like, params)
+    new, _ = definition.apply_gradient(definition.hyper_params, params, state, gradients)
+    words = trees.flatten(trees.labels(params, methods.trained(CONFIG)))
+    before, after = trees.flatten(params), trees.flatten(new)
+    for path, word in words.items():
+        assert np.array_equal(before[path], after[path]) == (word == "frozen")
+
+
+class Doubled(Full):
+    """Full tuning with twice the update."""
+
+    name = "full"
+
+    def wrap_optimizer(self, optimizer):
+        """The optimizer's updates, doubled."""
+        return optax.chain(optimizer, optax.scale(2.0))
+
+
+def test_each_methods_own_part_of_a_step_is_in_the_optimizer():
+    params = {"kernel": jnp.ones(3)}
+    found = []
+    for method in (Full(), Doubled()):
+        cfg = config().replace(methods=(method,))
+        definition = t5x_models.partial_optimizer(optax.sgd(0.1), cfg)
+        state = definition.init_state(params)
+        new, _ = definition.apply_gradient(definition.hyper_params, params, state, params)
+        found.append(1 - new["kernel"])
+    np.testing.assert_allclose(found[1], 2 * found[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "new_leaves", "fresh"),
+    [
+        ((Coda(), ParallelAdapter()), "created", r"adapter|router"),
+        ((Lora(),), "created", r"lora_"),
+        ((Coda(), ParallelAdapter()), "restored", r"^$"),
+    ],
+)
+def test_the_assignment_map_starts_what_is_new_and_restores_the_rest(adaptation, new_leaves, fresh):
+    """As T5X's state transformation reads it: the first pattern that matches whole decides."""
+    cfg = config().replace(methods=adaptation)
+    rules = t5x_models.assignment_map(cfg, new_leaves)
+    for path in trees.flatten(shapes(cfg)["params"]):
+        (rule, target) = next(r for r in rules if re.fullmatch(r[0], f"target/{path}"))
+        assert (target is None) == bool(re.search(fresh, path)), (path, rule)
+    assert next(r for r in rules if re.fullmatch(r[0], "state/param_states/x/v"))[1] is None
+    assert next(r for r in rules if re.fullmatch(r[0], "state/step"))[1] is not None
+    with pytest.raises(ValueError, match="new_leaves='dropped'"):
+        t5x_models.assignment_map(cfg, "dropped")
+
+
+def test_a_run_needs_a_preset():
+    with pytest.raises(ValueError, match="needs the sizes of its model: give a PRESET"):
+        t5x_models.adapted(None, ())
+
+
+REQUIRED = {
+    "VOCABULARY": "'bytes'",
+    "MIXTURE_OR_TASK_NAME": "'unused'",
+    "TASK_FEATURE_LENGTHS": "{'inputs': 8, 'targets': 4}",
+    "TRAIN_STEPS": "10",
+    **dict.fromkeys(("MODEL_DIR", "EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR"), "'unused'"),
+}
+
+
+RECIPES = sorted(path.name for path in (cli.package_folder() / "methods").glob("*.gin"))
+
+# T5X's run files configure the script that runs; here that is a module of its own.
+SCRIPT = types.ModuleType("__main__")
+SCRIPT.train, SCRIPT.evaluate, SCRIPT.infer = (lambda **kwargs: kwargs for _ in range(3))
+
+
+@pytest.fixture(name="make_model")
+def fixture_make_model(monkeypatch):
+    """Returns a function that makes the model of gin files and a checkpoint."""
+    monkeypatch.setitem(sys.modules, "__main__", SCRIPT)
+
+    def make(files, checkpoint, **changes):
+        paths = dict.fromkeys(("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH"), f"'{checkpoint}'")
+        bindings = [f"{macro}={value}" for macro, value in {**REQUIRED, **paths, **changes}.items()]
+        cli.configure(files, [str(next(iter(gin_configs.__path__)))], bindings)
+        return gin.query_parameter("%MODEL").scoped_configurable_fn()
+
+    yield make
+    gin.clear_config()
+
+
+STDLIB = {"PRESET": "'t5_1_1_stdlib'"}
+ELSEWHERE = "gs://bucket/checkpoint_0"  # not read
+
+
+@pytest.mark.parametrize("run", ["finetune", "pretrain", "eval", "infer"])
+def test_gin_files_make_the_model(run, make_model):
+    made = make_model([f"t5x/{run}.gin", "methods/coda.gin"], ELSEWHERE, **STDLIB)
+    assert isinstance(made, t5x_models.CodaEncoderDecoderModel)
+    assert made.module.config.methods == (Coda(3), ParallelAdapter())
+    assert made.module.config.emb_dim == 192
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "family", "changes"),
+    [
+        ("images", "pix2struct_tiny", Pix2StructConfig, {}),
+        ("speech", "w2v_bert_tiny", W2vBertConfig, {"NUM_DECODER_LAYERS": "2"}),
+    ],
+)
+def test_other_inputs_have_a_file_that_replaces_the_network(
+    name, preset, family, changes, make_model
+):
+    files = ["t5x/finetune.gin", f"t5x/{name}.gin", "methods/coda.gin"]
+    made = make_model(files, ELSEWHERE, PRESET=f"'{preset}'", **changes)
+    found = made.module.config
+    assert isinstance(found, family) and found.methods == (Coda(3), ParallelAdapter())
+    assert type(made.module) is type(found.network()) and found.num_decoder_layers >= 1
+    assert made.FEATURE_CONVERTER_CLS.MODEL_FEATURES["encoder_input_tokens"].rank == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_under_t5x(recipe, make_model):
+    """The optimizer of a run trains what the recipe's methods train."""
+    made = make_model(["t5x/finetune.gin", f"methods/{recipe}"], ELSEWHERE, **STDLIB)
+    found = made.module.config
+    assert [m.name for m in found.methods] == list(gin.query_parameter("%METHODS"))
+    leaves = shapes(found)["params"]
+    state = jax.eval_shape(made.optimizer_def.init_state, leaves)
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(state.param_states) if leaf.ndim)
+    assert sizes >= 2 * trees.count(methods.partition(found, leaves)[0])
+
+
+def test_the_checkpoint_is_compared_before_anything_is_restored(make_model, tmp_path):
+    """The files say whether the methods' leaves are to be in the checkpoint."""
+    recipe = ["methods/coda.gin"]
+    first = make_model(["t5x/finetune.gin", *recipe], ELSEWHERE, **STDLIB).module.config
+    for name, cfg in (("dense", first.dense()), ("adapted", first)):
+        params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(cfg)["params"])
+        checkpoints.save_t5x(tmp_path / name, params)
+    for files, fits, other in (
+        (["t5x/finetune.gin", *recipe], "dense", "adapted"),
+        (["t5x/finetune.gin", *recipe, "t5x/restore_pretrained.gin"], "adapted", "dense"),
+        (["t5x/infer.gin", *recipe], "adapted", "dense"),
+    ):
+        make_model(files, tmp_path / fits, **STDLIB)
+        with pytest.raises(ValueError, match="encoder/layers_0/router/kernel"):
+            make_model(files, tmp_path / other, **STDLIB)

@@ -1,0 +1,350 @@
+"""Tests of coda_jax.tasks.language: T5's texts, the sources, and every bad input is named.
+
+TFDS is served by TFDS's own mock: real names, versions and schemas, records from here.
+"""
+
+import collections
+import contextlib
+import re
+import socket
+from unittest import mock
+
+from language_tasks import as_bytes, read
+import pytest
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from coda_jax.tasks import language, offline
+
+# A record of each set in TFDS's schema.
+RECORDS = {
+    "mnli": {"premise": "It rained.  A lot.", "hypothesis": "“Wet”, é", "label": 2, "idx": 5},
+    "rte": {"sentence1": "A is B.", "sentence2": "B?", "label": 1, "idx": 0},
+    "boolq": {"passage": "Ice -- it floats.\n", "question": "does ice float", "label": 1, "idx": 3},
+    "squad": {
+        "id": "testid",
+        "title": "T",
+        "context": "Some context.",
+        "question": "A question?",
+        "answers": {"text": ["The answer.", "Another answer."], "answer_start": [0, 3]},
+    },
+    "record": {
+        "query": "It was @placeholder.",
+        "entities": ["A", "B", "C"],
+        "passage": "This is the passage\n@highlight\nAnother sentence.\n@highlight\n"
+        "Third sentence.",
+        "answers": ["A", "C"],
+        "idx": {"passage": 1, "query": 2},
+    },
+    "xsum": {"document": "An article.\nIts  end.", "summary": "A summary."},
+    "clinc150": {
+        "text": "how 's the weather ?",
+        "intent": 1,
+        "domain": 2,
+        "intent_name": "weather",
+        "domain_name": "utility",
+    },
+    "c4": {
+        "text": "Text of a page.\nIts second line.",
+        "url": "u",
+        "content-type": "c",
+        "content-length": "1",
+        "timestamp": "t",
+    },
+}
+SQUAD, RECORD = RECORDS["squad"], RECORDS["record"]
+
+
+@contextlib.contextmanager
+def tfds_with(records):
+    """Has TFDS read records, {TFDS's split: [record]}, in the schema of the set that is asked."""
+
+    def as_dataset(builder, split, **unused_kwargs):
+        spec = builder.info.features.get_tensor_spec()
+        return tf.data.Dataset.from_generator(lambda: records[split], output_signature=spec)
+
+    policy = tfds.testing.MockPolicy.USE_CODE
+    with (
+        tfds.testing.mock_data(policy=policy, as_dataset_fn=as_dataset),
+        # The mock has no counts.
+        mock.patch.object(seqio.TfdsDataSource, "num_input_examples", return_value=None),
+    ):
+        yield
+
+
+def texts(name, *records):
+    """What a task makes of records, before tokenisation: dicts of str and lists."""
+    task = seqio.TaskRegistry.get(language.task(name, "bytes"))
+    with tfds_with({"train": records}):
+        dataset = task.source.get_dataset("train", shuffle=False)
+        examples = list(language.SPECS[name].texts(dataset).as_numpy_iterator())
+
+    def plain(value):
+        if isinstance(value, bytes):
+            return value.decode()
+        return [plain(v) for v in value.tolist()] if hasattr(value, "tolist") else value
+
+    return [{key: plain(value) for key, value in example.items()} for example in examples]
+
+
+def pairs(name, *records):
+    return [(x["inputs"], x["targets"]) for x in texts(name, *records)]
+
+
+# --- Texts. The goldens are derived by hand from T5's definition, unless they say where from. ---
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # T5 takes the fields in alphabetical order and changes no character of them.
+        ("mnli", ("mnli hypothesis: “Wet”, é premise: It rained.  A lot.", "contradiction")),
+        ("rte", ("rte sentence1: A is B. sentence2: B?", "not_entailment")),
+        ("boolq", ("boolq passage: Ice -- it floats.\n question: does ice float", "True")),
+        # T5's preprocessors_test.py, test_squad.
+        ("squad", ("question: A question ? context: Some context . ", "The answer . ")),
+        ("xsum", ("summarize: An article.\nIts  end.", "A summary.")),
+        ("clinc150", ("clinc150: how 's the weather ?", "weather")),
+    ],
+)
+def test_a_record_of_tfds_becomes_t5s_text(name, expected):
+    assert pairs(name, RECORDS[name]) == [expected]
+
+
+@pytest.mark.parametrize("name", ["mnli", "rte", "boolq"])
+def test_labels_are_those_of_tfds_in_its_order(name):
+    spec = language.SPECS[name]
+    with tfds_with({}):
+        labels = tfds.builder(spec.tfds_name).info.features["label"].names
+    found = pairs(name, *(RECORDS[name] | {"label": i} for i in range(len(labels))))
+    assert [target for _, target in found] == labels
+
+
+def test_squad_sets_punctuation_off_and_keeps_all_answers():
+    # T5's preprocessors_test.py: test_squad, test_pad_punctuation, test_pad_punctuation_i18n.
+    (example,) = texts("squad", SQUAD)
+    assert example["answers"] == ["The answer . ", "Another answer . "]
+    question = '"This  is a string with "punctuation (1845-1986) ".'
+    answers = {"text": ['"Introducción (la vídeo)".'], "answer_start": [0]}
+    odd = SQUAD | {"question": question, "context": "\ta_b \u2014 c\n", "answers": answers}
+    expected = ' " This is a string with " punctuation ( 1845 - 1986 ) " . '
+    # By hand: single spaces also where the parts meet; a dash outside of ASCII is left alone.
+    inputs = f"question:{expected}context: a _ b \u2014 c "
+    assert pairs("squad", odd) == [(inputs, ' " Introducción ( la vídeo ) " . ')]
+
+
+def test_record_has_an_example_for_each_answer():
+    # T5's preprocessors_test.py, test_record.
+    inputs = (
+        "record query: It was @placeholder. entities: A, B, C passage: This is the passage. "
+        "Another sentence. Third sentence."
+    )
+    shared = {"inputs": inputs, "answers": ["A", "C"], "group": [1, 2]}
+    assert texts("record", RECORD) == [{**shared, "targets": answer} for answer in ("A", "C")]
+    # Each record keeps its own numbers.
+    other = RECORD | {"answers": ["B"], "idx": {"passage": 1, "query": 3}}
+    assert [x["group"] for x in texts("record", RECORD, other)] == [[1, 2], [1, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("passage", "expected"),
+    [
+        # By hand from T5's two rules: a mark that ends a sentence stays, others get ". ".
+        ("a.\n@highlight\nb", "a. b"),
+        ("a?\n@highlight\nb!\n@highlight\nc", "a? b! c"),
+        ("a\"\n@highlight\nb'\n@highlight\nc", "a\" b' c"),
+        ("a;\n@highlight\nb", "a;. b"),
+        ("\n@highlight\nb", ". b"),
+        ("a\n@highlight b\n@highlight", "a\n@highlight b\n@highlight"),  # No line of its own.
+        # The line end between two highlights belongs to the first of them.
+        ("a\n@highlight\n@highlight\nb", "a. @highlight\nb"),
+    ],
+)
+def test_highlights_of_record_become_sentences(passage, expected):
+    ((inputs, _), *_) = pairs("record", RECORD | {"passage": passage})
+    assert inputs.split(" passage: ")[1] == expected
+
+
+def test_what_has_no_answer_is_an_error():
+    for name in ("mnli", "rte", "boolq"):  # As in the test splits.
+        with pytest.raises(tf.errors.InvalidArgumentError, match="-1 is not in"):
+            texts(name, RECORDS[name] | {"label": -1})
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"no answer.*\[1 2\]"):
+        texts("record", RECORD | {"answers": []})
+    with pytest.raises(tf.errors.InvalidArgumentError, match="index 0"):
+        texts("squad", SQUAD | {"answers": {"text": [], "answer_start": []}})
+
+
+# --- Registering. ---
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_registering_reads_nothing_and_the_splits_are_known(name, monkeypatch):
+    def refuse(*args, **unused_kwargs):
+        raise AssertionError(f"Registering must not call this: {args}")
+
+    for owner, function in ((tfds, "load"), (tfds, "builder"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, function, refuse)
+    task = seqio.TaskRegistry.get(language.task(name, "bytes"))
+    expected = {"train", "validation"}
+    expected |= {"xsum": {"test"}, "mnli": {"validation_mismatched"}}.get(name, set())
+    if name == "clinc150":
+        expected |= {"test", "oos_train", "oos_validation", "oos_test"}
+    assert set(task.splits) == expected
+    with pytest.raises(ValueError, match="no split 'test2'"):
+        read(task.name, "test2")
+    with pytest.raises(AssertionError, match="must not call"):  # So the reading would be noticed.
+        task.source.get_dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "of_tfds"),
+    [
+        ("mnli", "validation", "validation_matched"),
+        ("mnli", "validation_mismatched", "validation_mismatched"),
+        ("clinc150", "validation", "validation"),
+        ("clinc150", "oos_validation", "validation_oos"),
+        ("clinc150", "oos_test", "test_oos"),
+    ],
+)
+def test_splits_are_read_from_those_of_tfds(name, split, of_tfds):
+    with tfds_with({of_tfds: [RECORDS[name]]}):  # Any other split is a KeyError.
+        assert len(read(language.task(name, "bytes"), split)) == 1
+        builder = tfds.builder(language.SPECS[name].tfds_name)
+    downloads = mock.Mock(download_and_extract=lambda _: "folder")
+    assert of_tfds in [str(generator.name) for generator in builder._split_generators(downloads)]
+
+
+def test_a_task_is_registered_once_for_its_arguments(tmp_path):
+    names = [
+        language.task("clinc150", "bytes"),
+        language.task("clinc150", "bytes", str(tmp_path)),
+        language.task("clinc150", offline.VOCABULARY_FILE),
+    ]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch("clinc150_[0-9a-f]{12}", name) for name in names)
+    task = seqio.TaskRegistry.get(names[0])
+    assert language.task("clinc150", "bytes") == names[0]
+    assert seqio.TaskRegistry.get(names[0]) is task
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mnlli", "bytes"), r"no language task 'mnlli', only \['banking77', .*'xsum'\]"),
+        (("mnli", "bytes", "here"), r"'mnli' reads no directory.*'here'.*glue/mnli:2"),
+        (("banking77", "bytes"), "'banking77' is not in TFDS: it needs the directory"),
+        (("mnli", "nowhere"), "No vocabulary 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_registered_is_named(arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        language.task(*arguments)
+
+
+# --- Metrics, as `coda evaluate` computes them. ---
+
+
+def evaluate(name, records, answer):
+    """The metrics of a validation split whose example number i is answered by answer(i)."""
+    task = seqio.TaskRegistry.get(language.task(name, "bytes"))
+
+    def predict(dataset):
+        numbers = [int(i) for i, _ in dataset]
+        return [(i, (as_bytes(answer(i)) + [0] * 64)[:64]) for i in numbers]
+
+    with tfds_with({"validation": records, "validation_matched": records}):
+        evaluator = seqio.Evaluator(task.name, seqio.EncDecFeatureConverter(pack=False))
+        found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)
+    (values,) = found.result().values()
+    return {metric: float(value) for metric, value in values.items()}
+
+
+def approx(**values):
+    return {name: pytest.approx(value, abs=1e-4) for name, value in values.items()}
+
+
+def test_classes_are_scored_by_accuracy():
+    records = [RECORDS["mnli"] | {"label": i} for i in (0, 1, 2, 2)]
+    assert evaluate("mnli", records, lambda _: " contradiction\n") == {"accuracy": 50}
+
+
+def test_squad_is_scored_on_all_answers():
+    # The second of the first record's answers is met; half of the second's: P = 1, R = 1/2.
+    records = [SQUAD, SQUAD | {"answers": {"text": ["my reply"], "answer_start": [0]}}]
+    found = evaluate("squad", records, ["another ANSWER", "reply"].__getitem__)
+    assert found == approx(em=50, f1=100 * (1 + 2 / 3) / 2)
+
+
+def test_record_is_scored_once_for_each_query():
+    # Three examples; the first two are of one query, to which C is an answer.
+    other = RECORD | {"answers": ["B"], "idx": {"passage": 1, "query": 3}}
+    assert evaluate("record", [RECORD, other], ["C", "C", "x"].__getitem__) == approx(em=50, f1=50)
+
+
+def test_summaries_are_scored_by_rouge():
+    # P = 1 and R = 2/3 of the words, P = 1 and R = 1/2 of the pairs.
+    found = evaluate("xsum", [RECORDS["xsum"] | {"summary": "the cat sat"}], lambda _: "the cat")
+    assert found == approx(rouge1=80, rouge2=200 / 3, rougeLsum=80)
+
+
+# --- C4, or a folder of texts. ---
+
+
+def folder_texts(directory, split):
+    source = seqio.TaskRegistry.get(language.task("c4", "bytes", str(directory))).source
+    records = source.get_dataset(split, shuffle=False).as_numpy_iterator()
+    return [record["text"].decode() for record in records]
+
+
+def test_a_folder_of_texts_is_split_by_the_texts(tmp_path):
+    directory = tmp_path / "a [folder]*"
+    directory.mkdir()
+    lines = [f"Line {i} with ü.\n" for i in range(64 * 200 + 10)]
+    (directory / "a.txt").write_text("".join(lines[: 64 * 90]), encoding="utf-8")
+    (directory / "b.txt").write_text("".join(lines[64 * 90 :]), encoding="utf-8")
+    (directory / "c.md").write_text("Not read.")
+    train, validation = (folder_texts(directory, split) for split in ("train", "validation"))
+    expected = ["".join(lines[i : i + 64]) for i in range(0, len(lines), 64)]
+    assert sorted(train + validation) == sorted(expected)
+    assert 0.01 < len(validation) / len(expected) < 0.12
+    # Other names and another order of the files: the same splits.
+    other = tmp_path / "other"
+    directory.rename(other)
+    (other / "b.txt").rename(other / "0.txt")
+    assert sorted(folder_texts(other, "validation")) == sorted(validation)
+
+
+def test_a_folder_without_texts_and_one_that_is_not_utf8_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.txt files in .*nowhere"):
+        folder_texts(tmp_path / "nowhere", "train")
+    (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"not UTF-8.*bad\.txt"):
+        folder_texts(tmp_path, "train")
+
+
+def check_noise(examples, texts):
+    """Inputs and targets hold the bytes of the texts between them, sentinels and EOS apart."""
+    kept = collections.Counter()
+    for example in examples:
+        sentinels = [token for token in example["inputs"] if token >= 259]
+        assert sentinels == list(range(383, 383 - len(sentinels), -1))
+        assert sentinels == [token for token in example["targets"] if token >= 259]
+        assert len(sentinels) >= 1 and example["inputs"][-1] == example["targets"][-1] == 1
+        for tokens in example.values():
+            kept.update(token - 3 for token in tokens if 3 <= token < 259)
+    assert kept == collections.Counter("".join(texts).encode())
+
+
+def test_span_corruption_of_a_folder_and_of_c4(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"Line {i}.\n" for i in range(64 * 100)))
+    name = language.task("c4", "bytes", str(tmp_path))
+    examples = read(name, "train")
+    check_noise(examples, folder_texts(tmp_path, "train"))
+    assert [len(x["inputs"]) for x in examples].count(512) >= len(examples) - 1
+    assert examples == read(name, "train") != read(name, "train", seed=1)
+    records = [RECORDS["c4"], RECORDS["c4"] | {"text": "Ü and more of it."}]
+    with tfds_with({"validation": records}):
+        examples = read(language.task("c4", "bytes"), "validation")
+    check_noise(examples, [record["text"] for record in records])
