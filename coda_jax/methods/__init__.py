@@ -18,11 +18,13 @@ from collections.abc import Iterable
 from coda_jax.methods.base import Method, created, finish, merge, partition, trained
 from coda_jax.methods.coda import Coda, max_segments, unrouted, with_reduction
 from coda_jax.methods.full import Full
+from coda_jax.methods.lora import Lora
 from coda_jax.methods.parallel_adapter import ParallelAdapter
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        Lora,
         Coda,
         ParallelAdapter,
         Full,

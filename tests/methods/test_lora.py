@@ -1,0 +1,102 @@
+"""LoRA, beside what the contract tests check for every method."""
+
+from flax import linen as nn
+from helpers import TINY, random_params, random_tokens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coda_jax import checkpoints, methods, trees
+from coda_jax.methods import Coda, Lora, ParallelAdapter
+from coda_jax.methods.base import applied_to_modules
+from coda_jax.models import init_params
+from coda_jax.nn.layers import Dense
+from coda_jax.objectives import model_for
+
+
+class Projections(nn.Module):
+    """Two projections, of which the pattern of the tests names one."""
+
+    @nn.compact
+    def __call__(self, x):
+        query = Dense(5, ("embed", "joined_kv"), name="query")
+        key = Dense(5, ("embed", "joined_kv"), name="key")
+        return query(x), key(x)
+
+
+def test_target_is_the_product_plus_a_scaled_thin_one(rng):
+    """Equation 5, in float64 by hand; what is no target stays as it is."""
+    lora = Lora(rank=2, alpha=3.0, targets=("query$",))
+    x = rng.normal(size=(2, 4, 7)).astype(np.float32)
+    with applied_to_modules((lora,)):
+        params = Projections().init(jax.random.key(0), x)["params"]
+        assert {path: leaf.shape for path, leaf in trees.flatten(params).items()} == {
+            "key/kernel": (7, 5),
+            "query/kernel": (7, 5),
+            "query/lora_a": (7, 2),
+            "query/lora_b": (2, 5),
+        }
+        assert not params["query"]["lora_b"].any()
+        a = params["query"]["lora_a"]
+        assert (np.abs(a) <= 7**-0.5).all() and np.unique(a).size == a.size
+        params["query"]["lora_b"] = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+        query, key = Projections().apply({"params": params}, x)
+    w, a, b = (np.asarray(params["query"][n], np.float64) for n in ("kernel", "lora_a", "lora_b"))
+    np.testing.assert_allclose(query, x @ w + 3.0 / 2 * (x @ a @ b), atol=1e-5)
+    np.testing.assert_allclose(key, x @ np.asarray(params["key"]["kernel"]), atol=1e-5)
+
+
+def test_default_targets_are_queries_and_values_of_every_attention():
+    """The decoder's and the cross-attention's too, as peft's are."""
+    config = TINY.replace(methods=(Lora(rank=3),))
+    dense = init_params(config.dense(), jax.random.key(0))
+    trained, _ = methods.partition(config, checkpoints.swap_in(config, dense, jax.random.key(1)))
+    modules = {path.rpartition("/")[0] for path in trees.flatten(trained)}
+    attentions = ["encoder/layers_0/attention", "encoder/layers_1/attention"]
+    attentions += [f"decoder/layers_0/{a}" for a in ("self_attention", "encoder_decoder_attention")]
+    assert modules == {f"{a}/{name}" for a in attentions for name in ("query", "value")}
+
+
+def test_a_token_that_is_not_routed_gets_no_update(rng):
+    """LoRA is inside the frozen layer, which such a token skips."""
+    config = TINY.replace(methods=(Coda(reduction=4), Lora(rank=2)))
+    params = random_params(config)
+    tokens = random_tokens(rng, [12], 12)
+    model = model_for(config)
+    without = {p: leaf * ("lora_b" not in p) for p, leaf in trees.flatten(params).items()}
+    # One layer, so that what is not selected is the embedding as it came.
+    one = config.replace(num_encoder_layers=1)
+    keep = {p: x for p, x in trees.flatten(params).items() if "encoder/layers_1" not in p}
+    bare = {p: x for p, x in without.items() if "encoder/layers_1" not in p}
+    routed = model_for(one).routing(trees.unflatten(keep), tokens)[0, 0] > 0
+    found = model_for(one).encode(trees.unflatten(keep), tokens)
+    plain = model_for(one).encode(trees.unflatten(bare), tokens)
+    changed = np.abs(np.asarray(found - plain))[0].max(-1) > 1e-6
+    assert changed.tolist() == np.asarray(routed).tolist() and routed.sum() == 3
+    assert model.encode(params, tokens).shape == (1, 12, TINY.emb_dim)
+
+
+def test_merge_keeps_the_dtype_of_the_base_and_the_other_methods(rng):
+    config = TINY.replace(methods=(Lora(rank=2), ParallelAdapter(4)))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config))
+    merged_config, merged = methods.merge(config, params)
+    assert merged_config.methods == (ParallelAdapter(4),)
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+    path = "encoder/layers_0/attention/query/kernel"
+    before, after = trees.flatten(params)[path], trees.flatten(merged)[path]
+    assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank": 0}, r"Lora\.rank must be at least 1, got 0"),
+        ({"alpha": 0.0}, r"Lora\.alpha must be above 0, got 0\.0"),
+        ({"targets": ("atention/query",)}, r"\['atention/query'\] match no projection; there are"),
+        ({"targets": ()}, r"match no projection"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TINY.replace(methods=(Lora(**options),))
