@@ -1,18 +1,23 @@
 """The checkpoints and the vocabulary that come with the package."""
 
+import jax
 import numpy as np
 import pytest
 import seqio
 
-from coda_jax import batches as batches_lib
-from coda_jax import bundled, checkpoints, data, models, runs, training
+from coda_jax import bundled, checkpoints
+from coda_jax.commands.loading import load_model
+from coda_jax.data import audio, images
+from coda_jax.data.batches import batch_examples
+from coda_jax.data.seqio_tasks import seqio_examples, seqio_vocabulary
+from coda_jax.objectives import model_for
+from coda_jax.sharding import Placement
 from coda_jax.tasks import (  # noqa: F401 (offline registers tasks)
-    audio,
-    images,
     offline,
     offline_images,
     offline_speech,
 )
+from coda_jax.training import trainer
 
 TEXT = {"dense": bundled.DENSE, "coda": bundled.CODA}
 IMAGES = {"dense images": bundled.DENSE_IMAGES, "coda images": bundled.CODA_IMAGES}
@@ -78,24 +83,27 @@ def test_each_loads_in_transformers(name, make_inputs, rng):
         "decoder_input_tokens": decoder_inputs,
         "decoder_target_tokens": targets,
     }
-    found = models.for_config(config).logits(params, batch)
+    found = model_for(config).logits(params, batch)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def exact_match(model, task, lengths, count=96):
-    """Of validation examples of a pretraining task, how many are answered without a mistake."""
-    examples = data.seqio_examples(
+def validation(task, lengths, count=96):
+    """Batches of validation examples of a pretraining task."""
+    examples = seqio_examples(
         task, "validation", feature_lengths=lengths, seed=0, shuffle=True, num_epochs=1
     )
-    batches = batches_lib.batch_examples(
-        (example for _, example in zip(range(count), examples, strict=False)),
-        batch_size=32,
-        feature_lengths=lengths,
+    return list(
+        batch_examples(
+            (example for _, example in zip(range(count), examples, strict=False)),
+            batch_size=32,
+            feature_lengths=lengths,
+        )
     )
-    metrics = training.evaluate(
-        models.for_config(model.config), model.params, batches, training.Placement()
-    )
-    return metrics["exact_match"]
+
+
+def exact_match(model, params, batches):
+    """How many are answered without a mistake."""
+    return trainer.evaluate(model, params, batches, Placement())["exact_match"]
 
 
 @pytest.mark.parametrize(
@@ -108,16 +116,17 @@ def exact_match(model, task, lengths, count=96):
 )
 def test_both_know_what_they_were_taught_and_a_random_one_does_not(dense, coda, task, lengths):
     lengths = dict(zip(("inputs", "targets"), lengths, strict=True))
-    loaded = runs.load_model(str(dense))
-    routed = runs.load_model(str(coda), adapter_checkpoint=str(coda / "adapter"))
-    random = runs.load_model(config=loaded.config)
-    assert exact_match(loaded, task, lengths) > 0.5
-    assert exact_match(routed, task, lengths) > 0.5
-    assert exact_match(random, task, lengths) == 0
+    loaded = load_model(str(dense))
+    routed = load_model(str(coda), adapter_checkpoint=str(coda / "adapter"))
+    batches, model = validation(task, lengths), model_for(loaded.config)
+    assert exact_match(model, loaded.params, batches) > 0.5
+    assert exact_match(model_for(routed.config), routed.params, batches) > 0.5
+    random = jax.jit(model.init)(jax.random.key(0))
+    assert exact_match(model, random, batches[:1]) == 0
 
 
 def test_the_vocabulary_has_as_many_ids_as_the_checkpoints():
-    vocabulary = data.load_vocabulary(bundled.DENSE)
+    vocabulary = seqio_vocabulary(bundled.DENSE)
     assert isinstance(vocabulary, seqio.SentencePieceVocabulary)
     config, _ = checkpoints.load_hf(bundled.DENSE)
     assert vocabulary.vocab_size == config.vocab_size == 4096

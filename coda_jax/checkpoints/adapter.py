@@ -27,6 +27,7 @@ import numpy as np
 import coda_jax
 from coda_jax import files, methods, trees
 from coda_jax.checkpoints import config_json, tensor_files
+from coda_jax.methods import version_1
 from coda_jax.models import ModelConfig, param_shapes
 
 FORMAT_VERSION = 2
@@ -34,7 +35,7 @@ TENSORS = "adapter.safetensors"
 MANIFEST = "adapter.json"
 _COMPUTE = ("dtype", "dropout_rate", "methods")  # fields in which base and adapter may differ
 _KEYS = {
-    1: {"format_version", "package_version", "base_config", "adapter", "coda", "leaves",
+    1: {"format_version", "package_version", "base_config", *version_1.KINDS, "leaves",
         "base_fingerprint", "tensors_sha256"},
     2: {"format_version", "package_version", "config", "base", "vocabulary", "quantization",
         "leaves", "manifest_sha256"},

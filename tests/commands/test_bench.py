@@ -1,72 +1,132 @@
-"""`coda bench`: counts of operations against XLA's, the profile's parts, and the whole report."""
+"""`coda bench`: operations against XLA's, the profile's parts, and the whole report."""
 
-import dataclasses
 import json
 
 import helpers
-import jax
+import numpy as np
 import pytest
 
-from coda_jax import bench, breakdown, checkpoints, cli
-from coda_jax.models import EncoderDecoder
+from coda_jax import checkpoints, cli, models, trees
+from coda_jax.commands import bench
+from coda_jax.methods import Coda, ParallelAdapter
+from coda_jax.profiling import breakdown
 
-WIDE = dataclasses.replace(
-    helpers.TINY, vocab_size=256, emb_dim=128, head_dim=32, num_heads=4, mlp_dim=512
+WIDE = helpers.TINY.replace(
+    vocab_size=256, emb_dim=128, head_dim=32, num_heads=4, mlp_dim=512, num_encoder_layers=1
 )
+SPEECH = helpers.TINY_SPEECH.replace(conv_width=5, num_encoder_layers=1)
+IMAGES = helpers.TINY_IMAGES.replace(num_encoder_layers=1)
+NAMES = ["parallel adapter", "CoDA r = 4, k_to_k", "CoDA r = 4, k_to_all"]
+
+
+def run(tmp_path, *flags):
+    """The report of a run of `coda bench`."""
+    file = tmp_path / "out" / "bench.json"
+    assert cli.main(["bench", "--reductions=4", *flags, f"--json={file}"]) == 0
+    return json.loads(file.read_text())
 
 
 def test_operations_belong_to_the_part_that_their_scopes_name():
     path = "jit(encode)/Transformer/encode/encoder/layers_3/"
-    assert breakdown.part_of(path + "attention/query/dot_general") == "attention"
-    assert breakdown.part_of(path + "attention.keys_values/key/dot_general") == "attention"
-    assert breakdown.part_of(path + "router/sort") == "router"
-    assert breakdown.part_of(path + "gather/jit(take)/gather") == "gather"
-    assert breakdown.part_of(path + "pre_attention_layer_norm/mul") == breakdown.OTHER
+    parts = breakdown.parts_of(helpers.config({"reduction": 2.0}))
+    for operation, part in {
+        "attention/query/dot_general": "attention",
+        "attention.keys_values/key/dot_general": "attention",
+        "mlp/wi_0/dot_general": "mlp",
+        "adapter/wi/dot_general": "adapter",
+        "router/sort": "router",
+        "gather/jit(take)/gather": "gather",
+        "scatter/scatter-add": "scatter",
+        "pre_attention_layer_norm/mul": breakdown.OTHER,
+    }.items():
+        assert breakdown.part_of(path + operation, parts) == part
 
 
 def test_the_report_holds_every_figure_and_the_table_shows_it(tmp_path, capsys):
-    params = EncoderDecoder(WIDE).init(jax.random.key(0))
-    checkpoints.save_hf(tmp_path / "base", WIDE, params)
-    flags = ["--batch_size=2", "--input_length=64", "--target_length=4", "--reductions=4"]
-    file = tmp_path / "out" / "bench.json"
-    flags += ["--rounds=2", f"--checkpoint={tmp_path / 'base'}", f"--json={file}"]
-    assert cli.main(["bench", *flags]) == 0
-    report = json.loads(file.read_text())
-    names = ["parallel adapter", "CoDA r = 4, k_to_k", "CoDA r = 4, k_to_all"]
+    checkpoints.save_hf(tmp_path / "base", WIDE, helpers.random_params(WIDE))
+    sizes = ["--batch_size=2", "--input_length=64", "--target_length=4", "--rounds=2"]
+    report = run(tmp_path, *sizes, f"--checkpoint={tmp_path / 'base'}")
+    assert report["settings"]["model"] == str(tmp_path / "base")
     for measure in ("encoder", "end_to_end", "train_step"):
         rows = report[measure]
-        assert list(rows) == names
-        assert rows[names[0]]["bound"] == rows[names[0]]["speed_up"] == 1
-        assert rows[names[1]]["bound"] > rows[names[2]]["bound"] > 1
+        assert list(rows) == NAMES
+        assert rows[NAMES[0]]["bound"] == rows[NAMES[0]]["speed_up"] == 1
+        assert rows[NAMES[1]]["bound"] > rows[NAMES[2]]["bound"] > 1
         for row in rows.values():
             assert row["ms"] > 0 and row["peak_memory_bytes"] > 0
             assert row["fraction_of_bound"] == row["speed_up"] / row["bound"]
     for name, shares in report["parts"].items():
         assert sum(shares.values()) == pytest.approx(1)
-        assert (shares["router"] > 0) == ("CoDA" in name)
+        assert (shares.get("router", 0) > 0) == ("CoDA" in name)
         assert min(shares["attention"], shares["mlp"], shares["adapter"]) > 0
     sizes = report["methods"]
-    # A router has one parameter for each of the 128 features, in both layers.
-    assert sizes[names[1]]["parameters"] - sizes[names[0]]["parameters"] == 2 * 128
-    assert sizes[names[1]]["trained_parameters"] < 0.2 * sizes[names[1]]["parameters"]
+    # A router has one parameter for each of the 128 features.
+    assert sizes[NAMES[1]]["parameters"] - sizes[NAMES[0]]["parameters"] == 128
+    assert sizes[NAMES[1]]["trained_parameters"] < 0.2 * sizes[NAMES[1]]["parameters"]
     printed = capsys.readouterr().out
-    for text in ("**train step**", f"| {names[1]} | ", "shares of the encoder's time"):
+    for text in ("**train step**", f"| {NAMES[1]} | ", "shares of the encoder's time"):
         assert text in printed
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--size=huge"], "size of t5_1_1 must be one of ('small', 'base', 'large', 'xl', 'xxl')"),
-        (["--family=pix2struct", "--size=xl"], "must be one of ('base', 'large'), got 'xl'"),
-        (["--size=base", "--checkpoint=x"], "not allowed with"),
-        (["--family=pix2struct", "--checkpoint=x"], "--family: not allowed with"),
-    ],
+    ("config", "measures"),
+    [(IMAGES, ["encoder"]), (SPEECH, ["encoder", "train_step"])],
+    ids=["images", "speech"],
 )
-def test_a_wrong_command_line_is_explained(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(flags)
-    assert message in capsys.readouterr().err
+def test_a_checkpoint_of_any_family_is_measured(config, measures, tmp_path):
+    """The inputs are of the family's kind."""
+    checkpoints.save_hf(tmp_path / "base", config, helpers.random_params(config))
+    sizes = ["--batch_size=1", "--input_length=16", "--target_length=3", "--rounds=1"]
+    flags = [f"--checkpoint={tmp_path / 'base'}", f"--measures={','.join(measures)},parts"]
+    report = run(tmp_path, *sizes, *flags)
+    for measure in measures:
+        assert list(report[measure]) == NAMES
+        assert report[measure][NAMES[1]]["bound"] > 1
+    shares = report["parts"][NAMES[1]]
+    own = models.family_of(config).profile_scopes
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares[part] for part in (*own, "router", "adapter")) > 0
+
+
+def test_an_encoder_without_a_head_gets_that_of_the_published_sizes(tmp_path):
+    config = SPEECH.replace(vocab_size=0)
+    checkpoints.save_hf(tmp_path / "base", config, helpers.random_params(config))
+    sizes = ["--batch_size=1", "--input_length=16", "--target_length=3", "--rounds=1"]
+    flags = [*sizes, f"--checkpoint={tmp_path / 'base'}", "--measures=end_to_end"]
+    report = run(tmp_path, *flags)
+    new = report["methods"][NAMES[0]]["parameters"] - trees.count(models.param_shapes(config))
+    assert new == 384 * (config.emb_dim + 1) + 2 * config.emb_dim * 64
+
+
+def test_a_preset_starts_at_random(tmp_path, monkeypatch):
+    family = models.FAMILIES[SPEECH.family]
+    monkeypatch.setitem(vars(family), "presets", {**family.presets, "mine": SPEECH})
+    report = run(
+        tmp_path, "--preset=mine", "--dtype=bfloat16", "--batch_size=2", "--input_length=8",
+        "--target_length=2", "--rounds=1", "--measures=encoder",
+    )  # fmt: skip
+    assert (report["settings"]["model"], report["settings"]["dtype"]) == ("mine", "bfloat16")
+    assert list(report["encoder"]) == NAMES
+    assert report.keys() == {"settings", "versions", "methods", "encoder"}
+
+
+@pytest.mark.parametrize("name", models.presets())
+def test_every_preset_can_be_compared(name):
+    """As the flag reads it; the comparison has the paper's adapters, at each reduction."""
+    options, _ = cli.parse_arguments(["bench", f"--preset={name}"])
+    dense = models.preset(options.preset)
+    found = bench.compared(dense, [3, 5])
+    assert found.pop("parallel adapter").methods == (ParallelAdapter(64),)
+    assert [cfg.methods for cfg in found.values()] == [
+        (Coda(reduction, attention=attention), ParallelAdapter(64))
+        for attention in ("k_to_k", "k_to_all")
+        for reduction in (3, 5)
+    ]
+    batch = bench.random_batch(bench.with_head(dense), 1, 8, 2)
+    spec = dense.input_spec(1, 8)
+    assert batch["encoder_input_tokens"].shape == spec.shape
+    assert batch["encoder_input_tokens"].dtype == spec.dtype
+    assert dense.network().input_mask(batch["encoder_input_tokens"]).all()  # rows are full
 
 
 def test_unknown_measures_are_refused():
@@ -80,3 +140,10 @@ def test_patches_of_a_random_image_are_numbered_row_by_row():
     ids = batch["encoder_input_tokens"][..., :2]
     expected = [[1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3], [3, 1]]
     assert ids.tolist() == [expected, expected]
+
+
+def test_the_decoder_reads_the_targets_a_place_later():
+    batch = bench.random_batch(helpers.TINY, 3, 7, 4)
+    targets = batch["decoder_target_tokens"]
+    np.testing.assert_array_equal(batch["decoder_input_tokens"], helpers.shift_right(targets))
+    assert targets.min() >= 2 and batch["decoder_loss_weights"].all()

@@ -15,9 +15,7 @@ from coda_jax.commands.convert import convert
 from coda_jax.methods import Coda, ParallelAdapter, created, partition
 from coda_jax.tasks import metrics
 
-CONFIG = config(
-    base=TINY_SPEECH, vocab_size=0, feature_dim=160, conv_width=5, num_encoder_layers=1
-)
+CONFIG = config(base=TINY_SPEECH, vocab_size=0, feature_dim=160, conv_width=5, num_encoder_layers=1)
 SIZES = ("emb_dim", "num_heads", "num_encoder_layers", "head_dim", "mlp_dim", "conv_width")
 SIZES += ("max_left_distance", "max_right_distance")
 HEAD = {  # what `load_model` needs to know of the new one, beside the checkpoint's own sizes

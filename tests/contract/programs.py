@@ -57,7 +57,7 @@ def params(config):
         if trees.matches(path, without_gradient(config)):
             return leaf
         if not leaf.any():
-            return noise * (leaf.shape[0] ** -0.5 if leaf.ndim > 1 else 0.2)
+            return 0.3 * noise * leaf.shape[0] ** -0.5
         return leaf * (1 + 0.2 * noise)
 
     flat = trees.flatten(fresh_params(config))

@@ -56,10 +56,11 @@ def adaptations() -> dict[str, tuple[str, tuple[Method, ...]]]:
     for name, method in METHODS.items():
         usual, *others = method.examples()
         for example in (usual, *others):
+            values, usual_values = dataclasses.asdict(example), dataclasses.asdict(usual)
             changed = [
-                f"{field.name}={getattr(example, field.name)}"
-                for field in dataclasses.fields(example)
-                if getattr(example, field.name) != getattr(usual, field.name)
+                f"{field}={value}" if isinstance(value, int | float | str) else field
+                for field, value in values.items()
+                if value != usual_values[field]
             ]
             described = f"{name}({','.join(changed)})" if changed else name
             found[described] = name, (example,)

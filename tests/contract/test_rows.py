@@ -69,9 +69,8 @@ def test_packed_examples_give_what_they_give_alone(case, tmp_path):
     alone, _ = encode(config, params(config), inputs)
     rows = [row[:length] for row, length in zip(inputs, SEGMENT_LENGTHS, strict=True)]
     orders = (range(len(rows)), SOME_SEGMENTS)
-    packed, segments = map(
-        np.stack, zip(*[packed_row(rows, order) for order in orders], strict=True)
-    )
+    together = [packed_row(rows, order) for order in orders]
+    packed, segments = map(np.stack, zip(*together, strict=True))
     found, selections = encode(config, params(config), packed, segments)
     for row, order in enumerate(orders):
         for number, i in enumerate(order, start=1):

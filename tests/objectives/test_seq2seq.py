@@ -1,4 +1,4 @@
-"""The loss and the counts of a model."""
+"""The loss and the counts of sequence to sequence, and how a model routes."""
 
 import functools
 
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coda_jax.models import EncoderDecoder
+from coda_jax.objectives import Seq2Seq
 
-CONFIG = config(coda={"reduction": 2.0})
+CONFIG = config(coda={"reduction": 2.0}, num_encoder_layers=1)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def expected(params, batch):
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_loss_is_the_weighted_cross_entropy(batch, z_loss):
     params = random_params(CONFIG)
-    loss, sums = jax.jit(EncoderDecoder(CONFIG, z_loss).loss)(params, batch)
+    loss, sums = jax.jit(Seq2Seq(CONFIG, z_loss).loss)(params, batch)
     found, log_probs = expected(params, batch)
     total = 0.0
     for row, column in zip(*np.nonzero(batch["decoder_loss_weights"]), strict=True):
@@ -48,7 +48,7 @@ def test_loss_is_the_weighted_cross_entropy(batch, z_loss):
 
 def test_exact_counts_rows_whose_every_token_is_the_most_probable(batch):
     params = random_params(CONFIG)
-    model = EncoderDecoder(CONFIG)
+    model = Seq2Seq(CONFIG)
     # Give the model's own greedy answers as targets of the first row: only that one is exact.
     predict = jax.jit(functools.partial(model.predict, max_decode_length=4))
     answer = np.asarray(predict(params, batch["encoder_input_tokens"][:1]))
@@ -66,18 +66,20 @@ def test_exact_counts_rows_whose_every_token_is_the_most_probable(batch):
 
 def test_routing_has_the_weights_of_the_tokens_that_a_layer_takes(batch):
     params = random_params(CONFIG)
-    routing = jax.jit(EncoderDecoder(CONFIG).routing)
+    routing = jax.jit(Seq2Seq(CONFIG).routing)
     weights = np.asarray(routing(params, batch["encoder_input_tokens"]))
-    assert weights.shape == (2, 3, 8)
-    np.testing.assert_array_equal((weights > 0).sum(-1), [[4, 3, 0]] * 2)
+    assert weights.shape == (1, 3, 8)
+    np.testing.assert_array_equal((weights > 0).sum(-1), [[4, 3, 0]])
     assert (weights[:, batch["encoder_input_tokens"] == 0] == 0).all()
-    dense = config()
-    weights = EncoderDecoder(dense).routing(random_params(dense), batch["encoder_input_tokens"])
+    dense = CONFIG.dense()
+    routing = jax.jit(Seq2Seq(dense).routing)
+    weights = routing(random_params(dense), batch["encoder_input_tokens"])
     np.testing.assert_array_equal(weights[0], batch["encoder_input_tokens"] > 0)
 
 
 def test_dropout_needs_an_rng_and_changes_the_loss(batch):
-    model, params = EncoderDecoder(config(dropout_rate=0.5)), random_params(config())
+    cfg = CONFIG.replace(dropout_rate=0.5)
+    model, params = Seq2Seq(cfg), random_params(cfg)
     loss = jax.jit(model.loss)
     losses = [loss(params, batch, rng)[0] for rng in (None, jax.random.key(0))]
     assert jnp.isfinite(jnp.array(losses)).all()

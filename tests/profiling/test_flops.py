@@ -1,0 +1,50 @@
+"""The counts of operations against XLA's, where layers differ and where answers are decoded."""
+
+from helpers import ADAPTER, config
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coda_jax.methods import Coda
+from coda_jax.models import param_shapes
+from coda_jax.objectives import Seq2Seq, decoding
+from coda_jax.profiling import flops, timing
+
+# Wide enough that matrix products are nearly all of the arithmetic.
+WIDE = config(adapter=ADAPTER, vocab_size=256, emb_dim=128, head_dim=64, mlp_dim=256)
+BATCH, LENGTH = 2, 256
+
+
+def compiled_flops(function, cfg):
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    return timing.flops(jax.jit(function).lower(param_shapes(cfg), tokens).compile())
+
+
+def test_compiled_work_falls_with_each_layers_reduction():
+    """Invariant 8, within 5 %, which leaves room for softmax and norms."""
+    found, expected = [], []
+    for reduction in (1, (1, 5), (2, 4)):
+        cfg = WIDE.replace(methods=(Coda(reduction), ADAPTER))
+        found.append(compiled_flops(Seq2Seq(cfg).encode, cfg))
+        expected.append(flops.encoder_flops(cfg, BATCH, LENGTH))
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+    np.testing.assert_allclose(
+        found[0] / np.array(found), expected[0] / np.array(expected), rtol=0.05
+    )
+
+
+@pytest.mark.parametrize("methods", [(ADAPTER,), (Coda(3), ADAPTER)], ids=["adapter", "routed"])
+def test_the_answers_count_is_xlas_which_counts_one_step(methods):
+    cfg = WIDE.replace(methods=methods)
+    steps = 8
+
+    def answer(params, tokens):
+        return decoding.greedy(Seq2Seq(cfg).module, params, tokens, max_decode_length=steps)
+
+    found = compiled_flops(answer, cfg)
+    encoder = flops.encoder_flops(cfg, BATCH, LENGTH)
+    # The keys and values of the encoder's output: two kernels, in one decoder layer.
+    once = 2 * 2 * BATCH * LENGTH * 128 * 128
+    total = flops.answer_flops(cfg, BATCH, LENGTH, steps)
+    np.testing.assert_allclose(encoder + once + (total - encoder - once) / steps, found, rtol=0.05)

@@ -1,0 +1,109 @@
+"""Files are either the old or the new one, whatever happens while they are written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from coda_jax import files
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(name="old")
+def fixture_old(tmp_path):
+    """A file that is there already."""
+    (tmp_path / "a.txt").write_text("old")
+    return tmp_path / "a.txt"
+
+
+def test_a_file_takes_its_place_when_it_is_complete(old):
+    with files.atomic(old) as temporary:
+        assert temporary.parent == old.parent and temporary != old
+        temporary.write_text("new")
+        assert old.read_text() == "old"
+    assert old.read_text() == "new"
+    assert names(old.parent) == ["a.txt"]
+    assert old.stat().st_mode & 0o777 == 0o644  # readable by all
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_file_and_nothing_else(old, error):
+    with pytest.raises(error), files.atomic(old) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert old.read_text() == "old"
+    assert names(old.parent) == ["a.txt"]
+
+
+def test_without_an_old_file_an_exception_leaves_none(tmp_path):
+    with pytest.raises(ValueError), files.atomic(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    assert not names(tmp_path)
+
+
+def test_a_kill_leaves_the_old_file_and_the_next_write_replaces_it(old):
+    script = (
+        "import os, signal, sys; from coda_jax import files\n"
+        "with files.atomic(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(old)])
+    assert result.returncode == -signal.SIGKILL
+    assert old.read_text() == "old"
+    files.write_text(old, "new")
+    assert old.read_text() == "new"
+
+
+def test_a_relative_path_is_written_where_it_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    with files.atomic("a.txt") as temporary:
+        os.chdir(other)
+        temporary.write_text("new")
+    assert names(tmp_path) == ["a.txt", "other"] and not names(other)
+
+
+def test_json_is_written_for_people_and_read_back(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    files.write_json(path, {"b": 1, "a": [0.1, None, "é"]}, sort_keys=True)
+    assert path.read_text().startswith('{\n  "a": [\n')
+    assert files.read_json(path) == {"b": 1, "a": [0.1, None, "é"]}
+    assert names(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), object()])
+def test_what_json_cannot_hold_is_not_written(tmp_path, value):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises((TypeError, ValueError)):
+        files.write_json(tmp_path / "a.json", {"x": value})
+    assert json.loads((tmp_path / "a.json").read_text()) == {}
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"{", r"a\.json is not valid JSON"),
+        (b"", r"a\.json is not valid JSON"),
+        (b"\xff\xfe", r"a\.json is not valid JSON"),
+        (b"[1]", r"a\.json must hold a JSON object, not a list"),
+        (b"null", r"a\.json must hold a JSON object, not a NoneType"),
+    ],
+)
+def test_a_file_that_is_no_object_of_json_is_named(tmp_path, content, text):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=text):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_a_missing_file_of_json_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.json does not exist"):
+        files.read_json(tmp_path / "a.json")
