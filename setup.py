@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "coda_jax/__init__.py").read_text())[1]
@@ -58,6 +60,16 @@ TEST = [
     "setuptools>=77",  # builds the package in its own tests
 ]
 
+
+class FreshBuild(build_py):
+    """Starts from nothing: what an earlier build has left in `build/` does not come along."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 setup(
     name="coda_jax",
     version=VERSION,
@@ -69,6 +81,7 @@ setup(
     packages=find_packages(include=["coda_jax", "coda_jax.*"]),  # it follows links
     package_data={"": ["*.gin"], "coda_jax.bundled": ["stdlib_vocabulary/*"]},
     include_package_data=False,  # the checkpoints in bundled/ are for clones
+    cmdclass={"build_py": FreshBuild},
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "speech": SPEECH,

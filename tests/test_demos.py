@@ -6,10 +6,10 @@ from helpers import config, random_params, random_tokens
 import numpy as np
 import pytest
 
-from coda_jax import models as models_lib
-from coda_jax import params as params_lib
-from coda_jax import runs
+from coda_jax import methods, trees
+from coda_jax.commands.loading import LoadedModel
 from coda_jax.demos import comparison, images, speech, text
+from coda_jax.objectives import model_for
 
 DEMOS = {"text": text.DEMO, "images": images.DEMO, "speech": speech.DEMO}
 
@@ -18,25 +18,42 @@ DEMOS = {"text": text.DEMO, "images": images.DEMO, "speech": speech.DEMO}
 @pytest.mark.parametrize("random_base", [False, True])
 def test_methods_train_adapters_only(name, random_base):
     demo = DEMOS[name]
-    models = comparison.methods(demo, random_base)
+    models = comparison.compared(demo, random_base)
     assert list(models) == ["parallel adapter", *(f"CoDA r = {r}" for r in demo.reductions)]
     for model, r in zip(models.values(), (None, *demo.reductions), strict=True):
-        trained, _ = params_lib.partition(model.params, "adapters")
-        assert params_lib.count(trained) < 0.1 * params_lib.count(model.params)  # tiny models
-        assert (model.config.coda and model.config.coda.reduction) == r
+        trained, _ = methods.partition(model.config, model.params)
+        assert trees.count(trained) < 0.1 * trees.count(model.params)  # tiny models
+        names = [method.name for method in model.config.methods]
+        assert names == (["parallel_adapter"] if r is None else ["coda", "parallel_adapter"])
+        assert r is None or comparison.reduction_of(model) == r
         assert (model.directory is None) == random_base
 
 
 def test_answers_and_routing_are_those_of_each_input_alone(rng):
     cfg = config(coda={"reduction": 2.0})
-    model = runs.LoadedModel(cfg, random_params(cfg), None)
+    model = LoadedModel(cfg, random_params(cfg), None)
     inputs = [random_tokens(rng, [length], length)[0] for length in (7, 4)]
     found = comparison.routed_answers(model, inputs, max_decode_length=5)
-    alone = models_lib.for_config(cfg)
+    alone = model_for(cfg)
     for (weights, answer), row in zip(found, inputs, strict=True):
         expected = alone.routing(model.params, row[None])[:, 0]
         np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-6)
         assert answer == alone.predict(model.params, row[None], max_decode_length=5)[0].tolist()
+
+
+def test_the_first_model_is_the_baseline_of_a_comparison(rng):
+    """At r = 2 the encoder has about half of the operations; times are of both, taken in turns."""
+    configs = {"first": config(adapter=methods.ParallelAdapter(4)), "second": config({})}
+    adapted = {name: LoadedModel(cfg, random_params(cfg), None) for name, cfg in configs.items()}
+    inputs = random_tokens(rng, [16, 16], 16)
+    report = comparison.measure(adapted, inputs, max_decode_length=2, rounds=2)
+    assert list(report) == ["first", "second"]
+    for part in ("encoder", "end_to_end"):
+        assert report["first"][f"{part}_speed_up"] == 1
+        assert report["second"][f"{part}_ms"] > 0
+        low, high = report["second"][f"{part}_speed_up_quartiles"]
+        assert low <= report["second"][f"{part}_speed_up"] <= high
+    assert report["first"]["flops_ratio"] == 1 < report["second"]["flops_ratio"]
 
 
 def test_a_report_becomes_tables_of_its_figures():

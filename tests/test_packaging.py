@@ -97,13 +97,16 @@ def names(wheel: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A clone: what git has, links as links."""
+    """A clone: what git has, links as links; and a module that an earlier build has left."""
     copy = tmp_path_factory.mktemp("clone") / "coda"
     ignored = shutil.ignore_patterns("__pycache__")
     for folder in SOURCES:
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
     for file in (*FILES, "LICENSE"):
         shutil.copy(ROOT / file, copy)
+    earlier = copy / "build" / "lib" / "coda_jax"
+    earlier.mkdir(parents=True)
+    (earlier / "removed.py").touch()
     return copy
 
 

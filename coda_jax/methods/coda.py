@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
 from coda_jax.methods.soft_topk import SOLVERS, kth_largest, one_row_per_constraint, soft_topk
+from coda_jax.nn.layers import sum_in_order
 from coda_jax.nn.tokens import Selection, Tokens, kept_first
 
 ROUTINGS = ("soft_topk", "sigmoid", "truncation")
@@ -216,6 +217,16 @@ def select(
     return indices, jnp.take_along_axis(picked, indices, axis=1, mode="promise_in_bounds")
 
 
+def token_scores(u: Float[Array, "b n d"], w: Float[Array, "d"]) -> Float[Array, "b n"]:
+    """s = u . w in float32; equal tokens have equal scores, whatever is around them.
+
+    Args:
+        u: [B, N, D] the normalised residual stream.
+        w: [D] the router's vector.
+    """
+    return sum_in_order(u.astype(jnp.float32) * w.astype(jnp.float32))
+
+
 class Router(nn.Module):
     """Scores the tokens, s = u . w, and picks k = ceil(length / reduction) of each example.
 
@@ -264,7 +275,7 @@ class Router(nn.Module):
             jnp.float32,
             axes=("embed",),
         )
-        return jnp.einsum("bnd,d->bn", u.astype(jnp.float32), kernel.astype(jnp.float32))
+        return token_scores(u, kernel)
 
     def _weights(self, scores, k, mask, segments) -> Float[Array, "b n"]:
         if self.config.routing == "sigmoid":

@@ -1,4 +1,4 @@
-"""Adapter files: what they hold, and an error for everything that is not right."""
+"""Adapter files: what they hold, and an error for everything that is not right (invariant 6)."""
 
 import hashlib
 import json

@@ -64,6 +64,7 @@ def fixture_copy(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_the_golden_ones(name):
+    """Invariant 7."""
     config, params = load_hf(GOLDEN / name)
     golden = np.load(GOLDEN / name / "logits.npz")
     assert_same_logits(our_logits(config, params, golden), golden["logits"], golden)

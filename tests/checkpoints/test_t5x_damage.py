@@ -1,4 +1,4 @@
-"""T5X checkpoints with something missing, damaged or foreign: every such thing is an error."""
+"""T5X checkpoints with something missing, damaged or foreign: an error for each (invariant 6)."""
 
 import json
 import shutil

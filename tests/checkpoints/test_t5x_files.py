@@ -29,6 +29,7 @@ def fixture_params():
 
 @pytest.mark.parametrize(("name", "step"), [("legacy", 1000), ("orbax", 1001), ("scanned", 1002)])
 def test_logits_equal_those_of_t5x_for_its_checkpoints(tmp_path, name, step):
+    """Invariant 7."""
     params, found = read_t5x(unpack(f"t5x/{name}", tmp_path))
     assert found == step
     cfg = infer_config(params)

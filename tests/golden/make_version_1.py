@@ -38,9 +38,7 @@ SIZES = {
     "head_dim": 4,
     "mlp_dim": 12,
 }
-TEXT = T5Config(
-    **SIZES, num_decoder_layers=1, mlp_activations=("gelu", "linear"), dropout_rate=0.0
-)
+TEXT = T5Config(**SIZES, num_decoder_layers=1, mlp_activations=("gelu", "linear"), dropout_rate=0.0)
 SPEECH = W2vBertConfig(**SIZES, feature_dim=6, conv_width=3, dropout_rate=0.0)
 METHOD = {
     "adapter": AdapterConfig(bottleneck=4, activation="gelu"),

@@ -36,6 +36,7 @@ def first_state(params, optimizer):
 
 
 def test_frozen_leaves_keep_their_bits_and_trained_ones_change(finished):
+    """Invariant 5, through the trainer."""
     _, before, after, _ = finished
     before, after = trees.flatten(before), trees.flatten(after)
     assert before.keys() == after.keys()
@@ -148,6 +149,8 @@ def test_two_devices_give_the_gradients_of_one():
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+    """Invariant 6."""
+
     def schedule(step):
         return jnp.where(step < 3, 1e-3, jnp.nan)  # the update of the fourth step is NaN
 
