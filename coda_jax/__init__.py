@@ -1,4 +1,4 @@
-"""Conditional adapters (CoDA) for encoder-decoder models in JAX and Flax.
+"""Conditional adapters (CoDA) for T5, Pix2Struct and w2v-BERT in JAX and Flax.
 
 A dense pretrained checkpoint is frozen; each encoder layer gets a small adapter, which sees every
 token, and a router, which sends only some tokens through the layer. Only those two and the norms

@@ -102,7 +102,7 @@ or, with T5X (docs/t5x.md says how to set it up; texts have quotes of their own 
       --gin.INITIAL_CHECKPOINT_PATH="'...'" --gin.MODEL_DIR="'...'" --gin.VOCABULARY="'...'" \\
       --gin.TRAIN_STEPS=...
 
-Tasks of images take a `DIRECTORY` too. What the paper does not say is T5's for fine-tuning: 128 rows.
+Tasks of images take a `DIRECTORY` too. What the paper does not say is T5's for fine-tuning.
 """
 
 

@@ -10,7 +10,7 @@ Without seqio and TensorFlow:
 
 With them:
 
-- `seqio_tasks`: what is built on seqio; the only module that imports it.
+- `seqio_tasks`: what is built on seqio; the only one of these that imports it at the top.
 - `images`: image files to patches. TensorFlow is imported when patches are made.
 - `audio`: recordings to frames. TensorFlow is imported when frames are made.
 """

@@ -1,7 +1,7 @@
 """Methods of adaptation, one file each. Start reading at `base`, then `coda`.
 
 `METHODS` holds them all by name; its order is that in which they wrap a layer, the innermost
-first, and in which a config keeps them. A new method is a file and a line here.
+first, and in which a config keeps them. A new method is a file, and an import and an entry here.
 
 | file | holds |
 |---|---|
@@ -9,8 +9,10 @@ first, and in which a config keeps them. A new method is a file and a line here.
 | `coda` | `Coda`: the router sends some tokens through the frozen layer |
 | `soft_topk` | the differentiable top-k of the router: two solvers, one gradient |
 | `parallel_adapter` | `ParallelAdapter`: a bottleneck beside each layer |
+| `lora` | `Lora`: thin matrices beside frozen projections |
 | `full` | `Full`: every leaf of the base is trained |
 | `comparisons` | the methods that `coda bench` and the demos set side by side |
+| `version_1` | methods as the first version's files wrote them |
 """
 
 from collections.abc import Iterable

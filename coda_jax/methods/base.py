@@ -68,7 +68,7 @@ class Method:
 
     @classmethod
     def examples(cls) -> tuple["Method", ...]:
-        """Instances for tests, the usual one first; together they have all that works differently.
+        """Instances for tests, the usual one first; together they cover every variant.
 
         By default the one without arguments.
         """

@@ -1,6 +1,6 @@
 """CoDA: a router scores the tokens and sends k of each example through the frozen layer.
 
-    s   = u . w_router                              one score a token, `Router._scores`
+    s   = u . w_router                              one score a token, `token_scores`
     lam = soft_topk(s, k)                           k = ceil(length / r) of each example
     idx = the k largest scores, in ascending position order
     y   = x + scatter(lam[idx] * (layer(x[idx]) - x[idx]), idx)

@@ -43,7 +43,7 @@ class Lora(Method):
     @classmethod
     def examples(cls) -> tuple["Lora", ...]:
         """The usual targets, and all projections of a layer."""
-        return cls(), cls(rank=2, targets=(r"(attention|mlp|convolution)/\w+$",))
+        return cls(), cls(targets=(r"(attention|mlp|convolution)/\w+$",))
 
     def __post_init__(self):
         if isinstance(self.targets, list):
@@ -87,9 +87,8 @@ class Lora(Method):
                 jnp.float32,
                 axes=("kv", outputs),
             )
-            x = x.astype(module.dtype)
-            update = (x @ a.astype(module.dtype)) @ b.astype(module.dtype)
-            return call(x) + self.alpha / self.rank * update
+            a, b = (leaf.astype(module.dtype) for leaf in (a, self.alpha / self.rank * b))
+            return call(x) + x.astype(module.dtype) @ a @ b
 
         return updated
 

@@ -4,6 +4,8 @@ import functools
 import inspect
 import json
 import re
+import sys
+import types
 
 import gin
 from helpers import TINY
@@ -245,14 +247,21 @@ def test_tasks_are_registered_with_inputs_and_targets(name, tmp_path):
     assert features.keys() == {"inputs", "targets"}
 
 
-def test_files_of_t5x_are_parsed():
+def test_files_of_t5x_are_parsed(monkeypatch):
     """On top of a run's file, where they are not one; tests/t5x makes what they configure."""
     reason = "T5X is not installed: make test-t5x T5X_PATH=..."
     pytest.importorskip("t5x.models", reason=reason, exc_type=ImportError)
+    script = types.ModuleType("__main__")  # T5X's files configure the program that is run
+    script.train, script.evaluate, script.infer = (lambda **kwargs: kwargs for _ in range(3))
+    monkeypatch.setitem(sys.modules, "__main__", script)
     for name in files("t5x"):
         own_run = "include 't5x/configs/runs" in including(name)
         names = [name] if own_run else ["t5x/finetune.gin", name]
-        bindings = ["PRESET=w2v_bert_tiny", "VOCABULARY=bytes", "NUM_DECODER_LAYERS=2"]
+        given = {"PRESET": "w2v_bert_tiny", "VOCABULARY": "bytes", "NUM_DECODER_LAYERS": 2}
+        given["DROPOUT_RATE"] = 0.1  # which the parts leave open
+        paths = ("CHECKPOINT_PATH", "EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR")
+        given |= REQUIRED | dict.fromkeys(paths, "unused")
+        bindings = [f"{macro}={value}" for macro, value in given.items()]
         cli.configure([*names, "methods/coda.gin"], [str(FOLDER)], bindings)
         made = gin.get_configurable(loading.configured_methods)()
         assert made == RECIPES["coda"], name

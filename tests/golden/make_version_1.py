@@ -1,4 +1,4 @@
-"""Makes version_1/files.tar.xz: what version 1 of coda_jax wrote, for a tiny random T5 and w2v-BERT.
+"""Makes version_1/files.tar.xz: what version 1 of coda_jax wrote, for tiny random models.
 
 Run it with a checkout of version 1 (commit 966504f) in front of everything else:
   PYTHONPATH=CHECKOUT python tests/golden/make_version_1.py
@@ -18,6 +18,10 @@ import pathlib
 import tarfile
 import tempfile
 
+import jax
+import numpy as np
+import optax
+
 from coda_jax import batches, checkpoints, runs, training
 from coda_jax.adapters import AdapterConfig
 from coda_jax.best_rq import BestRQConfig
@@ -25,9 +29,6 @@ from coda_jax.convert import convert
 from coda_jax.network import T5Config
 from coda_jax.routing import CodaConfig
 from coda_jax.speech import W2vBertConfig, join_frames
-import jax
-import numpy as np
-import optax
 
 OUTPUT = pathlib.Path(__file__).parent / "version_1" / "files.tar.xz"
 SIZES = {
