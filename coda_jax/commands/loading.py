@@ -100,7 +100,8 @@ def load_model(
     config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
     directory = checkpoint and pathlib.Path(checkpoint)
     if adapter_checkpoint is None:
-        config = _with_head_of(config, given).replace(methods=tuple(methods or ()))
+        given_methods = methods or (given.methods if given else ())
+        config = _with_head_of(config, given).replace(methods=tuple(given_methods))
         params = checkpoints.swap_in(config, params, rng)
     else:
         config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)

@@ -21,7 +21,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
-from coda_jax.methods.soft_topk import SOLVERS, kth_largest, one_row_per_constraint, soft_topk
+from coda_jax.methods.soft_topk import (
+    SOLVERS,
+    above_and_at_kth_largest,
+    one_row_per_constraint,
+    soft_topk,
+)
 from coda_jax.nn.layers import sum_in_order
 from coda_jax.nn.tokens import Selection, Tokens, kept_first
 
@@ -205,9 +210,7 @@ def select(
     """
     segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
     scores, k, mask = one_row_per_constraint(lax.stop_gradient(scores), k, mask, segments)
-    threshold = kth_largest(scores, k, mask)
-    above = mask & (scores > threshold)
-    ties = mask & (scores == threshold)
+    above, ties = above_and_at_kth_largest(scores, k, mask)
     wanted = k - above.sum(-1, keepdims=True)
     picked = (above | (ties & (jnp.cumsum(ties, axis=-1) <= wanted))).any(axis=1)
     # The rest of the slots hold the first other tokens, so that no index repeats.

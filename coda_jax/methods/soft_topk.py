@@ -18,9 +18,11 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 # Stands for a masked score: far below every real score, and finite, so that no `inf - inf` arises.
 _MASKED = -1e9
+_TOP_BIT = np.uint32(1 << 31)  # a float32's sign
 
 SOLVERS = ("exact", "iterative")
 
@@ -154,29 +156,53 @@ def kth_largest(
 ) -> Float[Array, "*batch 1"]:
     """The k-th largest of the unmasked scores, without sorting.
 
-    Digit by digit: the largest key such that at least k of the scores' keys reach it, where a key
-    is a float32 as a whole number that is ordered like it.
-
     Args:
         scores: [..., N] float32.
         k: [..., 1]; 0 counts as 1.
         mask: [..., N]. Where fewer than k are unmasked, the result is meaningless.
     """
+    found, _ = _kth_key(scores, k, mask)
+    bits = jnp.where(found < _TOP_BIT, ~found, found ^ _TOP_BIT)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def above_and_at_kth_largest(
+    scores: Float[Array, "*batch n"], k: Int[Array, "*batch 1"], mask: Bool[Array, "*batch n"]
+) -> tuple[Bool[Array, "*batch n"], Bool[Array, "*batch n"]]:
+    """Which unmasked scores are above the k-th largest, and which are equal to it.
+
+    Always fewer than k are above, and with those that are equal there are at least k. To compare
+    the scores with `kth_largest` does not give that: the compiler may compute a score twice, with
+    another rounding, and then none is equal. So these are the keys that were searched.
+
+    Args:
+        scores: [..., N] float32.
+        k: [..., 1], at most the number of unmasked scores; 0 counts as 1.
+        mask: [..., N].
+    """
+    found, keys = _kth_key(scores, k, mask)
+    return mask & (keys > found), mask & (keys == found)
+
+
+def _kth_key(scores, k, mask):
+    """The key of the k-th largest score, and all keys, as they came out of the search.
+
+    A key is a float32 as a whole number that is ordered like it. Digit by digit: the largest such
+    that at least k of the scores' keys reach it.
+    """
     bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
-    top_bit = jnp.uint32(1 << 31)
-    keys = jnp.where(mask, jnp.where(bits < top_bit, bits | top_bit, ~bits), 0)
+    keys = jnp.where(mask, jnp.where(bits < _TOP_BIT, bits | _TOP_BIT, ~bits), 0)
     k = jnp.maximum(k, 1)
     digits = jnp.arange(1, 4, dtype=jnp.uint32)
 
-    def add_digit(i, found):
+    def add_digit(i, carry):
+        found, keys = carry
         shift = (30 - 2 * i).astype(jnp.uint32)
         candidates = found | (digits << shift)
         reached = (keys[..., None, :] >= candidates[..., :, None]).sum(-1)
-        return found | ((reached >= k).sum(-1, keepdims=True, dtype=jnp.uint32) << shift)
+        return found | ((reached >= k).sum(-1, keepdims=True, dtype=jnp.uint32) << shift), keys
 
-    found = lax.fori_loop(0, 16, add_digit, jnp.zeros(k.shape, jnp.uint32))
-    bits = jnp.where(found < top_bit, ~found, found ^ top_bit)
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    return lax.fori_loop(0, 16, add_digit, (jnp.zeros(k.shape, jnp.uint32), keys))
 
 
 def _exact_fwd(scores, k, mask, epsilon):

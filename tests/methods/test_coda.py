@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from coda_jax.methods import Coda
-from coda_jax.methods.coda import Router, capacity, num_selected, select
+from coda_jax.methods.coda import Router, capacity, num_selected, select, token_scores
+from coda_jax.methods.soft_topk import soft_topk
+from coda_jax.nn.layers import LayerNorm
 from coda_jax.nn.tokens import Tokens
 
 few_examples = settings(max_examples=25, deadline=None, derandomize=True)
@@ -57,6 +59,24 @@ def test_select_equals_a_loop(seed, ties):
         for row in range(5):
             expected = brute_force(scores[row], counts[row], mask[row], flat_ids[row])
             assert np.asarray(indices[row])[np.asarray(valid[row])].tolist() == expected
+
+
+def test_select_loses_no_token_where_the_compiler_computes_a_score_twice(rng):
+    """Scores that are made in the same program: with another rounding, none is the k-th largest."""
+    segment_ids = np.sort(rng.integers(1, 5, (64, 20)), axis=-1).astype(np.int32)
+    sizes = (segment_ids[:, None] == np.arange(1, 5)[:, None]).sum(-1)
+    k = -(-sizes // 3).astype(np.int32)
+    scale, bias, w = rng.normal(size=(3, 16)).astype(np.float32)
+
+    @jax.jit
+    def picked(x):
+        u = LayerNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+        scores = token_scores(u, w)
+        _, valid = select(scores, k, 12, segment_ids > 0, segment_ids)
+        return valid.sum(-1), soft_topk(scores, k, segment_ids=segment_ids)
+
+    counts, _ = picked(rng.normal(size=(64, 20, 16)).astype(np.float32))
+    np.testing.assert_array_equal(counts, k.sum(-1))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

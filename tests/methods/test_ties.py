@@ -15,16 +15,17 @@ from coda_jax.nn.layers import sum_in_order
 REDUCTION = 3
 # Rows whose k-th score is nearer than this to the next are left out, relative to the row's largest.
 GAP = 1e-5
-# (rows, padded length): XLA's CPU backend adds up in other orders from about 32,000 numbers on.
-SHAPES = ((1, 5), (2, 600))
+# (rows, padded length). XLA's CPU backend adds up in other orders from 32,768 numbers on, and
+# treats the tokens left over from blocks of 8 in a way of their own.
+SHAPES = ((7, 5), (2, 601))
 
 
 def make_model(attention="k_to_k", dtype=jnp.float32, router_scale=1, **sizes):
     coda = {"reduction": REDUCTION, "attention": attention}
     cfg = config(coda, dtype=dtype, **{"num_encoder_layers": 1} | sizes)
     params = random_params(cfg)
-    for layer in params["encoder"].values():
-        if "router" in layer:
+    for name, layer in params["encoder"].items():
+        if name.startswith("layers_"):
             layer["router"]["kernel"] *= router_scale
     return cfg, params
 
@@ -59,20 +60,20 @@ def pad(tokens, length):
 
 
 def share(tokens):
-    """Returns the batch over as many devices as divide it, one or two."""
-    devices = jax.devices()[: min(2, len(tokens))]
+    """Returns the batch on two devices, if there are two and the rows are even in number."""
+    devices = jax.devices()[: 2 - len(tokens) % 2]
     return jax.device_put(tokens, NamedSharding(Mesh(devices, "data"), PartitionSpec("data")))
 
 
 def first_by_score(scores, length):
-    """The picks of a row, [N] bool: the largest scores, the earlier of equals."""
-    order = np.argsort(-scores[:length], kind="stable")[: num_selected(length, REDUCTION)]
+    """Returns the picks of a row, [N] bool: the largest scores, the earlier of equals."""
+    order = np.argsort(-scores[:length], kind="stable")[: num_selected(int(length), REDUCTION)]
     return np.isin(np.arange(len(scores)), order)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    ("attention", "emb_dim", "router_scale"), [("k_to_k", 192, 1), ("k_to_all", 20, 1000)]
+    ("attention", "emb_dim", "router_scale"), [("k_to_k", 192, 1), ("k_to_all", 36, 1000)]
 )
 def test_equal_tokens_have_equal_scores_in_the_first_layer(
     rng, attention, emb_dim, router_scale, dtype
@@ -99,31 +100,31 @@ def test_equal_tokens_have_equal_scores_in_the_first_layer(
 
 def test_outputs_agree_but_for_near_ties_in_deeper_layers(rng, record_property):
     cfg, params = make_model(num_encoder_layers=2, vocab_size=200)
-    lengths = rng.integers(2, 41, 200)
-    tokens = random_tokens(rng, lengths, 40, 200)
+    lengths = rng.integers(2, 31, 64)
+    tokens = random_tokens(rng, lengths, 30, 200)
     real = tokens > 0
     expected, scores, _ = map(np.asarray, encode(cfg, params, tokens))
     near = np.zeros(len(tokens), bool)
     for layer in scores[1:]:
         for row, length in enumerate(lengths):
-            kept = np.sort(layer[row, :length])[::-1]
+            ordered = np.sort(layer[row, :length])[::-1]
             k = num_selected(int(length), REDUCTION)
-            near[row] |= kept[k - 1] - kept[k] < GAP * np.abs(kept).max()
+            near[row] |= ordered[k - 1] - ordered[k] < GAP * np.abs(ordered).max()
     record_property("rows_near_a_tie", f"{near.sum()} of {len(near)}")
     print(f"{near.sum()} of {len(near)} rows are within {GAP} of a tie in a deeper layer")
     assert near.mean() < 0.1
-    encoded = np.asarray(encode(cfg, params, pad(tokens, 130))[0])[:, :40]
+    encoded = np.asarray(encode(cfg, params, pad(tokens, 64))[0])[:, :30]
     difference = np.where(real[..., None], encoded - expected, 0)[~near]
     assert np.abs(difference).max() < 1e-4 * np.abs(expected[real]).max()
 
 
 def test_how_often_bfloat16_picks_otherwise(rng, record_property):
-    """In the first layer never; deeper the hidden states differ by themselves."""
-    cfg, params = make_model(num_encoder_layers=3, emb_dim=64, vocab_size=200, dtype=jnp.bfloat16)
-    tokens = random_tokens(rng, rng.integers(2, 41, 200), 40, 200)
+    """In the first layer never; deeper the hidden states differ by themselves, and this counts."""
+    cfg, params = make_model(num_encoder_layers=2, vocab_size=200, dtype=jnp.bfloat16)
+    tokens = random_tokens(rng, rng.integers(2, 31, 64), 30, 200)
     _, _, picks = encode(cfg, params, tokens)
-    _, _, padded = encode(cfg, params, pad(tokens, 130))
-    rates = (np.asarray(picks) != np.asarray(padded)[..., :40]).any(-1).mean(-1)
+    _, _, padded = encode(cfg, params, pad(tokens, 64))
+    rates = (np.asarray(picks) != np.asarray(padded)[..., :30]).any(-1).mean(-1)
     record_property("rows_with_other_picks_by_layer", rates.tolist())
     print(f"share of rows with other picks in bfloat16, by layer: {rates.tolist()}")
     assert rates[0] == 0
@@ -132,13 +133,9 @@ def test_how_often_bfloat16_picks_otherwise(rng, record_property):
 @pytest.mark.parametrize("size", [1, 5, 100, 192])
 def test_scores_and_gradients_equal_the_product(rng, size):
     u, w, weights = (rng.normal(size=s).astype(np.float32) for s in ((3, 7, size), size, (3, 7)))
-
-    def weighted(function):
-        return lambda u, w: jnp.sum(function(u, w) * weights)
-
     exact = np.einsum("bnd,d->bn", u.astype(np.float64), w)
     np.testing.assert_allclose(token_scores(u, w), exact, atol=1e-6 * np.abs(exact).max())
-    got = jax.grad(weighted(token_scores), (0, 1))(u, w)
+    got = jax.grad(lambda u, w: jnp.sum(token_scores(u, w) * weights), (0, 1))(u, w)
     expected = weights[..., None] * w, np.einsum("bn,bnd->d", weights.astype(np.float64), u)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max())

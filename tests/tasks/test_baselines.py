@@ -5,7 +5,7 @@ import dataclasses
 from helpers import config
 import jax.numpy as jnp
 
-from coda_jax import runs
+from coda_jax.commands.loading import load_model
 from coda_jax.tasks import baselines
 
 
@@ -16,7 +16,7 @@ def test_a_linear_classifier_beats_the_majority_class_by_far():
 
 
 def test_a_linear_probe_sees_what_the_features_hold():
-    random = runs.load_model(config=config(vocab_size=4096, emb_dim=32))
+    random = load_model(config=config(vocab_size=4096, emb_dim=32))
     found = baselines.linear_probe(random, "stdlib_exception")
     majority = baselines.majority_class("stdlib_exception")
     assert min(found["embeddings"], found["encoder"]) > majority + 5
