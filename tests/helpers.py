@@ -12,32 +12,15 @@ from scipy.optimize import brentq
 
 from coda_jax import trees
 from coda_jax.methods import Coda, Method, ParallelAdapter, partition
+from coda_jax.models import FAMILIES
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.t5.config import T5Config
 from coda_jax.models.w2v_bert.config import W2vBertConfig
 from coda_jax.nn.tokens import Tokens, join_frames, selections
 
 GOLDEN = Path(__file__).parent / "golden"
-SIZES = {
-    "vocab_size": 20,
-    "emb_dim": 16,
-    "num_heads": 2,
-    "num_encoder_layers": 2,
-    "num_decoder_layers": 1,
-    "head_dim": 8,
-    "mlp_dim": 24,
-    "mlp_activations": ("gelu", "linear"),
-    "relpos_num_buckets": 8,
-    "relpos_max_distance": 16,
-}
-TINY = T5Config(**SIZES)
-TINY_IMAGES = Pix2StructConfig(**SIZES, patch_size=2, num_positions=16)
-TINY_SPEECH = W2vBertConfig(
-    **{**SIZES, "num_decoder_layers": 0},
-    feature_dim=6,
-    conv_width=4,
-    max_left_distance=5,
-    max_right_distance=2,
+TINY, TINY_IMAGES, TINY_SPEECH = (
+    FAMILIES[config.family].tiny for config in (T5Config, Pix2StructConfig, W2vBertConfig)
 )
 ADAPTER = ParallelAdapter(bottleneck=4)
 

@@ -15,7 +15,6 @@ Version 1, which had one fingerprint for all frozen leaves and no names of metho
 """
 
 from collections.abc import Mapping
-import dataclasses
 import hashlib
 import json
 import os
@@ -42,18 +41,28 @@ _KEYS = {
 }  # fmt: skip
 
 
+def _add_leaf(digest: Any, leaf: Any, prefix: str = "") -> None:
+    """Adds a leaf's shape, dtype and bytes to a digest."""
+    array = np.ascontiguousarray(leaf)
+    digest.update(f"{prefix}{array.shape} {array.dtype.name}\n".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+
+
 def leaf_sha256(leaf: Any) -> str:
     """The SHA-256 of a leaf: its shape, dtype and bytes."""
-    array = np.ascontiguousarray(leaf)
-    digest = hashlib.sha256(f"{array.shape} {array.dtype.name}\n".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
+    digest = hashlib.sha256()
+    _add_leaf(digest, leaf)
     return digest.hexdigest()
+
+
+def fingerprints(params: Mapping[str, Any]) -> dict[str, str]:
+    """{path: SHA-256} of the leaves of a tree."""
+    return {path: leaf_sha256(leaf) for path, leaf in trees.flatten(params).items()}
 
 
 def base_fingerprints(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, str]:
     """{path: SHA-256} of the frozen leaves, which do not change by adaptation."""
-    _, frozen = methods.partition(config, params)
-    return {path: leaf_sha256(leaf) for path, leaf in trees.flatten(frozen).items()}
+    return fingerprints(methods.partition(config, params)[1])
 
 
 def fingerprint_version_1(config: ModelConfig, params: Mapping[str, Any]) -> str:
@@ -61,9 +70,7 @@ def fingerprint_version_1(config: ModelConfig, params: Mapping[str, Any]) -> str
     _, frozen = methods.partition(config, params)
     digest = hashlib.sha256()
     for path, leaf in trees.flatten(frozen).items():  # sorted by path
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{path} {array.shape} {array.dtype.name}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        _add_leaf(digest, leaf, f"{path} ")
     return digest.hexdigest()
 
 
@@ -222,11 +229,7 @@ def _check_config(directory: Path, given: ModelConfig, stored: ModelConfig) -> N
     if given.family != stored.family:
         raise ValueError(f"{directory} belongs to a {stored.family!r}, not to a {given.family!r}")
     skipped = (*_COMPUTE, *(given.head_fields if not given.vocab_size else ()))
-    different = [
-        f"{field.name}={getattr(stored, field.name)!r}, not {getattr(given, field.name)!r}"
-        for field in dataclasses.fields(stored)
-        if field.name not in skipped and getattr(stored, field.name) != getattr(given, field.name)
-    ]
+    different = stored.differences(given, skipped)
     if different:
         raise ValueError(f"{directory} belongs to another base: {'; '.join(different)}")
 

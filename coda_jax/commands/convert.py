@@ -23,8 +23,8 @@ from coda_jax import checkpoints, files, trees
 from coda_jax import methods as methods_lib
 from coda_jax.checkpoints.adapter import (
     MANIFEST,
+    base_fingerprints,
     fingerprint_version_1,
-    leaf_sha256,
     read_manifest,
 )
 from coda_jax.checkpoints.config_json import from_json, from_version_1
@@ -207,9 +207,8 @@ def _check_base(
         found, expected = fingerprint_version_1(config, params), run.get("base")
         different = [] if found == expected else [f"the fingerprint {expected}, not {found}"]
     else:
-        frozen = trees.flatten(methods_lib.partition(config, params)[1])
-        expected = run.get("base") or {}
-        different = [p for p, leaf in frozen.items() if expected.get(p) != leaf_sha256(leaf)]
+        found, expected = base_fingerprints(config, params), run.get("base") or {}
+        different = [path for path, sha256 in found.items() if expected.get(path) != sha256]
     if different:
         lines = "\n  ".join(different)
         raise ValueError(f"{folder} was trained from another base than {base}:\n  {lines}")

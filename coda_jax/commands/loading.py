@@ -142,12 +142,7 @@ def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: str) -> No
     """Raises ValueError where a config differs in more than how it computes and is trained."""
     if type(given) is not type(stored):
         raise ValueError(f"{checkpoint} is a {stored.family!r}, not a {given.family!r}")
-    given = given.dense().replace(dtype=stored.dtype, dropout_rate=stored.dropout_rate)
-    different = [
-        f"{field.name}={getattr(given, field.name)!r}, not {getattr(stored, field.name)!r}"
-        for field in dataclasses.fields(stored)
-        if getattr(given, field.name) != getattr(stored, field.name)
-    ]
+    different = given.dense().differences(stored, ("dtype", "dropout_rate"))
     if different:
         raise ValueError(f"{checkpoint} is not of the given config: {'; '.join(different)}")
 

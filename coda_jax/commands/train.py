@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from coda_jax import checkpoints, files, methods, trees
-from coda_jax.checkpoints.adapter import leaf_sha256
+from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.source import Data
@@ -102,7 +102,7 @@ def _identity(
     _, base = trees.split(model.params, drawn)
     return {
         "config": to_json(model.config),
-        "base": {path: leaf_sha256(leaf) for path, leaf in trees.flatten(base).items()},
+        "base": fingerprints(base),
         "data": dataclasses.asdict(data),
         "objective": {"name": trained.name, **trained.options},
         "accumulation": options.accumulation,

@@ -246,46 +246,14 @@ def add_task(
     )
 
 
-def add_jsonl_task(
-    name: str,
-    *,
-    train_file: str | os.PathLike | None = None,
-    validation_file: str | os.PathLike | None = None,
-    test_file: str | os.PathLike | None = None,
-    vocabulary: seqio.Vocabulary,
-    metric_fns: Sequence[Callable] = (accuracy,),
-) -> seqio.Task:
-    """Registers a seqio task over JSONL files, which are read at once.
-
-    Args:
-        name: the name of the task.
-        train_file: the file of the split "train", if there is one; see `jsonl.read_splits`.
-        validation_file: the file of the split "validation", if there is one.
-        test_file: the file of the split "test", if there is one.
-        vocabulary: for inputs and targets.
-        metric_fns: seqio metric functions.
-
-    Returns:
-        The task.
-
-    Raises:
-        FileNotFoundError, ValueError: as for `jsonl.read_splits`; the name is registered already.
-    """
-    columns = jsonl.read_splits(name, train_file, validation_file, test_file)
-    return _add_columns(name, columns, vocabulary, metric_fns)
-
-
 def add_loaded_task(task: jsonl.JsonlTask) -> None:
     """Registers what `jsonl.jsonl_task` has read, unless it is registered already."""
-    if task.name not in seqio.TaskRegistry.names():
-        _add_columns(task.name, task.columns, seqio_vocabulary(task.vocabulary_path))
-
-
-def _add_columns(name, columns, vocabulary, metric_fns=(accuracy,)) -> seqio.Task:
-    counts = {split: len(column["inputs"]) for split, column in columns.items()}
-    source = MemorySource(columns.__getitem__, tuple(columns), counts)
-    steps = [seqio.preprocessors.tokenize]
-    return add_task(name, source, steps, vocabulary, metric_fns=metric_fns)
+    if task.name in seqio.TaskRegistry.names():
+        return
+    counts = {split: len(column["inputs"]) for split, column in task.columns.items()}
+    source = MemorySource(task.columns.__getitem__, tuple(task.columns), counts)
+    vocabulary = seqio_vocabulary(task.vocabulary_path)
+    add_task(task.name, source, [seqio.preprocessors.tokenize], vocabulary)
 
 
 def seqio_vocabulary(path: str | os.PathLike) -> seqio.Vocabulary:

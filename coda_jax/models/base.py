@@ -6,7 +6,7 @@ says what else differs: published sizes, checkpoints of Hugging Face, how inputs
 Axis letters: B batch, N input tokens, C channels, D embedding, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 import dataclasses
 import functools
 from typing import Any, ClassVar
@@ -84,6 +84,19 @@ class ModelConfig:
     def dense(self) -> "ModelConfig":
         """The same model without methods."""
         return self.replace(methods=())
+
+    def differences(self, other: "ModelConfig", skipped: Container[str] = ()) -> list[str]:
+        """Each field with another value than in a config of the same family, as text.
+
+        Args:
+            other: what it is compared with.
+            skipped: fields that may differ.
+        """
+        names = (field.name for field in dataclasses.fields(self) if field.name not in skipped)
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return [
+            f"{name}={ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs
+        ]
 
     def network(self) -> nn.Module:
         """The network of this configuration."""

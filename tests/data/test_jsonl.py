@@ -88,10 +88,10 @@ def test_a_task_made_before_seqio_was_imported_is_registered_when_it_is_read(wri
 
 def test_a_task_of_seqio_scores_exact_matches(write):
     files = write(train=lines(("a", "b")))
-    vocabulary = seqio_tasks.seqio_vocabulary("bytes")
-    task = seqio_tasks.add_jsonl_task("jsonl_a", **files, vocabulary=vocabulary)
+    name = jsonl.jsonl_task(**files, vocabulary="bytes")
+    task = seqio_tasks.provider(name)
     assert set(task.splits) == {"train"}
-    assert read("jsonl_a", "train") == [([100, 1], [101, 1])]
+    assert read(name, "train") == [([100, 1], [101, 1])]
     (metric,) = task.metric_fns
     assert metric(["b", "d"], [task.postprocess_fn(x) for x in (" b ", "e")]) == {"accuracy": 50}
 

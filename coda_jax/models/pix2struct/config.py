@@ -10,7 +10,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from coda_jax.models.t5.config import T5Config
+from coda_jax.models.t5.config import T5Config, sizes
 
 
 @struct.dataclass
@@ -57,29 +57,18 @@ class Pix2StructConfig(T5Config):
         return 2 * length * self.patch_dim * self.emb_dim
 
 
-def _sizes(emb_dim, num_heads, num_encoder_layers, num_decoder_layers, mlp_dim):
-    return {
-        "emb_dim": emb_dim,
-        "num_heads": num_heads,
-        "num_encoder_layers": num_encoder_layers,
-        "num_decoder_layers": num_decoder_layers,
-        "mlp_dim": mlp_dim,
-    }
-
-
 PRESETS = {
-    "pix2struct_base": Pix2StructConfig(50244, **_sizes(768, 12, 12, 12, 2048)),
-    "pix2struct_large": Pix2StructConfig(50244, **_sizes(1536, 24, 18, 18, 3968)),
+    "pix2struct_base": Pix2StructConfig(50244, **sizes(768, 12, 12, 12, 2048)),
+    "pix2struct_large": Pix2StructConfig(50244, **sizes(1536, 24, 18, 18, 3968)),
     "pix2struct_tiny": Pix2StructConfig(  # bundled
-        384, num_positions=128, **_sizes(128, 2, 4, 2, 384)
+        384, num_positions=128, **sizes(128, 2, 4, 2, 384)
     ),
 }
 TINY = Pix2StructConfig(  # for tests and examples
     20,
-    head_dim=8,
     relpos_num_buckets=8,
     relpos_max_distance=16,
     patch_size=2,
     num_positions=16,
-    **_sizes(16, 2, 2, 1, 24),
+    **sizes(16, 2, 2, 1, 24, head_dim=8),
 )

@@ -88,7 +88,8 @@ class T5Config(ModelConfig):
         return 2 * 2 * tokens * seen * self.num_heads * self.head_dim
 
 
-def _sizes(emb_dim, num_heads, num_encoder_layers, num_decoder_layers, mlp_dim, head_dim=64):
+def sizes(emb_dim, num_heads, num_encoder_layers, num_decoder_layers, mlp_dim, head_dim=64):
+    """The fields of a size, in the order of the published tables."""
     return {
         "emb_dim": emb_dim,
         "num_heads": num_heads,
@@ -101,49 +102,49 @@ def _sizes(emb_dim, num_heads, num_encoder_layers, num_decoder_layers, mlp_dim, 
 
 _GATED = {"mlp_activations": ("gelu", "linear")}
 _T5_1_1 = {
-    "small": _sizes(512, 6, 8, 8, 1024),
-    "base": _sizes(768, 12, 12, 12, 2048),
-    "large": _sizes(1024, 16, 24, 24, 2816),
-    "xl": _sizes(2048, 32, 24, 24, 5120),
-    "xxl": _sizes(4096, 64, 24, 24, 10240),
+    "small": sizes(512, 6, 8, 8, 1024),
+    "base": sizes(768, 12, 12, 12, 2048),
+    "large": sizes(1024, 16, 24, 24, 2816),
+    "xl": sizes(2048, 32, 24, 24, 5120),
+    "xxl": sizes(4096, 64, 24, 24, 10240),
 }
 _T5_1_0 = {
-    "small": _sizes(512, 8, 6, 6, 2048),
-    "base": _sizes(768, 12, 12, 12, 3072),
-    "large": _sizes(1024, 16, 24, 24, 4096),
-    "3b": _sizes(1024, 32, 24, 24, 16384, head_dim=128),
-    "11b": _sizes(1024, 128, 24, 24, 65536, head_dim=128),
+    "small": sizes(512, 8, 6, 6, 2048),
+    "base": sizes(768, 12, 12, 12, 3072),
+    "large": sizes(1024, 16, 24, 24, 4096),
+    "3b": sizes(1024, 32, 24, 24, 16384, head_dim=128),
+    "11b": sizes(1024, 128, 24, 24, 65536, head_dim=128),
 }
 _BYT5 = {
-    "small": _sizes(1472, 6, 12, 4, 3584),
-    "base": _sizes(1536, 12, 18, 6, 3968),
-    "large": _sizes(1536, 16, 36, 12, 3840),
-    "xl": _sizes(2560, 32, 36, 12, 6720),
-    "xxl": _sizes(4672, 64, 36, 12, 12352),
+    "small": sizes(1472, 6, 12, 4, 3584),
+    "base": sizes(1536, 12, 18, 6, 3968),
+    "large": sizes(1536, 16, 36, 12, 3840),
+    "xl": sizes(2560, 32, 36, 12, 6720),
+    "xxl": sizes(4672, 64, 36, 12, 12352),
 }
 PRESETS = {
     **{
-        f"t5_1_0_{size}": T5Config(32128, logits_via_embedding=True, **sizes)
-        for size, sizes in _T5_1_0.items()
+        f"t5_1_0_{size}": T5Config(32128, logits_via_embedding=True, **each)
+        for size, each in _T5_1_0.items()
     },
     **{
-        f"{model}_{size}": T5Config(vocab_size, **_GATED, **sizes)
+        f"{model}_{size}": T5Config(vocab_size, **_GATED, **each)
         for model, vocab_size, table in (
             ("t5_1_1", 32128, _T5_1_1),
             ("flan_t5", 32128, _T5_1_1),
             ("mt5", 250112, _T5_1_1),
             ("byt5", 384, _BYT5),
         )
-        for size, sizes in table.items()
+        for size, each in table.items()
     },
-    "t5_1_1_stdlib": T5Config(4096, **_GATED, **_sizes(192, 3, 4, 2, 512)),  # bundled
+    "t5_1_1_stdlib": T5Config(4096, **_GATED, **sizes(192, 3, 4, 2, 512)),  # bundled
 }
 TINY = T5Config(  # for tests and examples
     20,
     relpos_num_buckets=8,
     relpos_max_distance=16,
     **_GATED,
-    **_sizes(16, 2, 2, 1, 24, head_dim=8),
+    **sizes(16, 2, 2, 1, 24, head_dim=8),
 )
 
 _HEAD = "decoder/logits_dense/kernel"  # of all T5 but 1.0
