@@ -96,7 +96,9 @@ def random_batch(config: ModelConfig, batch: int, length: int, target_length: in
     targets = rng.integers(2, config.vocab_size, (batch, target_length)).astype(np.int32)
     return {
         "encoder_input_tokens": inputs,
-        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+        "decoder_input_tokens": np.pad(
+            targets, ((0, 0), (1, 0)), constant_values=config.decoder_start_id
+        )[:, :-1],
         "decoder_target_tokens": targets,
         "decoder_loss_weights": np.ones_like(targets),
     }

@@ -61,18 +61,18 @@ def train(
     eval_data = eval_data if eval_data and eval_data.exists else None
     trained = objective(model.config)
     _check_data(model, trained, [read for read in (data, eval_data) if read is not None])
-    segments = methods.max_segments(model.config.methods)
+    layout = _layout(model.config)
     vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
     params, metrics = trainer.train(
         trained,
         trained.add_leaves(model.params),
-        data.batches(repeat=True, max_segments=segments),
+        data.batches(repeat=True, **layout),
         options=options,
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
         run={**_identity(model, data, trained, options), "vocabulary": vocabulary},
-        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, max_segments=segments)),
+        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
     )
     _, params = trees.split(params, trained.creates)
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
@@ -82,6 +82,16 @@ def train(
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
     return model, metrics
+
+
+def _layout(config: ModelConfig) -> dict[str, Any]:
+    """What batches must know of a model."""
+    segments = methods.max_segments(config.methods)
+    return {
+        "max_segments": segments,
+        "pad_id": config.pad_id,
+        "start_id": config.decoder_start_id,
+    }
 
 
 def _check_data(model: LoadedModel, trained: Model, sources: list[Data]) -> None:

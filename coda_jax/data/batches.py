@@ -3,13 +3,15 @@
 An example is {"inputs": int array, "targets": int array}. A batch has the keys and values of
 seqio's EncDecFeatureConverter: `encoder_input_tokens`, `decoder_input_tokens`,
 `decoder_target_tokens` and `decoder_loss_weights`, and with packing also the segment ids (from 1;
-0 is padding) and positions of both sides. All are int32 [batch_size, length]. Inputs may be vectors
-instead, such as patches: float arrays [n, C] become float32 [batch_size, length, C].
+0 is padding) and positions of both sides. All are int32 [batch_size, length], rows filled up with
+the model's padding token. Inputs may be vectors instead, such as patches: float arrays [n, C]
+become float32 [batch_size, length, C].
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import itertools
 import logging
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,6 +36,15 @@ def check_feature_lengths(feature_lengths: Mapping[str, int]) -> None:
     check_positive(**{f"feature_lengths[{k!r}]": v for k, v in feature_lengths.items()})
 
 
+class _Layout(NamedTuple):
+    """Sizes of a batch, and the tokens that no example holds."""
+
+    batch_size: int
+    lengths: dict[str, int]
+    pad_id: int
+    start_id: int
+
+
 class Batches(Iterator[dict[str, np.ndarray]]):
     """The iterator that `batch_examples` returns.
 
@@ -42,15 +53,14 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         num_examples: how many examples were read so far.
     """
 
-    def __init__(self, examples, batch_size, lengths, pack, max_segments, drop_remainder):
+    def __init__(self, examples, layout, pack, max_segments, drop_remainder):
         self.num_truncated = 0
         self.num_examples = 0
-        self._lengths = lengths
+        self._lengths = layout.lengths
         rows = _packed_rows if pack else _single_rows
         self._batches = _batches(
-            rows(self._trimmed(examples), lengths, max_segments),
-            batch_size,
-            lengths,
+            rows(self._trimmed(examples), layout.lengths, max_segments),
+            layout,
             pack,
             drop_remainder,
         )
@@ -87,6 +97,8 @@ def batch_examples(
     pack: bool = False,
     max_segments: int | None = None,
     drop_remainder: bool = True,
+    pad_id: int = 0,
+    start_id: int = 0,
 ) -> Batches:
     """Pads or packs examples into batches.
 
@@ -99,6 +111,8 @@ def batch_examples(
         max_segments: at most so many examples in a row, with `pack`; None for no limit.
         drop_remainder: leaves out the last batch if it is not full; otherwise it is filled up with
             empty rows, whose loss weights are 0.
+        pad_id: the token that fills up rows.
+        start_id: the token from which a decoder starts.
 
     Returns:
         An iterator of batches, with the attribute `num_truncated`.
@@ -110,8 +124,8 @@ def batch_examples(
     check_feature_lengths(feature_lengths)
     if max_segments is not None:
         check_positive(max_segments=max_segments)
-    lengths = dict(feature_lengths)
-    return Batches(examples, batch_size, lengths, pack, max_segments, drop_remainder)
+    layout = _Layout(batch_size, dict(feature_lengths), pad_id, start_id)
+    return Batches(examples, layout, pack, max_segments, drop_remainder)
 
 
 def _single_rows(examples, unused_lengths, unused_max_segments) -> Iterator[list[Example]]:
@@ -133,31 +147,30 @@ def _packed_rows(examples, lengths, max_segments) -> Iterator[list[Example]]:
         yield row
 
 
-def _batches(rows, batch_size, lengths, pack, drop_remainder) -> Iterator[dict[str, np.ndarray]]:
+def _batches(rows, layout, pack, drop_remainder) -> Iterator[dict[str, np.ndarray]]:
     group: list[list[Example]] = []
     for row in rows:
         group.append(row)
-        if len(group) == batch_size:
-            yield _convert(group, batch_size, lengths, pack)
+        if len(group) == layout.batch_size:
+            yield _convert(group, layout, pack)
             group = []
     if group and not drop_remainder:
-        yield _convert(group, batch_size, lengths, pack)
+        yield _convert(group, layout, pack)
 
 
-def _convert(rows, batch_size, lengths, pack) -> dict[str, np.ndarray]:
-    inputs, inputs_segments, inputs_positions = _fill(rows, "inputs", batch_size, lengths)
-    targets, targets_segments, targets_positions = _fill(rows, "targets", batch_size, lengths)
-    decoder_inputs = np.zeros_like(targets)
-    decoder_inputs[:, 1:] = targets[:, :-1]
+def _convert(rows, layout, pack) -> dict[str, np.ndarray]:
+    inputs, inputs_segments, inputs_positions = _fill(rows, "inputs", layout)
+    targets, targets_segments, targets_positions = _fill(rows, "targets", layout)
+    starts = targets_segments[:, 1:] != targets_segments[:, :-1] if pack else False
+    decoder_inputs = np.full_like(targets, layout.start_id)
+    decoder_inputs[:, 1:] = np.where(starts, layout.start_id, targets[:, :-1])
     batch = {
         "encoder_input_tokens": inputs,
         "decoder_target_tokens": targets,
         "decoder_input_tokens": decoder_inputs,
-        "decoder_loss_weights": (targets != 0).astype(np.int32),
+        "decoder_loss_weights": (targets_segments > 0).astype(np.int32),
     }
     if pack:
-        same_segment = targets_segments[:, 1:] == targets_segments[:, :-1]
-        decoder_inputs[:, 1:] *= same_segment  # 0 starts each segment.
         batch["encoder_segment_ids"] = inputs_segments
         batch["decoder_segment_ids"] = targets_segments
         batch["encoder_positions"] = inputs_positions
@@ -165,11 +178,13 @@ def _convert(rows, batch_size, lengths, pack) -> dict[str, np.ndarray]:
     return batch
 
 
-def _fill(rows, key, batch_size, lengths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fill(rows, key, layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the tokens, segment ids and positions of one side, each [batch_size, length, ...]."""
     first = as_feature(rows[0][0][key])
-    tokens = np.zeros((batch_size, lengths[key], *first.shape[1:]), first.dtype)
-    segments, positions = np.zeros((2, batch_size, lengths[key]), np.int32)
+    shape = (layout.batch_size, layout.lengths[key])
+    padding = layout.pad_id if np.issubdtype(first.dtype, np.integer) else 0
+    tokens = np.full((*shape, *first.shape[1:]), padding, first.dtype)
+    segments, positions = np.zeros((2, *shape), np.int32)
     for i, row in enumerate(rows):
         start = 0
         for segment, example in enumerate(row, start=1):

@@ -46,12 +46,16 @@ class Data:
         """Whether a task or a file is named at all."""
         return self.task is not None or self.cache is not None
 
-    def batches(self, repeat: bool, max_segments: int | None = None) -> Batches:
+    def batches(
+        self, repeat: bool, max_segments: int | None = None, pad_id: int = 0, start_id: int = 0
+    ) -> Batches:
         """Batches: for ever in full, or one pass whose last is filled up with empty rows.
 
         Args:
             repeat: whether for ever.
             max_segments: at most so many examples in a row, with `pack`; None for no limit.
+            pad_id: the token that fills up rows.
+            start_id: the token from which a decoder starts.
 
         Raises:
             FileNotFoundError: there is no such cache file.
@@ -64,6 +68,8 @@ class Data:
             pack=self.pack,
             max_segments=max_segments if self.pack else None,
             drop_remainder=repeat,
+            pad_id=pad_id,
+            start_id=start_id,
         )
 
     def _examples(self, num_epochs: int | None):

@@ -50,20 +50,21 @@ class ModelConfig:
         heads: patterns of the leaves that a base may lack: they are then created, and trained and
             saved with what the methods create.
         head_fields: what such a base, whose vocab_size is 0, does not say.
-        eos_id: the token that ends a target.
         vocab_size: V.
         dtype: of the computation.
         emb_dim: D.
         num_encoder_layers: layers of the encoder.
         num_decoder_layers: layers of the decoder.
         dropout_rate: used where `enable_dropout` is set.
+        pad_id: the token that fills up a row.
+        eos_id: the token that ends a target.
+        decoder_start_id: the token from which a decoder starts.
         methods: how the model is adapted, in the order of `methods.METHODS`; () for a dense model.
     """
 
     family: ClassVar[str]
     heads: ClassVar[tuple[str, ...]] = ()
     head_fields: ClassVar[tuple[str, ...]] = ()
-    eos_id: ClassVar[int] = 1
 
     vocab_size: int
     dtype: Any = jnp.float32
@@ -71,6 +72,9 @@ class ModelConfig:
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     dropout_rate: float = 0.1
+    pad_id: int = 0
+    eos_id: int = 1
+    decoder_start_id: int = 0
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self):

@@ -262,10 +262,9 @@ class Transformer(nn.Module):
         """The encoder, as `setup` attaches it."""
         return Encoder(self.config, self.shared_embedding)
 
-    @staticmethod
-    def input_mask(encoder_input_tokens: Int[Array, "b n"]) -> Bool[Array, "b n"]:
+    def input_mask(self, encoder_input_tokens: Int[Array, "b n"]) -> Bool[Array, "b n"]:
         """False for padding."""
-        return encoder_input_tokens > 0
+        return encoder_input_tokens != self.config.pad_id
 
     def encode(
         self,
@@ -332,7 +331,9 @@ class Transformer(nn.Module):
         if decode and encoder_segment_ids is not None:
             raise ValueError("packed examples cannot be decoded: encoder_segment_ids was given")
         cross_mask = self.input_mask(encoder_input_tokens)[:, None, None, :]
-        self_mask = None if decode else (decoder_target_tokens > 0)[:, None, None, :]
+        self_mask = (
+            None if decode else (decoder_target_tokens != self.config.pad_id)[:, None, None, :]
+        )
         if encoder_segment_ids is not None:
             segments = decoder_segment_ids[:, None, :, None]
             self_mask = self_mask & (segments == decoder_segment_ids[:, None, None, :])
