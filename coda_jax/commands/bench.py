@@ -106,7 +106,7 @@ def random_batch(config: ModelConfig, batch: int, length: int, target_length: in
 
 def with_head(config: ModelConfig) -> ModelConfig:
     """The config; one without a head gets that of its family's published sizes."""
-    if config.vocab_size:
+    if not config.lacks_head:
         return config
     given = next(iter(family_of(config).presets.values()))
     return config.replace(**{name: getattr(given, name) for name in config.head_fields})

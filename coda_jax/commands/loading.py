@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from coda_jax import checkpoints, methods, trees
-from coda_jax.checkpoints.adapter import read_manifest
-from coda_jax.checkpoints.swap_in import add_head
+from coda_jax.checkpoints.adapter import read_config, read_manifest
+from coda_jax.checkpoints.swap_in import add_head, encoder_of
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.methods import with_reduction
 from coda_jax.models import ModelConfig, init_params, param_shapes, preset
@@ -74,6 +74,8 @@ def load_model(
     dtype: Any = "float32",
     dropout_rate: float = 0.0,
     seed: int = 0,
+    head: Mapping[str, Any] | None = None,
+    encoder_only: bool = False,
 ) -> LoadedModel:
     """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
 
@@ -89,6 +91,9 @@ def load_model(
         dtype: of the computation.
         dropout_rate: in training.
         seed: of what is created.
+        head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
+        encoder_only: whether the encoder of an encoder-decoder is taken alone; it is where there is
+            a head, or an adapter of one.
 
     Raises:
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
@@ -97,6 +102,12 @@ def load_model(
     rng = jax.random.key(seed)
     given = config
     config, params = _base(checkpoint, given, rng)
+    if adapter_checkpoint is not None:
+        encoder_only |= not read_config(adapter_checkpoint).num_decoder_layers
+    if config.num_decoder_layers and (head or encoder_only):
+        config, params = encoder_of(config, params)
+        given = given and given.encoder_only()
+    given = (given or config).replace(**head) if head else given
     config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
     directory = checkpoint and pathlib.Path(checkpoint)
     if adapter_checkpoint is None:
@@ -106,12 +117,10 @@ def load_model(
     else:
         config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)
         _check_vocabulary(adapter_checkpoint, directory)
-        config = _continued(config, methods, adapter_checkpoint)
-        with_head = _with_head_of(config, given)
+        with_head = _with_head_of(_continued(config, methods, adapter_checkpoint), given)
         if given is not None:
             _check_sizes(given, with_head.dense(), adapter_checkpoint)
-        if with_head != config:
-            config, params = with_head, add_head(with_head, params, rng)
+        config, params = with_head, add_head(with_head, params, rng)
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
     return LoadedModel(config, params, directory)
@@ -133,7 +142,7 @@ def _base(
 
 def _with_head_of(config: ModelConfig, given: ModelConfig | None) -> ModelConfig:
     """The config with the head of another, where it has none."""
-    if given is None or config.vocab_size or given.family != config.family:
+    if given is None or not config.lacks_head or given.family != config.family:
         return config
     return config.replace(**{name: getattr(given, name) for name in config.head_fields})
 

@@ -98,6 +98,10 @@ class Model:
         """The sum of the weighted losses, and the sums; with dropout where an RNG is given."""
         raise NotImplementedError
 
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """What is reported of sums; by default the means of `Sums.metrics`."""
+        return sums.metrics()
+
     def _apply(self, params, inputs, dropout_rng, **kwargs):
         """The network's output, with dropout where an RNG is given."""
         return self.module.apply(
