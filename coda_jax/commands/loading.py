@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from coda_jax import checkpoints, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_manifest
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
+from coda_jax.data.labels import read_labels
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.methods import with_reduction
 from coda_jax.models import ModelConfig, init_params, param_shapes, preset
@@ -40,6 +41,28 @@ def configured_preset(
 ) -> ModelConfig | None:
     """A published size with other values for some fields; None for no name."""
     return None if name is None else preset(name, **(changes or {}))
+
+
+def classes(
+    head: str, train_file: str | None = None, adapter_checkpoint: str | None = None
+) -> tuple[str, ...]:
+    """The labels of a head: those of an adapter where one is given, else of a file.
+
+    Args:
+        head: "classification", or another that has none.
+        train_file: JSONL with "label".
+        adapter_checkpoint: folder that `save_adapter` wrote.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    if head != "classification":
+        return ()
+    if adapter_checkpoint is not None:
+        return read_config(adapter_checkpoint).labels
+    if train_file is None:
+        raise ValueError("the labels of a classification are read from TRAIN_FILE: name it")
+    return read_labels(train_file)
 
 
 def configured_methods(names: Sequence[str]) -> tuple[methods.Method, ...]:

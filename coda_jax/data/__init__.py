@@ -6,6 +6,7 @@ Without seqio and TensorFlow:
 - `cache`: the file that holds a task's tokenised examples.
 - `vocabularies`: SentencePiece and bytes.
 - `jsonl`: JSONL files and tasks over them.
+- `labels`: JSONL files of texts with a class or a number.
 - `source`: `Data`, which finds the examples of a task's name or of a cache file.
 
 With them:

@@ -24,13 +24,13 @@ class LabelTask:
     Attributes:
         name: of the task.
         rows: for each split, (text, label) of each line.
-        labels: names of the classes; None where labels are numbers.
+        labels: names of the classes; none where labels are numbers.
         vocabulary_path: a path, or "bytes", for `load_vocabulary`.
     """
 
     name: str
     rows: dict[str, Rows] = dataclasses.field(repr=False)
-    labels: tuple[str, ...] | None
+    labels: tuple[str, ...]
     vocabulary_path: str
 
     @functools.cached_property
@@ -55,7 +55,7 @@ class LabelTask:
         return np.array([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
 
     def _target(self, label: Any) -> np.ndarray:
-        if self.labels is None:
+        if not self.labels:
             return np.array([label], np.float32)
         return np.array([self.labels.index(label)], np.int32)
 
@@ -76,7 +76,7 @@ def labelled_task(
     validation_file: str | None = None,
     test_file: str | None = None,
     vocabulary: str,
-    labels: Sequence[str] | None,
+    labels: Sequence[str],
 ) -> str:
     """Returns the name of the task over these files. For gin files.
 
@@ -85,7 +85,7 @@ def labelled_task(
         validation_file: of the split "validation", if there is one.
         test_file: of the split "test", if there is one.
         vocabulary: a path, or "bytes", for `load_vocabulary`.
-        labels: names of the classes; None where labels are numbers.
+        labels: names of the classes; none where labels are numbers.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -93,7 +93,7 @@ def labelled_task(
     """
     files = {"train": train_file, "validation": validation_file, "test": test_file}
     given = {split: path for split, path in files.items() if path is not None}
-    labels = None if labels is None else tuple(labels)
+    labels = tuple(labels)
     name = jsonl.hashed_name("labels", (*files.values(), vocabulary, labels))
     if not given:
         raise ValueError(
@@ -126,8 +126,8 @@ def _class(place: str, label: Any) -> str:
     return str(label)
 
 
-def _value(place: str, label: Any, labels: tuple[str, ...] | None) -> str | float:
-    if labels is not None:
+def _value(place: str, label: Any, labels: tuple[str, ...]) -> str | float:
+    if labels:
         if (label := _class(place, label)) not in labels:
             raise ValueError(f"{place}: the label {label!r} is none of {labels}")
         return label
