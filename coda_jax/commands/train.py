@@ -17,7 +17,7 @@ from coda_jax.checkpoints.config_json import to_json
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import VOCABULARY_NAME
-from coda_jax.models import ModelConfig
+from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.training import trainer
 
@@ -60,6 +60,7 @@ def train(
         raise ValueError("there is nothing to train on: name a task or a cache file")
     eval_data = eval_data if eval_data and eval_data.exists else None
     trained = objective(model.config)
+    _check_export(model)
     _check_data(model, trained, [read for read in (data, eval_data) if read is not None])
     layout = _layout(model.config)
     vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
@@ -82,6 +83,13 @@ def train(
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
     return model, metrics
+
+
+def _check_export(model: LoadedModel) -> None:
+    """Raises ValueError where a base would come out that has no place in Hugging Face's layout."""
+    config, params = model.config, model.params
+    if not methods.partition(config, params)[1]:
+        family_of(config).huggingface.format_config(config.dense(), "float32")
 
 
 def _layout(config: ModelConfig) -> dict[str, Any]:

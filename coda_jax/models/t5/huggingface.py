@@ -270,8 +270,13 @@ def format_config(config: T5Config, dtype: str) -> dict[str, Any]:
         dtype: name of the weights' dtype.
 
     Raises:
-        ValueError: if the activations have no name in Hugging Face's T5.
+        ValueError: if the activations have no name in Hugging Face's T5; if there is a head.
     """
+    if config.head is not None:
+        raise ValueError(
+            f"head={config.head!r} is no part of a Hugging Face encoder; train it with a method "
+            "that leaves its base frozen, and it is saved in an adapter file"
+        )
     names = [name for name, entry in ACTIVATIONS.items()
              if entry[0] == tuple(config.mlp_activations)]  # fmt: skip
     if not names:
