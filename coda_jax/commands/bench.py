@@ -133,11 +133,13 @@ def measure(
         target_length: T, tokens decoded, and target tokens of a training step.
         reductions: r of each CoDA model.
         rounds: runs of each program that are counted.
-        measures: what to time, of `MEASURES`.
+        measures: what to time, of `MEASURES`; of an encoder without a head, those that it has.
     """
     unknown = sorted(set(measures) - set(MEASURES))
     if unknown:
         raise ValueError(f"measures must be of {MEASURES}, got {unknown}")
+    if dense.lacks_head:
+        measures = [name for name in measures if name in ("encoder", "parts")]
     batch = random_batch(dense, batch_size, input_length, target_length)
     dense_params = jax.device_put(dense_params)
     programs = {
