@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coda_jax import checkpoints, methods, trees
+from coda_jax import checkpoints, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_manifest
 from coda_jax.checkpoints.swap_in import add_head
 from coda_jax.data.vocabularies import find_fingerprint
@@ -78,7 +78,8 @@ def load_model(
     """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
 
     Args:
-        checkpoint: folder in Hugging Face layout; None to start at random from `config`.
+        checkpoint: folder in Hugging Face layout, or the name of a model in the cache of the
+            Hugging Face Hub; None to start at random from `config`.
         config: the sizes of a model that starts at random; a checkpoint's must be the same, but a
             model without a head gets a fresh one of this config's, also where its adapter comes
             from a file that has none.
@@ -96,9 +97,9 @@ def load_model(
     """
     rng = jax.random.key(seed)
     given = config
-    config, params = _base(checkpoint, given, rng)
+    directory = None if checkpoint is None else hub.find(checkpoint)
+    config, params = _base(directory, given, rng)
     config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
-    directory = checkpoint and pathlib.Path(checkpoint)
     if adapter_checkpoint is None:
         given_methods = methods or (given.methods if given else ())
         config = _with_head_of(config, given).replace(methods=tuple(given_methods))
@@ -118,16 +119,16 @@ def load_model(
 
 
 def _base(
-    checkpoint: str | None, given: ModelConfig | None, rng: jax.Array
+    directory: pathlib.Path | None, given: ModelConfig | None, rng: jax.Array
 ) -> tuple[ModelConfig, Mapping[str, Any]]:
     """The dense model: from a checkpoint, whose sizes must be those given, or random."""
-    if checkpoint is None:
+    if directory is None:
         if given is None:
             raise ValueError("load_model needs a checkpoint or, to start at random, a config")
         return given.dense(), init_params(given.dense(), rng)
-    config, params = checkpoints.load_hf(checkpoint)
+    config, params = checkpoints.load_hf(directory)
     if given is not None:
-        _check_sizes(given, _with_head_of(config, given), checkpoint)
+        _check_sizes(given, _with_head_of(config, given), directory)
     return config, params
 
 
@@ -138,7 +139,7 @@ def _with_head_of(config: ModelConfig, given: ModelConfig | None) -> ModelConfig
     return config.replace(**{name: getattr(given, name) for name in config.head_fields})
 
 
-def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: str) -> None:
+def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: object) -> None:
     """Raises ValueError where a config differs in more than how it computes and is trained."""
     if type(given) is not type(stored):
         raise ValueError(f"{checkpoint} is a {stored.family!r}, not a {given.family!r}")
