@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from coda_jax import files, methods, trees
-from coda_jax.checkpoints import tensor_files
+from coda_jax import files, hub, methods, trees
+from coda_jax.checkpoints import tensor_files, weights
 from coda_jax.models import FAMILIES, Family, ModelConfig, family_of, param_shapes
 from coda_jax.models.hf_fields import is_transposed
 
@@ -47,7 +47,9 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
     """Loads a dense checkpoint in the layout of transformers' class for the family.
 
     Args:
-        directory: has config.json and model.safetensors, or its shards with their index.
+        directory: has config.json and weights: model.safetensors, flax_model.msgpack or
+            pytorch_model.bin, or shards of one of them with their index. Or the name of a model in
+            the cache of the Hugging Face Hub, such as "google/flan-t5-base".
 
     Returns:
         (config, params): the dense config of the family in config.json, with float32 as compute
@@ -56,16 +58,16 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the config has a field that is not handled; if a file is corrupt or pickled;
-            if tensors are missing, extra or misshapen (all are listed).
+        ValueError: if the config has a field that is not handled; if a file is corrupt or holds
+            more than weights; if tensors are missing, extra or misshapen (all are listed).
     """
-    directory = Path(directory)
+    directory = hub.find(directory)
     source = str(directory / CONFIG_FILE)
     raw = files.read_json(directory / CONFIG_FILE)
     model_type, family = _family(raw, source)
     raw, layout = {**raw, "model_type": model_type}, family.huggingface
     config = layout.parse_config(raw, source)
-    tensors = layout.resolve_tensors(tensor_files.read_directory(directory), raw, source)
+    tensors = layout.resolve_tensors(weights.read_weights(directory), raw, source)
     expected = trees.flatten(param_shapes(config))
     names = {path: layout.tensor_name(path, config) for path in expected}
     shapes = {

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from coda_jax import checkpoints, methods, trees
+from coda_jax import checkpoints, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_manifest
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
 from coda_jax.data.labels import read_labels
@@ -103,7 +103,8 @@ def load_model(
     """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
 
     Args:
-        checkpoint: folder in Hugging Face layout; None to start at random from `config`.
+        checkpoint: folder in Hugging Face layout, or the name of a model in the cache of the
+            Hugging Face Hub; None to start at random from `config`.
         config: the sizes of a model that starts at random; a checkpoint's must be the same, but a
             model without a head gets a fresh one of this config's, also where its adapter comes
             from a file that has none.
@@ -124,7 +125,8 @@ def load_model(
     """
     rng = jax.random.key(seed)
     given = config
-    config, params = _base(checkpoint, given, rng)
+    directory = None if checkpoint is None else hub.find(checkpoint)
+    config, params = _base(directory, given, rng)
     if adapter_checkpoint is not None:
         encoder_only |= not read_config(adapter_checkpoint).num_decoder_layers
     if config.num_decoder_layers and (head or encoder_only):
@@ -132,7 +134,6 @@ def load_model(
         given = given and given.encoder_only()
     given = (given or config).replace(**head) if head else given
     config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
-    directory = checkpoint and pathlib.Path(checkpoint)
     if adapter_checkpoint is None:
         given_methods = methods or (given.methods if given else ())
         config = _with_head_of(config, given).replace(methods=tuple(given_methods))
@@ -150,16 +151,16 @@ def load_model(
 
 
 def _base(
-    checkpoint: str | None, given: ModelConfig | None, rng: jax.Array
+    directory: pathlib.Path | None, given: ModelConfig | None, rng: jax.Array
 ) -> tuple[ModelConfig, Mapping[str, Any]]:
     """The dense model: from a checkpoint, whose sizes must be those given, or random."""
-    if checkpoint is None:
+    if directory is None:
         if given is None:
             raise ValueError("load_model needs a checkpoint or, to start at random, a config")
         return given.dense(), init_params(given.dense(), rng)
-    config, params = checkpoints.load_hf(checkpoint)
+    config, params = checkpoints.load_hf(directory)
     if given is not None:
-        _check_sizes(given, _with_head_of(config, given), checkpoint)
+        _check_sizes(given, _with_head_of(config, given), directory)
     return config, params
 
 
@@ -170,7 +171,7 @@ def _with_head_of(config: ModelConfig, given: ModelConfig | None) -> ModelConfig
     return config.replace(**{name: getattr(given, name) for name in config.head_fields})
 
 
-def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: str) -> None:
+def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: object) -> None:
     """Raises ValueError where a config differs in more than how it computes and is trained."""
     if type(given) is not type(stored):
         raise ValueError(f"{checkpoint} is a {stored.family!r}, not a {given.family!r}")

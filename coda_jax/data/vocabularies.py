@@ -14,6 +14,8 @@ from typing import ClassVar, Protocol
 
 import sentencepiece
 
+from coda_jax import hub
+
 VOCABULARY_NAME = "spiece.model"  # in a checkpoint's folder, as Hugging Face names it
 EXTRA_IDS = 100  # of T5: sentinels, after the ids of the file
 BYTE_EXTRA_IDS = 125  # of ByT5, which has 384 ids together
@@ -182,14 +184,15 @@ def find_file(
     """Returns the vocabulary's file.
 
     Args:
-        path: a checkpoint's directory that holds `spiece.model`, or such a file.
+        path: a checkpoint's directory that holds `spiece.model`, the name of a model in the cache
+            of the Hugging Face Hub, or such a file.
         isdir: as `os.path.isdir`.
         exists: as `os.path.exists`.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
-    path = os.fspath(path)
+    path = os.fspath(hub.snapshot(path) or path)
     file = os.path.join(path, VOCABULARY_NAME) if isdir(path) else path
     if not exists(file):
         raise FileNotFoundError(f'No vocabulary {file!r}. For a model of bytes (ByT5) say "bytes"')

@@ -272,13 +272,6 @@ def test_missing_files_are_named(copy, tmp_path):
         load_hf(tmp_path / "nowhere")
 
 
-def test_pickled_checkpoint_is_refused_with_the_way_out(copy):
-    folder = copy()
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration.*\.save_pretrained\("):
-        load_hf(folder)
-
-
 @pytest.mark.parametrize(
     ("name", "config", "text"),
     [
