@@ -47,13 +47,13 @@ def evaluate(
 
     from coda_jax.data import seqio_tasks
 
-    Data(feature_lengths, task).check_vocabulary(model.config.vocab_size, model.directory)
+    Data(feature_lengths, task).check_vocabulary(**model.vocabulary)
     decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
     predictor = Predictor(model.config, model.params, decoding)
-    module = model.config.network()
 
-    def unpadded(inputs):
-        return inputs[: np.flatnonzero(module.input_mask(inputs)).max(initial=-1) + 1]
+    def unpadded(inputs):  # seqio fills up with zeros, whatever the model's padding is
+        filled = inputs.reshape(len(inputs), -1).any(axis=1)
+        return inputs[: np.flatnonzero(filled).max(initial=-1) + 1]
 
     def predict(dataset):
         examples, answers = dataset.as_numpy_iterator(), []

@@ -35,6 +35,12 @@ class LoadedModel:
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     directory: pathlib.Path | None
 
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What a vocabulary must agree with: the arguments of `check_vocabulary`."""
+        ids = {name: getattr(self.config, name) for name in ("vocab_size", "eos_id", "pad_id")}
+        return {"directory": self.directory, **ids}
+
 
 def configured_preset(
     name: str | None, changes: Mapping[str, Any] | None = None

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from coda_jax.commands.evaluate import held_at_once
 from coda_jax.commands.loading import LoadedModel
-from coda_jax.data.vocabularies import check_vocabulary, load_vocabulary
+from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.models import family_of
 
@@ -38,9 +38,7 @@ def predict(
         font: file of the font of headers; None for that of `data.images`.
     """
     vocabulary = load_vocabulary(vocabulary or model.directory)
-    check_vocabulary(
-        vocabulary.fingerprint, vocabulary.vocab_size, model.config.vocab_size, model.directory
-    )
+    check_vocabulary(identity(vocabulary), **model.vocabulary)
     predictor = Predictor(model.config, model.params, decoding)
     requests = family_of(model.config).inputs
     records = iter(requests.read(inputs))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.source import Data
-from coda_jax.data.vocabularies import VOCABULARY_NAME
+from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.training import trainer
@@ -79,7 +78,7 @@ def train(
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
     folder = pathlib.Path(directory) / "export"
-    model = export(folder, model.config, params, model.directory, data.vocabulary_file, vocabulary)
+    model = export(folder, model.config, params, model.directory, data, vocabulary)
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
     return model, metrics
@@ -106,7 +105,7 @@ def _check_data(model: LoadedModel, trained: Model, sources: list[Data]) -> None
     """Raises ValueError where data do not fit the model."""
     for data in sources:
         if trained.reads_targets:
-            data.check_vocabulary(model.config.vocab_size, model.directory)
+            data.check_vocabulary(**model.vocabulary)
         apart = [method.name for method in model.config.methods if not method.packs]
         if data.pack and apart:
             raise ValueError(f"{apart} cannot keep packed examples apart: pack=False")
@@ -133,7 +132,7 @@ def export(
     config: ModelConfig,
     params: Any,
     base_directory: pathlib.Path | None,
-    vocabulary_file: Callable[[], str | None],
+    data: Data,
     vocabulary: str | None,
 ) -> LoadedModel:
     """Writes what was trained: the base, where its leaves were; what the methods leave behind.
@@ -142,10 +141,10 @@ def export(
         folder: to write.
         config: of the model that was trained.
         params: its parameters.
-        base_directory: of the checkpoint that it started from; a vocabulary there goes before the
-            task's.
-        vocabulary_file: gives the task's.
-        vocabulary: its fingerprint.
+        base_directory: of the checkpoint that it started from; a vocabulary there goes before that
+            of the data.
+        data: that it was trained on.
+        vocabulary: the fingerprint of their vocabulary.
 
     Returns:
         The model as it is exported.
@@ -155,10 +154,8 @@ def export(
     if not frozen:
         _, dense = trees.split(params, methods.created(finished))
         checkpoints.save_hf(folder, finished.dense(), dense)
-        beside = base_directory and base_directory / VOCABULARY_NAME
-        file = beside if beside and beside.exists() else vocabulary_file()
-        if file is not None:
-            shutil.copy(file, folder / VOCABULARY_NAME)
+        beside = find_files(base_directory) if base_directory else {}
+        copy_files(beside or data.vocabulary_files(), folder)
     if finished.methods:
         checkpoints.save_adapter(folder / "adapter", finished, params, vocabulary=vocabulary)
     return LoadedModel(finished, params, base_directory)

@@ -89,7 +89,7 @@ def jsonl_task(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as for `read_splits`, or the vocabulary is not a SentencePiece model.
+        ValueError: as for `read_splits`, or `load_vocabulary` refuses the vocabulary.
     """
     files = (train_file, validation_file, test_file)
     name = hashed_name("jsonl", (files, vocabulary))
