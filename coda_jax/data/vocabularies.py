@@ -49,6 +49,10 @@ class Vocabulary(Protocol):
         """Returns the text of the ids up to the first EOS."""
         ...
 
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8; the first may lose a space there."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceVocabulary:
@@ -109,6 +113,19 @@ class SentencePieceVocabulary:
             ids = ids[: ids.index(self.eos_id) + 1]
         return self.processor.DecodeIds(ids)
 
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8; the first may lose a space there."""
+        p = self.processor
+
+        def piece(i):
+            if p.is_byte(i):
+                return bytes([int(p.id_to_piece(i)[3:5], 16)])  # written as <0x41>
+            return b"" if p.is_control(i) else p.id_to_piece(i).replace("▁", " ").encode()
+
+        found = [piece(i) for i in range(self.vocab_size)]
+        found[p.unk_id()] = p.decode([p.unk_id()]).encode()
+        return found
+
 
 def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
@@ -149,6 +166,12 @@ class ByteVocabulary:
             ids = ids[: ids.index(_EOS)]
         found = bytes(int(i) - _FIRST_BYTE for i in ids if 0 <= i - _FIRST_BYTE < _NUM_BYTES)
         return found.decode(errors="ignore")
+
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8."""
+        every = range(self.vocab_size)
+        is_byte = range(_FIRST_BYTE, _FIRST_BYTE + _NUM_BYTES)
+        return [bytes([i - _FIRST_BYTE]) if i in is_byte else b"" for i in every]
 
 
 def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
