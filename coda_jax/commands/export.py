@@ -1,7 +1,10 @@
 """`coda export`: a model as files that answer with jax and numpy alone.
 
 They are `jax.export` programs beside the weights, which they share. A program takes one batch size
-and one length of inputs. To load them:
+and one length of inputs. Where outputs are drawn, it takes two more arguments, a uint32 seed and
+the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
+outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. The
+manifest lists arguments and results. To load them:
 
     manifest = json.load(open(f"{folder}/manifest.json"))
     arrays = np.load(f"{folder}/weights.npz")
@@ -15,12 +18,14 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from coda_jax import files, methods, trees
-from coda_jax.commands.loading import LoadedModel
-from coda_jax.inference import Decoding, bucket, predict_function
+from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.data.vocabularies import load_vocabulary
+from coda_jax.inference import Decoding, bucket, generate_function, stops_of
 from coda_jax.objectives import Model, model_for
 
 MANIFEST_NAME = "manifest.json"
@@ -44,17 +49,22 @@ def export(
     decoding: Decoding,
     batch_sizes: Sequence[int] | None = None,
     platforms: Sequence[str] = ("cpu",),
+    vocabulary: str | None = None,
 ) -> None:
-    """Writes programs (weights, inputs) -> output tokens [B, L].
+    """Writes programs (weights, inputs) -> output tokens [B, L]; see the module for other ones.
 
-    The inputs are token ids [B, N] int32, or patches [B, N, C] float32.
+    The inputs are token ids [B, N] int32, or patches [B, N, C] float32. An output ends with the
+    token in which a stop text is complete.
 
     Args:
         model: what answers.
         output: the folder to write; it must not exist yet or be empty.
-        decoding: how outputs are searched for, and the longest input.
+        decoding: how outputs are made, and the longest input; what it leaves open,
+            generation_config.json may say.
         batch_sizes: B of the programs; None for that of `decoding`.
         platforms: "cpu", "cuda", "rocm" or "tpu"; each program holds all of them.
+        vocabulary: folder or file of the vocabulary, or "bytes", which is read for stop texts;
+            None: beside the checkpoint.
 
     Raises:
         FileExistsError: the folder holds something.
@@ -66,21 +76,27 @@ def export(
     batch_sizes = [decoding.batch_size] if batch_sizes is None else list(batch_sizes)
     if min(batch_sizes) < 1:
         raise ValueError(f"batch sizes must be at least 1, got {batch_sizes}")
+    decoding = completed(decoding, model)
+    stops = None
+    if decoding.stop_strings:
+        stops = stops_of(decoding, load_vocabulary(vocabulary or model.directory), model.config)
     directory.mkdir(parents=True, exist_ok=True)
     config, params = methods.merge(model.config, model.params)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-    predict = _predict_function(model_for(config), list(flat), decoding)
+    program = _program(model_for(config), list(flat), decoding, stops)
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
     shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
     for shape in tqdm(shapes, desc="export", unit="program"):
-        inputs = config.input_spec(*shape)
-        exported = jax.export.export(predict, platforms=list(platforms))(weights, inputs)
+        arguments = [weights, config.input_spec(*shape)]
+        if decoding.do_sample:
+            arguments += [_uint32(), _uint32(shape[0])]
+        exported = jax.export.export(program, platforms=list(platforms))(*arguments)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
     _write_weights(directory, flat)
     manifest = {
         "programs": {program_name(*shape): shape for shape in shapes},
         "weights": {path: str(leaf.dtype) for path, leaf in flat.items()},
-        "max_decode_length": decoding.max_decode_length,
+        **_description(decoding),
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
@@ -89,16 +105,33 @@ def export(
     )  # the last file: without it nothing counts
 
 
-def _predict_function(model: Model, paths: Sequence[str], decoding: Decoding):
-    """Takes the weights as a list, so that a loader needs neither Flax nor the tree."""
+def _description(decoding: Decoding) -> dict[str, Any]:
+    """What the manifest says of the programs."""
+    return {
+        "arguments": ["weights", "inputs", *["seed", "numbers"] * decoding.do_sample],
+        "results": ["tokens", *["scores"] * (decoding.num_return_sequences > 1)],
+        "decoding": decoding.said,
+    }
 
-    predict = predict_function(model, decoding)
+
+def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.uint32)
+
+
+def _program(model: Model, paths: Sequence[str], decoding: Decoding, stops: np.ndarray | None):
+    """Takes the weights as a list, so that a loader needs neither Flax nor the tree."""
+    generate = generate_function(model, decoding)
 
     @jax.jit
-    def predict_from_list(weights, tokens):
-        return predict(trees.unflatten(dict(zip(paths, weights, strict=True))), tokens)
+    def program(weights, inputs, *drawing):
+        given = dict(zip(("seed", "numbers"), drawing, strict=False))
+        if stops is not None:
+            given["stops"] = jnp.asarray(stops)
+        params = trees.unflatten(dict(zip(paths, weights, strict=True)))
+        tokens, scores = generate(params, inputs, **given)
+        return (tokens, scores) if decoding.num_return_sequences > 1 else tokens[:, 0]
 
-    return predict_from_list
+    return program
 
 
 def _write_weights(directory: pathlib.Path, flat: Mapping[str, Any]) -> None:

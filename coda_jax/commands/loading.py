@@ -8,14 +8,17 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 
 from coda_jax import checkpoints, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_manifest
+from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE, read_generation_config
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
 from coda_jax.data.labels import read_labels
 from coda_jax.data.vocabularies import find_fingerprint
+from coda_jax.inference import Decoding
 from coda_jax.methods import with_reduction
 from coda_jax.models import ModelConfig, init_params, param_shapes, preset
 from coda_jax.optional import needs
@@ -154,6 +157,28 @@ def load_model(
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
     return LoadedModel(config, params, directory)
+
+
+def completed(decoding: Decoding, model: LoadedModel) -> Decoding:
+    """What the checkpoint's generation_config.json asks for, where nothing is said; it is logged.
+
+    Args:
+        decoding: what is asked for.
+        model: what decodes.
+
+    Returns:
+        The options, with nothing left open.
+
+    Raises:
+        ValueError: the file is not for this model; options contradict each other.
+    """
+    if model.directory is not None:
+        defaults = read_generation_config(model.directory, model.config)
+        decoding, taken = decoding.with_defaults(defaults)
+        if taken:
+            said = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+            logging.warning("%s/%s: %s", model.directory, GENERATION_CONFIG_FILE, said)
+    return decoding.resolved()
 
 
 def _base(

@@ -60,6 +60,10 @@ class Vocabulary(Protocol):
         """Returns the text of the ids up to the first EOS."""
         ...
 
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8; the first may lose a space there."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteVocabulary:
@@ -99,6 +103,12 @@ class ByteVocabulary:
             ids = ids[: ids.index(self.eos_id)]
         found = bytes(int(i) - _FIRST_BYTE for i in ids if 0 <= i - _FIRST_BYTE < _NUM_BYTES)
         return found.decode(errors="ignore")
+
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8."""
+        every = range(self.vocab_size)
+        is_byte = range(_FIRST_BYTE, _FIRST_BYTE + _NUM_BYTES)
+        return [bytes([i - _FIRST_BYTE]) if i in is_byte else b"" for i in every]
 
 
 def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Vocabulary:
