@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 from jax import Array
+import jax.numpy as jnp
 import numpy as np
 
 from coda_jax.data.stop_texts import stop_table
 from coda_jax.data.vocabularies import Vocabulary
 from coda_jax.models import ModelConfig
+from coda_jax.nn.tokens import pool
 from coda_jax.objectives import Generation, Model, model_for
 from coda_jax.sharding import Placement
 
+EMBEDDINGS = ("mean", "tokens")
 _SHORTEST_BUCKET = 32
 
 
@@ -50,7 +53,110 @@ def generate_function(model: Model, decoding: Decoding) -> Callable[..., tuple[A
     return functools.partial(model.generate, generation=decoding)
 
 
-class Predictor:
+def encode_function(model: Model, embed: str | None = None) -> Callable[..., Array]:
+    """(parameters, inputs [B, N, ...]) -> what is read of the encoder, float32.
+
+    Args:
+        model: an encoder with a head, or any model for embeddings.
+        embed: "mean" for the mean of the encoder's outputs, [B, D]; "tokens" for all of them,
+            [B, N, D]; None for what the head gives, [B, C].
+
+    Raises:
+        ValueError: `embed` is another word, or None for a model without such a head.
+    """
+    if embed is None:
+        if not model.describes:
+            raise ValueError(
+                "this model has no head for labels or numbers: give 'mean' or 'tokens'"
+            )
+        return model.predict
+    if embed not in EMBEDDINGS:
+        raise ValueError(f"embed={embed!r} must be one of {EMBEDDINGS}")
+
+    def encode(params, inputs):
+        encoded = model.encode(params, inputs)
+        if embed == "tokens":
+            return encoded.astype(jnp.float32)
+        return pool(encoded, model.module.input_mask(inputs), "mean")
+
+    return encode
+
+
+class _Bucketed:
+    """Batches of inputs of similar lengths for a model whose parameters are in place.
+
+    Attributes:
+        num_truncated: inputs that were too long so far.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: Mapping[str, Any], batch_size: int, longest: int
+    ):
+        self.num_truncated = 0
+        self._model = model_for(config)
+        self._placement = Placement()
+        self._params = self._placement.params(params)
+        self._batch_size, self._longest = batch_size, longest
+
+    def _batches(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Array]]:
+        """(indices of some inputs, the batch of them)."""
+        size = self._batch_size
+        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
+        for start in range(0, len(order), size):
+            indices = order[start : start + size]
+            yield indices, self._batch([inputs[index] for index in indices], size)
+
+    def _batch(self, inputs: Sequence[np.ndarray], size: int) -> Array:
+        """Some inputs in a batch of a size, cut to the longest bucket and filled up."""
+        longest = self._longest
+        self.num_truncated += sum(len(tokens) > longest for tokens in inputs)
+        length = bucket(max(map(len, inputs)), longest)
+        config = self._model.config
+        spec = config.input_spec(size, length)
+        fill = config.pad_id if np.issubdtype(spec.dtype, np.integer) else 0
+        batch = np.full(spec.shape, fill, spec.dtype)
+        for row, tokens in zip(batch, inputs, strict=False):
+            row[: len(tokens)] = tokens[:length]
+        return self._placement.batch({"tokens": batch})["tokens"]
+
+
+class Encodings(_Bucketed):
+    """An encoder ready to answer with its head, or with its outputs.
+
+    Args:
+        config: of the model.
+        params: its parameters.
+        decoding: the size of batches and the longest input.
+        embed: see `encode_function`.
+
+    Attributes:
+        num_truncated: inputs that were too long so far.
+
+    Raises:
+        ValueError: see `encode_function`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Any],
+        decoding: Decoding = Decoding(),
+        embed: str | None = None,
+    ):
+        super().__init__(config, params, decoding.batch_size, decoding.max_input_length)
+        self._embed = embed
+        self._encode = jax.jit(encode_function(self._model, embed))
+
+    def __call__(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of the input, its outputs: [C] of a head, [D] a mean, [n, D] of n tokens)."""
+        for indices, batch in self._batches(inputs):
+            outputs = np.asarray(self._encode(self._params, batch))
+            for index, found in zip(indices, outputs, strict=False):  # the last batch has spares
+                real = len(inputs[index]) if self._embed == "tokens" else len(found)
+                yield index, found[:real]
+
+
+class Predictor(_Bucketed):
     """A model ready to answer; it compiles one program per bucket of input lengths.
 
     Args:
@@ -75,11 +181,8 @@ class Predictor:
         vocabulary: Vocabulary | None = None,
     ):
         self.decoding = decoding = decoding.resolved()
-        self.num_truncated = 0
-        self._model = model_for(config)
+        super().__init__(config, params, decoding.batch_size, decoding.max_input_length)
         self._model.check_generation(decoding)
-        self._placement = Placement()
-        self._params = self._placement.params(params)
         self._generate = jax.jit(generate_function(self._model, decoding))
         self._stops = {}
         if decoding.stop_strings:
@@ -117,13 +220,10 @@ class Predictor:
             (index of the input, its output tokens [n, L], the best first, padding after the end
             marker, and their scores [n]).
         """
-        size = self.decoding.batch_size
-        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
-        for start in range(0, len(order), size):
-            indices = order[start : start + size]
-            batch = self._batch([inputs[index] for index in indices], size)
+        for indices, batch in self._batches(inputs):
             numbers = [first + index for index in indices]
-            found = self._generate(self._params, batch, **self._arguments(numbers, size))
+            arguments = self._arguments(numbers, self._batch_size)
+            found = self._generate(self._params, batch, **arguments)
             # The last batch has spares.
             yield from zip(indices, *map(np.asarray, found), strict=False)
 
@@ -155,19 +255,6 @@ class Predictor:
     def _stepwise(self) -> tuple[Callable, Callable]:
         begin, grow = self._model.stepwise(self.decoding)
         return jax.jit(begin), jax.jit(grow, donate_argnums=3)
-
-    def _batch(self, inputs: Sequence[np.ndarray], size: int) -> Array:
-        """Some inputs in a batch of a size, cut to the longest bucket and filled up."""
-        longest = self.decoding.max_input_length
-        self.num_truncated += sum(len(tokens) > longest for tokens in inputs)
-        length = bucket(max(map(len, inputs)), longest)
-        config = self._model.config
-        spec = config.input_spec(size, length)
-        fill = config.pad_id if np.issubdtype(spec.dtype, np.integer) else 0
-        batch = np.full(spec.shape, fill, spec.dtype)
-        for row, tokens in zip(batch, inputs, strict=False):
-            row[: len(tokens)] = tokens[:length]
-        return self._placement.batch({"tokens": batch})["tokens"]
 
     def _arguments(self, numbers: Sequence[int], size: int) -> dict[str, Array]:
         """What a program takes beside parameters and inputs."""

@@ -13,7 +13,10 @@ from coda_jax.commands.loading import LoadedModel, completed
 from coda_jax.data.source import Data
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.models import family_of
+from coda_jax.objectives import model_for
 from coda_jax.optional import needs
+from coda_jax.sharding import Placement
+from coda_jax.training import trainer
 
 
 def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
@@ -31,6 +34,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Decodes the inputs of a seqio task and compares the best outputs with its targets.
 
+    A model with a head for labels or numbers is compared with those of a task of `data.labels`.
+
     Args:
         model: what to evaluate.
         task: name of a registered seqio task or mixture.
@@ -42,33 +47,51 @@ def evaluate(
     Returns:
         {task: {metric: value}}.
     """
+    data = Data(feature_lengths, task, split=split, batch_size=decoding.batch_size, shuffle=False)
+    data.check_vocabulary(**model.vocabulary)
+    if model_for(model.config).describes:
+        found = _of_head(model, data)
+    else:
+        found = _of_texts(model, data, decoding)
+    print(json.dumps(found, indent=2))
+    if output is not None:
+        files.write_json(output, found)
+    return found
+
+
+def _of_head(model: LoadedModel, data: Data) -> dict[str, dict[str, float]]:
+    """{task: metrics} of a head."""
+    ids = {"pad_id": model.config.pad_id, "start_id": model.config.decoder_start_id}
+    batches = data.batches(repeat=False, **ids)
+    placement = Placement()
+    params = placement.params(model.params)
+    return {data.task: trainer.evaluate(model_for(model.config), params, batches, placement)}
+
+
+def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:
+    """{task: metrics} of generated texts."""
     with needs():
         import seqio
 
     from coda_jax.data import seqio_tasks
 
-    data = Data(feature_lengths, task)
-    data.check_vocabulary(**model.vocabulary)
+    task, feature_lengths = data.task, data.feature_lengths
     decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
     decoding = completed(decoding, model)
     predictor = Predictor(model.config, model.params, decoding, data.vocabulary)
     evaluator = seqio.Evaluator(
         seqio_tasks.provider(task).name,
         seqio_tasks.feature_converter(task),
-        eval_split=split,
+        eval_split=data.split,
         sequence_length=dict(feature_lengths),
     )
     metrics, _ = evaluator.evaluate(
         compute_metrics=True, predict_fn=_answers(predictor, model, task)
     )
-    metrics = {
+    return {
         name: {metric: float(value) for metric, value in values.items()}
         for name, values in metrics.result().items()
     }
-    print(json.dumps(metrics, indent=2))
-    if output is not None:
-        files.write_json(output, metrics)
-    return metrics
 
 
 def _answers(predictor: Predictor, model: LoadedModel, task: str) -> Callable:

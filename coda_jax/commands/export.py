@@ -3,8 +3,9 @@
 They are `jax.export` programs beside the weights, which they share. A program takes one batch size
 and one length of inputs. Where outputs are drawn, it takes two more arguments, a uint32 seed and
 the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
-outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. The
-manifest lists arguments and results. To load them:
+outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. An
+encoder's gives what `inference.encode_function` says. The manifest lists arguments and results. To
+load them:
 
     manifest = json.load(open(f"{folder}/manifest.json"))
     arrays = np.load(f"{folder}/weights.npz")
@@ -13,7 +14,7 @@ manifest lists arguments and results. To load them:
     tokens = program.call(weights, inputs)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import pathlib
 from typing import Any
 
@@ -25,11 +26,12 @@ from tqdm import tqdm
 from coda_jax import files, methods, trees
 from coda_jax.commands.loading import LoadedModel, completed
 from coda_jax.data.vocabularies import load_vocabulary
-from coda_jax.inference import Decoding, bucket, generate_function, stops_of
+from coda_jax.inference import Decoding, bucket, encode_function, generate_function, stops_of
 from coda_jax.objectives import Model, model_for
 
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.npz"
+_ENCODES = {"arguments": ["weights", "inputs"], "results": ["outputs"]}
 
 
 def program_name(batch_size: int, length: int) -> str:
@@ -50,6 +52,7 @@ def export(
     batch_sizes: Sequence[int] | None = None,
     platforms: Sequence[str] = ("cpu",),
     vocabulary: str | None = None,
+    embed: str | None = None,
 ) -> None:
     """Writes programs (weights, inputs) -> output tokens [B, L]; see the module for other ones.
 
@@ -65,6 +68,8 @@ def export(
         platforms: "cpu", "cuda", "rocm" or "tpu"; each program holds all of them.
         vocabulary: folder or file of the vocabulary, or "bytes", which is read for stop texts;
             None: beside the checkpoint.
+        embed: "mean" or "tokens" for programs that give the encoder's outputs, float32. Those of a
+            model with a head for labels or numbers give what the head gives.
 
     Raises:
         FileExistsError: the folder holds something.
@@ -76,19 +81,22 @@ def export(
     batch_sizes = [decoding.batch_size] if batch_sizes is None else list(batch_sizes)
     if min(batch_sizes) < 1:
         raise ValueError(f"batch sizes must be at least 1, got {batch_sizes}")
-    decoding = completed(decoding, model)
-    stops = None
-    if decoding.stop_strings:
-        stops = stops_of(decoding, load_vocabulary(vocabulary or model.directory), model.config)
-    directory.mkdir(parents=True, exist_ok=True)
     config, params = methods.merge(model.config, model.params)
+    if embed is not None or model_for(config).describes:
+        answer, described = encode_function(model_for(config), embed), _ENCODES
+        drawn = False
+    else:
+        decoding = completed(decoding, model)
+        answer, described = _generates(model, model_for(config), decoding, vocabulary)
+        drawn = decoding.do_sample
+    directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-    program = _program(model_for(config), list(flat), decoding, stops)
+    program = _program(answer, list(flat))
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
     shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
     for shape in tqdm(shapes, desc="export", unit="program"):
         arguments = [weights, config.input_spec(*shape)]
-        if decoding.do_sample:
+        if drawn:
             arguments += [_uint32(), _uint32(shape[0])]
         exported = jax.export.export(program, platforms=list(platforms))(*arguments)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
@@ -96,7 +104,7 @@ def export(
     manifest = {
         "programs": {program_name(*shape): shape for shape in shapes},
         "weights": {path: str(leaf.dtype) for path, leaf in flat.items()},
-        **_description(decoding),
+        **described,
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
@@ -105,11 +113,25 @@ def export(
     )  # the last file: without it nothing counts
 
 
-def _description(decoding: Decoding) -> dict[str, Any]:
-    """What the manifest says of the programs."""
-    return {
+def _generates(
+    model: LoadedModel, objective: Model, decoding: Decoding, vocabulary: str | None
+) -> tuple[Callable, dict[str, Any]]:
+    """What generates outputs, and what the manifest says of it."""
+    generate, fixed = generate_function(objective, decoding), {}
+    several = decoding.num_return_sequences > 1
+    if decoding.stop_strings:
+        table = stops_of(decoding, load_vocabulary(vocabulary or model.directory), model.config)
+        fixed["stops"] = table
+
+    def answer(params, inputs, *drawing):
+        given = dict(zip(("seed", "numbers"), drawing, strict=False))
+        given |= {name: jnp.asarray(values) for name, values in fixed.items()}
+        tokens, scores = generate(params, inputs, **given)
+        return (tokens, scores) if several else tokens[:, 0]
+
+    return answer, {
         "arguments": ["weights", "inputs", *["seed", "numbers"] * decoding.do_sample],
-        "results": ["tokens", *["scores"] * (decoding.num_return_sequences > 1)],
+        "results": ["tokens", *["scores"] * several],
         "decoding": decoding.said,
     }
 
@@ -118,18 +140,13 @@ def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.uint32)
 
 
-def _program(model: Model, paths: Sequence[str], decoding: Decoding, stops: np.ndarray | None):
+def _program(answer: Callable, paths: Sequence[str]) -> Callable:
     """Takes the weights as a list, so that a loader needs neither Flax nor the tree."""
-    generate = generate_function(model, decoding)
 
     @jax.jit
     def program(weights, inputs, *drawing):
-        given = dict(zip(("seed", "numbers"), drawing, strict=False))
-        if stops is not None:
-            given["stops"] = jnp.asarray(stops)
         params = trees.unflatten(dict(zip(paths, weights, strict=True)))
-        tokens, scores = generate(params, inputs, **given)
-        return (tokens, scores) if decoding.num_return_sequences > 1 else tokens[:, 0]
+        return answer(params, inputs, *drawing)
 
     return program
 

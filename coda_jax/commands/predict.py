@@ -9,12 +9,14 @@ import sys
 from absl import logging
 from tqdm import tqdm
 
+from coda_jax.commands.encodings import write_descriptions, write_embeddings
 from coda_jax.commands.evaluate import held_at_once
 from coda_jax.commands.loading import LoadedModel, completed
 from coda_jax.data.stop_texts import cut
 from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.models import family_of
+from coda_jax.objectives import model_for
 
 _NO_OUTPUT = -1e6  # scores below are of no output: fewer were found than asked for
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which not all bytes have come
@@ -30,12 +32,13 @@ def predict(
     font: str | None = None,
     scores: bool = False,
     stream: bool = False,
+    embed: str | None = None,
 ) -> None:
     """Writes one JSON line with the input and its "prediction" for each, in their order.
 
     Where several outputs or scores are asked for, "predictions" lists them, the best first, as
     {"text", "score"}; `Seq2Seq.generate` says what the score is. A text with a stop text ends
-    with it.
+    with it. A model with a head for labels or numbers answers with these.
 
     Args:
         model: what answers.
@@ -50,23 +53,36 @@ def predict(
         scores: whether "predictions" are written for one output, too.
         stream: print only the texts instead, one input after the other, each on a line that grows
             with its tokens.
+        embed: "mean" or "tokens" to write the encoder's outputs instead, as safetensors; see
+            `encodings`.
 
     Raises:
         ValueError: `stream` with an output file, scores, several outputs or beams.
     """
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
-    decoding = completed(decoding, model)
-    predictor = Predictor(model.config, model.params, decoding, vocabulary)
     requests = family_of(model.config).inputs
     records = iter(requests.read(inputs))
     encode = requests.encoder(model.config, vocabulary, decoding.max_input_length, font)
+    chunks = _chunks(records, chunk_size or held_at_once(model, decoding))
+    if embed is not None:
+        write_embeddings(model, decoding, chunks, encode, output, embed)
+    elif model_for(model.config).describes:
+        write_descriptions(model, decoding, chunks, encode, output)
+    else:
+        _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream)
+
+
+def _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream) -> None:
+    """Writes or prints what a model generates."""
+    decoding = completed(decoding, model)
+    predictor = Predictor(model.config, model.params, decoding, vocabulary)
     if stream:
         if output != "-" or scores:
             raise ValueError(f"a stream is text on standard output: {output=}, {scores=}")
-        _print_growing(predictor, vocabulary, map(encode, records))
+        inputs = (encode(record) for chunk in chunks for record in chunk)
+        _print_growing(predictor, vocabulary, inputs)
     else:
-        chunks = _chunks(records, chunk_size or held_at_once(model, decoding))
         _write(predictor, vocabulary, encode, chunks, output, scores)
     if predictor.num_truncated:
         logging.warning(

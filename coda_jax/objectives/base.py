@@ -54,6 +54,7 @@ class Model:
         name: of the objective, in `OBJECTIVES` and in gin files.
         creates: patterns of the leaves that the objective adds to the network's; they are trained,
             and in no checkpoint that is exported.
+        describes: whether its outputs are described as labels or numbers, not generated as tokens.
         reads_targets: whether the loss reads a batch's targets.
         config: the model's configuration; it decides the family.
         module: its network.
@@ -64,6 +65,7 @@ class Model:
 
     name: ClassVar[str]
     creates: ClassVar[tuple[str, ...]] = ()
+    describes: ClassVar[bool] = False
     reads_targets: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig):

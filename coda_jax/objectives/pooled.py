@@ -5,10 +5,11 @@ A target is one number: that of the class among the config's `labels`, or the va
 Axis letters: B batch, N input tokens, C classes.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 import optax
 
 from coda_jax.models import ModelConfig
@@ -21,6 +22,8 @@ class Pooled(Model):
     Raises:
         ValueError: the config's head is for another objective.
     """
+
+    describes: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -62,6 +65,10 @@ class Pooled(Model):
         """What the head gives, [B, C] or [B, 1] float32, without dropout."""
         return self.logits(params, {"encoder_input_tokens": encoder_input_tokens})
 
+    def describe(self, outputs: Float[np.ndarray, "c"]) -> dict[str, Any]:
+        """What `coda predict` writes of the outputs [C] of one input."""
+        raise NotImplementedError
+
 
 class Classification(Pooled):
     """The cross-entropy of the labels."""
@@ -77,6 +84,13 @@ class Classification(Pooled):
         found = sums.metrics()
         return {"loss": found["loss"], "accuracy": found["exact_match"]}
 
+    def describe(self, outputs: Float[np.ndarray, "c"]) -> dict[str, Any]:
+        """The label as "prediction", and the probabilities of all as "scores"."""
+        probabilities = np.exp(outputs - outputs.max())
+        probabilities /= probabilities.sum()
+        scores = dict(zip(self.config.labels, probabilities.tolist(), strict=True))
+        return {"prediction": self.config.labels[outputs.argmax()], "scores": scores}
+
 
 class Regression(Pooled):
     """The squared error of one number."""
@@ -91,6 +105,10 @@ class Regression(Pooled):
         """Means over the examples: the loss, which is the squared error, and the absolute error."""
         found = sums.metrics()
         return {"loss": found["loss"], "mean_absolute_error": found["exact_match"]}
+
+    def describe(self, outputs: Float[np.ndarray, "c"]) -> dict[str, Any]:
+        """The number as "prediction"."""
+        return {"prediction": float(outputs[0])}
 
 
 class Embedding(Model):
