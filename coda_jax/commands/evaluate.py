@@ -61,8 +61,7 @@ def evaluate(
 
 def _of_head(model: LoadedModel, data: Data) -> dict[str, dict[str, float]]:
     """{task: metrics} of a head."""
-    ids = {"pad_id": model.config.pad_id, "start_id": model.config.decoder_start_id}
-    batches = data.batches(repeat=False, **ids)
+    batches = data.batches(repeat=False, **model.layout)
     placement = Placement()
     params = placement.params(model.params)
     return {data.task: trainer.evaluate(model_for(model.config), params, batches, placement)}

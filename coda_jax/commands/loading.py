@@ -19,7 +19,7 @@ from coda_jax.checkpoints.swap_in import add_head, encoder_of
 from coda_jax.data.labels import read_labels
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.inference import Decoding
-from coda_jax.methods import with_reduction
+from coda_jax.methods import max_segments, with_reduction
 from coda_jax.models import ModelConfig, init_params, param_shapes, preset
 from coda_jax.optional import needs
 
@@ -43,6 +43,15 @@ class LoadedModel:
         """What a vocabulary must agree with: the arguments of `check_vocabulary`."""
         ids = {name: getattr(self.config, name) for name in ("vocab_size", "eos_id", "pad_id")}
         return {"directory": self.directory, **ids}
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What batches must know of the model: arguments of `Data.batches`."""
+        return {
+            "max_segments": max_segments(self.config.methods),
+            "pad_id": self.config.pad_id,
+            "start_id": self.config.decoder_start_id,
+        }
 
 
 def configured_preset(
@@ -138,10 +147,9 @@ def load_model(
     config, params = _base(directory, given, rng)
     if adapter_checkpoint is not None:
         encoder_only |= not read_config(adapter_checkpoint).num_decoder_layers
-    if config.num_decoder_layers and (head or encoder_only):
+    if head or encoder_only:
         config, params = encoder_of(config, params)
-        given = given and given.encoder_only()
-    given = (given or config).replace(**head) if head else given
+        given = _headed(given, config, head or {})
     config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
     if adapter_checkpoint is None:
         given_methods = methods or (given.methods if given else ())
@@ -193,6 +201,17 @@ def _base(
     if given is not None:
         _check_sizes(given, _with_head_of(config, given), directory)
     return config, params
+
+
+def _headed(
+    given: ModelConfig | None, encoder: ModelConfig, head: Mapping[str, Any]
+) -> ModelConfig | None:
+    """A given config as that of an encoder alone, with the values of a head."""
+    if given is None and head:
+        return encoder.replace(**head)
+    if given is not None and given.num_decoder_layers:
+        given = given.encoder_only()
+    return given and given.replace(**head)
 
 
 def _with_head_of(config: ModelConfig, given: ModelConfig | None) -> ModelConfig:

@@ -59,20 +59,18 @@ def train(
         raise ValueError("there is nothing to train on: name a task or a cache file")
     eval_data = eval_data if eval_data and eval_data.exists else None
     trained = objective(model.config)
-    _check_export(model)
-    _check_data(model, trained, [read for read in (data, eval_data) if read is not None])
-    layout = _layout(model.config)
+    _check(model, trained, [read for read in (data, eval_data) if read is not None])
     vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
     params, metrics = trainer.train(
         trained,
         trained.add_leaves(model.params),
-        data.batches(repeat=True, **layout),
+        data.batches(repeat=True, **model.layout),
         options=options,
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
         run={**_identity(model, data, trained, options), "vocabulary": vocabulary},
-        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
+        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **model.layout)),
     )
     _, params = trees.split(params, trained.creates)
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
@@ -84,25 +82,11 @@ def train(
     return model, metrics
 
 
-def _check_export(model: LoadedModel) -> None:
-    """Raises ValueError where a base would come out that has no place in Hugging Face's layout."""
-    config, params = model.config, model.params
-    if not methods.partition(config, params)[1]:
-        family_of(config).huggingface.format_config(config.dense(), "float32")
-
-
-def _layout(config: ModelConfig) -> dict[str, Any]:
-    """What batches must know of a model."""
-    segments = methods.max_segments(config.methods)
-    return {
-        "max_segments": segments,
-        "pad_id": config.pad_id,
-        "start_id": config.decoder_start_id,
-    }
-
-
-def _check_data(model: LoadedModel, trained: Model, sources: list[Data]) -> None:
-    """Raises ValueError where data do not fit the model."""
+def _check(model: LoadedModel, trained: Model, sources: list[Data]) -> None:
+    """Raises ValueError where data do not fit the model, or a base would come out that has no place
+    in Hugging Face's layout."""
+    if not methods.partition(model.config, model.params)[1]:
+        family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
     for data in sources:
         if trained.reads_targets:
             data.check_vocabulary(**model.vocabulary)

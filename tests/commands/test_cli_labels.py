@@ -4,10 +4,16 @@ import json
 
 from command_line import coda
 from helpers import TINY, random_params
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from coda_jax import checkpoints
 from coda_jax.checkpoints.swap_in import encoder_of
+from coda_jax.commands.loading import load_model
+from coda_jax.objectives import model_for
 
 ROWS = [
     {
@@ -107,3 +113,49 @@ def test_evaluate_and_predict_agree_with_the_run(trained, tmp_path):
         errors = [abs(a - len(row["inputs"]) / 10) for a, row in zip(answers, ROWS, strict=True)]
         mean = sum(errors) / len(errors)
         assert mean == pytest.approx(expected["mean_absolute_error"], abs=1e-4)
+
+
+def test_outputs_of_the_encoder_are_written_as_safetensors(base, tmp_path):
+    texts = ["a", "longer than that", "b c"]
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
+    given = {"INITIAL_CHECKPOINT_PATH": base, "INPUT": tmp_path / "in.txt", "VOCABULARY": "bytes"}
+    for embed in ("mean", "tokens"):
+        asked = {"EMBED": embed, "OUTPUT": tmp_path / embed}
+        coda("predict", ["runs/predict.gin"], {**given, **asked})
+    tokens, means = load_file(tmp_path / "tokens"), load_file(tmp_path / "mean")["embeddings"]
+    config, params = checkpoints.load_hf(base)
+    for number, text in enumerate(texts):
+        ids = np.array([[*(byte + 3 for byte in text.encode()), 1]])
+        expected = np.asarray(model_for(config).encode(params, ids)[0])
+        np.testing.assert_allclose(tokens[str(number)], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(means[number], expected.mean(0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="give OUTPUT"):
+        coda("predict", ["runs/predict.gin"], {**given, "EMBED": "mean"})
+    with pytest.raises(ValueError, match="embed='max' must be one of"):
+        asked = {"EMBED": "max", "OUTPUT": tmp_path / "max"}
+        coda("predict", ["runs/predict.gin"], {**given, **asked})
+
+
+@pytest.mark.parametrize("embed", [None, "mean"])
+def test_an_exported_encoder_gives_the_same(trained, embed, tmp_path):
+    folder, given = trained
+    adapter = folder / "export" / "adapter"
+    checkpoint = {"INITIAL_CHECKPOINT_PATH": given["INITIAL_CHECKPOINT_PATH"]}
+    asked = {"OUTPUT": tmp_path / "served", "BATCH_SIZES": (2,), "EMBED": embed}
+    asked |= {"Decoding.max_input_length": 8, "INITIAL_ADAPTER_PATH": adapter}
+    coda("export", ["runs/export.gin"], {**checkpoint, **asked})
+    manifest = json.loads((tmp_path / "served" / "manifest.json").read_text())
+    assert (manifest["arguments"], manifest["results"]) == (["weights", "inputs"], ["outputs"])
+    arrays = np.load(tmp_path / "served" / "weights.npz")
+    weights = [arrays[k].view(jnp.dtype(t))[..., 0] for k, t in manifest["weights"].items()]
+    file = tmp_path / "served" / "predict_2x8.jax_export"
+    program = jax.export.deserialize(bytearray(file.read_bytes()))
+    inputs = np.array([[5, 6, 7, 1, 0, 0, 0, 0], [9, 1, 0, 0, 0, 0, 0, 0]], np.int32)
+    found = program.call(weights, inputs)
+    model = load_model(str(given["INITIAL_CHECKPOINT_PATH"]), adapter_checkpoint=str(adapter))
+    if embed is None:
+        expected = model_for(model.config).predict(model.params, inputs)
+    else:
+        encoded = np.asarray(model_for(model.config).encode(model.params, inputs))
+        expected = np.stack([encoded[0, :4].mean(0), encoded[1, :2].mean(0)])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
