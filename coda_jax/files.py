@@ -51,10 +51,25 @@ def read_json(path: str | os.PathLike) -> Mapping[str, Any]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(content: bytes, path: str | os.PathLike) -> Mapping[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        content: of the file.
+        path: its name, for the error.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deep, or is not an object; the file is named.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        value = json.loads(content.decode("utf-8"))
+    except ValueError as error:  # also covers bytes that are not UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not read: its JSON is nested too deep") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value

@@ -22,18 +22,18 @@ import seqio
 import tensorflow as tf
 
 from coda_jax import bundled
-from coda_jax.data import seqio_tasks
-from coda_jax.data.vocabularies import EXTRA_IDS, VOCABULARY_NAME
+from coda_jax.data import seqio_tasks, vocabulary_files
+from coda_jax.data.vocabulary_files import EXTRA_IDS, SPIECE
 from coda_jax.tasks import preprocessors, stdlib_corpus
 
-VOCABULARY_FILE = str(bundled.VOCABULARY / VOCABULARY_NAME)
+VOCABULARY_FILE = str(bundled.VOCABULARY / SPIECE)
 NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
 
 MIN_CLASS_SIZE = 10
 PASSAGE_BYTES = 1000
 WINDOW_TOKENS = 56
 NUM_NAMES = 2  # of a file without a docstring
-SENTINEL = "<extra_id_0>"
+SENTINEL = vocabulary_files.SENTINEL.format(0)
 PRETRAIN_RATES = {
     "stdlib_passage": 7.0,
     "stdlib_summary": 1.5,
@@ -275,7 +275,7 @@ def write_vocabulary(directory: str | os.PathLike) -> pathlib.Path:
     """
     import sentencepiece  # Here, because only the training needs it.
 
-    path = pathlib.Path(directory) / VOCABULARY_NAME
+    path = pathlib.Path(directory) / SPIECE
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as f:
         sentencepiece.SentencePieceTrainer.train(

@@ -2,12 +2,14 @@
 
 The algorithm is that of T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): 15 % of the
 tokens are noise, in spans of 3 tokens on average; the inputs hold one sentinel for each noise span,
-and the targets hold each sentinel followed by the tokens that it stands for. Sentinels are the last
-ids of the vocabulary, in descending order.
+and the targets hold each sentinel followed by the tokens that it stands for. The vocabulary says
+which ids are sentinels: for T5 and bytes the last ones, in descending order.
 """
 
 import seqio
 import tensorflow as tf
+
+from coda_jax.data.seqio_tasks import plain_vocabulary
 
 NOISE_DENSITY = 0.15
 MEAN_NOISE_SPAN_LENGTH = 3.0
@@ -105,7 +107,7 @@ def noise_span_to_unique_sentinel(
     Args:
         tokens: int32 [length].
         noise_mask: bool [length].
-        vocabulary: the sentinels are its last ids, in descending order.
+        vocabulary: it has as many sentinels as there are spans.
 
     Returns:
         An int32 tensor, shorter than `tokens` by the noise tokens after the first of each span.
@@ -113,8 +115,9 @@ def noise_span_to_unique_sentinel(
     previous_is_noise = tf.pad(noise_mask[:-1], [[1, 0]])
     first_of_span = tf.logical_and(noise_mask, tf.logical_not(previous_is_noise))
     later_in_span = tf.logical_and(noise_mask, previous_is_noise)
-    sentinels = vocabulary.vocab_size - tf.cumsum(tf.cast(first_of_span, tokens.dtype))
-    tokens = tf.where(first_of_span, sentinels, tokens)
+    sentinels = tf.constant(plain_vocabulary(vocabulary).sentinel_ids, tokens.dtype)
+    span = tf.maximum(tf.cumsum(tf.cast(first_of_span, tf.int32)) - 1, 0)
+    tokens = tf.where(first_of_span, tf.gather(sentinels, span), tokens)
     return tf.boolean_mask(tokens, tf.logical_not(later_in_span))
 
 
@@ -243,8 +246,8 @@ def span_corruption(
             f"{targets_length}, but the targets length is {sequence_length['targets']}"
         )
     _, num_spans = _num_noise(num_tokens, noise_density, mean_noise_span_length)
-    extra_ids = output_features["targets"].vocabulary.extra_ids
-    if num_spans > extra_ids:
-        raise ValueError(f"{num_spans} noise spans need as many sentinels; there are {extra_ids}")
+    sentinels = len(plain_vocabulary(output_features["targets"].vocabulary).sentinel_ids)
+    if num_spans > sentinels:
+        raise ValueError(f"{num_spans} noise spans need as many sentinels; there are {sentinels}")
     dataset = concatenate_and_split(dataset, num_tokens)
     return denoise(dataset, output_features, noise_density, mean_noise_span_length)

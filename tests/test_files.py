@@ -108,3 +108,18 @@ def test_a_file_that_is_no_object_of_json_is_named(tmp_path, content, text):
 def test_a_missing_file_of_json_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a\.json does not exist"):
         files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"\xff", "is not valid JSON"),
+        (b"[]", "must hold a JSON object, not a list"),
+        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "nested too deep"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(tmp_path, content, problem):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.json.*{problem}"):
+        files.read_json(tmp_path / "a.json")

@@ -14,7 +14,6 @@ parameters, with a fresh optimizer.
 from collections.abc import Mapping, Sequence
 import dataclasses
 from pathlib import Path
-import shutil
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from coda_jax.checkpoints.config_json import from_json, from_version_1
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x
 from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
-from coda_jax.data.vocabularies import VOCABULARY_NAME
+from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.methods import Method
 from coda_jax.models import FAMILIES, ModelConfig, param_shapes
 from coda_jax.objectives import OBJECTIVES
@@ -274,9 +273,7 @@ def _write_adapter(output: Path, read: Source) -> None:
 
 def _copy_vocabulary(folders: list[Path], output: Path) -> None:
     """Puts the vocabulary of the first folder that has one beside the new checkpoint."""
-    found = [path for folder in folders if (path := folder / VOCABULARY_NAME).is_file()]
-    if found and found[0].resolve() != (output / VOCABULARY_NAME).resolve():
-        shutil.copy(found[0], output)
+    copy_files(next(filter(None, map(find_files, folders)), {}), output)
 
 
 WRITERS = {"hf": _write_hf, "t5x": _write_t5x, "adapter": _write_adapter}

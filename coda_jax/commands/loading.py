@@ -8,13 +8,17 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 
 from coda_jax import checkpoints, hub, methods, trees
-from coda_jax.checkpoints.adapter import read_manifest
-from coda_jax.checkpoints.swap_in import add_head
+from coda_jax.checkpoints.adapter import read_config, read_manifest
+from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE, read_generation_config
+from coda_jax.checkpoints.swap_in import add_head, encoder_of
+from coda_jax.data.labels import read_labels
 from coda_jax.data.vocabularies import find_fingerprint
+from coda_jax.inference import Decoding
 from coda_jax.methods import with_reduction
 from coda_jax.models import ModelConfig, init_params, param_shapes, preset
 from coda_jax.optional import needs
@@ -34,12 +38,40 @@ class LoadedModel:
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     directory: pathlib.Path | None
 
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What a vocabulary must agree with: the arguments of `check_vocabulary`."""
+        ids = {name: getattr(self.config, name) for name in ("vocab_size", "eos_id", "pad_id")}
+        return {"directory": self.directory, **ids}
+
 
 def configured_preset(
     name: str | None, changes: Mapping[str, Any] | None = None
 ) -> ModelConfig | None:
     """A published size with other values for some fields; None for no name."""
     return None if name is None else preset(name, **(changes or {}))
+
+
+def classes(
+    head: str, train_file: str | None = None, adapter_checkpoint: str | None = None
+) -> tuple[str, ...]:
+    """The labels of a head: those of an adapter where one is given, else of a file.
+
+    Args:
+        head: "classification", or another that has none.
+        train_file: JSONL with "label".
+        adapter_checkpoint: folder that `save_adapter` wrote.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    if head != "classification":
+        return ()
+    if adapter_checkpoint is not None:
+        return read_config(adapter_checkpoint).labels
+    if train_file is None:
+        raise ValueError("the labels of a classification are read from TRAIN_FILE: name it")
+    return read_labels(train_file)
 
 
 def configured_methods(names: Sequence[str]) -> tuple[methods.Method, ...]:
@@ -74,6 +106,8 @@ def load_model(
     dtype: Any = "float32",
     dropout_rate: float = 0.0,
     seed: int = 0,
+    head: Mapping[str, Any] | None = None,
+    encoder_only: bool = False,
 ) -> LoadedModel:
     """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
 
@@ -90,6 +124,9 @@ def load_model(
         dtype: of the computation.
         dropout_rate: in training.
         seed: of what is created.
+        head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
+        encoder_only: whether the encoder of an encoder-decoder is taken alone; it is where there is
+            a head, or an adapter of one.
 
     Raises:
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
@@ -99,6 +136,12 @@ def load_model(
     given = config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
+    if adapter_checkpoint is not None:
+        encoder_only |= not read_config(adapter_checkpoint).num_decoder_layers
+    if config.num_decoder_layers and (head or encoder_only):
+        config, params = encoder_of(config, params)
+        given = given and given.encoder_only()
+    given = (given or config).replace(**head) if head else given
     config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
     if adapter_checkpoint is None:
         given_methods = methods or (given.methods if given else ())
@@ -107,15 +150,35 @@ def load_model(
     else:
         config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)
         _check_vocabulary(adapter_checkpoint, directory)
-        config = _continued(config, methods, adapter_checkpoint)
-        with_head = _with_head_of(config, given)
+        with_head = _with_head_of(_continued(config, methods, adapter_checkpoint), given)
         if given is not None:
             _check_sizes(given, with_head.dense(), adapter_checkpoint)
-        if with_head != config:
-            config, params = with_head, add_head(with_head, params, rng)
+        config, params = with_head, add_head(with_head, params, rng)
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
     return LoadedModel(config, params, directory)
+
+
+def completed(decoding: Decoding, model: LoadedModel) -> Decoding:
+    """What the checkpoint's generation_config.json asks for, where nothing is said; it is logged.
+
+    Args:
+        decoding: what is asked for.
+        model: what decodes.
+
+    Returns:
+        The options, with nothing left open.
+
+    Raises:
+        ValueError: the file is not for this model; options contradict each other.
+    """
+    if model.directory is not None:
+        defaults = read_generation_config(model.directory, model.config)
+        decoding, taken = decoding.with_defaults(defaults)
+        if taken:
+            said = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+            logging.warning("%s/%s: %s", model.directory, GENERATION_CONFIG_FILE, said)
+    return decoding.resolved()
 
 
 def _base(
@@ -134,7 +197,7 @@ def _base(
 
 def _with_head_of(config: ModelConfig, given: ModelConfig | None) -> ModelConfig:
     """The config with the head of another, where it has none."""
-    if given is None or config.vocab_size or given.family != config.family:
+    if given is None or not config.lacks_head or given.family != config.family:
         return config
     return config.replace(**{name: getattr(given, name) for name in config.head_fields})
 

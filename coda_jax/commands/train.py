@@ -4,7 +4,6 @@ from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.source import Data
-from coda_jax.data.vocabularies import VOCABULARY_NAME
-from coda_jax.models import ModelConfig
+from coda_jax.data.vocabularies import copy_files, find_files
+from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.training import trainer
 
@@ -60,6 +59,7 @@ def train(
         raise ValueError("there is nothing to train on: name a task or a cache file")
     eval_data = eval_data if eval_data and eval_data.exists else None
     trained = objective(model.config)
+    _check_export(model)
     _check_data(model, trained, [read for read in (data, eval_data) if read is not None])
     layout = _layout(model.config)
     vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
@@ -78,10 +78,17 @@ def train(
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
     folder = pathlib.Path(directory) / "export"
-    model = export(folder, model.config, params, model.directory, data.vocabulary_file, vocabulary)
+    model = export(folder, model.config, params, model.directory, data, vocabulary)
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
     return model, metrics
+
+
+def _check_export(model: LoadedModel) -> None:
+    """Raises ValueError where a base would come out that has no place in Hugging Face's layout."""
+    config, params = model.config, model.params
+    if not methods.partition(config, params)[1]:
+        family_of(config).huggingface.format_config(config.dense(), "float32")
 
 
 def _layout(config: ModelConfig) -> dict[str, Any]:
@@ -98,7 +105,7 @@ def _check_data(model: LoadedModel, trained: Model, sources: list[Data]) -> None
     """Raises ValueError where data do not fit the model."""
     for data in sources:
         if trained.reads_targets:
-            data.check_vocabulary(model.config.vocab_size, model.directory)
+            data.check_vocabulary(**model.vocabulary)
         apart = [method.name for method in model.config.methods if not method.packs]
         if data.pack and apart:
             raise ValueError(f"{apart} cannot keep packed examples apart: pack=False")
@@ -125,7 +132,7 @@ def export(
     config: ModelConfig,
     params: Any,
     base_directory: pathlib.Path | None,
-    vocabulary_file: Callable[[], str | None],
+    data: Data,
     vocabulary: str | None,
 ) -> LoadedModel:
     """Writes what was trained: the base, where its leaves were; what the methods leave behind.
@@ -134,10 +141,10 @@ def export(
         folder: to write.
         config: of the model that was trained.
         params: its parameters.
-        base_directory: of the checkpoint that it started from; a vocabulary there goes before the
-            task's.
-        vocabulary_file: gives the task's.
-        vocabulary: its fingerprint.
+        base_directory: of the checkpoint that it started from; a vocabulary there goes before that
+            of the data.
+        data: that it was trained on.
+        vocabulary: the fingerprint of their vocabulary.
 
     Returns:
         The model as it is exported.
@@ -147,10 +154,8 @@ def export(
     if not frozen:
         _, dense = trees.split(params, methods.created(finished))
         checkpoints.save_hf(folder, finished.dense(), dense)
-        beside = base_directory and base_directory / VOCABULARY_NAME
-        file = beside if beside and beside.exists() else vocabulary_file()
-        if file is not None:
-            shutil.copy(file, folder / VOCABULARY_NAME)
+        beside = find_files(base_directory) if base_directory else {}
+        copy_files(beside or data.vocabulary_files(), folder)
     if finished.methods:
         checkpoints.save_adapter(folder / "adapter", finished, params, vocabulary=vocabulary)
     return LoadedModel(finished, params, base_directory)

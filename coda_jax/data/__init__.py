@@ -4,8 +4,12 @@ Without seqio and TensorFlow:
 
 - `batches`: examples to batches, padded or packed; epochs of examples.
 - `cache`: the file that holds a task's tokenised examples.
-- `vocabularies`: SentencePiece and bytes.
+- `vocabularies`: a folder's vocabulary, whatever its kind; bytes; whether it is a model's.
+- `sentencepiece_vocabulary`, `tokenizers_vocabulary`: spiece.model; tokenizer.json and others.
+- `vocabulary_files`: names of the files, and which tokens are special.
+- `vocabulary_agreement`: whether two kinds in one folder are the same vocabulary.
 - `jsonl`: JSONL files and tasks over them.
+- `labels`: JSONL files of texts with a class or a number.
 - `source`: `Data`, which finds the examples of a task's name or of a cache file.
 
 With them:

@@ -4,7 +4,6 @@ The only module of this folder that imports seqio and TensorFlow when it is impo
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import hashlib
 import importlib.metadata
 import os
 from typing import ClassVar
@@ -15,7 +14,10 @@ import tqdm
 from coda_jax.data import jsonl
 from coda_jax.data.batches import FEATURES, check_feature_lengths, check_positive
 from coda_jax.data.cache import write_cache
-from coda_jax.data.vocabularies import BYTE_EXTRA_IDS, EXTRA_IDS, find_file
+from coda_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
+from coda_jax.data.tokenizers_vocabulary import TokenizersVocabulary
+from coda_jax.data.vocabularies import ByteVocabulary, Vocabulary, load_vocabulary
+from coda_jax.data.vocabulary_files import FileSystem
 from coda_jax.optional import needs
 
 with needs():
@@ -189,12 +191,12 @@ def cache_task(
         shuffle=isinstance(found, seqio.Mixture),
         num_epochs=num_epochs,
     )
-    vocabulary = task_vocabulary(found)
+    vocabulary = plain_vocabulary(task_vocabulary(found))
     metadata = {
         "task": found.name,
         "split": split,
-        "vocabulary": vocabulary_fingerprint(vocabulary),
-        "vocab_size": vocabulary.vocab_size,
+        "vocabulary": vocabulary.fingerprint,
+        **{name: getattr(vocabulary, name) for name in ("vocab_size", "eos_id", "pad_id")},
         "feature_lengths": dict(feature_lengths),
         "seed": seed,
         "num_epochs": num_epochs,
@@ -256,34 +258,101 @@ def add_loaded_task(task: jsonl.JsonlTask) -> None:
     add_task(task.name, source, [seqio.preprocessors.tokenize], vocabulary)
 
 
+class TokenizersSeqioVocabulary(seqio.Vocabulary):
+    """A vocabulary of the library `tokenizers` for seqio: the same ids and texts.
+
+    seqio and T5X fill up rows with 0, whatever its padding is.
+
+    Attributes:
+        plain: the vocabulary.
+    """
+
+    def __init__(self, plain: TokenizersVocabulary):
+        super().__init__()  # its sentinels are ids like others
+        self.plain = plain
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.plain.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.plain.eos_id
+
+    @property
+    def unk_id(self) -> int | None:
+        return self.plain.unk_id
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.plain.vocab_size
+
+    def _encode(self, s: str | bytes) -> list[int]:
+        return self.plain.encode(s.decode() if isinstance(s, bytes) else s)
+
+    def _decode(self, ids) -> str:
+        return self.plain.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(text):
+            return np.array(self._encode(text), np.int32)
+
+        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+        return tf.ensure_shape(ids, [None])
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        def decode(ids):
+            rows = ids.reshape(-1, ids.shape[-1]).tolist()
+            texts = np.array([self.plain.decode(row).encode() for row in rows], object)
+            return texts.reshape(ids.shape[:-1])
+
+        texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+        return tf.ensure_shape(texts, ids.shape[:-1])
+
+    def __eq__(self, other):
+        return isinstance(other, TokenizersSeqioVocabulary) and self.plain == other.plain
+
+    def __hash__(self):
+        return hash(self.plain)
+
+    def __str__(self):
+        return str(self.plain)
+
+
+_BUCKETS = FileSystem(
+    isdir=tf.io.gfile.isdir,
+    exists=tf.io.gfile.exists,
+    size=lambda path: tf.io.gfile.stat(path).length,
+    open=lambda path: tf.io.gfile.GFile(path, "rb"),
+)
+
+
 def seqio_vocabulary(path: str | os.PathLike) -> seqio.Vocabulary:
     """Loads a vocabulary for seqio, also from a bucket; see `vocabularies.load_vocabulary`.
 
     Args:
-        path: a checkpoint's directory that holds `spiece.model`, such a file, or "bytes".
+        path: as `load_vocabulary` takes it.
 
     Returns:
-        A seqio vocabulary with T5's 100 extra ids, or ByT5's bytes.
+        seqio's vocabulary of SentencePiece or bytes, or one over the library `tokenizers`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a SentencePiece model.
+        ValueError: as for `load_vocabulary`.
     """
-    if os.fspath(path) == "bytes":
-        return seqio.ByteVocabulary(extra_ids=BYTE_EXTRA_IDS)
-    file = find_file(path, tf.io.gfile.isdir, tf.io.gfile.exists)
-    try:
-        plain = seqio.SentencePieceVocabulary(file)
-        # mT5's file in Hugging Face layout brings the extra ids with it.
-        has_extra_ids = plain.tokenizer.piece_to_id("▁<extra_id_0>") != plain.unk_id
-    except Exception as e:  # protobuf and SentencePiece each raise errors of their own.
-        raise ValueError(f"{file!r} is not a SentencePiece model: {e}") from e
-    return seqio.SentencePieceVocabulary(file, extra_ids=0 if has_extra_ids else EXTRA_IDS)
+    plain = load_vocabulary(path, _BUCKETS)
+    if isinstance(plain, TokenizersVocabulary):
+        return TokenizersSeqioVocabulary(plain)
+    if isinstance(plain, ByteVocabulary):
+        return seqio.ByteVocabulary(extra_ids=plain.extra_ids)
+    return seqio.SentencePieceVocabulary(plain.file, extra_ids=plain.added_ids)
 
 
-def vocabulary_fingerprint(vocabulary: seqio.Vocabulary) -> str:
-    """Returns "bytes", or the SHA-256 of a SentencePiece vocabulary's file."""
+def plain_vocabulary(vocabulary: seqio.Vocabulary) -> Vocabulary:
+    """The vocabulary without seqio that has the same ids."""
+    if isinstance(vocabulary, TokenizersSeqioVocabulary):
+        return vocabulary.plain
     if isinstance(vocabulary, seqio.ByteVocabulary):
-        return "bytes"
-    with tf.io.gfile.GFile(vocabulary.sentencepiece_model_file, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+        return ByteVocabulary(vocabulary.extra_ids)
+    file = vocabulary.sentencepiece_model_file
+    return SentencePieceVocabulary(file, vocabulary.extra_ids, _BUCKETS)

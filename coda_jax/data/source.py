@@ -10,7 +10,7 @@ import os
 from coda_jax.data import jsonl
 from coda_jax.data.batches import Batches, batch_examples, epochs
 from coda_jax.data.cache import read_cache
-from coda_jax.data.vocabularies import check_vocabulary
+from coda_jax.data.vocabularies import Identity, Vocabulary, check_vocabulary, identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,45 +90,51 @@ class Data:
             )
         return epochs(examples, seed=self.seed, num_epochs=num_epochs, shuffle=self.shuffle)
 
-    def check_vocabulary(self, vocab_size: int, directory: str | os.PathLike | None = None) -> None:
-        """Checks that the data's token ids are those of a model.
+    def check_vocabulary(
+        self,
+        vocab_size: int,
+        directory: str | os.PathLike | None = None,
+        *,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+    ) -> None:
+        """Checks that the data's token ids are those of a model; see `check_vocabulary`.
 
         Args:
             vocab_size: the model's number of embeddings.
-            directory: where the model's `spiece.model` may lie.
+            directory: where the model's vocabulary may lie.
+            eos_id: the model's token that ends a text, if it is known.
+            pad_id: the model's token that fills up a row, if it is known.
 
         Raises:
             ValueError: they are not, or the cache file does not say what its ids are.
         """
-        check_vocabulary(*self._vocabulary(), vocab_size, directory)
+        check_vocabulary(self._identity(), vocab_size, directory, eos_id=eos_id, pad_id=pad_id)
 
-    def _vocabulary(self) -> tuple[str, int]:
-        """The fingerprint of the vocabulary and the number of its ids."""
-        if self.cache is not None:
-            _, metadata = read_cache(self.cache)
-            missing = {"vocabulary", "vocab_size"} - metadata.keys()
-            if missing:
-                raise ValueError(f"{self.cache} does not say its {sorted(missing)}")
-            return metadata["vocabulary"], metadata["vocab_size"]
+    def _identity(self) -> Identity:
+        """What of the vocabulary a model must agree with."""
+        if self.cache is None:
+            return identity(self.vocabulary)
+        _, metadata = read_cache(self.cache)
+        missing = {"vocabulary", "vocab_size"} - metadata.keys()
+        if missing:
+            raise ValueError(f"{self.cache} does not say its {sorted(missing)}")
+        ids = (metadata.get(name) for name in ("eos_id", "pad_id"))  # older files lack them
+        return Identity(metadata["vocabulary"], metadata["vocab_size"], *ids)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of the task."""
         if self.task in jsonl.TASKS:
-            vocabulary = jsonl.TASKS[self.task].vocabulary
-            return vocabulary.fingerprint, vocabulary.vocab_size
+            return jsonl.TASKS[self.task].vocabulary
         from coda_jax.data import seqio_tasks
 
-        vocabulary = seqio_tasks.task_vocabulary(self.task)
-        return seqio_tasks.vocabulary_fingerprint(vocabulary), vocabulary.vocab_size
+        return seqio_tasks.plain_vocabulary(seqio_tasks.task_vocabulary(self.task))
 
     def vocabulary_fingerprint(self) -> str:
-        """The SHA-256 of the vocabulary's file, or "bytes"; a cache file must say it."""
-        fingerprint, _ = self._vocabulary()
-        return fingerprint
+        """The vocabulary's fingerprint; a cache file must say it."""
+        return self._identity().fingerprint
 
-    def vocabulary_file(self) -> str | None:
-        """The SentencePiece file of the task, None for bytes or a cache."""
-        if self.task is None:
-            return None
-        if self.task in jsonl.TASKS:
-            return jsonl.TASKS[self.task].vocabulary.file
-        from coda_jax.data import seqio_tasks
-
-        return getattr(seqio_tasks.task_vocabulary(self.task), "sentencepiece_model_file", None)
+    def vocabulary_files(self) -> Mapping[str, str]:
+        """The files of the task's vocabulary, {name: path}; none for bytes or a cache."""
+        return {} if self.task is None else self.vocabulary.files

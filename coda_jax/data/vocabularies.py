@@ -1,29 +1,36 @@
 """Vocabularies: texts to token ids and back, without seqio and TensorFlow.
 
-The ids and texts are those of seqio's vocabularies of the same names. `seqio_vocabulary` in
-`seqio_tasks` makes seqio's own, which its tasks need.
+`load_vocabulary` finds the kind of a folder's vocabulary. `seqio_vocabulary` in `seqio_tasks` makes
+the same for seqio's tasks. Those of SentencePiece and of bytes have seqio's ids and texts, those of
+the library `tokenizers` transformers'. All of them decode up to the first EOS, without padding.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
-import functools
-import hashlib
 import os
-import struct
+import pathlib
+import shutil
 from typing import ClassVar, Protocol
 
-import sentencepiece
-
 from coda_jax import hub
+from coda_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
+from coda_jax.data.tokenizers_vocabulary import load_bpe, load_tokenizer_json
+from coda_jax.data.vocabulary_agreement import check_bpe, check_spiece
+from coda_jax.data.vocabulary_files import (
+    LOCAL,
+    MERGES,
+    NAMES,
+    SENTINEL,
+    SPIECE,
+    TOKENIZER,
+    VOCAB,
+    FileSystem,
+    Folder,
+)
 
-VOCABULARY_NAME = "spiece.model"  # in a checkpoint's folder, as Hugging Face names it
-EXTRA_IDS = 100  # of T5: sentinels, after the ids of the file
 BYTE_EXTRA_IDS = 125  # of ByT5, which has 384 ids together
-
-_SENTINEL = "▁<extra_id_{}>"
-_USER_DEFINED = 4  # the type of a piece that is never split
-_PAD, _EOS, _UNKNOWN = 0, 1, 2
 _FIRST_BYTE, _NUM_BYTES = 3, 256
+_SAY_BYTES = 'For a model of bytes (ByT5) say "bytes"'
 
 
 class Vocabulary(Protocol):
@@ -32,16 +39,18 @@ class Vocabulary(Protocol):
     Attributes:
         vocab_size: the number of ids, with the extra ids.
         eos_id: of the token that ends a text.
-        pad_id: of what fills up a row.
-        fingerprint: the SHA-256 of the file, or "bytes".
-        file: the SentencePiece file; None for bytes.
+        pad_id: of what fills up a row; None where no file says one.
+        sentinel_ids: of the sentinels of span corruption, the first one first.
+        fingerprint: the SHA-256 of what says the ids, or "bytes".
+        files: what to copy beside a checkpoint, {name: path}; none for bytes.
     """
 
     vocab_size: int
     eos_id: int
-    pad_id: int
+    pad_id: int | None
+    sentinel_ids: list[int]
     fingerprint: str
-    file: str | None
+    files: Mapping[str, str]
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without EOS."""
@@ -51,80 +60,9 @@ class Vocabulary(Protocol):
         """Returns the text of the ids up to the first EOS."""
         ...
 
-
-@dataclasses.dataclass(frozen=True)
-class SentencePieceVocabulary:
-    """A SentencePiece model with T5's extra ids behind its own, the first of them last.
-
-    A file that has pieces for the extra ids, as mT5's, gets no more. Ids that the vocabulary does
-    not have are decoded as the unknown token.
-
-    Attributes:
-        file: a SentencePiece model.
-    """
-
-    file: str
-
-    pad_id: ClassVar[int] = _PAD
-
-    @functools.cached_property
-    def processor(self) -> sentencepiece.SentencePieceProcessor:
-        """The tokeniser.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            RuntimeError: it is not a SentencePiece model.
-        """
-        with open(self.file, "rb") as f:
-            model = f.read()
-        processor = _load(model)
-        if processor.piece_to_id(_SENTINEL.format(0)) != processor.unk_id():
-            return processor
-        # Pieces are a repeated field of the message, so that bytes behind it are more of them.
-        model += b"".join(_serialised_piece(_SENTINEL.format(i)) for i in range(EXTRA_IDS)[::-1])
-        return _load(model)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, with the extra ids."""
-        return self.processor.vocab_size()
-
-    @property
-    def eos_id(self) -> int:
-        """The id of the token that ends a text."""
-        return self.processor.eos_id()
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """The SHA-256 of the file."""
-        return _sha256(self.file)
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without EOS."""
-        return self.processor.EncodeAsIds(text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of the ids up to the first EOS."""
-        unknown, size = self.processor.unk_id(), self.vocab_size
-        ids = [int(i) if i < size else unknown for i in ids]
-        if self.eos_id in ids:
-            ids = ids[: ids.index(self.eos_id) + 1]
-        return self.processor.DecodeIds(ids)
-
-
-def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.LoadFromSerializedProto(model)
-    return processor
-
-
-def _serialised_piece(piece: str) -> bytes:
-    """A user-defined piece of score 0 as a field of SentencePiece's ModelProto message."""
-    text = piece.encode()
-    # Fields 1, 2 and 3: the text, the score and the type.
-    message = b"\x0a" + bytes([len(text)]) + text
-    message += b"\x15" + struct.pack("<f", 0.0) + b"\x18" + bytes([_USER_DEFINED])
-    return b"\x0a" + bytes([len(message)]) + message  # field 1: a piece
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8; the first may lose a space there."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +70,27 @@ class ByteVocabulary:
     """ByT5's vocabulary: 0 is padding, 1 EOS, 2 unknown, then the bytes of UTF-8 and extra ids.
 
     What is no byte, or no UTF-8, is missing in a decoded text.
+
+    Attributes:
+        extra_ids: how many there are.
     """
 
-    vocab_size: ClassVar[int] = _FIRST_BYTE + _NUM_BYTES + BYTE_EXTRA_IDS
-    pad_id: ClassVar[int] = _PAD
-    eos_id: ClassVar[int] = _EOS
+    extra_ids: int = BYTE_EXTRA_IDS
+
+    pad_id: ClassVar[int] = 0
+    eos_id: ClassVar[int] = 1
     fingerprint: ClassVar[str] = "bytes"
-    file: ClassVar[None] = None
+    files: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, with the extra ids."""
+        return _FIRST_BYTE + _NUM_BYTES + self.extra_ids
+
+    @property
+    def sentinel_ids(self) -> list[int]:
+        """The last ids in descending order, as seqio has it."""
+        return list(range(_FIRST_BYTE + _NUM_BYTES, self.vocab_size))[::-1]
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without EOS."""
@@ -147,92 +99,181 @@ class ByteVocabulary:
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the ids up to the first EOS."""
         ids = list(ids)
-        if _EOS in ids:
-            ids = ids[: ids.index(_EOS)]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
         found = bytes(int(i) - _FIRST_BYTE for i in ids if 0 <= i - _FIRST_BYTE < _NUM_BYTES)
         return found.decode(errors="ignore")
 
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8."""
+        every = range(self.vocab_size)
+        is_byte = range(_FIRST_BYTE, _FIRST_BYTE + _NUM_BYTES)
+        return [bytes([i - _FIRST_BYTE]) if i in is_byte else b"" for i in every]
 
-def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
+
+def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Vocabulary:
     """Loads a vocabulary.
 
+    Of a folder with several kinds, all must be the same vocabulary. `spiece.model` goes first,
+    unless `tokenizer.json` has tokens that were added later.
+
     Args:
-        path: a checkpoint's directory that holds `spiece.model`, such a file, or "bytes".
+        path: a checkpoint's directory that holds `spiece.model`, `tokenizer.json`, `vocab.json`
+            with `merges.txt`, or ByT5's `tokenizer_config.json`; the name of a model in the cache
+            of the Hugging Face Hub; such a file; or "bytes".
+        system: what reads the files.
 
     Returns:
-        A SentencePiece vocabulary with T5's 100 extra ids, or ByT5's bytes.
+        The vocabulary.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a SentencePiece model.
+        ValueError: it is damaged or too large; the kinds differ (the first difference is named);
+            or other files name tokens that it does not have.
     """
-    if os.fspath(path) == "bytes":
+    path = os.fspath(path)
+    if path == "bytes":
         return ByteVocabulary()
-    vocabulary = SentencePieceVocabulary(find_file(path))
-    try:
-        _ = vocabulary.processor  # which reads the file
-    except RuntimeError as e:
-        raise ValueError(f"{vocabulary.file!r} is not a SentencePiece model: {e}") from e
+    path = os.fspath(hub.snapshot(path) or path)
+    if system.isdir(path):
+        return _load_folder(Folder(path, system))
+    if not system.exists(path):
+        raise FileNotFoundError(f"No vocabulary {path!r}. {_SAY_BYTES}")
+    folder, name = Folder(os.path.dirname(path), system), os.path.basename(path)
+    if name in (VOCAB, MERGES):
+        return load_bpe(folder)
+    if name.endswith(".json"):
+        return load_tokenizer_json(folder, name)
+    return _load_spiece(SentencePieceVocabulary(path, folder.extra_ids(), system))
+
+
+def _load_folder(folder: Folder) -> Vocabulary:
+    has_spiece, has_bpe = folder.has(SPIECE), folder.has(VOCAB, MERGES)
+    if folder.has(TOKENIZER):
+        tokenizer = load_tokenizer_json(folder)
+        if has_bpe:
+            check_bpe(folder)
+        if not has_spiece:
+            return tokenizer
+        extra_ids = len(tokenizer.sentinel_ids)
+        spiece = SentencePieceVocabulary(folder.file(SPIECE), extra_ids, folder.system)
+        check_spiece(spiece, tokenizer)
+        return tokenizer if tokenizer.vocab_size > spiece.vocab_size else spiece
+    if has_spiece and has_bpe:
+        raise ValueError(f"{folder.path!r} has two vocabularies, {SPIECE} and {VOCAB}: remove one")
+    if has_bpe:
+        return load_bpe(folder)
+    if has_spiece:
+        file = folder.file(SPIECE)
+        return _load_spiece(SentencePieceVocabulary(file, folder.extra_ids(), folder.system))
+    if folder.settings.get("tokenizer_class") == "ByT5Tokenizer":
+        return _load_bytes(folder)
+    raise FileNotFoundError(
+        f"No vocabulary in {folder.path!r}: none of {SPIECE}, {TOKENIZER}, and {VOCAB} with "
+        f"{MERGES}. {_SAY_BYTES}"
+    )
+
+
+def _load_spiece(vocabulary: SentencePieceVocabulary) -> SentencePieceVocabulary:
+    sentinels = {SENTINEL.format(i): found for i, found in enumerate(vocabulary.sentinel_ids)}
+    vocabulary.folder.check_added_tokens(
+        lambda token: sentinels.get(token, vocabulary.token_to_id(token)),
+        os.path.basename(vocabulary.file),
+    )
     return vocabulary
 
 
-def find_file(
-    path: str | os.PathLike,
-    isdir: Callable[[str], bool] = os.path.isdir,
-    exists: Callable[[str], bool] = os.path.exists,
-) -> str:
-    """Returns the vocabulary's file.
+def _load_bytes(folder: Folder) -> ByteVocabulary:
+    vocabulary = ByteVocabulary()
+    more = [t for t, x in folder.added_tokens.items() if x["id"] >= vocabulary.vocab_size]
+    if more:
+        raise ValueError(f"{folder.path!r} adds tokens to ByT5's, such as {more[0]!r}")
+    return vocabulary
 
-    Args:
-        path: a checkpoint's directory that holds `spiece.model`, the name of a model in the cache
-            of the Hugging Face Hub, or such a file.
-        isdir: as `os.path.isdir`.
-        exists: as `os.path.exists`.
 
-    Raises:
-        FileNotFoundError: there is no such file.
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What of a vocabulary a model must agree with.
+
+    Attributes:
+        fingerprint: the vocabulary's.
+        vocab_size: how many ids it has.
+        eos_id: of the token that ends a text; None where it is not known.
+        pad_id: of what fills up a row; None where it is not known.
     """
-    path = os.fspath(hub.snapshot(path) or path)
-    file = os.path.join(path, VOCABULARY_NAME) if isdir(path) else path
-    if not exists(file):
-        raise FileNotFoundError(f'No vocabulary {file!r}. For a model of bytes (ByT5) say "bytes"')
-    return file
+
+    fingerprint: str
+    vocab_size: int
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+
+def identity(vocabulary: Vocabulary) -> Identity:
+    """What of a vocabulary a model must agree with."""
+    return Identity(*(getattr(vocabulary, field.name) for field in dataclasses.fields(Identity)))
 
 
 def check_vocabulary(
-    fingerprint: str,
-    num_ids: int,
+    found: Identity,
     vocab_size: int,
-    checkpoint_directory: str | os.PathLike | None = None,
+    directory: str | os.PathLike | None = None,
+    *,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
 ) -> None:
     """Checks that the ids of a vocabulary are those that a model was trained with.
 
     Args:
-        fingerprint: the SHA-256 of the vocabulary's file, or "bytes".
-        num_ids: how many ids it has.
+        found: of the vocabulary.
         vocab_size: the model's number of embeddings; more than the vocabulary has is fine.
-        checkpoint_directory: where the model's `spiece.model` may lie.
+        directory: where the model's own vocabulary may lie.
+        eos_id: the model's token that ends a text, if it is known.
+        pad_id: the model's token that fills up a row, if it is known.
 
     Raises:
-        ValueError: the vocabulary has more ids than the model, or differs from the checkpoint's.
+        ValueError: the vocabulary has more ids than the model, another end or padding, or differs
+            from the checkpoint's.
     """
-    if num_ids > vocab_size:
-        raise ValueError(f"The vocabulary has {num_ids} ids, the model only {vocab_size}")
-    theirs = None if checkpoint_directory is None else find_fingerprint(checkpoint_directory)
-    if theirs is not None and fingerprint != theirs:
-        file = os.path.join(checkpoint_directory, VOCABULARY_NAME)
+    if found.vocab_size > vocab_size:
+        raise ValueError(f"The vocabulary has {found.vocab_size} ids, the model only {vocab_size}")
+    for name, ours, theirs in (("eos_id", found.eos_id, eos_id), ("pad_id", found.pad_id, pad_id)):
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(f"The vocabulary has {name}={ours}, the model {name}={theirs}")
+    theirs = None if directory is None else find_fingerprint(directory)
+    if theirs is not None and found.fingerprint != theirs:
         raise ValueError(
-            f"The vocabulary of the data differs from the checkpoint's {file!r} "
-            f"(SHA-256 {fingerprint}, {theirs})"
+            f"The vocabulary of the data differs from that of {os.fspath(directory)!r} "
+            f"(SHA-256 {found.fingerprint}, {theirs})"
         )
 
 
+def find_files(directory: str | os.PathLike) -> dict[str, str]:
+    """The files of a directory's vocabulary, {name: path}; {} where there is none."""
+    folder = Folder(os.fspath(directory))
+    is_bytes = folder.settings.get("tokenizer_class") == "ByT5Tokenizer"
+    if folder.has(SPIECE) or folder.has(TOKENIZER) or folder.has(VOCAB, MERGES) or is_bytes:
+        return folder.present(*NAMES)
+    return {}
+
+
 def find_fingerprint(directory: str | os.PathLike) -> str | None:
-    """Returns the SHA-256 of a directory's `spiece.model`, None where there is no such file."""
-    file = os.path.join(directory, VOCABULARY_NAME)
-    return _sha256(file) if os.path.isfile(file) else None
+    """The fingerprint of a directory's vocabulary, None where there is none.
+
+    Raises:
+        ValueError: there is one that `load_vocabulary` refuses.
+    """
+    found = find_files(directory)
+    if not found:
+        return None
+    single = [name for name in (SPIECE, TOKENIZER) if name in found]
+    if len(single) == 1:  # the usual case, without loading it
+        return Folder(os.fspath(directory)).sha256(single[0])
+    return load_vocabulary(directory).fingerprint
 
 
-def _sha256(file: str) -> str:
-    with open(file, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+def copy_files(files: Mapping[str, str], directory: str | os.PathLike) -> None:
+    """Copies the files of a vocabulary, {name: path}, beside a checkpoint."""
+    for name, path in files.items():
+        target = pathlib.Path(directory) / name
+        if pathlib.Path(path).resolve() != target.resolve():
+            shutil.copy(path, target)

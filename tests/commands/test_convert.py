@@ -12,7 +12,7 @@ import pytest
 from coda_jax import checkpoints, cli, methods, trees
 from coda_jax.checkpoints.adapter import read_manifest
 from coda_jax.commands.convert import convert
-from coda_jax.data.vocabularies import VOCABULARY_NAME
+from coda_jax.data.vocabulary_files import SPIECE
 from coda_jax.methods import Coda, Full
 from coda_jax.models.t5.config import infer_config
 
@@ -32,7 +32,7 @@ def fixture_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     config, params = checkpoints.load_hf(GOLDEN / "v1_1")
     checkpoints.save_hf(folder, config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    (folder / VOCABULARY_NAME).write_text("pieces")
+    (folder / SPIECE).write_text("pieces")
     return folder
 
 
@@ -87,7 +87,7 @@ def test_an_adapter_file_keeps_its_vocabulary(base, tmp_path):
     checkpoints.save_adapter(tmp_path / "adapter", config, params, vocabulary="pieces")
     convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=base)
     assert read_manifest(tmp_path / "hf" / "adapter")["vocabulary"] == "pieces"
-    assert (tmp_path / "hf" / VOCABULARY_NAME).read_text() == "pieces"
+    assert (tmp_path / "hf" / SPIECE).read_text() == "pieces"
 
 
 def test_transformers_reads_a_checkpoint_of_t5x(tmp_path):

@@ -17,7 +17,7 @@ from coda_jax.commands.convert import convert
 from coda_jax.commands.train import train
 from coda_jax.data import source
 from coda_jax.data.cache import write_cache
-from coda_jax.data.vocabularies import VOCABULARY_NAME
+from coda_jax.data.vocabulary_files import SPIECE
 from coda_jax.methods import Coda, Full, ParallelAdapter
 from coda_jax.training.trainer import TrainOptions
 
@@ -50,7 +50,7 @@ def fixture_old(tmp_path_factory):
 def fixture_base(old, tmp_path_factory):
     """A dense Hugging Face checkpoint in bfloat16, with a vocabulary beside it."""
     folder = shutil.copytree(old / "base", tmp_path_factory.mktemp("base") / "dense")
-    (folder / VOCABULARY_NAME).write_text("pieces")
+    (folder / SPIECE).write_text("pieces")
     return folder
 
 
@@ -80,11 +80,11 @@ def test_a_run_is_turned_into_a_checkpoint_of_either_layout(run, base, tmp_path)
     config, params = checkpoints.load_adapter(adapter, base_config, base_params)
     convert(run, tmp_path / "t5x", "t5x", base=base)
     assert (tmp_path / "t5x" / "checkpoint_4").is_dir()
-    assert (tmp_path / "t5x" / VOCABULARY_NAME).read_text() == "pieces"
+    assert (tmp_path / "t5x" / SPIECE).read_text() == "pieces"
     assert_same_tree(checkpoints.load_t5x(tmp_path / "t5x", config), params)
 
     convert(run, tmp_path / "hf", "hf", base=base)
-    assert (tmp_path / "hf" / VOCABULARY_NAME).read_text() == "pieces"
+    assert (tmp_path / "hf" / SPIECE).read_text() == "pieces"
     loaded = checkpoints.load_adapter(
         tmp_path / "hf" / "adapter", *checkpoints.load_hf(tmp_path / "hf")
     )

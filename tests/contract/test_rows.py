@@ -93,7 +93,7 @@ def packed_row(rows, order, num_tokens=20):
 class Packed(Data):
     """Packed data of a vocabulary that fits every model."""
 
-    def check_vocabulary(self, vocab_size, directory=None):
+    def check_vocabulary(self, **model):
         """Accepts."""
 
 

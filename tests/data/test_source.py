@@ -85,20 +85,26 @@ def test_the_vocabulary_must_be_the_models(task, cache, tmp_path):
         assert data.vocabulary_fingerprint() == find_fingerprint(bundled.VOCABULARY)
         data.check_vocabulary(4096)
         data.check_vocabulary(4224, bundled.VOCABULARY)
+        data.check_vocabulary(4096, eos_id=1, pad_id=0)
         with pytest.raises(ValueError, match="4096 ids, the model only 384"):
             data.check_vocabulary(384)
-    with pytest.raises(ValueError, match="differs from the checkpoint's"):
+        with pytest.raises(ValueError, match="The vocabulary has eos_id=1, the model eos_id=2"):
+            data.check_vocabulary(4096, eos_id=2)
+        with pytest.raises(ValueError, match="The vocabulary has pad_id=0, the model pad_id=1"):
+            data.check_vocabulary(4096, eos_id=1, pad_id=1)
+    with pytest.raises(ValueError, match="differs from that of"):
         Data(LENGTHS, "stdlib_exception_bytes").check_vocabulary(4096, bundled.VOCABULARY)
     write_cache(tmp_path / "bare.npz", [{"inputs": [1], "targets": [1]}], {})
     with pytest.raises(ValueError, match=r"does not say its \['vocab_size', 'vocabulary'\]"):
         Data(LENGTHS, cache=str(tmp_path / "bare.npz")).check_vocabulary(4096)
 
 
-def test_the_vocabularys_file_is_known_for_tasks(task):
-    assert Data(LENGTHS, task).vocabulary_file() == SPIECE_MODEL
-    assert Data(LENGTHS, "stdlib_exception").vocabulary_file() == SPIECE_MODEL
-    assert Data(LENGTHS, "stdlib_exception_bytes").vocabulary_file() is None
-    assert Data(LENGTHS, cache="any").vocabulary_file() is None
+def test_the_vocabularys_files_are_known_for_tasks(task):
+    files = {"spiece.model": SPIECE_MODEL}
+    assert Data(LENGTHS, task).vocabulary_files() == files
+    assert Data(LENGTHS, "stdlib_exception").vocabulary_files() == files
+    assert Data(LENGTHS, "stdlib_exception_bytes").vocabulary_files() == {}
+    assert Data(LENGTHS, cache="any").vocabulary_files() == {}
 
 
 def test_one_source_at_most():

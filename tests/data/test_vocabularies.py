@@ -29,8 +29,10 @@ def test_numbers_equal_those_of_seqio(path):
     ours, theirs = PAIRS[path]
     assert ours.vocab_size == theirs.vocab_size == {"bytes": 384}.get(path, 4096)
     assert (ours.eos_id, ours.pad_id) == (theirs.eos_id, theirs.pad_id) == (1, 0)
-    assert ours.fingerprint == seqio_tasks.vocabulary_fingerprint(theirs)
-    assert ours.file == getattr(theirs, "sentencepiece_model_file", None)
+    assert seqio_tasks.plain_vocabulary(theirs) == ours
+    assert seqio_tasks.plain_vocabulary(theirs).fingerprint == ours.fingerprint
+    assert ours.sentinel_ids == list(range(ours.vocab_size)[-1 : -len(ours.sentinel_ids) - 1 : -1])
+    assert len(ours.sentinel_ids) == theirs.extra_ids == {"bytes": 125}.get(path, 100)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -96,8 +98,10 @@ def test_pieces_are_added_as_protobuf_would_add_them():
 
 @pytest.mark.parametrize("load", [vocabularies.load_vocabulary, seqio_tasks.seqio_vocabulary])
 def test_what_is_no_vocabulary_is_refused(load, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"spiece\.model'. For a model of bytes"):
+    with pytest.raises(FileNotFoundError, match=r"none of spiece\.model.*For a model of bytes"):
         load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"No vocabulary '.*nowhere'. For a model of bytes"):
+        load(tmp_path / "nowhere")
     for number, content in enumerate((b"\xff nonsense", b"")):
         path = tmp_path / str(number) / "spiece.model"  # seqio remembers what it has read
         path.parent.mkdir()
@@ -107,21 +111,26 @@ def test_what_is_no_vocabulary_is_refused(load, tmp_path):
 
 
 def test_the_vocabulary_must_be_the_models(tmp_path):
-    def check(path, *args):
-        vocabulary, _ = PAIRS[path]
-        vocabularies.check_vocabulary(vocabulary.fingerprint, vocabulary.vocab_size, *args)
+    def check(path, *args, **ids):
+        identity = vocabularies.identity(vocabularies.load_vocabulary(path))
+        vocabularies.check_vocabulary(identity, *args, **ids)
 
     path = str(bundled.VOCABULARY)
     check(path, 4096)
-    check(path, 4224, tmp_path)  # No file beside the checkpoint.
+    check(path, 4224, tmp_path, eos_id=1, pad_id=0)  # No file beside the checkpoint.
     check("bytes", 384, tmp_path / "no_such_folder")
     with pytest.raises(ValueError, match="4096 ids, the model only 4095"):
         check(path, 4095)
+    with pytest.raises(ValueError, match="The vocabulary has eos_id=1, the model eos_id=2"):
+        check(path, 4096, eos_id=2, pad_id=0)
+    with pytest.raises(ValueError, match="The vocabulary has pad_id=0, the model pad_id=1"):
+        check("bytes", 384, eos_id=1, pad_id=1)
     shutil.copy(Path(path) / "spiece.model", tmp_path / "spiece.model")
     check(path, 4096, tmp_path)  # The same bytes elsewhere.
-    with pytest.raises(ValueError, match=r"differs from .*spiece\.model.* bytes, "):
+    with pytest.raises(ValueError, match=r"differs from that of .* bytes, "):
         check("bytes", 4096, tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"model")
-    vocabularies.check_vocabulary(hashlib.sha256(b"model").hexdigest(), 100, 128, tmp_path)
+    other = vocabularies.Identity(hashlib.sha256(b"model").hexdigest(), 100)
+    vocabularies.check_vocabulary(other, 128, tmp_path, eos_id=5)
     with pytest.raises(ValueError, match="differs from"):
         check(path, 4096, tmp_path)
