@@ -95,7 +95,6 @@ def test_what_json_cannot_hold_is_not_written(tmp_path, value):
         (b"", r"a\.json is not valid JSON"),
         (b"\xff\xfe", r"a\.json is not valid JSON"),
         (b"[1]", r"a\.json must hold a JSON object, not a list"),
-        (b"[" * 10**5, r"a\.json is not valid JSON"),
         (b"null", r"a\.json must hold a JSON object, not a NoneType"),
     ],
 )
