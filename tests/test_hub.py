@@ -14,7 +14,7 @@ from coda_jax.checkpoints import load_hf
 from coda_jax.commands.check import check
 from coda_jax.commands.convert import convert
 from coda_jax.commands.loading import load_model
-from coda_jax.data.vocabularies import VOCABULARY_NAME, load_vocabulary
+from coda_jax.data.vocabularies import load_vocabulary
 
 NAME = "google/t5-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -64,13 +64,13 @@ def test_a_model_in_the_cache_is_loaded_by_its_name(download):
 
 
 def test_commands_take_a_name_for_a_checkpoint_and_its_vocabulary(download, capsys):
-    spiece = bundled.VOCABULARY / VOCABULARY_NAME
+    spiece = bundled.VOCABULARY / "spiece.model"
     snapshot = download(*golden_files(), spiece)
     assert load_model(NAME).directory == snapshot
-    assert load_vocabulary(NAME).file == str(snapshot / VOCABULARY_NAME)
+    assert load_vocabulary(NAME).file == str(snapshot / "spiece.model")
     assert check(NAME)["parameters"] > 0
     convert(NAME, "converted", "hf")
-    assert pathlib.Path("converted", VOCABULARY_NAME).read_bytes() == spiece.read_bytes()
+    assert pathlib.Path("converted", "spiece.model").read_bytes() == spiece.read_bytes()
     assert_same_tree(load_hf("./converted")[1], load_hf(NAME)[1])
 
 
