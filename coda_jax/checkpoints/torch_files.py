@@ -16,7 +16,7 @@ import numpy as np
 
 from coda_jax.checkpoints.torch_pickles import Tensor, interpret
 
-MAX_PICKLE = 2**20  # bytes, which are enough for 4,000 tensors
+MAX_PICKLE = 2**20  # bytes
 MAX_RANK = 8
 LOCAL_HEADER = b"PK\x03\x04"  # what each entry of a zip file starts with
 ENCRYPTED = 1

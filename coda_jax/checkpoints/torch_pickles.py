@@ -1,10 +1,10 @@
 """What a pickle of `torch.save` says of a state dict, found out without running it.
 
 `interpret` knows the opcodes and globals that PyTorch writes for a dict of floating point tensors.
-It imports and calls nothing that a pickle names, and refuses what it does not know. The length of a
-pickle bounds its time and memory.
+It imports and calls nothing that a pickle names, and refuses what it does not know.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import io
 import pickletools
@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+MAX_OPCODES = 250_000  # of 5,000 tensors
 _DICT, _TENSOR = object(), object()  # which no pickle can make
 GLOBALS = {
     "collections OrderedDict": _DICT,
@@ -60,28 +61,28 @@ def interpret(stream: io.BytesIO) -> Any:
         del stack[start:]
         return values
 
-    for opcode, argument, _ in pickletools.genops(stream):
-        match opcode.name:
+    for name, argument in _opcodes(stream):
+        match name:
             case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
                 stack.append(argument)
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
-            case name if name in CONSTANTS:
+            case _ if name in CONSTANTS:
                 stack.append(CONSTANTS[name])
-            case name if name in EMPTY:
+            case _ if name in EMPTY:
                 stack.append(EMPTY[name]())
             case "MARK":
                 marks.append(len(stack))
             case "TUPLE":
                 stack.append(tuple(pop(marks.pop())))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(pop(-int(name[-1]))))
             case "APPENDS":
                 values = pop(marks.pop())
                 _only(list, stack[-1]).extend(values)
-            case "SETITEM" | "SETITEMS" as name:
+            case "SETITEM" | "SETITEMS":
                 items = pop(-2 if name == "SETITEM" else marks.pop())
                 _set_items(_only(dict, stack[-1]), items)
             case "GLOBAL" if argument in GLOBALS:
@@ -100,9 +101,17 @@ def interpret(stream: io.BytesIO) -> Any:
             case "PROTO" if argument == 2:
                 pass
             case "STOP":
-                return stack.pop()
-            case name:
+                (value,) = stack
+                return value
+            case _:
                 raise ValueError(f"its pickle {_said(name, argument)}; nothing of it was run")
+
+
+def _opcodes(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if count == MAX_OPCODES:
+            raise ValueError(f"its pickle has more than {MAX_OPCODES:,} opcodes")
+        yield opcode.name, argument
 
 
 def _said(name: str, argument: Any) -> str:
