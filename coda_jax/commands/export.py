@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from coda_jax import files, methods, trees
 from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.data.batches import check_positive
 from coda_jax.data.vocabularies import load_vocabulary
 from coda_jax.inference import Decoding, bucket, encode_function, generate_function, stops_of
 from coda_jax.objectives import Model, model_for
@@ -66,10 +67,8 @@ def export(
             generation_config.json may say.
         batch_sizes: B of the programs; None for that of `decoding`.
         platforms: "cpu", "cuda", "rocm" or "tpu"; each program holds all of them.
-        vocabulary: folder or file of the vocabulary, or "bytes", which is read for stop texts;
-            None: beside the checkpoint.
-        embed: "mean" or "tokens" for programs that give the encoder's outputs, float32. Those of a
-            model with a head for labels or numbers give what the head gives.
+        vocabulary: of stop texts, its folder or file, or "bytes"; None: beside the checkpoint.
+        embed: "mean" or "tokens" for programs of the encoder alone; see `encode_function`.
 
     Raises:
         FileExistsError: the folder holds something.
@@ -79,16 +78,13 @@ def export(
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; name a new folder")
     batch_sizes = [decoding.batch_size] if batch_sizes is None else list(batch_sizes)
-    if min(batch_sizes) < 1:
-        raise ValueError(f"batch sizes must be at least 1, got {batch_sizes}")
+    check_positive(**{f"BATCH_SIZES[{i}]": size for i, size in enumerate(batch_sizes)})
     config, params = methods.merge(model.config, model.params)
     if embed is not None or model_for(config).describes:
         answer, described = encode_function(model_for(config), embed), _ENCODES
-        drawn = False
     else:
         decoding = completed(decoding, model)
         answer, described = _generates(model, model_for(config), decoding, vocabulary)
-        drawn = decoding.do_sample
     directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
     program = _program(answer, list(flat))
@@ -96,7 +92,7 @@ def export(
     shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
     for shape in tqdm(shapes, desc="export", unit="program"):
         arguments = [weights, config.input_spec(*shape)]
-        if drawn:
+        if "seed" in described["arguments"]:
             arguments += [_uint32(), _uint32(shape[0])]
         exported = jax.export.export(program, platforms=list(platforms))(*arguments)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
@@ -108,9 +104,8 @@ def export(
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
-    files.write_json(
-        directory / MANIFEST_NAME, manifest
-    )  # the last file: without it nothing counts
+    # The last file: without it nothing counts.
+    files.write_json(directory / MANIFEST_NAME, manifest)
 
 
 def _generates(
