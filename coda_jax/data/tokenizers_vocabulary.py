@@ -22,6 +22,7 @@ from coda_jax.data.vocabulary_files import (
     MERGES,
     NAMES,
     ROLES,
+    SIDE_FILES,
     TOKENIZER,
     VOCAB,
     Folder,
@@ -61,7 +62,8 @@ class TokenizersVocabulary:
                 main one name tokens that it does not have.
         """
         self.folder, self.fingerprint = folder, fingerprint
-        self.files = folder.present(*NAMES)
+        own = {} if main in NAMES else {TOKENIZER: folder.file(main)}
+        self.files = {**folder.present(*(SIDE_FILES if own else NAMES)), **own}
         self._file, self._tokenizer = folder.file(main), tokenizer
         ids = folder.special_ids(tokenizer.token_to_id)
         self.pad_id, self.eos_id, self.bos_id, self.unk_id = ids
@@ -207,7 +209,7 @@ def load_bpe(folder: Folder) -> TokenizersVocabulary:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
 
-    kind = folder.settings.get("tokenizer_class") or "RobertaTokenizer"
+    kind = folder.tokenizer_class or "RobertaTokenizer"
     if not str(kind).startswith("Roberta"):
         raise ValueError(
             f"{folder.path!r} has {VOCAB} and {MERGES} of a {kind}, which are read of a "

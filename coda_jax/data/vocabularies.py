@@ -30,6 +30,7 @@ from coda_jax.data.vocabulary_files import (
 
 BYTE_EXTRA_IDS = 125  # of ByT5, which has 384 ids together
 _FIRST_BYTE, _NUM_BYTES = 3, 256
+_BYTES = "ByT5Tokenizer"
 _SAY_BYTES = 'For a model of bytes (ByT5) say "bytes"'
 
 
@@ -166,7 +167,7 @@ def _load_folder(folder: Folder) -> Vocabulary:
     if has_spiece:
         file = folder.file(SPIECE)
         return _load_spiece(SentencePieceVocabulary(file, folder.extra_ids(), folder.system))
-    if folder.settings.get("tokenizer_class") == "ByT5Tokenizer":
+    if folder.tokenizer_class == _BYTES:
         return _load_bytes(folder)
     raise FileNotFoundError(
         f"No vocabulary in {folder.path!r}: none of {SPIECE}, {TOKENIZER}, and {VOCAB} with "
@@ -250,10 +251,9 @@ def check_vocabulary(
 def find_files(directory: str | os.PathLike) -> dict[str, str]:
     """The files of a directory's vocabulary, {name: path}; {} where there is none."""
     folder = Folder(os.fspath(directory))
-    is_bytes = folder.settings.get("tokenizer_class") == "ByT5Tokenizer"
-    if folder.has(SPIECE) or folder.has(TOKENIZER) or folder.has(VOCAB, MERGES) or is_bytes:
-        return folder.present(*NAMES)
-    return {}
+    kinds = ((SPIECE,), (TOKENIZER,), (VOCAB, MERGES))
+    found = any(folder.has(*kind) for kind in kinds) or folder.tokenizer_class == _BYTES
+    return folder.present(*NAMES) if found else {}
 
 
 def find_fingerprint(directory: str | os.PathLike) -> str | None:
@@ -262,12 +262,12 @@ def find_fingerprint(directory: str | os.PathLike) -> str | None:
     Raises:
         ValueError: there is one that `load_vocabulary` refuses.
     """
-    found = find_files(directory)
-    if not found:
+    folder, found = Folder(os.fspath(directory)), find_files(directory)
+    if not found and folder.tokenizer_class != _BYTES:
         return None
     single = [name for name in (SPIECE, TOKENIZER) if name in found]
     if len(single) == 1:  # the usual case, without loading it
-        return Folder(os.fspath(directory)).sha256(single[0])
+        return folder.sha256(single[0])
     return load_vocabulary(directory).fingerprint
 
 

@@ -21,7 +21,8 @@ ADDED_TOKENS = "added_tokens.json"
 MODEL_CONFIG = "config.json"
 SIDE_FILES = (SETTINGS, SPECIAL_TOKENS, ADDED_TOKENS)
 NAMES = (SPIECE, TOKENIZER, VOCAB, MERGES, *SIDE_FILES)
-MAX_BYTES = 64 * 2**20  # of a file; the largest that are published have 35 MB
+MAX_BYTES = 64 * 2**20  # of a vocabulary; the largest that are published have 35 MB
+MAX_SIDE_BYTES = 4 * 2**20  # of the files beside it
 
 EXTRA_IDS = 100  # of T5: sentinels, after the ids of the file
 SENTINEL = "<extra_id_{}>"
@@ -99,14 +100,15 @@ class Folder:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it has more than 64 MiB.
+            ValueError: it is larger than such a file can be.
         """
         file = self.file(name)
         if not self.system.exists(file):
             raise FileNotFoundError(f"No vocabulary {file!r}")
+        most = MAX_SIDE_BYTES if name in (*SIDE_FILES, MODEL_CONFIG) else MAX_BYTES
         size = self.system.size(file)
-        if size > MAX_BYTES:
-            raise ValueError(f"{file!r} has {size:,} bytes; a vocabulary has at most {MAX_BYTES:,}")
+        if size > most:
+            raise ValueError(f"{file!r} has {size:,} bytes; such a file has at most {most:,}")
         with self.system.open(file) as f:
             return f.read()
 
@@ -131,6 +133,12 @@ class Folder:
         settings, tokens = self.json(SETTINGS), self.json(SPECIAL_TOKENS)
         newer = "added_tokens_decoder" in settings
         return {**tokens, **settings} if newer else {**settings, **tokens}
+
+    @functools.cached_property
+    def tokenizer_class(self) -> str | None:
+        """What transformers reads the vocabulary with, if a file says it."""
+        name = "tokenizer_class"
+        return self.settings.get(name) or self.json(MODEL_CONFIG).get(name)
 
     @functools.cached_property
     def added_tokens(self) -> dict[str, dict[str, Any]]:

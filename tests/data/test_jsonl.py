@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import seqio
+from tokenizer_folders import FOLDER
 
 from coda_jax import bundled
 from coda_jax.data import jsonl, seqio_tasks
@@ -69,7 +70,10 @@ def test_a_jsonl_task_reads_its_files(write):
     assert jsonl.TASKS[name] is task
 
 
-@pytest.mark.parametrize("vocabulary", ["bytes", str(bundled.VOCABULARY)])
+@pytest.mark.parametrize(
+    "vocabulary",
+    ["bytes", str(bundled.VOCABULARY), *(str(FOLDER / name) for name in ("byte_bpe", "unigram_5"))],
+)
 def test_seqio_knows_the_task_by_its_name_and_reads_the_same_tokens(write, vocabulary):
     pairs = [("def f(x):\n    return  x", "f <extra_id_0> ü"), ("", "日本"), (" a ", "b")]
     name = jsonl.jsonl_task(**write(train=lines(*pairs)), vocabulary=vocabulary)

@@ -1,5 +1,7 @@
 """Examples of seqio tasks: determinism, caches, and the same batches as seqio's."""
 
+import copy
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -7,10 +9,14 @@ import pathlib
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
+from tokenizer_folders import FOLDER, lines
 
 from coda_jax.data import batches, seqio_tasks
 from coda_jax.data.cache import read_cache
-from coda_jax.tasks import offline
+from coda_jax.data.source import Data
+from coda_jax.data.vocabularies import load_vocabulary
+from coda_jax.tasks import offline, preprocessors
 
 LENGTHS = {"inputs": 128, "targets": 64}
 
@@ -132,3 +138,73 @@ def test_batches_of_a_task_equal_those_of_seqio():
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
     assert ours.num_truncated > 0
+
+
+@pytest.fixture(scope="module", name="tokenizers")
+def fixture_tokenizers():
+    """A vocabulary of tokenizer.json, and seqio's over it."""
+    folder = FOLDER / "unigram_4"
+    return load_vocabulary(folder), seqio_tasks.seqio_vocabulary(folder)
+
+
+def test_seqio_has_the_ids_and_texts_of_tokenizer_json(tokenizers):
+    plain, theirs = tokenizers
+    assert (theirs.vocab_size, theirs.eos_id, theirs.unk_id) == (143, 1, 2)
+    assert (theirs.pad_id, theirs.bos_id, theirs.extra_ids) == (0, None, 0)
+    texts = lines(60)
+    rows = [plain.encode(text) for text in texts]
+    in_graph = tf.data.Dataset.from_tensor_slices(texts).map(theirs.encode_tf)
+    for text, ids, tensor in zip(texts, rows, in_graph.as_numpy_iterator(), strict=True):
+        assert theirs.encode(text) == ids == tensor.tolist()
+        assert theirs.decode(ids) == theirs.decode_tf(tf.constant(ids)).numpy().decode()
+        assert theirs.decode([*ids, 1, 9]) == plain.decode(ids)
+    pairs = tf.constant([[5, 1, 9], [9, 9, 500]])
+    texts = [plain.decode([5]), plain.decode([9, 9, 500])]
+    assert [text.decode() for text in theirs.decode_tf(pairs).numpy()] == texts
+
+
+def test_seqio_vocabularies_of_the_same_files_are_equal(tokenizers):
+    plain, theirs = tokenizers
+    again = seqio_tasks.seqio_vocabulary(FOLDER / "unigram_4" / "tokenizer.json")
+    assert theirs == again == copy.deepcopy(theirs) and hash(theirs) == hash(again)
+    assert theirs != seqio_tasks.seqio_vocabulary(FOLDER / "unigram_5")
+    assert theirs != seqio_tasks.seqio_vocabulary("bytes")
+    assert seqio_tasks.plain_vocabulary(theirs) == plain
+    assert "tokenizer.json" in str(theirs)
+
+
+def test_a_cache_says_the_ids_of_its_vocabulary(tokenizers, tmp_path):
+    plain, theirs = tokenizers
+    task = add("cached", theirs, [seqio.preprocessors.tokenize], ["the file", "the text"])
+    path = str(tmp_path / "cache.npz")
+    seqio_tasks.cache_task(task, "train", path, LENGTHS, seed=0)
+    examples, _ = read_cache(path)
+    assert examples[0]["inputs"].tolist() == [*plain.encode("the file"), 1]
+    data = Data(LENGTHS, cache=path)
+    data.check_vocabulary(143, FOLDER / "unigram_4", eos_id=1, pad_id=0)
+    with pytest.raises(ValueError, match="The vocabulary has eos_id=1, the model eos_id=2"):
+        data.check_vocabulary(143, eos_id=2)
+    with pytest.raises(ValueError, match="differs from that of"):
+        data.check_vocabulary(143, FOLDER / "unigram_5")
+    assert set(Data(LENGTHS, task.name).vocabulary_files()) == set(plain.files)
+
+
+def test_span_corruption_takes_the_sentinels_wherever_they_are(tokenizers):
+    plain, theirs = tokenizers
+    assert plain.sentinel_ids[0] == 139 != plain.vocab_size - 1  # tokens were added later
+    steps = [
+        functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+        preprocessors.span_corruption,
+    ]
+    text = "some words of a text that is long enough for some spans of noise in it " * 3
+    add("corrupted", theirs, steps, [text], columns=("targets",))
+    for inputs, targets in read("corrupted", "train", limit=1):  # the last is short
+        found = [i for i in inputs if i in plain.sentinel_ids]
+        assert found == plain.sentinel_ids[: len(found)] and len(found) > 5
+        assert found == [i for i in targets if i in plain.sentinel_ids]
+        assert not {140, 141, 142} & {*inputs, *targets}
+
+
+def add(name, vocabulary, steps, texts, columns=("inputs", "targets")):
+    source = seqio_tasks.MemorySource(lambda _: dict.fromkeys(columns, texts), ("train",))
+    return seqio_tasks.add_task(name, source, steps, vocabulary)

@@ -1,21 +1,17 @@
 """Ids and texts of the library `tokenizers` are those of transformers' fast tokenizers."""
 
 import json
-from pathlib import Path
 
 import pytest
-from tokenizer_lines import lines
+from tokenizer_folders import FOLDER, NAMES, lines
 
 from coda_jax.data.vocabularies import load_vocabulary
 
-GOLDEN = Path(__file__).parents[1] / "golden"  # this file needs coda_jax's vocabularies only
-FOLDERS = sorted(file.parent.name for file in (GOLDEN / "tokenizers").glob("*/expected.json"))
 
-
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_lines_have_the_golden_ids_and_texts(name):
-    vocabulary = load_vocabulary(GOLDEN / "tokenizers" / name)
-    golden = json.loads((GOLDEN / "tokenizers" / name / "expected.json").read_text())
+    vocabulary = load_vocabulary(FOLDER / name)
+    golden = json.loads((FOLDER / name / "expected.json").read_text())
     for line, ids, text in zip(lines(60), golden["ids"], golden["texts"], strict=True):
         assert [*vocabulary.encode(line), vocabulary.eos_id] == ids, line
         assert vocabulary.decode([*ids, 5, 6]) == text, line
@@ -25,16 +21,16 @@ def test_the_lines_are_of_many_scripts():
     made = lines(1000)
     assert len(set(made)) > 950
     assert len({ord(character) // 256 for line in made for character in line}) > 50
-    assert len(FOLDERS) == 6
+    assert sorted(file.parent.name for file in FOLDER.glob("*/expected.json")) == [*NAMES]
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_lines_have_the_ids_and_texts_of_transformers(name, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(str(GOLDEN))
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
     import make_golden_tokenizers as golden
 
-    folder = GOLDEN / "tokenizers" / name
+    folder = FOLDER / name
     if (golden.VERSION, name) in {("5", "byte_bpe"), ("5", "unigram_4")}:
         pytest.skip("transformers 5 does not take all of this folder")
     vocabulary, theirs = load_vocabulary(folder), golden.load(folder)

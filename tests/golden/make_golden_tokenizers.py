@@ -12,9 +12,10 @@ Each writes the folders that end with its number. Both use what the first run tr
   byte_bpe_4/5 it as transformers 4 and 5 save it
   llama_5      byte pairs with byte fallback and extra ids, as of Pile-T5
 and `expected.json` for each: ids of lines, and the texts of those ids up to EOS without padding
-and BOS. With `--check` nothing is written, and whatever version runs it compares its own. Two things
-are known to differ: version 5 cannot load `byte_bpe`, and it does not use all of the tokenizer.json
-that version 4 wrote for T5, so that two lines of `unigram_4` differ.
+and BOS. With `--check` nothing is written, and whatever version runs it compares its own.
+
+Version 5 cannot load `byte_bpe`. It does not use all of what version 4 wrote into tokenizer.json
+for T5, so that two lines of `unigram_4` differ.
 """
 
 import argparse
@@ -25,12 +26,11 @@ import sys
 import tempfile
 
 import sentencepiece
-from tokenizer_lines import lines
+from tokenizer_folders import FOLDER, lines
 from tokenizers import ByteLevelBPETokenizer
 import transformers
 from transformers import AutoTokenizer, LlamaTokenizerFast, T5TokenizerFast
 
-FOLDER = Path(__file__).parent / "tokenizers"
 VERSION = transformers.__version__.split(".")[0]
 COUNT = 60
 SENTINELS = [f"<extra_id_{i}>" for i in range(10)]

@@ -1,8 +1,14 @@
-"""Lines in many scripts, always the same, on which tokenizers are compared."""
+"""Small tokenizers, and lines in many scripts on which they are compared. Needs Python only."""
 
 import argparse
+from collections.abc import Callable
+import json
+from pathlib import Path
 import random
 import unicodedata
+
+FOLDER = Path(__file__).parent / "golden" / "tokenizers"  # see make_golden_tokenizers.py
+NAMES = ("byte_bpe", "byte_bpe_4", "byte_bpe_5", "llama_5", "unigram_4", "unigram_5")
 
 # First characters of scripts and of other things that tokenizers treat apart.
 _BLOCKS = {
@@ -36,6 +42,13 @@ _FIXED = (
     "AbCdEf_GhI snake_case camelCase", "...---!!!???", "<extra_id_", "extra_id_0>", "< s >",
     "ﷺ ﷽", "Ǆ ǅ ǆ ß ẞ İ \u0131", "\u202eabc\u202c", "\ufeffabc", "a\u200bb\u200cc", "Ⅷ ⅷ ㎏ ㌀",
 )  # fmt: skip
+
+
+def edit(file: Path, change: Callable) -> None:
+    """Changes what a JSON file holds."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 def lines(count: int = 1000) -> list[str]:
