@@ -32,11 +32,14 @@ def stop_table(
     Raises:
         ValueError: the texts are too long for a table.
     """
-    prefixes = sorted({text.encode()[:end] for text in texts for end in range(len(text.encode()))})
-    complete = len(prefixes)  # b"" comes first
+    encoded = [text.encode() for text in texts]
+    prefixes = {text[:end] for text in encoded for end in range(len(text))}
+    complete = len(prefixes)
     if complete > _MOST_STATES:
-        raise ValueError(f"the stop texts have {complete} different beginnings, of at most 255")
-    by_byte = _next_states(prefixes, [text.encode() for text in texts])
+        raise ValueError(
+            f"the stop texts have {complete} different beginnings, of at most {_MOST_STATES}"
+        )
+    by_byte = _next_states(sorted(prefixes, key=len), encoded)
     pieces = vocabulary.pieces()[:vocab_size]
     lengths = np.zeros(vocab_size, np.int32)
     lengths[: len(pieces)] = [len(piece) for piece in pieces]
@@ -51,15 +54,26 @@ def stop_table(
 
 
 def _next_states(prefixes: Sequence[bytes], texts: Sequence[bytes]) -> np.ndarray:
-    """[S, 256]: the state after one more byte; a complete text stays complete."""
+    """[S, 256]: the state after one more byte; a complete text stays complete.
+
+    Args:
+        prefixes: of the texts, the shortest first; their places are the states.
+        texts: the stop texts.
+    """
     numbers = {prefix: number for number, prefix in enumerate(prefixes)}
-    table = np.full((len(prefixes) + 1, 256), len(prefixes), np.uint8)
+    complete = len(prefixes)
+    table = np.zeros((complete + 1, 256), np.uint8)
+    table[complete] = complete
     for prefix, number in numbers.items():
-        for byte in range(256):
-            seen = prefix + bytes([byte])
-            if not seen.endswith(tuple(texts)):
-                ends = (seen[start:] for start in range(len(seen) + 1))
-                table[number, byte] = next(numbers[end] for end in ends if end in numbers)
+        # Where no text goes on, what a shorter end of the same bytes would match still counts.
+        if prefix:
+            ends = (prefix[start:] for start in range(1, len(prefix) + 1))
+            table[number] = table[next(numbers[end] for end in ends if end in numbers)]
+        for text in texts:
+            rest = text[len(prefix) :] if text.startswith(prefix) else b""
+            if rest and table[number, rest[0]] != complete:
+                longer = prefix + rest[:1]
+                table[number, rest[0]] = complete if longer == text else numbers[longer]
     return table
 
 

@@ -101,7 +101,7 @@ class Generation:
             if (value := getattr(self, name)) is not None and value > most:
                 raise ValueError(f"{self._called(name)} must be at most {most}, got {value!r}")
         if self.do_sample not in (None, False, True):
-            raise ValueError(f"{self._called('do_sample')} must be True or False")
+            raise ValueError(f"{self._called('do_sample')} must be True or False, got {self.do_sample!r}")
         if self.early_stopping not in (None, *_EARLY_STOPPING):
             raise ValueError(
                 f"{self._called('early_stopping')} must be one of {_EARLY_STOPPING}, "
@@ -142,10 +142,16 @@ class Generation:
         said = self.said
         taken = {name: value for name, value in defaults.items() if name not in said}
         found = taken | said
-        ours = "alpha" in said or found.get("num_beams", 1) == 1
-        if not ours and {"num_beams", "early_stopping", "length_penalty"} & defaults.keys():
-            taken.setdefault("length_penalty", found.get("length_penalty", _LENGTH_PENALTY))
-        dropped = {"length_penalty", "early_stopping"} if ours else set()
+        theirs = found.get("num_beams", 1) > 1 and (
+            defaults.get("num_beams", 1) > 1
+            or defaults.get("early_stopping")
+            or "length_penalty" in found
+        )
+        if theirs and "alpha" not in said:
+            taken.setdefault("length_penalty", _LENGTH_PENALTY)
+            dropped = set()
+        else:
+            dropped = {"length_penalty", "early_stopping"}
         if not found.get("do_sample"):
             dropped |= _OF_SAMPLING.keys()
         if said.get("decoder_prefix"):

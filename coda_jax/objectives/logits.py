@@ -84,7 +84,8 @@ def top_p(logits: Logits, p: float) -> Logits:
     ascending, order = lax.sort_key_val(logits, jnp.broadcast_to(places, logits.shape))
     less_probable = jnp.cumsum(jax.nn.softmax(ascending), axis=1)  # the token itself included
     removed = (less_probable <= 1 - p) & (places < logits.shape[1] - 1)
-    return logits.at[rows, order].set(jnp.where(removed, -jnp.inf, ascending))
+    kept = jnp.where(removed, -jnp.inf, ascending)
+    return jnp.zeros_like(logits).at[rows, order].set(kept)
 
 
 def processed(
