@@ -35,6 +35,11 @@ class JsonlTask:
     columns: Mapping[str, Columns] = dataclasses.field(repr=False)
     vocabulary_path: str
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits that have a file."""
+        return sorted(self.columns)
+
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary, which is loaded when it is first used."""
@@ -51,7 +56,7 @@ class JsonlTask:
             ValueError: there is no such split.
         """
         if split not in self.columns:
-            raise ValueError(f"{self.name} has no split {split!r}, only {sorted(self.columns)}")
+            raise ValueError(f"{self.name} has no split {split!r}, only {self.splits}")
         if split not in self._examples:
             pairs = zip(*(self.columns[split][key] for key in FEATURES), strict=True)
             self._examples[split] = [

@@ -33,6 +33,11 @@ class LabelTask:
     labels: tuple[str, ...]
     vocabulary_path: str
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits that have a file."""
+        return sorted(self.rows)
+
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary, which is loaded when it is first used."""
@@ -45,7 +50,7 @@ class LabelTask:
             ValueError: there is no such split.
         """
         if split not in self.rows:
-            raise ValueError(f"{self.name} has no split {split!r}, only {sorted(self.rows)}")
+            raise ValueError(f"{self.name} has no split {split!r}, only {self.splits}")
         return [
             {"inputs": self._tokens(text), "targets": self._target(label)}
             for text, label in self.rows[split]

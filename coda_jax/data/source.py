@@ -43,7 +43,9 @@ class Data:
 
     @property
     def exists(self) -> bool:
-        """Whether a task or a file is named at all."""
+        """Whether a task or a file is named at all; a JSONL task must have a file of the split."""
+        if self.task in jsonl.TASKS:
+            return self.split in jsonl.TASKS[self.task].splits
         return self.task is not None or self.cache is not None
 
     def batches(

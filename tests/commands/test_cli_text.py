@@ -118,7 +118,6 @@ def test_training_goes_on_from_an_adapter_file_at_another_reduction(trained, sha
         "MODEL_DIR": tmp_path,
         "INITIAL_ADAPTER_PATH": trained / "export" / "adapter",
         "TRAIN_STEPS": 2,
-        "warmup_cosine_decay_schedule.warmup_steps": 1,
         "REDUCTION": 4,
         "ParallelAdapter.bottleneck": ADAPTER.bottleneck,
         "EVAL_TASK_NAME": None,
