@@ -18,7 +18,7 @@ from coda_jax import files
 from coda_jax.commands import bench
 from coda_jax.methods.soft_topk import SOLVERS, soft_topk
 from coda_jax.models import preset
-from coda_jax.objectives import decoding, model_for
+from coda_jax.objectives import model_for
 from coda_jax.profiling import timing
 
 BATCH, INPUT_LENGTH, LENGTHS, BEAMS = 4, 512, (16, 32, 64), 4
@@ -43,24 +43,20 @@ def soft_topk_calls(batch: int, length: int, reduction: int = 3) -> dict:
 
 def decoding_calls() -> dict:
     """Calls of greedy search to several lengths, and of beam search, by name."""
-    config = preset("t5_1_1_base", dropout_rate=0.0)
+    config = preset("t5_1_1_base", dropout_rate=0.0, eos_id=-1)  # which no token is
     model = model_for(config)
     params = jax.jit(model.init)(jax.random.key(0))
     tokens = jnp.asarray(
         bench.random_batch(config, BATCH, INPUT_LENGTH, LENGTHS[0])["encoder_input_tokens"]
     )
 
-    def search(function, length, **kwargs):
-        search = functools.partial(
-            function, model.module, max_decode_length=length, eos_id=-1, **kwargs
-        )
-        compiled = jax.jit(search).lower(params, tokens).compile()
+    def search(length, **options):
+        answer = functools.partial(model.predict, max_decode_length=length, **options)
+        compiled = jax.jit(answer).lower(params, tokens).compile()
         return functools.partial(compiled, params, tokens)
 
-    calls = {f"greedy, {length}": search(decoding.greedy, length) for length in LENGTHS}
-    calls[f"{BEAMS} beams, {LENGTHS[0]}"] = search(
-        decoding.beam_search, LENGTHS[0], num_beams=BEAMS
-    )
+    calls = {f"greedy, {length}": search(length) for length in LENGTHS}
+    calls[f"{BEAMS} beams, {LENGTHS[0]}"] = search(LENGTHS[0], num_beams=BEAMS)
 
     compiled = jax.jit(model.encode).lower(params, tokens).compile()
     return {"encoder": functools.partial(compiled, params, tokens), **calls}

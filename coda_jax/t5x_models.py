@@ -32,10 +32,17 @@ def adapted(
     """The config of a run: a preset with methods, dtype of the computation and dropout.
 
     Raises:
-        ValueError: there is no config: a T5X checkpoint does not say its sizes.
+        ValueError: there is no config: a T5X checkpoint does not say its sizes; T5X cannot run it.
     """
     if config is None:
         raise ValueError("a run of T5X needs the sizes of its model: give a PRESET")
+    if config.pad_id or config.decoder_start_id:
+        raise ValueError(
+            f"T5X pads with token 0 and starts decoders from it: pad_id={config.pad_id}, "
+            f"decoder_start_id={config.decoder_start_id}; train it with `coda train`"
+        )
+    if not config.num_decoder_layers:
+        raise ValueError("T5X trains encoder-decoders: num_decoder_layers=0; use `coda train`")
     dtype = jnp.dtype(dtype).type
     return config.replace(methods=tuple(methods), dtype=dtype, dropout_rate=dropout_rate)
 

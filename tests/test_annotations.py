@@ -187,6 +187,8 @@ def test_annotations_of_all_modules_hold_in_training_and_decoding(monkeypatch):
         monkeypatch.setattr(module, name, recorded(key, function))
     for cfg in configs():
         trace(cfg)
+    alone = FAMILIES["t5"].tiny.encoder_only().replace(head="regression")
+    jax.eval_shape(model_for(alone).predict, param_shapes(alone), jnp.ones((3, 11), int))
     assert called == every.keys() - {"Embed.attend"}  # only of tied embeddings
     tied = FAMILIES["t5"].tiny.replace(logits_via_embedding=True)
     trace(tied)

@@ -16,7 +16,11 @@ DEMOS = {"text": text.DEMO, "images": images.DEMO, "speech": speech.DEMO}
 
 
 @pytest.mark.parametrize(
-    ("name", "random_base"), [*((name, False) for name in DEMOS), ("images", True)]
+    ("name", "random_base"),
+    [
+        *((name, False) for name in DEMOS),
+        pytest.param("images", True, marks=pytest.mark.all),
+    ],
 )
 def test_methods_train_adapters_only(name, random_base):
     demo = DEMOS[name]

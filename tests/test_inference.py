@@ -22,7 +22,7 @@ def test_buckets_are_powers_of_two_up_to_the_longest():
     ]
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("num_beams", [1, pytest.param(2, marks=pytest.mark.all)])
 def test_answers_are_those_of_each_input_alone(rng, num_beams):
     model, params = model_for(CONFIG), random_params(CONFIG)
     decoding = Decoding(max_input_length=64, max_decode_length=5, num_beams=num_beams, batch_size=4)

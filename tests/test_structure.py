@@ -18,7 +18,18 @@ PACKAGE = ROOT / "coda_jax"
 # From the outermost to the innermost: each imports from its own row and those behind it only.
 ORDER = [
     *["cli", "t5x_models", "commands", "inference", "training", "checkpoints", "profiling"],
-    *["objectives", "models", "methods", "data", "nn", "sharding", "trees", "files", "optional"],
+    *[
+        "objectives",
+        "models",
+        "methods",
+        "data",
+        "nn",
+        "sharding",
+        "trees",
+        "hub",
+        "files",
+        "optional",
+    ],
     *["gin_configs", "bundled"],
 ]
 OUTSIDE = ("demos", "tasks")  # may import all of these; only demos import tasks

@@ -6,7 +6,10 @@
 | `swap_in` | from a dense checkpoint to one with the leaves of its methods |
 | `adapter` | adapter files: what was trained, without its base |
 | `t5x`, `t5x_scanned`, `zarr_arrays` | T5X's checkpoints, without T5X |
+| `weights` | the weights of a folder, in whichever format they are |
 | `tensor_files` | safetensors files and their shards |
+| `msgpack_files` | Flax's weights |
+| `torch_files`, `torch_pickles` | PyTorch's weights, without PyTorch and without running code |
 | `config_json` | configurations as JSON |
 """
 

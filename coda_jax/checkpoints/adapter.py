@@ -170,6 +170,11 @@ def _config(manifest: Mapping[str, Any], file: Path) -> ModelConfig:
     return config
 
 
+def read_config(path: str | os.PathLike) -> ModelConfig:
+    """The config of an adapter's model, with its methods; errors are those of `read_manifest`."""
+    return _config(read_manifest(path), Path(path) / MANIFEST)
+
+
 def _tensors(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The tensors of an adapter, which must be those of the manifest."""
     file = directory / TENSORS
@@ -228,7 +233,7 @@ def _check_config(directory: Path, given: ModelConfig, stored: ModelConfig) -> N
     """Raises ValueError where the base is of another family or has other sizes and options."""
     if given.family != stored.family:
         raise ValueError(f"{directory} belongs to a {stored.family!r}, not to a {given.family!r}")
-    skipped = (*_COMPUTE, *(given.head_fields if not given.vocab_size else ()))
+    skipped = (*_COMPUTE, *(given.head_fields if given.lacks_head else ()))
     different = stored.differences(given, skipped)
     if different:
         raise ValueError(f"{directory} belongs to another base: {'; '.join(different)}")

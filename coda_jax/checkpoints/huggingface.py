@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from coda_jax import files, methods, trees
-from coda_jax.checkpoints import tensor_files
+from coda_jax import files, hub, methods, trees
+from coda_jax.checkpoints import tensor_files, weights
 from coda_jax.models import FAMILIES, Family, ModelConfig, family_of, param_shapes
 from coda_jax.models.hf_fields import is_transposed
 
@@ -16,17 +16,26 @@ MAX_SHARD_BYTES = 5 * 10**9
 CONFIG_FILE = "config.json"
 
 
-def _family(raw: Mapping, source: str) -> Family:
-    """The family whose checkpoints have the `model_type` of a config.json."""
-    by_type = {
-        kind: family for family in FAMILIES.values() for kind in family.huggingface.model_types
-    }
+def _family(raw: Mapping, source: str) -> tuple[str, Family]:
+    """The model_type of a config.json, and the family whose checkpoints have it.
+
+    An old file may lack the field; the name of the class in "architectures" then tells it.
+    """
+    layouts = {name: family.huggingface for name, family in FAMILIES.items()}
+    by_type = {kind: FAMILIES[name] for name, x in layouts.items() for kind in x.model_types}
     model_type = raw.get("model_type")
+    if model_type is None:
+        classes = " ".join(map(str, raw.get("architectures") or ())).lower()
+        started = [kind for kind in by_type if classes.startswith(kind.replace("-", ""))]
+        model_type = max(started, key=len, default=None)
+    for layout in layouts.values():
+        if model_type in layout.refused:
+            raise ValueError(f"{source}: model_type={model_type!r}: {layout.refused[model_type]}")
     if model_type not in by_type:
         raise ValueError(
             f"{source}: model_type={model_type!r} is not handled; only {sorted(by_type)} are"
         )
-    return by_type[model_type]
+    return model_type, by_type[model_type]
 
 
 def _converted(path: str, leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -38,7 +47,9 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
     """Loads a dense checkpoint in the layout of transformers' class for the family.
 
     Args:
-        directory: has config.json and model.safetensors, or its shards with their index.
+        directory: has config.json and weights: model.safetensors, flax_model.msgpack or
+            pytorch_model.bin, or shards of one of them with their index. Or the name of a model in
+            the cache of the Hugging Face Hub, such as "google/flan-t5-base".
 
     Returns:
         (config, params): the dense config of the family in config.json, with float32 as compute
@@ -47,15 +58,16 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the config has a field that is not handled; if a file is corrupt or pickled;
-            if tensors are missing, extra or misshapen (all are listed).
+        ValueError: if the config has a field that is not handled; if a file is corrupt or holds
+            more than weights; if tensors are missing, extra or misshapen (all are listed).
     """
-    directory = Path(directory)
+    directory = hub.find(directory)
     source = str(directory / CONFIG_FILE)
     raw = files.read_json(directory / CONFIG_FILE)
-    layout = _family(raw, source).huggingface
+    model_type, family = _family(raw, source)
+    raw, layout = {**raw, "model_type": model_type}, family.huggingface
     config = layout.parse_config(raw, source)
-    tensors = layout.resolve_tensors(tensor_files.read_directory(directory), raw, source)
+    tensors = layout.resolve_tensors(weights.read_weights(directory), raw, source)
     expected = trees.flatten(param_shapes(config))
     names = {path: layout.tensor_name(path, config) for path in expected}
     shapes = {

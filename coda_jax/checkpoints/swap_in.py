@@ -42,6 +42,24 @@ def add_head(config: ModelConfig, params: Mapping[str, Any], rng: jax.Array) -> 
     return _create(config, params, config.heads, rng)
 
 
+def encoder_of(config: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, dict]:
+    """The encoder of an encoder-decoder alone: (config, params).
+
+    Args:
+        config: of the model; one without a decoder is returned as it is.
+        params: its parameter tree.
+
+    Raises:
+        ValueError: the family has no encoders alone.
+    """
+    if not config.num_decoder_layers:
+        return config, dict(params)
+    config = config.encoder_only()
+    paths = trees.flatten(param_shapes(config))
+    flat = trees.flatten(params)
+    return config, trees.unflatten({path: flat[path] for path in paths if path in flat})
+
+
 def _create(
     config: ModelConfig, params: Mapping[str, Any], creatable: tuple[str, ...], rng: jax.Array
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from coda_jax.files import atomic, read_json, write_json
+from coda_jax.files import atomic, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -79,54 +79,6 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     with atomic(path) as temporary:
         # transformers reads only files that say that they hold PyTorch's layout.
         save_file(contiguous, temporary, metadata={"format": "pt"})
-
-
-def read_directory(directory: Path) -> dict[str, np.ndarray]:
-    """Maps the model.safetensors of a directory, or all its shards, into memory.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if there is only a pickled checkpoint; if the index and the shards disagree.
-    """
-    if (directory / SINGLE).is_file():
-        return read_tensors(directory / SINGLE)
-    if (directory / INDEX).is_file():
-        return _read_shards(directory)
-    pickled = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
-    if pickled:
-        raise ValueError(
-            f"{directory} holds only {pickled}. Unpickling it could run any code, so it is not "
-            "read; convert it once, if you trust it, in Python with PyTorch:\n"
-            "  from transformers import T5ForConditionalGeneration  # or the class of its family\n"
-            f"  T5ForConditionalGeneration.from_pretrained({str(directory)!r})"
-            f".save_pretrained({str(directory)!r})"
-        )
-    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}.")
-
-
-def _read_shards(directory: Path) -> dict[str, np.ndarray]:
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{directory / INDEX} has no weight_map.")
-    unsafe = sorted({str(f) for f in weight_map.values() if Path(str(f)).name != f})
-    if unsafe:
-        raise ValueError(f"{directory / INDEX} names files outside of its directory: {unsafe}")
-    shards = {file: directory / file for file in sorted(set(weight_map.values()))}
-    absent = [file for file, path in shards.items() if not path.is_file()]
-    if absent:
-        raise FileNotFoundError(f"{directory} lacks shards that {INDEX} names: {absent}")
-    tensors, problems = {}, []
-    for file, path in shards.items():
-        for name, leaf in read_tensors(path).items():
-            tensors.setdefault(name, leaf)
-            if weight_map.get(name) != file:
-                problems.append(f"{name} is in {file}, the index says {weight_map.get(name)}")
-    absent = weight_map.keys() - tensors.keys()
-    problems += [f"{name} is not in {weight_map[name]}" for name in sorted(absent)]
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(f"{directory / INDEX} does not match its shards:\n  {lines}")
-    return tensors
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

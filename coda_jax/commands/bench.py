@@ -10,6 +10,7 @@ floating-point operations. Needs jax and flax only.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import optax
 from coda_jax import checkpoints, files, methods, trees
 from coda_jax.methods import comparisons
 from coda_jax.models import DEFAULT_PRESET, ModelConfig, family_of, preset
-from coda_jax.objectives import decoding, model_for
+from coda_jax.objectives import model_for
 from coda_jax.profiling import breakdown, flops, timing
 from coda_jax.training import trainer
 
@@ -60,14 +61,8 @@ class Programs:
     def end_to_end(self) -> tuple[jax.stages.Compiled, Callable]:
         """Encodes the batch and answers; a decoder up to the last place, whatever comes out."""
         length = self._batch["decoder_target_tokens"].shape[1]
-
-        def answer(params, inputs):
-            if not self.config.num_decoder_layers:
-                return self._model.predict(params, inputs, max_decode_length=length)
-            return decoding.greedy(
-                self._model.module, params, inputs, max_decode_length=length, eos_id=-1
-            )
-
+        endless = model_for(self.config.replace(eos_id=-1))
+        answer = functools.partial(endless.predict, max_decode_length=length)
         arguments = self.params, self._batch["encoder_input_tokens"]
         compiled = jax.jit(answer).lower(*arguments).compile()
         return compiled, lambda: compiled(*arguments)
@@ -106,7 +101,7 @@ def random_batch(config: ModelConfig, batch: int, length: int, target_length: in
 
 def with_head(config: ModelConfig) -> ModelConfig:
     """The config; one without a head gets that of its family's published sizes."""
-    if config.vocab_size:
+    if not config.lacks_head:
         return config
     given = next(iter(family_of(config).presets.values()))
     return config.replace(**{name: getattr(given, name) for name in config.head_fields})
@@ -133,11 +128,13 @@ def measure(
         target_length: T, tokens decoded, and target tokens of a training step.
         reductions: r of each CoDA model.
         rounds: runs of each program that are counted.
-        measures: what to time, of `MEASURES`.
+        measures: what to time, of `MEASURES`; of an encoder without a head, those that it has.
     """
     unknown = sorted(set(measures) - set(MEASURES))
     if unknown:
         raise ValueError(f"measures must be of {MEASURES}, got {unknown}")
+    if dense.lacks_head:
+        measures = [name for name in measures if name in ("encoder", "parts")]
     batch = random_batch(dense, batch_size, input_length, target_length)
     dense_params = jax.device_put(dense_params)
     programs = {

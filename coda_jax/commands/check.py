@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from coda_jax import checkpoints, files, trees
+from coda_jax import checkpoints, files, hub, trees
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x, t5x_shapes
 from coda_jax.methods import Method, partition, unrouted
@@ -33,7 +33,8 @@ def check(
     """Compares a checkpoint with a model, and counts parameters and operations.
 
     Args:
-        checkpoint: folder in Hugging Face layout or of T5X.
+        checkpoint: folder in Hugging Face layout or of T5X, or the name of a model in the cache of
+            the Hugging Face Hub.
         config: the model's sizes; None for those that a Hugging Face checkpoint says itself.
         methods: how the model is adapted.
         new_leaves: "created" where training starts from a dense checkpoint, which must not have
@@ -52,6 +53,7 @@ def check(
         ValueError: leaves are missing, extra, misshapen or damaged (all are listed); a T5X
             checkpoint is given without a config.
     """
+    checkpoint = str(hub.find(checkpoint))
     if config is None:
         if is_t5x(Path(checkpoint)):
             raise ValueError(f"{checkpoint} is of T5X and does not say its sizes: give the config")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import checkpoints, files, trees
+from coda_jax import checkpoints, files, hub, trees
 from coda_jax import methods as methods_lib
 from coda_jax.checkpoints.adapter import (
     MANIFEST,
@@ -67,7 +67,8 @@ def convert(
     """Writes a checkpoint in another layout.
 
     Args:
-        source: folder of what is converted; see the module.
+        source: folder of what is converted, see the module; or the name of a model in the cache of
+            the Hugging Face Hub, as `base` may be.
         output: folder to write. In layout "hf" it gets the dense checkpoint, and in its folder
             `adapter` the adapter file, if there are adapters or routers; in layout "t5x" an orbax
             checkpoint `checkpoint_<step>` with them under `target`, named as here; in layout
@@ -88,11 +89,12 @@ def convert(
     """
     if layout not in WRITERS:
         raise ValueError(f"layout={layout!r} is unknown; it must be one of {[*WRITERS]}")
+    folder = hub.find(source)
     options = {"base": base, "config": config, "methods": tuple(methods) or None, "step": step}
-    read = _read(Path(source), {name: x for name, x in options.items() if x is not None})
+    read = _read(folder, {name: x for name, x in options.items() if x is not None})
     WRITERS[layout](Path(output), read)
     if layout != "adapter":
-        _copy_vocabulary([Path(name) for name in (source, base) if name], Path(output))
+        _copy_vocabulary([folder, *([hub.find(base)] if base else [])], Path(output))
     count = trees.count(read.params)
     print(f"{source}, step {read.step}, {count:,} parameters, is now in {output} ({layout})")
 
@@ -130,9 +132,10 @@ def _load_base(base: str | None, source: Path) -> tuple[ModelConfig | None, Mapp
     """The config, if it is known, and the parameters of a dense checkpoint."""
     if base is None:
         raise ValueError(f"{source} holds only what was trained: give the base that it belongs to")
-    if (Path(base) / CONFIG_FILE).is_file():
-        return checkpoints.load_hf(base)
-    return None, read_t5x(base)[0]
+    directory = hub.find(base)
+    if (directory / CONFIG_FILE).is_file():
+        return checkpoints.load_hf(directory)
+    return None, read_t5x(directory)[0]
 
 
 def _infer_config(params: Mapping[str, Any], source: object) -> ModelConfig:

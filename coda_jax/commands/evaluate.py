@@ -1,6 +1,6 @@
 """`coda evaluate`: the metrics of a task, from decoded outputs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import itertools
 import json
@@ -9,11 +9,14 @@ import numpy as np
 from tqdm import tqdm
 
 from coda_jax import files
-from coda_jax.commands.loading import LoadedModel
+from coda_jax.commands.loading import LoadedModel, completed
 from coda_jax.data.source import Data
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.models import family_of
+from coda_jax.objectives import model_for
 from coda_jax.optional import needs
+from coda_jax.sharding import Placement
+from coda_jax.training import trainer
 
 
 def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
@@ -29,54 +32,83 @@ def evaluate(
     split: str = "validation",
     output: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Decodes the inputs of a seqio task and compares them with its targets.
+    """Decodes the inputs of a seqio task and compares the best outputs with its targets.
+
+    A model with a head for labels or numbers is compared with those of a task of `data.labels`.
 
     Args:
         model: what to evaluate.
         task: name of a registered seqio task or mixture.
         feature_lengths: the most tokens of "inputs" and of "targets".
-        decoding: how outputs are searched for.
+        decoding: how outputs are made; what it leaves open, generation_config.json may say.
         split: of the task.
         output: JSON file for the metrics.
 
     Returns:
         {task: {metric: value}}.
     """
+    data = Data(feature_lengths, task, split=split, batch_size=decoding.batch_size, shuffle=False)
+    data.check_vocabulary(**model.vocabulary)
+    if model_for(model.config).describes:
+        found = _of_head(model, data)
+    else:
+        found = _of_texts(model, data, decoding)
+    print(json.dumps(found, indent=2))
+    if output is not None:
+        files.write_json(output, found)
+    return found
+
+
+def _of_head(model: LoadedModel, data: Data) -> dict[str, dict[str, float]]:
+    """{task: metrics} of a head."""
+    batches = data.batches(repeat=False, **model.layout)
+    placement = Placement()
+    params = placement.params(model.params)
+    return {data.task: trainer.evaluate(model_for(model.config), params, batches, placement)}
+
+
+def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:
+    """{task: metrics} of generated texts."""
     with needs():
         import seqio
 
     from coda_jax.data import seqio_tasks
 
-    Data(feature_lengths, task).check_vocabulary(**model.vocabulary)
+    task, feature_lengths = data.task, data.feature_lengths
     decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
-    predictor = Predictor(model.config, model.params, decoding)
+    decoding = completed(decoding, model)
+    predictor = Predictor(model.config, model.params, decoding, data.vocabulary)
+    evaluator = seqio.Evaluator(
+        seqio_tasks.provider(task).name,
+        seqio_tasks.feature_converter(task),
+        eval_split=data.split,
+        sequence_length=dict(feature_lengths),
+    )
+    metrics, _ = evaluator.evaluate(
+        compute_metrics=True, predict_fn=_answers(predictor, model, task)
+    )
+    return {
+        name: {metric: float(value) for metric, value in values.items()}
+        for name, values in metrics.result().items()
+    }
+
+
+def _answers(predictor: Predictor, model: LoadedModel, task: str) -> Callable:
+    """(seqio's examples with their numbers) -> [(number, tokens of the best output)]."""
 
     def unpadded(inputs):  # seqio fills up with zeros, whatever the model's padding is
         filled = inputs.reshape(len(inputs), -1).any(axis=1)
         return inputs[: np.flatnonzero(filled).max(initial=-1) + 1]
 
-    def predict(dataset):
+    def answer(dataset):
         examples, answers = dataset.as_numpy_iterator(), []
+        size = held_at_once(model, predictor.decoding)
         with tqdm(desc=task, unit="example") as progress:
-            while chunk := list(itertools.islice(examples, held_at_once(model, decoding))):
+            while chunk := list(itertools.islice(examples, size)):
                 inputs = [unpadded(example["encoder_input_tokens"]) for _, example in chunk]
-                for place, tokens in predictor(inputs):
+                for place, tokens in predictor(inputs, first=len(answers)):
                     answers.append((int(chunk[place][0]), tokens.tolist()))
                     progress.update()
         return answers
 
-    evaluator = seqio.Evaluator(
-        seqio_tasks.provider(task).name,
-        seqio_tasks.feature_converter(task),
-        eval_split=split,
-        sequence_length=dict(feature_lengths),
-    )
-    metrics, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)
-    metrics = {
-        name: {metric: float(value) for metric, value in values.items()}
-        for name, values in metrics.result().items()
-    }
-    print(json.dumps(metrics, indent=2))
-    if output is not None:
-        files.write_json(output, metrics)
-    return metrics
+    return answer

@@ -1,7 +1,11 @@
 """`coda export`: a model as files that answer with jax and numpy alone.
 
 They are `jax.export` programs beside the weights, which they share. A program takes one batch size
-and one length of inputs. To load them:
+and one length of inputs. Where outputs are drawn, it takes two more arguments, a uint32 seed and
+the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
+outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. An
+encoder's gives what `inference.encode_function` says. The manifest lists arguments and results. To
+load them:
 
     manifest = json.load(open(f"{folder}/manifest.json"))
     arrays = np.load(f"{folder}/weights.npz")
@@ -10,21 +14,25 @@ and one length of inputs. To load them:
     tokens = program.call(weights, inputs)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from coda_jax import files, methods, trees
-from coda_jax.commands.loading import LoadedModel
-from coda_jax.inference import Decoding, bucket, predict_function
+from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.data.batches import check_positive
+from coda_jax.data.vocabularies import load_vocabulary
+from coda_jax.inference import Decoding, bucket, encode_function, generate_function, stops_of
 from coda_jax.objectives import Model, model_for
 
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.npz"
+_ENCODES = {"arguments": ["weights", "inputs"], "results": ["outputs"]}
 
 
 def program_name(batch_size: int, length: int) -> str:
@@ -44,17 +52,23 @@ def export(
     decoding: Decoding,
     batch_sizes: Sequence[int] | None = None,
     platforms: Sequence[str] = ("cpu",),
+    vocabulary: str | None = None,
+    embed: str | None = None,
 ) -> None:
-    """Writes programs (weights, inputs) -> output tokens [B, L].
+    """Writes programs (weights, inputs) -> output tokens [B, L]; see the module for other ones.
 
-    The inputs are token ids [B, N] int32, or patches [B, N, C] float32.
+    The inputs are token ids [B, N] int32, or patches [B, N, C] float32. An output ends with the
+    token in which a stop text is complete.
 
     Args:
         model: what answers.
         output: the folder to write; it must not exist yet or be empty.
-        decoding: how outputs are searched for, and the longest input.
+        decoding: how outputs are made, and the longest input; what it leaves open,
+            generation_config.json may say.
         batch_sizes: B of the programs; None for that of `decoding`.
         platforms: "cpu", "cuda", "rocm" or "tpu"; each program holds all of them.
+        vocabulary: of stop texts, its folder or file, or "bytes"; None: beside the checkpoint.
+        embed: "mean" or "tokens" for programs of the encoder alone; see `encode_function`.
 
     Raises:
         FileExistsError: the folder holds something.
@@ -64,41 +78,72 @@ def export(
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; name a new folder")
     batch_sizes = [decoding.batch_size] if batch_sizes is None else list(batch_sizes)
-    if min(batch_sizes) < 1:
-        raise ValueError(f"batch sizes must be at least 1, got {batch_sizes}")
-    directory.mkdir(parents=True, exist_ok=True)
+    check_positive(**{f"BATCH_SIZES[{i}]": size for i, size in enumerate(batch_sizes)})
     config, params = methods.merge(model.config, model.params)
+    if embed is not None or model_for(config).describes:
+        answer, described = encode_function(model_for(config), embed), _ENCODES
+    else:
+        decoding = completed(decoding, model)
+        answer, described = _generates(model, model_for(config), decoding, vocabulary)
+    directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-    predict = _predict_function(model_for(config), list(flat), decoding)
+    program = _program(answer, list(flat))
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
     shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
     for shape in tqdm(shapes, desc="export", unit="program"):
-        inputs = config.input_spec(*shape)
-        exported = jax.export.export(predict, platforms=list(platforms))(weights, inputs)
+        arguments = [weights, config.input_spec(*shape)]
+        if "seed" in described["arguments"]:
+            arguments += [_uint32(), _uint32(shape[0])]
+        exported = jax.export.export(program, platforms=list(platforms))(*arguments)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
     _write_weights(directory, flat)
     manifest = {
         "programs": {program_name(*shape): shape for shape in shapes},
         "weights": {path: str(leaf.dtype) for path, leaf in flat.items()},
-        "max_decode_length": decoding.max_decode_length,
+        **described,
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
-    files.write_json(
-        directory / MANIFEST_NAME, manifest
-    )  # the last file: without it nothing counts
+    # The last file: without it nothing counts.
+    files.write_json(directory / MANIFEST_NAME, manifest)
 
 
-def _predict_function(model: Model, paths: Sequence[str], decoding: Decoding):
+def _generates(
+    model: LoadedModel, objective: Model, decoding: Decoding, vocabulary: str | None
+) -> tuple[Callable, dict[str, Any]]:
+    """What generates outputs, and what the manifest says of it."""
+    generate, fixed = generate_function(objective, decoding), {}
+    several = decoding.num_return_sequences > 1
+    if decoding.stop_strings:
+        table = stops_of(decoding, load_vocabulary(vocabulary or model.directory), model.config)
+        fixed["stops"] = table
+
+    def answer(params, inputs, *drawing):
+        given = dict(zip(("seed", "numbers"), drawing, strict=False))
+        given |= {name: jnp.asarray(values) for name, values in fixed.items()}
+        tokens, scores = generate(params, inputs, **given)
+        return (tokens, scores) if several else tokens[:, 0]
+
+    return answer, {
+        "arguments": ["weights", "inputs", *["seed", "numbers"] * decoding.do_sample],
+        "results": ["tokens", *["scores"] * several],
+        "decoding": decoding.said,
+    }
+
+
+def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.uint32)
+
+
+def _program(answer: Callable, paths: Sequence[str]) -> Callable:
     """Takes the weights as a list, so that a loader needs neither Flax nor the tree."""
 
-    predict = predict_function(model, decoding)
-
     @jax.jit
-    def predict_from_list(weights, tokens):
-        return predict(trees.unflatten(dict(zip(paths, weights, strict=True))), tokens)
+    def program(weights, inputs, *drawing):
+        params = trees.unflatten(dict(zip(paths, weights, strict=True)))
+        return answer(params, inputs, *drawing)
 
-    return predict_from_list
+    return program
 
 
 def _write_weights(directory: pathlib.Path, flat: Mapping[str, Any]) -> None:

@@ -8,14 +8,18 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 
-from coda_jax import checkpoints, methods, trees
-from coda_jax.checkpoints.adapter import read_manifest
-from coda_jax.checkpoints.swap_in import add_head
+from coda_jax import checkpoints, hub, methods, trees
+from coda_jax.checkpoints.adapter import read_config, read_manifest
+from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE, read_generation_config
+from coda_jax.checkpoints.swap_in import add_head, encoder_of
+from coda_jax.data.labels import read_labels
 from coda_jax.data.vocabularies import find_fingerprint
-from coda_jax.methods import with_reduction
+from coda_jax.inference import Decoding
+from coda_jax.methods import max_segments, with_reduction
 from coda_jax.models import ModelConfig, init_params, param_shapes, preset
 from coda_jax.optional import needs
 
@@ -40,12 +44,43 @@ class LoadedModel:
         ids = {name: getattr(self.config, name) for name in ("vocab_size", "eos_id", "pad_id")}
         return {"directory": self.directory, **ids}
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What batches must know of the model: arguments of `Data.batches`."""
+        return {
+            "max_segments": max_segments(self.config.methods),
+            "pad_id": self.config.pad_id,
+            "start_id": self.config.decoder_start_id,
+        }
+
 
 def configured_preset(
     name: str | None, changes: Mapping[str, Any] | None = None
 ) -> ModelConfig | None:
     """A published size with other values for some fields; None for no name."""
     return None if name is None else preset(name, **(changes or {}))
+
+
+def classes(
+    head: str, train_file: str | None = None, adapter_checkpoint: str | None = None
+) -> tuple[str, ...]:
+    """The labels of a head: those of an adapter where one is given, else of a file.
+
+    Args:
+        head: "classification", or another that has none.
+        train_file: JSONL with "label".
+        adapter_checkpoint: folder that `save_adapter` wrote.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    if head != "classification":
+        return ()
+    if adapter_checkpoint is not None:
+        return read_config(adapter_checkpoint).labels
+    if train_file is None:
+        raise ValueError("the labels of a classification are read from TRAIN_FILE: name it")
+    return read_labels(train_file)
 
 
 def configured_methods(names: Sequence[str]) -> tuple[methods.Method, ...]:
@@ -80,11 +115,14 @@ def load_model(
     dtype: Any = "float32",
     dropout_rate: float = 0.0,
     seed: int = 0,
+    head: Mapping[str, Any] | None = None,
+    encoder_only: bool = False,
 ) -> LoadedModel:
     """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
 
     Args:
-        checkpoint: folder in Hugging Face layout; None to start at random from `config`.
+        checkpoint: folder in Hugging Face layout, or the name of a model in the cache of the
+            Hugging Face Hub; None to start at random from `config`.
         config: the sizes of a model that starts at random; a checkpoint's must be the same, but a
             model without a head gets a fresh one of this config's, also where its adapter comes
             from a file that has none.
@@ -95,6 +133,9 @@ def load_model(
         dtype: of the computation.
         dropout_rate: in training.
         seed: of what is created.
+        head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
+        encoder_only: whether the encoder of an encoder-decoder is taken alone; it is where there is
+            a head, or an adapter of one.
 
     Raises:
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
@@ -102,9 +143,14 @@ def load_model(
     """
     rng = jax.random.key(seed)
     given = config
-    config, params = _base(checkpoint, given, rng)
+    directory = None if checkpoint is None else hub.find(checkpoint)
+    config, params = _base(directory, given, rng)
+    if adapter_checkpoint is not None:
+        encoder_only |= not read_config(adapter_checkpoint).num_decoder_layers
+    if head or encoder_only:
+        config, params = encoder_of(config, params)
+        given = _headed(given, config, head or {})
     config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
-    directory = checkpoint and pathlib.Path(checkpoint)
     if adapter_checkpoint is None:
         given_methods = methods or (given.methods if given else ())
         config = _with_head_of(config, given).replace(methods=tuple(given_methods))
@@ -112,39 +158,70 @@ def load_model(
     else:
         config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)
         _check_vocabulary(adapter_checkpoint, directory)
-        config = _continued(config, methods, adapter_checkpoint)
-        with_head = _with_head_of(config, given)
+        with_head = _with_head_of(_continued(config, methods, adapter_checkpoint), given)
         if given is not None:
             _check_sizes(given, with_head.dense(), adapter_checkpoint)
-        if with_head != config:
-            config, params = with_head, add_head(with_head, params, rng)
+        config, params = with_head, add_head(with_head, params, rng)
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
     return LoadedModel(config, params, directory)
 
 
+def completed(decoding: Decoding, model: LoadedModel) -> Decoding:
+    """What the checkpoint's generation_config.json asks for, where nothing is said; it is logged.
+
+    Args:
+        decoding: what is asked for.
+        model: what decodes.
+
+    Returns:
+        The options, with nothing left open.
+
+    Raises:
+        ValueError: the file is not for this model; options contradict each other.
+    """
+    if model.directory is not None:
+        defaults = read_generation_config(model.directory, model.config)
+        decoding, taken = decoding.with_defaults(defaults)
+        if taken:
+            said = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+            logging.warning("%s/%s: %s", model.directory, GENERATION_CONFIG_FILE, said)
+    return decoding.resolved()
+
+
 def _base(
-    checkpoint: str | None, given: ModelConfig | None, rng: jax.Array
+    directory: pathlib.Path | None, given: ModelConfig | None, rng: jax.Array
 ) -> tuple[ModelConfig, Mapping[str, Any]]:
     """The dense model: from a checkpoint, whose sizes must be those given, or random."""
-    if checkpoint is None:
+    if directory is None:
         if given is None:
             raise ValueError("load_model needs a checkpoint or, to start at random, a config")
         return given.dense(), init_params(given.dense(), rng)
-    config, params = checkpoints.load_hf(checkpoint)
+    config, params = checkpoints.load_hf(directory)
     if given is not None:
-        _check_sizes(given, _with_head_of(config, given), checkpoint)
+        _check_sizes(given, _with_head_of(config, given), directory)
     return config, params
+
+
+def _headed(
+    given: ModelConfig | None, encoder: ModelConfig, head: Mapping[str, Any]
+) -> ModelConfig | None:
+    """A given config as that of an encoder alone, with the values of a head."""
+    if given is None and head:
+        return encoder.replace(**head)
+    if given is not None and given.num_decoder_layers:
+        given = given.encoder_only()
+    return given and given.replace(**head)
 
 
 def _with_head_of(config: ModelConfig, given: ModelConfig | None) -> ModelConfig:
     """The config with the head of another, where it has none."""
-    if given is None or config.vocab_size or given.family != config.family:
+    if given is None or not config.lacks_head or given.family != config.family:
         return config
     return config.replace(**{name: getattr(given, name) for name in config.head_fields})
 
 
-def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: str) -> None:
+def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: object) -> None:
     """Raises ValueError where a config differs in more than how it computes and is trained."""
     if type(given) is not type(stored):
         raise ValueError(f"{checkpoint} is a {stored.family!r}, not a {given.family!r}")

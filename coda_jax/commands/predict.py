@@ -1,5 +1,6 @@
 """`coda predict`: answers to the inputs of a file."""
 
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import itertools
 import json
@@ -8,11 +9,17 @@ import sys
 from absl import logging
 from tqdm import tqdm
 
+from coda_jax.commands.encodings import write_descriptions, write_embeddings
 from coda_jax.commands.evaluate import held_at_once
-from coda_jax.commands.loading import LoadedModel
-from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
+from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.data.stop_texts import cut
+from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.models import family_of
+from coda_jax.objectives import model_for
+
+_NO_OUTPUT = -1e6  # scores below are of no output: fewer were found than asked for
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which not all bytes have come
 
 
 def predict(
@@ -23,8 +30,15 @@ def predict(
     vocabulary: str | None = None,
     chunk_size: int | None = None,
     font: str | None = None,
+    scores: bool = False,
+    stream: bool = False,
+    embed: str | None = None,
 ) -> None:
     """Writes one JSON line with the input and its "prediction" for each, in their order.
+
+    Where several outputs or scores are asked for, "predictions" lists them, the best first, as
+    {"text", "score"}; `Seq2Seq.generate` says what the score is. A text with a stop text ends
+    with it. A model with a head for labels or numbers answers with these.
 
     Args:
         model: what answers.
@@ -32,33 +46,99 @@ def predict(
             standard input. An input is a text or the file of an image or a recording; lines of JSON
             have "inputs", or "image" and, as models for questions need it, "header".
         output: the JSONL file to write, or "-" for standard output.
-        decoding: how outputs are searched for.
+        decoding: how outputs are made; what it leaves open, generation_config.json may say.
         vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
         chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images or audio.
         font: file of the font of headers; None for that of `data.images`.
+        scores: whether "predictions" are written for one output, too.
+        stream: print only the texts instead, one input after the other, each on a line that grows
+            with its tokens.
+        embed: "mean" or "tokens" to write the encoder's outputs instead, as safetensors; see
+            `encodings`.
+
+    Raises:
+        ValueError: `stream` with an output file, scores, several outputs or beams.
     """
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
-    predictor = Predictor(model.config, model.params, decoding)
     requests = family_of(model.config).inputs
     records = iter(requests.read(inputs))
     encode = requests.encoder(model.config, vocabulary, decoding.max_input_length, font)
-    chunk_size = chunk_size or held_at_once(model, decoding)
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))
-        progress = stack.enter_context(tqdm(unit="example", file=sys.stderr))
-        while chunk := list(itertools.islice(records, chunk_size)):
-            answers = {}
-            for index, answer in predictor([encode(record) for record in chunk]):
-                answers[index] = vocabulary.decode(answer.tolist())
-                progress.update()
-            for index, record in enumerate(chunk):
-                line = {**record, "prediction": answers[index]}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+    chunks = _chunks(records, chunk_size or held_at_once(model, decoding))
+    if embed is not None:
+        write_embeddings(model, decoding, chunks, encode, output, embed)
+    elif model_for(model.config).describes:
+        write_descriptions(model, decoding, chunks, encode, output)
+    else:
+        _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream)
+
+
+def _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream) -> None:
+    """Writes or prints what a model generates."""
+    decoding = completed(decoding, model)
+    predictor = Predictor(model.config, model.params, decoding, vocabulary)
+    if stream:
+        if output != "-" or scores:
+            raise ValueError(f"a stream is text on standard output: {output=}, {scores=}")
+        inputs = (encode(record) for chunk in chunks for record in chunk)
+        _print_growing(predictor, vocabulary, inputs)
+    else:
+        _write(predictor, vocabulary, encode, chunks, output, scores)
     if predictor.num_truncated:
         logging.warning(
             "%d inputs were longer than %d tokens and were cut",
             predictor.num_truncated,
             decoding.max_input_length,
         )
+
+
+def _chunks(records: Iterator, size: int) -> Iterator[list]:
+    while chunk := list(itertools.islice(records, size)):
+        yield chunk
+
+
+def _write(predictor, vocabulary, encode, chunks, output: str, scores: bool) -> None:
+    """Writes the lines of all chunks of records."""
+    text = _texts(predictor.decoding, vocabulary)
+    done = 0
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))
+        progress = stack.enter_context(tqdm(unit="example", file=sys.stderr))
+        for chunk in chunks:
+            answers = {}
+            for index, *found in predictor.candidates(list(map(encode, chunk)), done):
+                answers[index] = [
+                    {"text": text(tokens.tolist()), "score": float(score)}
+                    for tokens, score in zip(*found, strict=True)
+                    if score > _NO_OUTPUT
+                ]
+                progress.update()
+            for index, record in enumerate(chunk):
+                line = {**record, "prediction": answers[index][0]["text"]}
+                if scores or predictor.decoding.num_return_sequences > 1:
+                    line["predictions"] = answers[index]
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            done += len(chunk)
+
+
+def _texts(decoding: Decoding, vocabulary: Vocabulary) -> Callable[[list[int]], str]:
+    """(tokens of an output) -> its text, up to its first stop text."""
+    if not decoding.stop_strings:
+        return vocabulary.decode
+    start = len(vocabulary.decode(decoding.decoder_prefix))
+    return lambda tokens: cut(vocabulary.decode(tokens), decoding.stop_strings, start)
+
+
+def _print_growing(predictor: Predictor, vocabulary: Vocabulary, inputs: Iterable) -> None:
+    """Prints the text of each output as its tokens come."""
+    text = _texts(predictor.decoding, vocabulary)
+    for number, tokens in enumerate(inputs):
+        found, shown = [], ""
+        for token in predictor.stream(tokens, number):
+            found.append(token)
+            grown = text(found).rstrip(_UNFINISHED)
+            if grown.startswith(shown):
+                print(grown[len(shown) :], end="", flush=True)
+                shown = grown
+        print(text(found).removeprefix(shown))

@@ -16,7 +16,7 @@ from coda_jax.checkpoints.config_json import to_json
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
-from coda_jax.models import ModelConfig
+from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.training import trainer
 
@@ -59,19 +59,18 @@ def train(
         raise ValueError("there is nothing to train on: name a task or a cache file")
     eval_data = eval_data if eval_data and eval_data.exists else None
     trained = objective(model.config)
-    _check_data(model, trained, [read for read in (data, eval_data) if read is not None])
-    layout = _layout(model.config)
+    _check(model, trained, [read for read in (data, eval_data) if read is not None])
     vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
     params, metrics = trainer.train(
         trained,
         trained.add_leaves(model.params),
-        data.batches(repeat=True, **layout),
+        data.batches(repeat=True, **model.layout),
         options=options,
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
         run={**_identity(model, data, trained, options), "vocabulary": vocabulary},
-        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
+        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **model.layout)),
     )
     _, params = trees.split(params, trained.creates)
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
@@ -83,18 +82,11 @@ def train(
     return model, metrics
 
 
-def _layout(config: ModelConfig) -> dict[str, Any]:
-    """What batches must know of a model."""
-    segments = methods.max_segments(config.methods)
-    return {
-        "max_segments": segments,
-        "pad_id": config.pad_id,
-        "start_id": config.decoder_start_id,
-    }
-
-
-def _check_data(model: LoadedModel, trained: Model, sources: list[Data]) -> None:
-    """Raises ValueError where data do not fit the model."""
+def _check(model: LoadedModel, trained: Model, sources: list[Data]) -> None:
+    """Raises ValueError where data do not fit the model, or a base would come out that has no place
+    in Hugging Face's layout."""
+    if not methods.partition(model.config, model.params)[1]:
+        family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
     for data in sources:
         if trained.reads_targets:
             data.check_vocabulary(**model.vocabulary)

@@ -9,6 +9,7 @@ Without seqio and TensorFlow:
 - `vocabulary_files`: names of the files, and which tokens are special.
 - `vocabulary_agreement`: whether two kinds in one folder are the same vocabulary.
 - `jsonl`: JSONL files and tasks over them.
+- `labels`: JSONL files of texts with a class or a number.
 - `source`: `Data`, which finds the examples of a task's name or of a cache file.
 
 With them:

@@ -4,13 +4,14 @@
 seqio is in use, seqio knows the task by the same name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -158,28 +159,38 @@ def read_jsonl(
         FileNotFoundError: there is no such file.
         ValueError: an empty file, or a line that is not such an object; file and line are named.
     """
+    columns: dict[str, list[str]] = {field: [] for field in (*fields, *optional)}
+    for place, record in read_records(path):
+        record = {**dict.fromkeys(optional, ""), **record}
+        for field in columns:
+            if field not in record:
+                raise ValueError(f"{place}: the field {field!r} is missing")
+            if not isinstance(record[field], str):
+                raise ValueError(f"{place}: {field!r} must be a string: {record[field]!r}")
+            columns[field].append(record[field])
+    return columns
+
+
+def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with "file:line" for errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an empty file, or a line that is no object; file and line are named.
+    """
     with open(path, "rb") as f:
         lines = f.read().rstrip().split(b"\n")
     if lines == [b""]:
         raise ValueError(f"{os.fspath(path)}: the file is empty")
-    columns: dict[str, list[str]] = {field: [] for field in (*fields, *optional)}
     for number, line in enumerate(lines, start=1):
+        place = f"{os.fspath(path)}:{number}"
         try:
             record = json.loads(line.decode("utf-8"))
         except ValueError as e:
-            raise ValueError(f"{os.fspath(path)}:{number}: not JSON: {e}") from e
+            raise ValueError(f"{place}: not JSON: {e}") from e
         if not isinstance(record, dict):
-            raise ValueError(f"{os.fspath(path)}:{number}: not an object: {record!r}")
-        record = {**dict.fromkeys(optional, ""), **record}
-        for field in columns:
-            if field not in record:
-                raise ValueError(f"{os.fspath(path)}:{number}: the field {field!r} is missing")
-            if not isinstance(record[field], str):
-                raise ValueError(
-                    f"{os.fspath(path)}:{number}: {field!r} must be a string: {record[field]!r}"
-                )
-            columns[field].append(record[field])
-    return columns
+            raise ValueError(f"{place}: not an object: {record!r}")
+        yield place, record
 
 
 def read_inputs(path: str | os.PathLike) -> list[str]:

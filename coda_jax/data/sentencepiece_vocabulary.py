@@ -131,6 +131,19 @@ class SentencePieceVocabulary:
             ids = ids[: ids.index(self.eos_id) + 1]
         return self.processor.DecodeIds(ids)
 
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8; the first may lose a space there."""
+        p = self.processor
+
+        def piece(i):
+            if p.is_byte(i):
+                return bytes([int(p.id_to_piece(i)[3:5], 16)])  # written as <0x41>
+            return b"" if p.is_control(i) else p.id_to_piece(i).replace("▁", " ").encode()
+
+        found = [piece(i) for i in range(self.vocab_size)]
+        found[p.unk_id()] = p.decode([p.unk_id()]).encode()
+        return found
+
 
 def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()

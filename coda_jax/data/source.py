@@ -114,7 +114,7 @@ class Data:
     def _identity(self) -> Identity:
         """What of the vocabulary a model must agree with."""
         if self.cache is None:
-            return identity(self._vocabulary())
+            return identity(self.vocabulary)
         _, metadata = read_cache(self.cache)
         missing = {"vocabulary", "vocab_size"} - metadata.keys()
         if missing:
@@ -122,7 +122,8 @@ class Data:
         ids = (metadata.get(name) for name in ("eos_id", "pad_id"))  # older files lack them
         return Identity(metadata["vocabulary"], metadata["vocab_size"], *ids)
 
-    def _vocabulary(self) -> Vocabulary:
+    @property
+    def vocabulary(self) -> Vocabulary:
         """The vocabulary of the task."""
         if self.task in jsonl.TASKS:
             return jsonl.TASKS[self.task].vocabulary
@@ -136,4 +137,4 @@ class Data:
 
     def vocabulary_files(self) -> Mapping[str, str]:
         """The files of the task's vocabulary, {name: path}; none for bytes or a cache."""
-        return {} if self.task is None else self._vocabulary().files
+        return {} if self.task is None else self.vocabulary.files

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import struct
 from typing import Any
 
@@ -127,6 +128,26 @@ class TokenizersVocabulary:
             text = text.replace(written, written.strip())
         return text
 
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8; the first may lose a space there."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        kinds = json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"))
+        by_bytes = _byte_level() if '"ByteLevel"' in kinds else None
+
+        def piece(i):
+            token = self.id_to_token(i)
+            if token is None or i in (self.eos_id, *self._hidden):
+                return b""
+            if i in added:
+                return token.encode()
+            if by_bytes is not None:
+                return bytes(by_bytes[char] for char in token if char in by_bytes)
+            if '"ByteFallback"' in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("▁", " ").encode()
+
+        return [piece(i) for i in range(self.vocab_size)]
+
     def __eq__(self, other):
         same = isinstance(other, TokenizersVocabulary)
         return same and self._identity() == other._identity()
@@ -142,6 +163,19 @@ class TokenizersVocabulary:
 
     def __repr__(self):
         return f"TokenizersVocabulary({self._file!r})"
+
+
+def _byte_level() -> dict[str, int]:
+    """{character: byte} of byte-level BPE, which writes every byte as a character that is visible.
+
+    Those of Latin-1 that are visible stand for themselves, the others get the next ones from 256.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {
+        **{chr(byte): byte for byte in visible},
+        **{chr(256 + number): byte for number, byte in enumerate(others)},
+    }
 
 
 def load_tokenizer_json(folder: Folder, name: str = TOKENIZER) -> TokenizersVocabulary:

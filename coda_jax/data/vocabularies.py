@@ -12,6 +12,7 @@ import pathlib
 import shutil
 from typing import ClassVar, Protocol
 
+from coda_jax import hub
 from coda_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from coda_jax.data.tokenizers_vocabulary import load_bpe, load_tokenizer_json
 from coda_jax.data.vocabulary_agreement import check_bpe, check_spiece
@@ -60,6 +61,10 @@ class Vocabulary(Protocol):
         """Returns the text of the ids up to the first EOS."""
         ...
 
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8; the first may lose a space there."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteVocabulary:
@@ -100,6 +105,12 @@ class ByteVocabulary:
         found = bytes(int(i) - _FIRST_BYTE for i in ids if 0 <= i - _FIRST_BYTE < _NUM_BYTES)
         return found.decode(errors="ignore")
 
+    def pieces(self) -> list[bytes]:
+        """Returns what each id adds to a text, in UTF-8."""
+        every = range(self.vocab_size)
+        is_byte = range(_FIRST_BYTE, _FIRST_BYTE + _NUM_BYTES)
+        return [bytes([i - _FIRST_BYTE]) if i in is_byte else b"" for i in every]
+
 
 def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Vocabulary:
     """Loads a vocabulary.
@@ -109,7 +120,8 @@ def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Voca
 
     Args:
         path: a checkpoint's directory that holds `spiece.model`, `tokenizer.json`, `vocab.json`
-            with `merges.txt`, or ByT5's `tokenizer_config.json`; such a file; or "bytes".
+            with `merges.txt`, or ByT5's `tokenizer_config.json`; the name of a model in the cache
+            of the Hugging Face Hub; such a file; or "bytes".
         system: what reads the files.
 
     Returns:
@@ -123,6 +135,7 @@ def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Voca
     path = os.fspath(path)
     if path == "bytes":
         return ByteVocabulary()
+    path = os.fspath(hub.snapshot(path) or path)
     if system.isdir(path):
         return _load_folder(Folder(path, system))
     if not system.exists(path):

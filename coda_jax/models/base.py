@@ -49,7 +49,7 @@ class ModelConfig:
         family: name of the family, the same for all its models, as in manifests.
         heads: patterns of the leaves that a base may lack: they are then created, and trained and
             saved with what the methods create.
-        head_fields: what such a base, whose vocab_size is 0, does not say.
+        head_fields: what such a base, which `lacks_head`, does not say.
         vocab_size: V.
         dtype: of the computation.
         emb_dim: D.
@@ -88,6 +88,19 @@ class ModelConfig:
     def dense(self) -> "ModelConfig":
         """The same model without methods."""
         return self.replace(methods=())
+
+    @property
+    def lacks_head(self) -> bool:
+        """Whether there is no output layer yet; by default there is one."""
+        return False
+
+    def encoder_only(self) -> "ModelConfig":
+        """The same encoder without a decoder.
+
+        Raises:
+            ValueError: the family has no encoders alone.
+        """
+        raise ValueError(f"a {self.family!r} is not used without its decoder")
 
     def differences(self, other: "ModelConfig", skipped: Container[str] = ()) -> list[str]:
         """Each field with another value than in a config of the same family, as text.
@@ -128,6 +141,10 @@ class ModelConfig:
         """
         raise NotImplementedError
 
+    def output_flops(self, inputs: int, targets: int) -> float:
+        """Operations that make outputs of vectors: of each target, each input, or their mean."""
+        raise NotImplementedError
+
     def input_flops(self, length: int) -> float:
         """Operations that make N inputs of a row vectors."""
         del length
@@ -165,6 +182,7 @@ class HuggingFace:
         tensor_name: (path of a leaf, config) -> the tensor's name.
         resolve_tensors: (tensors, fields, name of the file) -> those that are leaves, each once.
         tensor_shape: (path, shape of a leaf) -> the tensor's shape.
+        refused: {model_type of a similar family: why it is none, and what to take instead}.
     """
 
     model_types: tuple[str, ...]
@@ -173,6 +191,7 @@ class HuggingFace:
     tensor_name: Callable[[str, Any], str]
     resolve_tensors: Callable[[dict, Mapping[str, Any], str], dict]
     tensor_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = hf_fields.tensor_shape
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

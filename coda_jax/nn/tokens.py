@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+POOLINGS = ("mean", "first")
+
 
 @struct.dataclass
 class Tokens:
@@ -43,6 +45,23 @@ def take(values: Array, indices: Int[Array, "b k"]) -> Array:
     """values[b, indices[b, k]] for values [B, N, ...] and indices that are in bounds."""
     indices = indices.reshape(indices.shape + (1,) * (values.ndim - 2))
     return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
+
+
+def pool(
+    vectors: Float[Array, "b n d"], mask: Bool[Array, "b n"], pooling: str
+) -> Float[Array, "b d"]:
+    """One vector for a row, [B, D] float32: the mean of its tokens, or the first.
+
+    Args:
+        vectors: [B, N, D].
+        mask: [B, N], False for padding; a row of padding alone has the mean 0.
+        pooling: one of `POOLINGS`.
+    """
+    vectors = vectors.astype(jnp.float32)
+    if pooling == "first":
+        return vectors[:, 0]
+    total = jnp.where(mask[..., None], vectors, 0).sum(1)
+    return total / jnp.maximum(mask.sum(1, keepdims=True), 1)
 
 
 @struct.dataclass

@@ -4,8 +4,11 @@
 |---|---|
 | `base` | the record `Model` and the sums that all objectives give |
 | `seq2seq` | `Seq2Seq`: cross-entropy of the targets |
-| `decoding` | greedy and beam search over a cached decoder |
+| `generation` | `Generation`: the options of outputs |
+| `decoding`, `beams` | greedy decoding, sampling and beam search over a cached decoder |
+| `logits` | what the options do to the logits |
 | `ctc` | `CTC`: its loss, greedy decoding and prefix beam search |
+| `pooled` | `Classification`, `Regression` and `Embedding` of an encoder alone |
 | `best_rq` | `BestRQ`: pretraining of speech encoders without transcripts |
 """
 
@@ -15,6 +18,8 @@ from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives.base import Batch, Model, Sums
 from coda_jax.objectives.best_rq import BestRQ, BestRQConfig
 from coda_jax.objectives.ctc import CTC
+from coda_jax.objectives.generation import Generation
+from coda_jax.objectives.pooled import Classification, Embedding, Regression
 from coda_jax.objectives.seq2seq import Seq2Seq
 
 OBJECTIVES: dict[str, type[Model]] = {
@@ -23,6 +28,9 @@ OBJECTIVES: dict[str, type[Model]] = {
         Seq2Seq,
         CTC,
         BestRQ,
+        Classification,
+        Regression,
+        Embedding,
     )
 }
 
@@ -30,6 +38,7 @@ __all__ = [
     "OBJECTIVES",
     "Batch",
     "BestRQConfig",
+    "Generation",
     "Model",
     "Sums",
     "model_for",

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from coda_jax.models import ModelConfig, family_of, init_params
 from coda_jax.nn.tokens import selections
+from coda_jax.objectives.generation import Generation
 
 Batch = dict[str, Array]
 
@@ -47,12 +48,13 @@ class Sums:
 
 
 class Model:
-    """A model that is trained for one objective; each adds `loss`, most `logits` and `predict`.
+    """A model that is trained for one objective; each adds `loss`, most `logits` and `generate`.
 
     Attributes:
         name: of the objective, in `OBJECTIVES` and in gin files.
         creates: patterns of the leaves that the objective adds to the network's; they are trained,
             and in no checkpoint that is exported.
+        describes: whether its outputs are described as labels or numbers, not generated as tokens.
         reads_targets: whether the loss reads a batch's targets.
         config: the model's configuration; it decides the family.
         module: its network.
@@ -63,6 +65,7 @@ class Model:
 
     name: ClassVar[str]
     creates: ClassVar[tuple[str, ...]] = ()
+    describes: ClassVar[bool] = False
     reads_targets: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig):
@@ -97,6 +100,52 @@ class Model:
     ) -> tuple[Float[Array, ""], Sums]:
         """The sum of the weighted losses, and the sums; with dropout where an RNG is given."""
         raise NotImplementedError
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """What is reported of sums; by default the means of `Sums.metrics`."""
+        return sums.metrics()
+
+    def check_generation(self, options: Generation) -> None:
+        """Checks that the model can generate so.
+
+        Args:
+            options: resolved.
+
+        Raises:
+            ValueError: it cannot; the option is named.
+        """
+        raise NotImplementedError
+
+    def generate(
+        self, params: Mapping[str, Any], encoder_input_tokens, generation: Generation
+    ) -> tuple[Int[Array, "b n l"], Float[Array, "b n"]]:
+        """Outputs [B, n, L], the best first, and their scores [B, n].
+
+        Args:
+            params: the parameter tree.
+            encoder_input_tokens: [B, N] or [B, N, C].
+            generation: the options.
+        """
+        raise NotImplementedError
+
+    def stepwise(self, generation: Generation):
+        """Generation token by token; see `Seq2Seq`.
+
+        Raises:
+            ValueError: the objective's outputs do not come so.
+        """
+        del generation
+        raise ValueError(f"the outputs of objective {self.name!r} do not come token by token")
+
+    def predict(self, params, encoder_input_tokens, **options) -> Int[Array, "b l"]:
+        """The best output of each input, [B, max_decode_length] tokens, then padding.
+
+        Args:
+            params: the parameter tree.
+            encoder_input_tokens: [B, N] or [B, N, C].
+            **options: those of `Generation`, such as `max_decode_length` and `num_beams`.
+        """
+        return self.generate(params, encoder_input_tokens, Generation(**options))[0][:, 0]
 
     def _apply(self, params, inputs, dropout_rng, **kwargs):
         """The network's output, with dropout where an RNG is given."""

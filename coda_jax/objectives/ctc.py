@@ -4,6 +4,7 @@ Axis letters: B batch, N frames, T target tokens, V vocabulary, K beams.
 Reference: Graves et al. 2006, Connectionist Temporal Classification.
 """
 
+import dataclasses
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -14,6 +15,9 @@ import optax
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import kept_first, split_frames, take
 from coda_jax.objectives.base import Batch, Model, Sums
+from coda_jax.objectives.generation import Generation
+
+_OPTIONS = ("max_decode_length", "num_beams")
 
 
 def ctc_loss(
@@ -222,27 +226,40 @@ class CTC(Model):
         )
         return sums.loss, sums
 
-    def predict(
-        self,
-        params,
-        encoder_input_tokens,
-        *,
-        max_decode_length: int,
-        num_beams: int = 1,
-        alpha: float = 0.6,
-    ) -> Array:
-        """The most probable transcripts found, [B, max_decode_length] tokens, then `blank_id`.
+    def check_generation(self, options: Generation) -> None:
+        """Raises ValueError where another option is given than a length and a number of beams."""
+        neutral = dataclasses.asdict(Generation().resolved())
+        others = {
+            name: value
+            for name, value in options.said.items()
+            if name not in _OPTIONS and value != neutral[name]
+        }
+        if others:
+            raise ValueError(f"a CTC head has {' and '.join(_OPTIONS)} only, got {others}")
 
-        One beam is the most probable alignment, more are a prefix beam search. Longer ones are cut.
+    def generate(
+        self, params, encoder_input_tokens, generation: Generation
+    ) -> tuple[Int[Array, "b 1 l"], Float[Array, "b 1"]]:
+        """The most probable transcript found, [B, 1, max_decode_length] tokens, then `blank_id`.
+
+        One beam is the most probable alignment, more are a prefix beam search; the score is the
+        log-probability of the alignment, or of the transcript. Longer ones are cut.
+
+        Raises:
+            ValueError: another option than these is given.
         """
-        del alpha  # transcripts are not compared by their lengths
+        options = generation.resolved()
+        self.check_generation(options)
         features, mask = split_frames(encoder_input_tokens)
         logits, blank_id = self._apply(params, (features, mask), None), self.config.blank_id
-        if num_beams == 1:
+        if options.num_beams == 1:
             tokens = ctc_greedy(logits, mask, blank_id)
+            best = jax.nn.log_softmax(logits.astype(jnp.float32)).max(-1)
+            scores = jnp.where(mask, best, 0).sum(-1)
         else:
-            tokens = ctc_beam_search(logits, mask, num_beams, blank_id)[0][:, 0]
-        return _padded(tokens, max_decode_length, blank_id)
+            tokens, scores = ctc_beam_search(logits, mask, options.num_beams, blank_id)
+            tokens, scores = tokens[:, 0], scores[:, 0]
+        return _padded(tokens, options.max_decode_length, blank_id)[:, None], scores[:, None]
 
 
 def _padded(tokens: Array, length: int, value: int) -> Array:

@@ -1,12 +1,14 @@
-"""Greedy and beam search over a cached decoder.
+"""Outputs of a cached decoder: greedy, drawn at random, or from the beam search in `beams`.
 
-The encoder runs once. Each step then feeds one token per beam to the decoder and reads the keys and
-values of all earlier ones from a cache of fixed size, so that a step always costs the same. Call
-these functions under `jax.jit`, with the lengths and numbers of beams static: outside of it, making
+The encoder runs once. Each step then feeds one token per row to the decoder and reads the keys and
+values of all earlier ones from a cache of fixed size, so that a step always costs the same. The
+rows of an example are its outputs or beams; they are neighbours and share the keys and values of
+its encoding. Call these functions under `jax.jit`, with the options static: outside of it, making
 the cache costs a decoder pass over all positions whose result nobody reads.
 
-Axis letters: B batch, N input tokens, C channels of an input, L output tokens
-(`max_decode_length`), V vocabulary, M beams.
+Axis letters: B batch, N input tokens, C channels of an input, R rows of the decoder, P tokens that
+are given, the start token among them, L output tokens (`max_decode_length`), V vocabulary, S states
+of the stop texts.
 """
 
 from collections.abc import Callable
@@ -16,216 +18,119 @@ from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from coda_jax.nn.tokens import take
+from coda_jax.objectives import logits as processors
+from coda_jax.objectives.generation import Generation
 
 Cache = Any
+Inputs = Int[Array, "b n"] | Float[Array, "b n c"]
+Stops = UInt[Array, "s v"]
 Step = Callable[[Cache, Int[Array, " rows"]], tuple[Float[Array, "rows v"], Cache]]
 
-# The log-probability of what must not be chosen, as in T5X: finite, so that no `inf - inf` arises.
-_IMPOSSIBLE = -1e7
 
-
-def greedy(
-    model: nn.Module,
-    params: Any,
-    encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
-    *,
-    max_decode_length: int,
-    eos_id: int = 1,
-) -> tuple[Int[Array, "b l"], Float[Array, " b"]]:
-    """The most probable token at each step, until every row has ended.
-
-    Args:
-        model: the network.
-        params: its parameters.
-        encoder_input_tokens: as the model takes them, [B, N] tokens with 0 for padding.
-        max_decode_length: L, at least 1.
-        eos_id: the token that ends a row.
-
-    Returns:
-        tokens [B, L] int32, the end token included and 0 after it; and the log-probabilities [B]
-        float32 of the tokens up to there.
-
-    Raises:
-        ValueError: max_decode_length below 1.
-    """
-    _check(max_decode_length=max_decode_length)
-    batch = encoder_input_tokens.shape[0]
-    step, cache = _start(model, params, encoder_input_tokens, batch, max_decode_length)
-
-    def unfinished(state):
-        index, _, _, _, ended, _ = state
-        return (index < max_decode_length) & ~ended.all()
-
-    def body(state):
-        index, previous, tokens, total, ended, cache = state
-        log_probs, cache = step(cache, previous)
-        token = jnp.where(ended, 0, log_probs.argmax(-1).astype(jnp.int32))
-        total += jnp.where(ended, 0.0, log_probs.max(-1))
-        tokens = lax.dynamic_update_slice(tokens, token[:, None], (0, index))
-        return index + 1, token, tokens, total, ended | (token == eos_id), cache
-
-    start = (
-        jnp.int32(0),
-        jnp.zeros(batch, jnp.int32),
-        jnp.zeros((batch, max_decode_length), jnp.int32),
-        jnp.zeros(batch, jnp.float32),
-        jnp.zeros(batch, bool),
-        cache,
-    )
-    _, _, tokens, total, _, _ = lax.while_loop(unfinished, body, start)
-    return tokens, total
-
-
-class _Beams(NamedTuple):
-    """The state of a beam search; in each row the best beam comes first.
+class Rows(NamedTuple):
+    """Rows that are decoded independently of each other.
 
     Attributes:
-        index: how many tokens the live beams have.
-        live: [B, M, L] tokens of the beams that go on.
-        live_log_probs: [B, M].
-        finished: [B, M, L] tokens of the best beams that ended.
-        scores: [B, M] their log-probabilities with the length penalty.
-        occupied: [B, M], False where `finished` has no beam yet.
-        cache: of the live beams.
+        length: how many tokens each has, the start token among them.
+        num_given: how many of them were given.
+        tokens: [R, 1 + L], the start token first, padding behind the end.
+        log_probs: [R] of the tokens that were chosen, by the model alone.
+        ended: [R].
+        keys: [R] random keys, where tokens are drawn; else None.
+        matched: [R] states of the stop texts; None without any.
+        cache: of the decoder.
     """
 
-    index: Int[Array, ""]
-    live: Int[Array, "b m l"]
-    live_log_probs: Float[Array, "b m"]
-    finished: Int[Array, "b m l"]
-    scores: Float[Array, "b m"]
-    occupied: Bool[Array, "b m"]
+    length: Int[Array, ""]
+    num_given: Int[Array, ""]
+    tokens: Int[Array, "r t"]
+    log_probs: Float[Array, " r"]
+    ended: Bool[Array, " r"]
+    keys: Key[Array, " r"] | None
+    matched: UInt[Array, " r"] | None
     cache: Cache
 
 
-def beam_search(
+def decode(
     model: nn.Module,
     params: Any,
-    encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
-    *,
-    max_decode_length: int,
-    num_beams: int = 4,
-    alpha: float = 0.6,
-    eos_id: int = 1,
-) -> tuple[Int[Array, "b m l"], Float[Array, "b m"]]:
-    """The M best outputs found, by log p / ((5 + length) / 6)^alpha, the end token counted.
-
-    T5X's search: in each step the 2M best continuations of the live beams are looked at; those that
-    end compete with the finished beams, the M best of the others live on. It stops when no live
-    beam can displace a finished one in any row. A row in which no beam ended returns its live beams
-    with their log-probabilities, without the length penalty. Slots for which there are fewer than M
-    different outputs score below -1e6.
+    encoder_input_tokens: Inputs,
+    given: Int[Array, "r p"],
+    options: Generation,
+    keys: Key[Array, " r"] | None = None,
+    stops: Stops | None = None,
+) -> tuple[Int[Array, "r l"], Float[Array, " r"]]:
+    """The most probable token at each step, or a drawn one, until every row has ended.
 
     Args:
-        model: the network.
+        model: the network; its config says the end token and that of padding.
         params: its parameters.
-        encoder_input_tokens: as the model takes them, [B, N] tokens with 0 for padding.
-        max_decode_length: L, at least 1.
-        num_beams: M, at least 1.
-        alpha: strength of the length penalty; 0 for none, more favours longer outputs.
-        eos_id: the token that ends a beam.
+        encoder_input_tokens: as the model takes them.
+        given: [R, P] what the rows begin with, the start token first; R is a multiple of B.
+        options: resolved, without beams.
+        keys: [R] random keys, where tokens are drawn.
+        stops: [S, V] as `data.stop_texts` makes them.
 
     Returns:
-        tokens [B, M, L] int32, best first, the end token included and 0 after it; scores [B, M]
-        float32.
-
-    Raises:
-        ValueError: max_decode_length or num_beams below 1.
+        tokens [R, L] int32, the end token included and padding after it; and the log-probabilities
+        [R] float32 that the model gives the tokens up to there, those that were given apart.
     """
-    _check(max_decode_length=max_decode_length, num_beams=num_beams)
-    rows = encoder_input_tokens.shape[0] * num_beams
-    step, cache = _start(model, params, encoder_input_tokens, rows, max_decode_length)
-    # No live beam can score better than with its present log-probability at the greatest length.
-    greatest_penalty = _length_penalty(max_decode_length + 1, alpha)
+    _, step, rows = begin(model, params, encoder_input_tokens, given, options, keys, stops)
 
-    def unfinished(beams):
-        best_live = beams.live_log_probs[:, :1]
-        worst_finished = jnp.where(beams.occupied, beams.scores[:, -1:], _IMPOSSIBLE)
-        can_improve = jnp.any(worst_finished <= best_live / greatest_penalty)
-        any_live = jnp.any(best_live >= _IMPOSSIBLE)
-        return (beams.index < max_decode_length) & can_improve & any_live
+    def unfinished(rows):
+        return (rows.length <= options.max_decode_length) & ~rows.ended.all()
 
-    start = _first_beams(cache, encoder_input_tokens.shape[0], num_beams, max_decode_length)
-    beams = lax.while_loop(unfinished, lambda beams: _grown(beams, step, alpha, eos_id), start)
-    any_finished = beams.occupied.any(axis=1, keepdims=True)
-    tokens = jnp.where(any_finished[..., None], beams.finished, beams.live)
-    return tokens, jnp.where(any_finished, beams.scores, beams.live_log_probs)
+    rows = lax.while_loop(unfinished, lambda rows: grown(model, rows, step, options, stops), rows)
+    return rows.tokens[:, 1:], rows.log_probs
 
 
-def _grown(beams: _Beams, step: Step, alpha: float, eos_id: int) -> _Beams:
-    """The beams after one more token."""
-    batch, num_beams, _ = beams.live.shape
-    index = beams.index
-    last = lax.dynamic_index_in_dim(beams.live, index - 1, axis=2, keepdims=False)
-    previous = jnp.where(index > 0, last, 0).reshape(-1)
-    log_probs, cache = step(beams.cache, previous)
-    log_probs = log_probs.reshape(batch, num_beams, -1) + beams.live_log_probs[..., None]
-    vocab_size = log_probs.shape[-1]
-    # Twice as many as live on: if M of them end, M are left.
-    log_probs, chosen = lax.top_k(log_probs.reshape(batch, -1), 2 * num_beams)
-    parents, token = chosen // vocab_size, chosen % vocab_size
-    tokens = lax.dynamic_update_slice(take(beams.live, parents), token[..., None], (0, 0, index))
-    ended = token == eos_id
-
-    live_log_probs, rank = lax.top_k(log_probs + ended * _IMPOSSIBLE, num_beams)
-    cache = _reorder(cache, take(parents, rank))
-
-    scores = log_probs / _length_penalty(index + 1, alpha) + ~ended * _IMPOSSIBLE
-    scores, best = lax.top_k(jnp.concatenate([beams.scores, scores], axis=1), num_beams)
-    return _Beams(
-        index=index + 1,
-        live=take(tokens, rank),
-        live_log_probs=live_log_probs,
-        finished=take(jnp.concatenate([beams.finished, tokens], axis=1), best),
-        scores=scores,
-        occupied=take(jnp.concatenate([beams.occupied, ended], axis=1), best),
-        cache=cache,
-    )
-
-
-def _first_beams(cache: Cache, batch: int, num_beams: int, max_decode_length: int) -> _Beams:
-    """The beams before the first token."""
-    no_tokens = jnp.zeros((batch, num_beams, max_decode_length), jnp.int32)
-    no_scores = jnp.full((batch, num_beams), _IMPOSSIBLE, jnp.float32)
-    return _Beams(
-        index=jnp.int32(0),
-        live=no_tokens,
-        live_log_probs=no_scores.at[:, 0].set(0.0),  # all beams are equal: only one may go on
-        finished=no_tokens,
-        scores=no_scores,
-        occupied=jnp.zeros((batch, num_beams), bool),
-        cache=cache,
-    )
-
-
-def _check(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _length_penalty(length: int | Int[Array, ""], alpha: float) -> Float[Array, ""]:
-    return jnp.float32((5 + length) / 6) ** alpha
-
-
-def _start(
-    model: nn.Module, params: Any, encoder_input_tokens, rows: int, length: int
-) -> tuple[Step, Cache]:
-    """Encodes the inputs.
-
-    Returns:
-        The step, (cache, previous token of each row, 0 at the start) -> (log-probabilities of the
-        next [rows, V], cache); and the empty cache. `rows` is a multiple of the batch: the beams of
-        an example are neighbours and share the keys and values of its encoding.
-    """
+def begin(
+    model: nn.Module,
+    params: Any,
+    encoder_input_tokens: Inputs,
+    given: Int[Array, "r p"],
+    options: Generation,
+    keys: Key[Array, " r"] | None = None,
+    stops: Stops | None = None,
+) -> tuple[Float[Array, "b n d"], Step, Rows]:
+    """(the encoding, the step from it, the rows before their first token); see `decode`."""
     encoded = model.apply(
         {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
     )
+    step, make_cache = steps(model, params, encoder_input_tokens, encoded)
+    num_rows, num_given = given.shape
+    cache = make_cache(jnp.ones((num_rows, options.max_decode_length), jnp.int32))
+    if num_given > 1:
+        cache, _ = lax.scan(
+            lambda cache, tokens: (step(cache, tokens)[1], None), cache, given[:, :-1].T
+        )
+    width = ((0, 0), (0, options.max_decode_length + 1 - num_given))
+    rows = Rows(
+        length=jnp.int32(num_given),
+        num_given=jnp.int32(num_given),
+        tokens=jnp.pad(given, width, constant_values=model.config.pad_id),
+        log_probs=jnp.zeros(num_rows, jnp.float32),
+        ended=jnp.zeros(num_rows, bool),
+        keys=keys,
+        matched=None if stops is None else _matched(stops, given),
+        cache=cache,
+    )
+    return encoded, step, rows
 
-    def decode(variables, tokens, **kwargs):
+
+def steps(
+    model: nn.Module, params: Any, encoder_input_tokens: Inputs, encoded: Float[Array, "b n d"]
+) -> tuple[Step, Callable[[Int[Array, "r l"]], Cache]]:
+    """The step of a decoder, and what makes its cache.
+
+    Returns:
+        (cache, previous token of each row) -> (logits of the next [R, V], cache); and (any tokens
+        [R, L]) -> an empty cache for so many.
+    """
+
+    def apply(variables, tokens, **kwargs):
         return model.apply(
             {"params": params, **variables},
             encoded,
@@ -240,21 +145,62 @@ def _start(
         )
 
     def step(cache, previous):
-        logits, variables = decode({"cache": cache}, previous[:, None])
-        return jax.nn.log_softmax(logits[:, 0]), variables["cache"]
+        logits, variables = apply({"cache": cache}, previous[:, None])
+        return logits[:, 0], variables["cache"]
 
-    _, variables = decode({}, jnp.ones((rows, length), jnp.int32), cache_encoded=True)
-    return step, variables["cache"]
+    return step, lambda tokens: apply({}, tokens, cache_encoded=True)[1]["cache"]
 
 
-def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:
-    """Gives each beam its parent's keys and values; those of the encoding belong to all beams."""
-    first = jnp.arange(parents.shape[0])[:, None] * parents.shape[1]
-    rows = (first + parents).reshape(-1)
+def grown(
+    model: nn.Module, rows: Rows, step: Step, options: Generation, stops: Stops | None
+) -> Rows:
+    """The rows after one more token."""
+    config, length = model.config, rows.length
+    previous = lax.dynamic_index_in_dim(rows.tokens, length - 1, axis=1, keepdims=False)
+    logits, cache = step(rows.cache, previous)
+    scores = processors.processed(
+        logits, rows.tokens, length, options, rows.num_given, config.eos_id
+    )
+    if rows.keys is not None:
+        scores = processors.warped(scores, options)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))
+        scores += noise(jax.vmap(jax.random.fold_in, (0, None))(rows.keys, length))
+    token = scores.argmax(-1).astype(jnp.int32)
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    token = jnp.where(rows.ended, config.pad_id, token)
+    ended, matched = after(rows.matched, token, stops, config.eos_id)
+    return rows._replace(
+        length=length + 1,
+        tokens=lax.dynamic_update_slice(rows.tokens, token[:, None], (0, length)),
+        log_probs=rows.log_probs + jnp.where(rows.ended, 0.0, log_prob),
+        ended=rows.ended | ended,
+        matched=matched,
+        cache=cache,
+    )
 
-    def reorder(path, leaf):
-        if path[-1].key in ("cached_key", "cached_value"):
-            return jnp.take(leaf, rows, axis=0, mode="clip")
-        return leaf
 
-    return jax.tree_util.tree_map_with_path(reorder, cache)
+def row_keys(
+    seed: Int[Array, ""] | UInt[Array, ""] | int, numbers: Array, samples: int
+) -> Key[Array, " r"]:
+    """[B * samples] random keys, one for each output of the inputs with these numbers, [B]."""
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    of_inputs = fold(jax.random.key(seed), numbers)
+    return jax.vmap(fold, (0, None))(of_inputs, jnp.arange(samples)).reshape(-1)
+
+
+def _matched(stops: Stops, given: Int[Array, "r p"]) -> UInt[Array, " r"]:
+    """The states of the stop texts after what is given behind the start token."""
+    matched = jnp.zeros(given.shape[0], stops.dtype)
+    for place in range(1, given.shape[1]):
+        matched = stops[matched, given[:, place]]
+    return matched
+
+
+def after(
+    matched: UInt[Array, "..."] | None, token: Int[Array, "..."], stops: Stops | None, eos_id: int
+) -> tuple[Bool[Array, "..."], UInt[Array, "..."] | None]:
+    """(whether a token ends its output, the state of the stop texts after it)."""
+    if stops is None:
+        return token == eos_id, None
+    matched = stops[matched, token]
+    return (token == eos_id) | (matched == stops.shape[0] - 1), matched

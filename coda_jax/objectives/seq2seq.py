@@ -3,16 +3,19 @@
 Axis letters: B batch, N input tokens, T target tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt
 import optax
 
 from coda_jax.models import ModelConfig
-from coda_jax.objectives import decoding
+from coda_jax.nn.tokens import take
+from coda_jax.objectives import beams, decoding
 from coda_jax.objectives.base import Batch, Model, Sums
+from coda_jax.objectives.generation import Generation
 
 _PACKING = (
     "encoder_segment_ids",
@@ -78,26 +81,118 @@ class Seq2Seq(Model):
         )
         return sums.loss, sums
 
-    def predict(
+    def check_generation(self, options: Generation) -> None:
+        """Raises ValueError where a token to begin with is not in the vocabulary."""
+        forced = (options.forced_bos_token_id,) if options.forced_bos_token_id is not None else ()
+        for token in (*forced, *options.decoder_prefix):
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"outputs cannot begin with token {token}: the model has 0 to "
+                    f"{self.config.vocab_size - 1}"
+                )
+
+    def generate(
         self,
         params,
         encoder_input_tokens,
+        generation: Generation,
         *,
-        max_decode_length: int,
-        num_beams: int = 1,
-        alpha: float = 0.6,
-    ) -> Array:
-        """The most probable outputs found, [B, max_decode_length] tokens; one beam is greedy."""
-        if num_beams == 1:
-            return decoding.greedy(
-                self.module, params, encoder_input_tokens, max_decode_length=max_decode_length
-            )[0]
-        tokens, _ = decoding.beam_search(
-            self.module,
-            params,
-            encoder_input_tokens,
-            max_decode_length=max_decode_length,
-            num_beams=num_beams,
-            alpha=alpha,
-        )
-        return tokens[:, 0]
+        seed=None,
+        numbers: Int[Array, " b"] | None = None,
+        prefix: Int[Array, "b p"] | None = None,
+        stops: UInt[Array, "s v"] | None = None,
+    ) -> tuple[Int[Array, "b n l"], Float[Array, "b n"]]:
+        """The best outputs, or drawn ones; the encoder runs once for all of an input's.
+
+        Args:
+            params: the parameter tree.
+            encoder_input_tokens: [B, N] or [B, N, C].
+            generation: the options.
+            seed: of the draws; None for that of `generation`. It may be traced.
+            numbers: [B] the inputs' numbers, on which their draws depend; None for 0, 1, ...
+            prefix: [B, P] what each output begins with; None for what `generation` says.
+            stops: of the stop texts, which are no texts here; see `data.stop_texts`.
+
+        Returns:
+            tokens [B, n, L] int32, the best first, the end token included and padding after it; and
+            scores [B, n] float32. Without beams these are sums of the model's log-probabilities of
+            the tokens behind the prefix, whatever an option made of them; with beams, what the
+            outputs are ranked by: see `beams`.
+
+        Raises:
+            ValueError: options contradict each other or the vocabulary; stop texts lack `stops`.
+        """
+        options, batch = generation.resolved(), encoder_input_tokens.shape[0]
+        given = self._given(options, batch, prefix, stops)
+        inputs = self.module, params, encoder_input_tokens, given, options
+        if options.num_beams > 1:
+            tokens, scores = beams.beam_search(*inputs, stops)
+            count = options.num_return_sequences
+            return tokens[:, :count], scores[:, :count]
+        keys = self._keys(options, batch, seed, numbers)
+        tokens, scores = decoding.decode(*inputs, keys, stops)
+        shape = -1, options.num_return_sequences
+        tokens, scores = tokens.reshape(*shape, tokens.shape[-1]), scores.reshape(shape)
+        if options.num_return_sequences == 1:
+            return tokens, scores
+        order = jnp.argsort(-scores, axis=1)
+        return take(tokens, order), take(scores, order)
+
+    def stepwise(self, generation: Generation) -> tuple[Callable, Callable]:
+        """Generation token by token, for one output of each input.
+
+        Args:
+            generation: the options, without beams.
+
+        Returns:
+            (begin, grow), to be traced. `begin` takes what `generate` takes, but for the options,
+            and gives (encoded, rows); `grow(params, inputs, encoded, rows, stops)` gives the rows
+            with one more token: see `decoding.Rows`.
+
+        Raises:
+            ValueError: beams, which may yet take back what they have chosen, or several outputs.
+        """
+        options = generation.resolved()
+        if options.num_beams > 1 or options.num_return_sequences > 1:
+            raise ValueError(
+                "tokens come one by one for one output without beams, got num_beams="
+                f"{options.num_beams}, num_return_sequences={options.num_return_sequences}"
+            )
+
+        def begin(params, inputs, *, seed=None, numbers=None, prefix=None, stops=None):
+            given = self._given(options, len(inputs), prefix, stops)
+            keys = self._keys(options, len(inputs), seed, numbers)
+            encoded, _, rows = decoding.begin(
+                self.module, params, inputs, given, options, keys, stops
+            )
+            return encoded, rows
+
+        def grow(params, inputs, encoded, rows, stops=None):
+            step, _ = decoding.steps(self.module, params, inputs, encoded)
+            return decoding.grown(self.module, rows, step, options, stops)
+
+        return begin, grow
+
+    def _given(self, options, batch, prefix, stops) -> Int[Array, "r p"]:
+        """What each row of the decoder begins with, the start token first."""
+        self.check_generation(options)
+        if options.stop_strings and stops is None:
+            raise ValueError(f"stop_strings={options.stop_strings} need a vocabulary")
+        if prefix is None:
+            prefix = jnp.tile(jnp.array(options.decoder_prefix, jnp.int32), (batch, 1))
+        elif prefix.shape[1] >= options.max_decode_length:
+            raise ValueError(
+                f"a prefix of {prefix.shape[1]} tokens leaves none of "
+                f"max_decode_length={options.max_decode_length}"
+            )
+        given = jnp.pad(prefix, ((0, 0), (1, 0)), constant_values=self.config.decoder_start_id)
+        rows = max(options.num_beams, options.num_return_sequences)
+        return jnp.repeat(given, rows, axis=0)
+
+    def _keys(self, options, batch, seed, numbers):
+        """[R] random keys, where tokens are drawn."""
+        if not options.do_sample:
+            return None
+        numbers = jnp.arange(batch) if numbers is None else numbers
+        seed = options.seed if seed is None else seed
+        return decoding.row_keys(seed, numbers, options.num_return_sequences)

@@ -24,14 +24,13 @@ def answer_flops(config: ModelConfig, batch: int, length: int, target_length: in
 
     With a decoder, T tokens of each row are decoded greedily. Keys and values are cached: those of
     the input are computed once, and self-attention reads the whole cache of T places in each step.
-    Without one, a head is applied to each of the N places.
+    Without one, a head is applied to the encoder's outputs.
     """
-    steps = target_length if config.num_decoder_layers else length
     layers = (
         _layer(config, Place("decoder", i, config.num_decoder_layers))(target_length, length)
         for i in range(config.num_decoder_layers)
     )
-    head = 2 * steps * config.emb_dim * config.vocab_size
+    head = config.output_flops(length, target_length)
     return encoder_flops(config, batch, length) + batch * (sum(layers) + head)
 
 

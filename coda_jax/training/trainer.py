@@ -131,14 +131,14 @@ def make_train_step(
 def evaluate(
     model: Model, params: Mapping, batches: Iterable[Batch], placement: Placement
 ) -> dict[str, float]:
-    """Loss, token accuracy and exact match of greedy decoding over all batches."""
+    """The model's metrics over all batches."""
     total = None
     for batch in batches:
         sums = _sums(model)(params, placement.batch(batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
         raise ValueError("there is no batch to evaluate on")
-    return total.metrics()
+    return model.metrics(total)
 
 
 @functools.cache
@@ -209,8 +209,7 @@ def train(
     Args:
         model: what to train.
         params: the parameters to start from.
-        batches: those of the whole run, in an order that is the same each time. A step takes one:
-            a restarted run skips as many as it has taken.
+        batches: of the whole run, always in one order; a restarted run skips those that it took.
         options: how long and how often.
         optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
         learning_rate: a number or an optax schedule.
@@ -231,6 +230,7 @@ def train(
     placement = Placement()
     state, frozen = _start(model, params, transform, placement)
     step = make_train_step(model, transform, options.accumulation, options.seed)
+    rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
 
     def take_step(state, batch):
         return step(state, frozen, placement.batch(batch))
@@ -248,7 +248,7 @@ def train(
         state, _ = checkpoints.restore(state)
         batches = itertools.islice(batches, int(state.step), options.total_steps)
         state = _loop(
-            state, batches, take_step, evaluation, options, learning_rate, checkpoints, write
+            state, batches, take_step, evaluation, model.metrics, options, rate, checkpoints, write
         )
         state, metrics = checkpoints.best(state)
     return trees.merge(jax.device_get(state.trained), jax.device_get(frozen)), metrics
@@ -259,22 +259,25 @@ def _loop(
     batches: Iterable[Batch],
     take_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
     evaluation: Callable[[TrainState], dict[str, float] | None],
+    metrics_of: Callable[[Sums], dict[str, float]],
     options: TrainOptions,
-    learning_rate: optax.ScalarOrSchedule,
+    rate: Callable[[int], float],
     checkpoints: RunCheckpoints,
     write: Callable[[int, Mapping[str, float]], None],
 ) -> TrainState:
     """Takes a step for each batch; logs, evaluates and saves as often as the options say."""
-    schedule = learning_rate if callable(learning_rate) else lambda step: learning_rate
     number = int(state.step)
-    with interruption() as interrupted, _Progress(options.total_steps, number) as progress:
+    with (
+        interruption() as interrupted,
+        _Progress(options.total_steps, number, metrics_of) as progress,
+    ):
         for batch in batches:
             state, sums = take_step(state, batch)
             number += 1
             progress.add(number, sums)
             saving = number % options.save_every == 0 or number == options.total_steps
             if saving or number % options.log_every == 0 or interrupted():
-                write(number, progress.flush() | {"learning_rate": float(schedule(number - 1))})
+                write(number, progress.flush() | {"learning_rate": float(rate(number - 1))})
             metrics = evaluation(state) if saving else None
             if metrics is not None:
                 write(number, {f"eval/{name}": value for name, value in metrics.items()})
@@ -291,7 +294,10 @@ def _loop(
 class _Progress:
     """The progress bar, and the check that no loss was missed that is not finite."""
 
-    def __init__(self, total_steps: int, start: int):
+    def __init__(
+        self, total_steps: int, start: int, metrics_of: Callable[[Sums], dict[str, float]]
+    ):
+        self._metrics_of = metrics_of
         self._bar = tqdm(total=total_steps, initial=start, unit="step", mininterval=1.0)
         self._pending: list[tuple[int, Sums]] = []
         self._since = time.monotonic()
@@ -317,7 +323,7 @@ class _Progress:
                 )
         total = jax.tree.map(lambda *x: np.sum(x), *[sums for _, sums in pending])
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
-        metrics = total.metrics() | {"examples_per_second": float(total.examples) / seconds}
+        metrics = self._metrics_of(total) | {"examples_per_second": float(total.examples) / seconds}
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, {metrics['examples_per_second']:.1f} examples/s"
         )

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from coda_jax.checkpoints import huggingface, load_hf, save_hf
+from coda_jax.checkpoints.swap_in import encoder_of
 
 NAMES = ("v1_1", "v1_0", "mt5", "byt5")
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -125,7 +126,8 @@ def test_config_is_mapped():
         "num_encoder_layers": 3, "num_decoder_layers": 1, "head_dim": 6, "mlp_dim": 40,
         "mlp_activations": ("gelu", "linear"), "dropout_rate": 0.1, "logits_via_embedding": False,
         "float32_attention_logits": False, "relpos_num_buckets": 16, "relpos_max_distance": 20,
-        "layer_norm_epsilon": 1e-6, "methods": (),
+        "layer_norm_epsilon": 1e-6, "methods": (), "shared_relpos_bias": True, "pad_id": 0,
+        "eos_id": 1, "decoder_start_id": 0, "head": None, "labels": (), "pooling": "mean",
     }  # fmt: skip
     assert params["encoder"]["relpos_bias"]["rel_embedding"].shape == (3, 16)
     assert load_hf(GOLDEN / "v1_0")[0].mlp_activations == ("relu",)
@@ -270,32 +272,27 @@ def test_missing_files_are_named(copy, tmp_path):
         load_hf(tmp_path / "nowhere")
 
 
-def test_pickled_checkpoint_is_refused_with_the_way_out(copy):
-    folder = copy()
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration.*\.save_pretrained\("):
-        load_hf(folder)
-
-
 @pytest.mark.parametrize(
     ("name", "config", "text"),
     [
-        ("v1_1", {"model_type": "umt5"}, "model_type='umt5'"),
-        ("v1_1", {"model_type": "removed"}, "model_type=None"),
-        ("v1_1", {"is_encoder_only": True}, "is_encoder_only=True"),
-        ("v1_1", {"is_encoder_decoder": False}, "is_encoder_decoder=False"),
+        ("v1_1", {"model_type": "bart"}, "model_type='bart' is not handled"),
+        ("v1_1", {"model_type": "removed", "architectures": ["Bart"]}, "model_type=None"),
+        ("v1_1", {"model_type": "longt5"}, "a part of the text.*take a T5 v1.1"),
+        ("v1_1", {"model_type": "switch_transformers"}, "choose among experts; take a T5 v1.1"),
+        ("v1_1", {"model_type": "umt5"}, "missing: .*block.1.layer.0.*relative_attention_bias"),
         ("v1_1", {"is_decoder": True}, "is_decoder=True"),
         ("v1_1", {"tie_encoder_decoder": True}, "tie_encoder_decoder=True"),
         ("v1_1", {"pruned_heads": {"0": [1]}}, "pruned_heads="),
-        ("v1_1", {"pad_token_id": 3}, "pad_token_id=3"),
-        ("v1_1", {"decoder_start_token_id": 2}, "decoder_start_token_id=2"),
+        ("v1_1", {"pad_token_id": -1}, "pad_token_id=-1"),
+        ("v1_1", {"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]"),
+        ("v1_1", {"decoder_start_token_id": 64}, "decoder_start_token_id=64"),
         ("v1_1", {"scale_attention": True}, "unknown field scale_attention=True"),
         ("v1_1", {"quantization_config": {}}, "quantization_config"),
-        ("v1_1", {"feed_forward_proj": "gated-silu"}, "feed_forward_proj='gated-silu'"),
+        ("v1_1", {"feed_forward_proj": "gated-tanh"}, "feed_forward_proj='gated-tanh'"),
         ("v1_1", {"feed_forward_proj": ["relu"]}, "feed_forward_proj="),
         ("v1_1", {"is_gated_act": False}, "is_gated_act=False"),
         ("v1_1", {"dense_act_fn": "gelu"}, "dense_act_fn='gelu'"),
-        ("v1_0", {"dense_act_fn": "silu"}, "dense_act_fn='silu'"),
+        ("v1_0", {"dense_act_fn": "tanh"}, r"'tanh', False\) is not handled"),
         ("v1_1", {"d_model": 24.0}, "d_model=24.0"),
         ("v1_1", {"num_layers": 0}, "num_layers=0"),
         ("v1_1", {"num_decoder_layers": True}, "num_decoder_layers=True"),
@@ -322,7 +319,7 @@ def test_every_config_problem_is_listed(copy):
 
 def test_fields_that_do_not_change_the_computation_are_accepted(copy):
     folder = copy(
-        n_positions=512, output_past=True, task_specific_params={"a": {}}, eos_token_id=5,
+        n_positions=512, output_past=True, task_specific_params={"a": {}}, eos_token_id=[1],
         torch_dtype="bfloat16", dtype="float32", num_decoder_layers=None, pruned_heads={},
         max_length=20, _name_or_path="x", tokenizer_class="T5Tokenizer", initializer_factor=0.05,
     )  # fmt: skip
@@ -373,9 +370,9 @@ def test_params_and_configs_that_do_not_fit_are_not_saved(tmp_path):
     config, params = load_hf(GOLDEN / "v1_1")
     with pytest.raises(ValueError, match="extra: decoder/layers_1/mlp/wo/kernel"):
         save_hf(tmp_path / "new", dataclasses.replace(config, num_decoder_layers=1), params)
-    silu = dataclasses.replace(config, mlp_activations=("silu", "linear"))
-    with pytest.raises(ValueError, match=r"mlp_activations=\('silu', 'linear'\)"):
-        save_hf(tmp_path / "new", silu, params)
+    tanh = dataclasses.replace(config, mlp_activations=("tanh", "linear"))
+    with pytest.raises(ValueError, match=r"mlp_activations=\('tanh', 'linear'\)"):
+        save_hf(tmp_path / "new", tanh, params)
     assert not (tmp_path / "new").exists()
 
 
@@ -387,3 +384,32 @@ def test_saving_over_the_checkpoint_that_is_in_use_keeps_its_values(copy):
     np.testing.assert_array_equal(
         load_hf(folder)[1]["token_embedder"]["embedding"], params["token_embedder"]["embedding"] * 2
     )
+
+
+def test_a_scale_that_transformers_5_0_0_wrote_by_mistake_is_not_believed(copy, caplog):
+    folder = copy(
+        scale_decoder_outputs=True, tie_word_embeddings=True, transformers_version="5.0.0"
+    )
+    config, params = load_hf(folder)
+    assert not config.logits_via_embedding
+    assert "scale_decoder_outputs=true is taken for a mistake" in caplog.text
+    assert_same_tree(params, load_hf(GOLDEN / "v1_1")[1])
+    with pytest.raises(ValueError, match="scale_decoder_outputs=True"):
+        raw = json.loads((folder / "config.json").read_text()) | {"transformers_version": "5.1.0"}
+        (folder / "config.json").write_text(json.dumps(raw))
+        load_hf(folder)
+
+
+def test_what_a_chronos_lacks_is_said(caplog):
+    load_hf(GOLDEN / "kinds" / "chronos_t5")
+    assert "scaling numbers to tokens" in caplog.text
+
+
+def test_a_decoder_beside_an_encoder_alone_is_left_out(copy):
+    config, params = load_hf(copy(architectures=["T5EncoderModel"]))
+    both, whole = load_hf(GOLDEN / "v1_1")
+    assert (config, set(params)) == (both.encoder_only(), {"encoder", "token_embedder"})
+    assert_same_tree(params["encoder"], whole["encoder"])
+    alone, same = encoder_of(both, whole)
+    assert alone == config
+    assert_same_tree(same, params)

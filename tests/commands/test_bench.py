@@ -68,6 +68,7 @@ def test_the_report_holds_every_figure_and_the_table_shows_it(tmp_path, capsys):
         assert text in printed
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("config", "measures"),
     [(IMAGES, ["encoder"]), (SPEECH, ["encoder", "train_step"])],

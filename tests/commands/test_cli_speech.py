@@ -80,6 +80,7 @@ def test_train_exports_an_adapter_with_the_new_head(trained, checkpoint):
     assert (dense.vocab_size, cfg.vocab_size) == (0, 384)
 
 
+@pytest.mark.all
 def test_evaluate_and_predict_agree(trained, checkpoint, folder, shared, tmp_path):
     """The error rates of `coda evaluate` are those of what `coda predict` writes."""
     decoding = {
@@ -106,6 +107,7 @@ def test_evaluate_and_predict_agree(trained, checkpoint, folder, shared, tmp_pat
     assert metrics.transcript_errors(targets, predictions) == found
 
 
+@pytest.mark.all
 def test_best_rq_pretrains_an_encoder_that_is_then_adapted_with_a_head(
     checkpoint, shared, tmp_path
 ):

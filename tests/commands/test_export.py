@@ -69,7 +69,8 @@ def test_the_manifest_lists_a_program_for_each_bucket(model, folder):
         path.relative_to(folder) for path in folder.iterdir()
     }
     assert set(manifest["weights"].values()) == {jnp.dtype(model.config.dtype).name}
-    assert manifest["max_decode_length"] == 4 and manifest["platforms"] == ["cpu"]
+    assert manifest["decoding"]["max_decode_length"] == 4 and manifest["platforms"] == ["cpu"]
+    assert (manifest["arguments"], manifest["results"]) == (["weights", "inputs"], ["tokens"])
 
 
 def test_bad_requests_are_refused(model, folder, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from coda_jax import trees
 from coda_jax.models.t5.network import Transformer
-from coda_jax.objectives import decoding
+from coda_jax.objectives import Generation, beams, decoding, model_for
 
 EOS = 1
 config = functools.partial(any_config, num_encoder_layers=1, num_decoder_layers=2)
@@ -24,14 +24,23 @@ CONFIGS = {  # routing is in the encoder alone, and the output layer behind the 
 }
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="max_decode_length")
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def generate(cfg, params, inputs, options):
+    return model_for(cfg).generate(params, inputs, options)
+
+
 def greedy(cfg, params, inputs, *, max_decode_length):
-    return decoding.greedy(Transformer(cfg), params, inputs, max_decode_length=max_decode_length)
+    """Returns tokens [B, L] and log-probabilities [B]."""
+    options = Generation(max_decode_length=max_decode_length)
+    return [x[:, 0] for x in generate(cfg, params, inputs, options)]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_decode_length", "num_beams"))
-def beam_search(cfg, params, inputs, **kwargs):
-    return decoding.beam_search(Transformer(cfg), params, inputs, **kwargs)
+def beam_search(cfg, params, inputs, num_beams=1, **options):
+    """Returns all M beams; alpha is traced, so that one program serves all."""
+    options = Generation(num_beams=num_beams, **options).resolved()
+    given = jnp.full((len(inputs) * num_beams, 1), cfg.decoder_start_id)
+    return beams.beam_search(Transformer(cfg), params, inputs, given, options)
 
 
 def log_probs(cfg, params, inputs, decoder_inputs):
@@ -113,10 +122,12 @@ def test_greedy_rows_that_end_early_keep_eos_and_stay_padded(rng):
 class CountingModel:
     """A Transformer that counts how often it decodes with a cache, at run time."""
 
-    def __init__(self, cfg, search, **kwargs):
-        self.model = Transformer(cfg)
+    def __init__(self, cfg, options):
+        self.config, self.model = cfg, Transformer(cfg)
         self.steps = 0
-        self.search = jax.jit(functools.partial(search, self, **kwargs))
+        search = decoding.decode if options.num_beams == 1 else beams.beam_search
+        given = jnp.zeros((2 * options.num_beams, 1), jnp.int32)
+        self.search = jax.jit(lambda *args: search(self, *args, given, options.resolved()))
 
     def apply(self, variables, *args, **kwargs):
         if "cache" in variables:
@@ -135,15 +146,15 @@ class CountingModel:
 
 
 @pytest.mark.parametrize(
-    "search, options, fewest",
+    "options, fewest",
     # Of beams the likeliest output ends at once, and the runner-up takes another step.
-    [(decoding.greedy, {}, 1), (decoding.beam_search, {"num_beams": 2}, 2)],
-    ids=["greedy", "beam_search"],
+    [({"num_beams": 1}, 1), ({"num_beams": 2}, 2), ({"num_beams": 2, "length_penalty": 1.0}, 2)],
+    ids=["greedy", "beams of T5X", "beams of transformers"],
 )
-def test_search_stops_when_it_cannot_improve(search, options, fewest, rng):
+def test_search_stops_when_it_cannot_improve(options, fewest, rng):
     cfg = config()
     inputs = random_tokens(rng, [5, 3], 6)
-    counting = CountingModel(cfg, search, max_decode_length=12, **options)
+    counting = CountingModel(cfg, Generation(max_decode_length=12, **options))
     assert counting.steps_of(ending_params(cfg, strength=50.0), inputs) == fewest
     assert counting.steps_of(ending_params(cfg, strength=-50.0), inputs) == 12
 
@@ -294,7 +305,7 @@ def test_only_the_self_attention_cache_is_reordered():
             "encoded_value": jnp.arange(2.0),
         }
     }
-    new = decoding._reorder(cache, jnp.array([[1, 1], [0, 0]]))["layer"]
+    new = beams._reorder(cache, jnp.array([[1, 1], [0, 0]]))["layer"]
     assert new["cache"]["cached_key"][:, 0].tolist() == [1, 1, 2, 2]
     assert new["cache"]["cached_value"][:, 0].tolist() == [11, 11, 12, 12]
     assert new["cache"]["cache_index"] == 3
@@ -305,24 +316,13 @@ def test_cache_has_one_entry_per_input_not_per_beam(rng):
     cfg = config()
 
     @jax.jit
-    def start(params, inputs):
-        return decoding._start(Transformer(cfg), params, inputs, rows=8, length=7)[1]
+    def cache_of(params, inputs):
+        given = jnp.zeros((8, 1), jnp.int32)
+        options = Generation(max_decode_length=7).resolved()
+        return decoding.begin(Transformer(cfg), params, inputs, given, options)[2].cache
 
-    cache = start(random_params(cfg), random_tokens(rng, [5, 3], 6))
+    cache = cache_of(random_params(cfg), random_tokens(rng, [5, 3], 6))
     layer = cache["decoder"]["layers_0"]
     assert layer["encoded_key"].shape == layer["encoded_value"].shape == (2, 2, 6, 8)
     assert layer["cache"]["cached_key"].shape == (8, 2, 7, 8)
     assert layer["cache"]["cache_index"] == 0
-
-
-@pytest.mark.parametrize("value", [0, -3])
-def test_lengths_and_beams_below_one_are_refused(value):
-    cfg = config()
-    inputs = jnp.ones((1, 2), jnp.int32)
-    model = Transformer(cfg)
-    with pytest.raises(ValueError, match=f"max_decode_length must be at least 1, got {value}"):
-        decoding.greedy(model, {}, inputs, max_decode_length=value)
-    with pytest.raises(ValueError, match=f"max_decode_length must be at least 1, got {value}"):
-        decoding.beam_search(model, {}, inputs, max_decode_length=value)
-    with pytest.raises(ValueError, match=f"num_beams must be at least 1, got {value}"):
-        decoding.beam_search(model, {}, inputs, max_decode_length=4, num_beams=value)

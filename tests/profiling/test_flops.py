@@ -8,7 +8,7 @@ import pytest
 
 from coda_jax.methods import Coda
 from coda_jax.models import param_shapes
-from coda_jax.objectives import Seq2Seq, decoding
+from coda_jax.objectives import Seq2Seq
 from coda_jax.profiling import flops, timing
 
 # Wide enough that matrix products are nearly all of the arithmetic.
@@ -40,7 +40,7 @@ def test_the_answers_count_is_xlas_which_counts_one_step(methods):
     steps = 8
 
     def answer(params, tokens):
-        return decoding.greedy(Seq2Seq(cfg).module, params, tokens, max_decode_length=steps)
+        return Seq2Seq(cfg).predict(params, tokens, max_decode_length=steps)
 
     found = compiled_flops(answer, cfg)
     encoder = flops.encoder_flops(cfg, BATCH, LENGTH)

@@ -4,6 +4,7 @@ import dataclasses
 
 from helpers import config
 import jax.numpy as jnp
+import pytest
 
 from coda_jax.commands.loading import load_model
 from coda_jax.tasks import baselines
@@ -15,6 +16,7 @@ def test_a_linear_classifier_beats_the_majority_class_by_far():
     assert 65 < result["linear_svm"] < 100
 
 
+@pytest.mark.all
 def test_a_linear_probe_sees_what_the_features_hold():
     random = load_model(config=config(vocab_size=4096, emb_dim=32))
     found = baselines.linear_probe(random, "stdlib_exception")

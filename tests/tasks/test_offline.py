@@ -68,6 +68,7 @@ def merge_all(many, vocabulary):
 # --- Nothing held out is in the pretraining data. ---
 
 
+@pytest.mark.all
 def test_no_held_out_source_is_in_a_supervised_pretraining_task(corpus):
     def text(*tasks):
         inputs = {r["inputs"].split(": ", 1)[1] for task in tasks for r in records(task, "train")}
@@ -95,6 +96,7 @@ def test_windows_of_functions_are_of_the_training_functions():
     assert [{**r, "inputs": "module: " + r["inputs"]} for r in windowed] == whole
 
 
+@pytest.mark.all
 def test_passages_hold_neither_held_out_functions_nor_the_summary(corpus):
     inputs = [record["inputs"] for record in records("stdlib_passage", "train")]
     text = stdlib_corpus.normalized("".join(inputs))
@@ -196,7 +198,11 @@ def test_adaptation_tasks_ask_for_the_right_class(task, corpus):
 
 
 @pytest.mark.parametrize(
-    ("task", "prefix"), [("stdlib_module_windows", "module: "), ("stdlib_passage", "summary: ")]
+    ("task", "prefix"),
+    [
+        ("stdlib_module_windows", "module: "),
+        pytest.param("stdlib_passage", "summary: ", marks=pytest.mark.all),
+    ],
 )
 def test_windows_are_parts_of_training_texts_drawn_afresh(task, prefix, vocabulary):
     prefix = vocabulary.encode(prefix)

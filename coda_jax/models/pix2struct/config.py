@@ -24,6 +24,7 @@ class Pix2StructConfig(T5Config):
     """
 
     family: ClassVar[str] = "pix2struct"
+    head_kinds: ClassVar[tuple[str, ...]] = ()
 
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     patch_size: int = 16

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from coda_jax import trees
 from coda_jax.models.base import ModelConfig, Projection
+from coda_jax.nn.tokens import POOLINGS
 
 
 @struct.dataclass
@@ -29,10 +30,18 @@ class T5Config(ModelConfig):
         float32_attention_logits: whether attention logits are float32 whatever `dtype` is.
         relpos_num_buckets: buckets of the relative position bias.
         relpos_max_distance: distance from which on all share a bucket.
+        shared_relpos_bias: whether the layers of a stack share one bias; in umT5 each has its own.
         layer_norm_epsilon: of the layer norms.
+        num_decoder_layers: layers of the decoder; 0 for a text encoder alone.
+        head: of a text encoder: "classification", "regression", or None for its outputs.
+        labels: the names of the classes.
+        pooling: what the head reads of the outputs: their "mean", or the "first".
     """
 
     family: ClassVar[str] = "t5"
+    heads: ClassVar[tuple[str, ...]] = (r"^head/",)
+    head_fields: ClassVar[tuple[str, ...]] = ("head", "labels", "pooling")
+    head_kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
 
     num_heads: int = 8
     head_dim: int = 64
@@ -42,13 +51,47 @@ class T5Config(ModelConfig):
     float32_attention_logits: bool = False
     relpos_num_buckets: int = 32
     relpos_max_distance: int = 128
+    shared_relpos_bias: bool = True
     layer_norm_epsilon: float = 1e-6
+    head: str | None = None
+    labels: tuple[str, ...] = ()
+    pooling: str = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head is not None and (self.num_decoder_layers or self.head not in self.head_kinds):
+            raise ValueError(
+                f"head={self.head!r} must be None, or one of {self.head_kinds} of an encoder alone "
+                f"(num_decoder_layers={self.num_decoder_layers})"
+            )
+        if (self.head == "classification") != (len(set(self.labels)) > 1):
+            raise ValueError(
+                f"a head for classification, and no other, has labels, two or more: "
+                f"head={self.head!r}, labels={self.labels!r}"
+            )
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r} must be one of {POOLINGS}")
+
+    @property
+    def lacks_head(self) -> bool:
+        """Whether it is an encoder alone whose outputs nobody reads yet."""
+        return not self.num_decoder_layers and self.head is None
+
+    @property
+    def num_outputs(self) -> int:
+        """Values that the head gives: a logit for each label, or one number."""
+        return len(self.labels) or 1
+
+    def encoder_only(self) -> "T5Config":
+        """The same encoder without a decoder."""
+        return self.replace(num_decoder_layers=0, logits_via_embedding=False)
 
     def network(self) -> nn.Module:
-        """The network of this configuration."""
+        """`Transformer` where there is a decoder, else `TextEncoder`."""
         from coda_jax.models.t5.network import Transformer  # which reads this class
+        from coda_jax.models.t5.text_encoder import TextEncoder
 
-        return Transformer(self)
+        return Transformer(self) if self.num_decoder_layers else TextEncoder(self)
 
     def input_spec(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the encoder's inputs, [B, N] int32 token ids."""
@@ -58,7 +101,8 @@ class T5Config(ModelConfig):
         """Arguments with which the network makes its parameters."""
         spec = self.input_spec(1, 2)  # parameters do not depend on batch or length
         tokens = jnp.ones((1, 2), jnp.int32)
-        return jnp.ones(spec.shape, spec.dtype), tokens, tokens
+        inputs = jnp.ones(spec.shape, spec.dtype)
+        return (inputs, tokens, tokens) if self.num_decoder_layers else (inputs,)
 
     def projections(self, stack: str) -> tuple[Projection, ...]:
         """The frozen matrices of a layer of the "encoder" or the "decoder"."""
@@ -86,6 +130,13 @@ class T5Config(ModelConfig):
         """Logits and weighted sums of the attentions; a decoder's own reads its whole cache."""
         seen = context if stack == "encoder" else context + tokens
         return 2 * 2 * tokens * seen * self.num_heads * self.head_dim
+
+    def output_flops(self, inputs: int, targets: int) -> float:
+        """The logits of T outputs of the decoder, or what a head makes of pooled outputs."""
+        del inputs
+        if self.num_decoder_layers:
+            return 2 * targets * self.emb_dim * self.vocab_size
+        return 0.0 if self.head is None else 2 * self.emb_dim * self.num_outputs
 
 
 def sizes(emb_dim, num_heads, num_encoder_layers, num_decoder_layers, mlp_dim, head_dim=64):
@@ -136,6 +187,10 @@ PRESETS = {
             ("byt5", 384, _BYT5),
         )
         for size, each in table.items()
+    },
+    **{
+        f"umt5_{size}": T5Config(256384, shared_relpos_bias=False, **_GATED, **_T5_1_1[size])
+        for size in ("small", "base", "xl", "xxl")
     },
     "t5_1_1_stdlib": T5Config(4096, **_GATED, **sizes(192, 3, 4, 2, 512)),  # bundled
 }

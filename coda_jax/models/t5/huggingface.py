@@ -1,6 +1,10 @@
-"""T5 in Hugging Face's layout, with v1.1, flan-T5, mT5 and byT5: config.json and tensor names."""
+"""The T5 family in Hugging Face's layout: config.json and tensor names.
+
+That is T5, v1.1, flan, mT5, byT5, umT5, Pile-T5, MADLAD-400, codet5, UL2 and text encoders alone.
+"""
 
 from collections.abc import Mapping
+import logging
 from typing import Any
 
 import numpy as np
@@ -25,25 +29,43 @@ OPTIONAL = {  # with the defaults of all T5-like configs of transformers
     "dropout_rate": 0.1,
     "layer_norm_epsilon": 1e-6,
 }
-DEFAULT_FEED_FORWARD = {"t5": "relu", "mt5": "gated-gelu"}  # also: the known model types
+# Of feed_forward_proj; also: the known model types.
+DEFAULT_FEED_FORWARD = {"t5": "relu", "mt5": "gated-gelu", "umt5": "gated-gelu"}
 ACTIVATIONS = {  # feed_forward_proj: (mlp_activations, dense_act_fn, is_gated_act)
     "relu": (("relu",), "relu", False),
+    "silu": (("silu",), "silu", False),
+    "gated-relu": (("relu", "linear"), "relu", True),
     "gated-gelu": (("gelu", "linear"), "gelu_new", True),
+    "gated-silu": (("silu", "linear"), "silu", True),
+}
+SPECIAL_IDS = {  # with the values of a field that is null or not there
+    "pad_token_id": ("pad_id", 0),
+    "eos_token_id": ("eos_id", 1),
+    "decoder_start_token_id": ("decoder_start_id", 0),
+}
+REFUSED = {
+    "longt5": "its attention sees a part of the text; with full attention its weights give other "
+    "answers: take a T5 v1.1 or flan-T5 of its size, which read any length, and `Coda` for speed",
+    "switch_transformers": "its layers choose among experts; take a T5 v1.1 or flan-T5 of its "
+    "size, and `Coda` for speed",
 }
 # Fields that change the computation, with the values for which they do not.
 FIXED = {
-    "is_encoder_decoder": (True,),
+    "is_encoder_decoder": (True, False),
     "is_decoder": (False,),
-    "is_encoder_only": (False,),
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
-    "pad_token_id": (0, None),  # the network takes token 0 as padding
-    "decoder_start_token_id": (0, None),  # and shifts targets right with token 0
 }
-USED = {*SIZES, *OPTIONAL, "model_type", "feed_forward_proj", "dense_act_fn", "is_gated_act",
-        "tie_word_embeddings", "scale_decoder_outputs"}  # fmt: skip
+USED = {*SIZES, *OPTIONAL, *SPECIAL_IDS, "model_type", "feed_forward_proj", "dense_act_fn",
+        "is_gated_act", "tie_word_embeddings", "scale_decoder_outputs", "is_encoder_only",
+        "chronos_config"}  # fmt: skip
+# Of umT5, which no version of the model ever read: every umT5 has a bias in each layer.
+IGNORED = {"scalable_attention", *hf_fields.IGNORED}
+
+_logger = logging.getLogger(__name__)
+
 SHARED = "shared.weight"
 HEAD = "lm_head.weight"
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of SHARED
@@ -62,12 +84,14 @@ TOP_NAMES = {
 SUBLAYERS = {  # stack: our module and norm of each sublayer, with its name and number in theirs
     "encoder": {
         "attention": "layer.0.SelfAttention",
+        "relpos_bias": "layer.0.SelfAttention.relative_attention_bias",
         "pre_attention_layer_norm": "layer.0.layer_norm",
         "mlp": "layer.1.DenseReluDense",
         "pre_mlp_layer_norm": "layer.1.layer_norm",
     },
     "decoder": {
         "self_attention": "layer.0.SelfAttention",
+        "relpos_bias": "layer.0.SelfAttention.relative_attention_bias",
         "pre_self_attention_layer_norm": "layer.0.layer_norm",
         "encoder_decoder_attention": "layer.1.EncDecAttention",
         "pre_cross_attention_layer_norm": "layer.1.layer_norm",
@@ -84,7 +108,7 @@ def tensor_name(path: str, config: T5Config) -> str:
         return TOP_NAMES[path]
     stack, layer, module, *rest = path.split("/")
     block = f"{stack}.block.{layer.removeprefix('layers_')}.{SUBLAYERS[stack][module]}"
-    if rest == ["scale"]:
+    if rest in (["scale"], ["rel_embedding"]):
         return f"{block}.weight"
     return f"{block}.{PROJECTIONS.get(rest[0], rest[0])}.weight"
 
@@ -99,23 +123,68 @@ def parse_config(raw: Mapping[str, Any], source: str) -> T5Config:
     Raises:
         ValueError: names every field that is unknown, missing or has a value that is not handled.
     """
-    model_type = raw["model_type"]
-    problems = hf_fields.field_problems(raw, USED | hf_fields.IGNORED, FIXED)
-    projection = raw.get("feed_forward_proj", DEFAULT_FEED_FORWARD[model_type])
+    problems = hf_fields.field_problems(raw, USED | IGNORED, FIXED)
+    projection = _feed_forward(raw)
     problems += _size_problems(raw) + _activation_problems(raw, projection) + _scale_problems(raw)
     if problems:
         raise ValueError(f"{source} cannot be used:\n  " + "\n  ".join(problems))
+    _warn(raw, source)
     optional = {**OPTIONAL, **{name: raw[name] for name in OPTIONAL if name in raw}}
     return T5Config(
         **{ours: raw[theirs] for theirs, ours in SIZES.items()},
-        num_decoder_layers=optional["num_decoder_layers"] or raw["num_layers"],
+        **{ours: _special_id(raw, theirs) for theirs, (ours, _) in SPECIAL_IDS.items()},
+        num_decoder_layers=(
+            0 if is_encoder_only(raw) else optional["num_decoder_layers"] or raw["num_layers"]
+        ),
         mlp_activations=ACTIVATIONS[projection][0],
         dropout_rate=float(optional["dropout_rate"]),
-        logits_via_embedding=scales_logits(raw),
+        logits_via_embedding=scales_logits(raw) and not is_encoder_only(raw),
+        shared_relpos_bias=raw["model_type"] != "umt5",
         relpos_num_buckets=optional["relative_attention_num_buckets"],
         relpos_max_distance=optional["relative_attention_max_distance"],
         layer_norm_epsilon=float(optional["layer_norm_epsilon"]),
     )
+
+
+def is_encoder_only(raw: Mapping[str, Any]) -> bool:
+    """Returns whether the model is an encoder without a decoder."""
+    if raw.get("is_encoder_only") or raw.get("is_encoder_decoder") is False:
+        return True
+    return any(str(name).endswith("EncoderModel") for name in raw.get("architectures") or ())
+
+
+def _special_id(raw: Mapping[str, Any], name: str) -> int:
+    """A token id; transformers writes several ends as a list, of which there is one here."""
+    value = raw.get(name)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return SPECIAL_IDS[name][1] if value is None else value
+
+
+def _feed_forward(raw: Mapping[str, Any]) -> Any:
+    """Returns feed_forward_proj; without it, what the fields that follow from it say."""
+    default = DEFAULT_FEED_FORWARD[raw["model_type"]]
+    if "feed_forward_proj" in raw:
+        return raw["feed_forward_proj"]
+    _, function, gated = ACTIVATIONS[default]
+    wanted = raw.get("dense_act_fn", function), raw.get("is_gated_act", gated)
+    return next((name for name, entry in ACTIVATIONS.items() if entry[1:] == wanted), wanted)
+
+
+def _warn(raw: Mapping[str, Any], source: str) -> None:
+    """Says what a reader of the config could take for something else."""
+    if "chronos_config" in raw:
+        _logger.warning(
+            "%s: the model reads and writes token ids; scaling numbers to tokens and back, as "
+            "chronos_config says, is not part of it",
+            source,
+        )
+    if _scale_by_mistake(raw):
+        _logger.warning(
+            "%s: scale_decoder_outputs=true is taken for a mistake of transformers 5.0.0, which "
+            "wrote it for every model: a gated T5 does not scale its logits",
+            source,
+        )
 
 
 def _size_problems(raw: Mapping[str, Any]) -> list[str]:
@@ -124,6 +193,13 @@ def _size_problems(raw: Mapping[str, Any]) -> list[str]:
         counts.append("num_decoder_layers")
     limits = {"dropout_rate": 1.0, "layer_norm_epsilon": float("inf")}
     missing = [f"missing field {name}" for name in SIZES if name not in raw]
+    size = raw.get("vocab_size")
+    ids = {name: _special_id(raw, name) for name in SPECIAL_IDS}
+    missing += [
+        f"{name}={value!r} is not one token below vocab_size={size!r}"
+        for name, value in ids.items()
+        if type(value) is not int or not 0 <= value < (size if type(size) is int else value + 1)
+    ]
     return missing + hf_fields.count_problems(raw, counts) + hf_fields.number_problems(raw, limits)
 
 
@@ -141,6 +217,13 @@ def _activation_problems(raw: Mapping[str, Any], projection: Any) -> list[str]:
 def _written_by_5(raw: Mapping[str, Any]) -> bool:
     major = str(raw.get("transformers_version", "")).split(".")[0]
     return major.isdigit() and int(major) >= 5
+
+
+def _scale_by_mistake(raw: Mapping[str, Any]) -> bool:
+    """Whether scale_decoder_outputs is true where transformers 5.0.0 wrote it for every T5."""
+    written = raw.get("transformers_version") == "5.0.0" and raw.get("scale_decoder_outputs")
+    gated = str(_feed_forward(raw)).startswith("gated")
+    return bool(written) and raw["model_type"] != "mt5" and gated
 
 
 def _scale_problems(raw: Mapping[str, Any]) -> list[str]:
@@ -167,6 +250,8 @@ def scales_logits(raw: Mapping[str, Any]) -> bool:
     """
     if raw["model_type"] == "mt5":
         return False
+    if _scale_by_mistake(raw):
+        return False
     if raw.get("scale_decoder_outputs") is not None:
         return raw["scale_decoder_outputs"]
     return raw.get("tie_word_embeddings") is not False
@@ -185,8 +270,13 @@ def format_config(config: T5Config, dtype: str) -> dict[str, Any]:
         dtype: name of the weights' dtype.
 
     Raises:
-        ValueError: if the activations have no name in Hugging Face's T5.
+        ValueError: if the activations have no name in Hugging Face's T5; if there is a head.
     """
+    if config.head is not None:
+        raise ValueError(
+            f"head={config.head!r} is no part of a Hugging Face encoder; train it with a method "
+            "that leaves its base frozen, and it is saved in an adapter file"
+        )
     names = [name for name, entry in ACTIVATIONS.items()
              if entry[0] == tuple(config.mlp_activations)]  # fmt: skip
     if not names:
@@ -195,20 +285,20 @@ def format_config(config: T5Config, dtype: str) -> dict[str, Any]:
             f"only {[entry[0] for entry in ACTIVATIONS.values()]} can."
         )
     _, function, gated = ACTIVATIONS[names[0]]
+    model_type = "t5" if config.shared_relpos_bias else "umt5"
+    kind = "ForConditionalGeneration" if config.num_decoder_layers else "EncoderModel"
     return {
         **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
-        "architectures": ["T5ForConditionalGeneration"],
-        "decoder_start_token_id": 0,
+        **{theirs: getattr(config, ours) for theirs, (ours, _) in SPECIAL_IDS.items()},
+        "architectures": [model_type.upper() + kind],
         "dense_act_fn": function,
         "dropout_rate": config.dropout_rate,
-        "eos_token_id": 1,
         "feed_forward_proj": names[0],
-        "is_encoder_decoder": True,
+        "is_encoder_decoder": config.num_decoder_layers > 0,
         "is_gated_act": gated,
         "layer_norm_epsilon": config.layer_norm_epsilon,
-        "model_type": "t5",
-        "num_decoder_layers": config.num_decoder_layers,
-        "pad_token_id": 0,
+        "model_type": model_type,
+        "num_decoder_layers": config.num_decoder_layers or config.num_encoder_layers,
         "relative_attention_max_distance": config.relpos_max_distance,
         "relative_attention_num_buckets": config.relpos_num_buckets,
         "tie_word_embeddings": config.logits_via_embedding,
@@ -224,6 +314,12 @@ def _equal(first: np.ndarray, second: np.ndarray) -> bool:
 def _resolve_embeddings(tensors: dict, raw: Mapping, source: str) -> dict:
     """Leaves one tensor for each embedding of the model: SHARED, and HEAD if it is not scaled."""
     tensors = {name: leaf for name, leaf in tensors.items() if name not in UNUSED}
+    if is_encoder_only(raw):  # transformers ignores a decoder beside such a model, too
+        tensors = {
+            name: leaf
+            for name, leaf in tensors.items()
+            if name != HEAD and not name.startswith("decoder.")
+        }
     present = [name for name in (SHARED, *COPIES) if name in tensors]
     if not present:
         return tensors
@@ -240,11 +336,16 @@ def _resolve_embeddings(tensors: dict, raw: Mapping, source: str) -> dict:
         )
     kept = {name: leaf for name, leaf in tensors.items() if name not in (*present, *tied)}
     kept[SHARED] = shared
-    if may_share_unscaled(raw):
+    if may_share_unscaled(raw) and not is_encoder_only(raw):
         kept.setdefault(HEAD, shared)
     return kept
 
 
 HUGGINGFACE = HuggingFace(
-    tuple(DEFAULT_FEED_FORWARD), parse_config, format_config, tensor_name, _resolve_embeddings
+    tuple(DEFAULT_FEED_FORWARD),
+    parse_config,
+    format_config,
+    tensor_name,
+    _resolve_embeddings,
+    refused=REFUSED,
 )

@@ -59,12 +59,12 @@ class EncoderLayer(nn.Module):
 
     Attributes:
         config: sizes, options and methods.
-        relpos_bias: the bias that all layers share; None for none.
+        shared_bias: the bias that all layers share; None for one of its own, or none.
         layer_index: from 0.
     """
 
     config: T5Config
-    relpos_bias: nn.Module | None
+    shared_bias: nn.Module | None
     layer_index: int
 
     @nn.compact
@@ -79,12 +79,15 @@ class EncoderLayer(nn.Module):
         cfg = self.config
         attention, mlp = _attention(cfg, "attention"), _mlp(cfg)
         mlp_norm = _norm(cfg, "pre_mlp_layer_norm")
+        relpos_bias = self.shared_bias
+        if not cfg.shared_relpos_bias:
+            relpos_bias = _relpos_bias(cfg, bidirectional=True)
         dropout = _dropout(cfg, deterministic)
 
         def layer(tokens: Tokens, context: Tokens) -> Array:
             bias = None
-            if self.relpos_bias is not None:
-                bias = self.relpos_bias(tokens.positions, context.positions)
+            if relpos_bias is not None:
+                bias = relpos_bias(tokens.positions, context.positions)
             y = attention(
                 tokens.u,
                 attention.keys_values(context.u),
@@ -107,12 +110,12 @@ class DecoderLayer(nn.Module):
 
     Attributes:
         config: sizes, options and methods.
-        relpos_bias: the bias that all layers share.
+        shared_bias: the bias that all layers share; None for one of its own.
         layer_index: from 0.
     """
 
     config: T5Config
-    relpos_bias: nn.Module
+    shared_bias: nn.Module | None
     layer_index: int
 
     @nn.compact
@@ -128,6 +131,9 @@ class DecoderLayer(nn.Module):
     ) -> Float[Array, "b t d"]:
         """[B, T, D] -> [B, T, D]; see `Transformer.decode` for R and the cache."""
         cfg = self.config
+        relpos_bias = self.shared_bias
+        if not cfg.shared_relpos_bias:
+            relpos_bias = _relpos_bias(cfg, bidirectional=False)
         dropout = _dropout(cfg, deterministic)
 
         def self_attention(u):
@@ -140,7 +146,7 @@ class DecoderLayer(nn.Module):
             visible = (key_positions[:, None, :] <= query_positions[:, :, None])[:, None]
             if self_mask is not None:
                 visible &= self_mask
-            bias = self.relpos_bias(query_positions, key_positions)
+            bias = relpos_bias(query_positions, key_positions)
             return attention(u, (key, value), visible, bias, deterministic=deterministic)
 
         def cross_attention(q):
@@ -174,7 +180,7 @@ class Encoder(nn.Module):
     Attributes:
         config: sizes and options.
         embedding: the inputs as vectors, [B, N, ...] -> [B, N, D].
-        relative_positions: whether the layers share a relative position bias.
+        relative_positions: whether there is a relative position bias.
     """
 
     config: T5Config
@@ -192,10 +198,11 @@ class Encoder(nn.Module):
         """Inputs [B, N, ...] -> [B, N, D]; `mask` is False for padding."""
         cfg = self.config
         dropout = _dropout(cfg, deterministic)
-        relpos_bias = _relpos_bias(cfg, bidirectional=True) if self.relative_positions else None
+        shared = self.relative_positions and cfg.shared_relpos_bias
+        shared_bias = _relpos_bias(cfg, bidirectional=True) if shared else None
         x = dropout(self.embedding(encoder_input_tokens))
         for i in range(cfg.num_encoder_layers):
-            x = EncoderLayer(cfg, relpos_bias, i, name=f"layers_{i}")(
+            x = EncoderLayer(cfg, shared_bias, i, name=f"layers_{i}")(
                 x, mask, segment_ids, deterministic
             )
         x = _norm(cfg, "encoder_norm")(x)
@@ -227,10 +234,12 @@ class Decoder(nn.Module):
         """Tokens [B, T] -> logits [B, T, V] float32; see `Transformer.decode`."""
         cfg = self.config
         dropout = _dropout(cfg, deterministic)
-        relpos_bias = _relpos_bias(cfg, bidirectional=False)
+        shared_bias = None
+        if cfg.shared_relpos_bias:
+            shared_bias = _relpos_bias(cfg, bidirectional=False)
         y = dropout(self.shared_embedding(decoder_input_tokens))
         for i in range(cfg.num_decoder_layers):
-            y = DecoderLayer(cfg, relpos_bias, i, name=f"layers_{i}")(
+            y = DecoderLayer(cfg, shared_bias, i, name=f"layers_{i}")(
                 y, encoded, self_mask, cross_mask, deterministic, decode, cache_encoded
             )
         y = dropout(_norm(cfg, "decoder_norm")(y))

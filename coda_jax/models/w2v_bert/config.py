@@ -36,6 +36,7 @@ class W2vBertConfig(T5Config):
     family: ClassVar[str] = "wav2vec2-bert"
     heads: ClassVar[tuple[str, ...]] = (r"^ctc_head/",)
     head_fields: ClassVar[tuple[str, ...]] = ("vocab_size", "blank_id")
+    head_kinds: ClassVar[tuple[str, ...]] = ()
 
     emb_dim: int = 1024
     num_heads: int = 16
@@ -67,6 +68,11 @@ class W2vBertConfig(T5Config):
                 f"W2vBertConfig.blank_id must be below vocab_size={self.vocab_size}, "
                 f"got {self.blank_id}"
             )
+
+    @property
+    def lacks_head(self) -> bool:
+        """Whether there is neither a CTC head nor a decoder."""
+        return not self.vocab_size
 
     def network(self) -> nn.Module:
         """`SpeechToText` where there is a decoder, else `SpeechCTC`."""
@@ -106,6 +112,11 @@ class W2vBertConfig(T5Config):
         distances = self.max_left_distance + 1 + self.max_right_distance
         flops += 2 * tokens * self.num_heads * self.head_dim * distances
         return flops + 2 * tokens * self.emb_dim * self.conv_width
+
+    def output_flops(self, inputs: int, targets: int) -> float:
+        """The logits of T outputs of the decoder, or of the N frames."""
+        places = targets if self.num_decoder_layers else inputs
+        return 2 * places * self.emb_dim * self.vocab_size
 
     def input_flops(self, length: int) -> float:
         """The projection of N frames."""

@@ -1,0 +1,90 @@
+"""What `coda predict` writes of an encoder: labels and numbers of a head, or its outputs."""
+
+from collections.abc import Callable, Iterable, Mapping
+import json
+import pathlib
+import sys
+
+from absl import logging
+import numpy as np
+from tqdm import tqdm
+
+from coda_jax.checkpoints.tensor_files import write_tensors
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.inference import Decoding, Encodings
+from coda_jax.objectives import model_for
+
+EMBEDDING = "embeddings"  # the tensor with a vector for each input
+
+
+def write_descriptions(
+    model: LoadedModel, decoding: Decoding, chunks: Iterable, encode: Callable, output: str
+) -> None:
+    """Writes one JSON line with the input and its "prediction" for each, in their order.
+
+    Args:
+        model: an encoder with a head.
+        decoding: the size of batches and the longest input.
+        chunks: lists of records.
+        encode: (record) -> its input.
+        output: the JSONL file, or "-" for standard output.
+    """
+    describe = model_for(model.config).describe
+    lines = (
+        json.dumps({**record, **describe(outputs)}, ensure_ascii=False) + "\n"
+        for record, outputs in _encoded(model, decoding, chunks, encode, None)
+    )
+    if output == "-":
+        sys.stdout.writelines(lines)
+        return
+    with open(output, "w") as file:
+        file.writelines(lines)
+
+
+def write_embeddings(
+    model: LoadedModel,
+    decoding: Decoding,
+    chunks: Iterable,
+    encode: Callable,
+    output: str,
+    embed: str,
+) -> None:
+    """Writes the encoder's outputs as safetensors, float32.
+
+    Args:
+        model: any with an encoder.
+        decoding: the size of batches and the longest input.
+        chunks: lists of records.
+        encode: (record) -> its input.
+        output: the file.
+        embed: "mean" for one tensor "embeddings" [inputs, D]; "tokens" for a tensor [n, D] for
+            each input, named by its number from 0.
+
+    Raises:
+        ValueError: the output is standard output.
+    """
+    if output == "-":
+        raise ValueError("embeddings are written to a file: give OUTPUT, such as out.safetensors")
+    found = [outputs for _, outputs in _encoded(model, decoding, chunks, encode, embed)]
+    one = {EMBEDDING: np.stack(found)} if embed == "mean" else None
+    write_tensors(pathlib.Path(output), one or {str(i): x for i, x in enumerate(found)})
+
+
+def _encoded(
+    model: LoadedModel, decoding: Decoding, chunks: Iterable, encode: Callable, embed: str | None
+) -> Iterable[tuple[Mapping, np.ndarray]]:
+    """(record, outputs) of each input, in their order."""
+    encodings = Encodings(model.config, model.params, decoding, embed)
+    with tqdm(unit="example", file=sys.stderr) as progress:
+        for chunk in chunks:
+            outputs = {}
+            for index, found in encodings([encode(record) for record in chunk]):
+                outputs[index] = found
+                progress.update()
+            yield from ((record, outputs[index]) for index, record in enumerate(chunk))
+    if encodings.num_truncated:
+        logging.warning(
+            "%d inputs were longer than %d tokens and were cut",
+            encodings.num_truncated,
+            decoding.max_input_length,
+        )

@@ -1,0 +1,136 @@
+"""JSONL files whose lines have "inputs" and a "label": a class, or a number.
+
+A label is a target of one number: that of its class among all, or the value itself.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import numpy as np
+
+from coda_jax.data import jsonl
+from coda_jax.data.vocabularies import Vocabulary, load_vocabulary
+
+Rows = Sequence[tuple[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelTask:
+    """Texts with labels by split, and the vocabulary of the texts.
+
+    Attributes:
+        name: of the task.
+        rows: for each split, (text, label) of each line.
+        labels: names of the classes; none where labels are numbers.
+        vocabulary_path: a path, or "bytes", for `load_vocabulary`.
+    """
+
+    name: str
+    rows: dict[str, Rows] = dataclasses.field(repr=False)
+    labels: tuple[str, ...]
+    vocabulary_path: str
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary, which is loaded when it is first used."""
+        return load_vocabulary(self.vocabulary_path)
+
+    def examples(self, split: str) -> list[dict[str, np.ndarray]]:
+        """{"inputs", "targets"} of each line: int32 tokens with EOS at the end, and one number.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if split not in self.rows:
+            raise ValueError(f"{self.name} has no split {split!r}, only {sorted(self.rows)}")
+        return [
+            {"inputs": self._tokens(text), "targets": self._target(label)}
+            for text, label in self.rows[split]
+        ]
+
+    def _tokens(self, text: str) -> np.ndarray:
+        return np.array([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
+
+    def _target(self, label: Any) -> np.ndarray:
+        if not self.labels:
+            return np.array([label], np.float32)
+        return np.array([self.labels.index(label)], np.int32)
+
+
+def read_labels(path: str | os.PathLike) -> tuple[str, ...]:
+    """The classes of a file, sorted; a number that is a label is read as its text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line without a label, or with one that is no text and no whole number.
+    """
+    return tuple(sorted({_class(place, label) for place, _, label in _rows(path)}))
+
+
+def labelled_task(
+    *,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    test_file: str | None = None,
+    vocabulary: str,
+    labels: Sequence[str],
+) -> str:
+    """Returns the name of the task over these files. For gin files.
+
+    Args:
+        train_file: the file of the split "train", if there is one: JSONL with "inputs" and "label".
+        validation_file: of the split "validation", if there is one.
+        test_file: of the split "test", if there is one.
+        vocabulary: a path, or "bytes", for `load_vocabulary`.
+        labels: names of the classes; none where labels are numbers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no file, or a bad line; file and line are named.
+    """
+    files = {"train": train_file, "validation": validation_file, "test": test_file}
+    given = {split: path for split, path in files.items() if path is not None}
+    labels = tuple(labels)
+    name = jsonl.hashed_name("labels", (*files.values(), vocabulary, labels))
+    if not given:
+        raise ValueError(
+            f"Task {name!r} needs at least one of {[f'{split}_file' for split in files]}"
+        )
+    rows = {
+        split: [(text, _value(place, label, labels)) for place, text, label in _rows(path)]
+        for split, path in given.items()
+    }
+    task = LabelTask(name, rows, labels, vocabulary)
+    _ = task.vocabulary  # which is loaded, or refused, here
+    jsonl.TASKS[name] = task
+    return name
+
+
+def _rows(path: str | os.PathLike):
+    """(file:line, text, label) of each line."""
+    for place, record in jsonl.read_records(path):
+        for field in ("inputs", "label"):
+            if field not in record:
+                raise ValueError(f"{place}: the field {field!r} is missing")
+        if not isinstance(record["inputs"], str):
+            raise ValueError(f"{place}: 'inputs' must be a string: {record['inputs']!r}")
+        yield place, record["inputs"], record["label"]
+
+
+def _class(place: str, label: Any) -> str:
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise ValueError(f"{place}: the label of a class must be a text or whole number: {label!r}")
+    return str(label)
+
+
+def _value(place: str, label: Any, labels: tuple[str, ...]) -> str | float:
+    if labels:
+        if (label := _class(place, label)) not in labels:
+            raise ValueError(f"{place}: the label {label!r} is none of {labels}")
+        return label
+    if isinstance(label, bool) or not isinstance(label, int | float) or not np.isfinite(label):
+        raise ValueError(f"{place}: the label must be a finite number: {label!r}")
+    return float(label)

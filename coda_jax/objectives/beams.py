@@ -1,0 +1,275 @@
+"""Beam search over a cached decoder, by the rules of T5X or of transformers.
+
+Both look at the 2M best continuations of the M live beams in each step: those that end compete with
+the finished beams, the M best of the others live on. They differ in how a finished beam is ranked,
+in which may finish, and in when a search is over; that is a record of rules.
+
+Axis letters: B batch, M beams, R = B * M rows of the decoder, P tokens that are given, the start
+token among them, L output tokens, V vocabulary, S states of the stop texts.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from coda_jax.nn.tokens import take
+from coda_jax.objectives import decoding
+from coda_jax.objectives import logits as processors
+from coda_jax.objectives.decoding import Cache, Inputs, Step, Stops
+from coda_jax.objectives.generation import Generation
+
+# The log-probability of what must not be chosen, as in T5X: finite, so that no `inf - inf` arises.
+_IMPOSSIBLE = -1e7
+
+
+@dataclasses.dataclass(frozen=True)
+class T5XRules:
+    """log p / ((5 + length) / 6)^alpha, the length with everything that was given.
+
+    Every beam that ends is a candidate, and the search goes on while a live beam could displace a
+    finished one at some length.
+
+    Attributes:
+        alpha: 0 for no length penalty; more favours longer outputs.
+        longest: L.
+        prefix_length: P - 1.
+    """
+
+    alpha: float
+    longest: int
+    prefix_length: int
+
+    def score(self, log_probs: Array, new_tokens: Array) -> Array:
+        """The score of a beam with so many tokens behind the prefix."""
+        return log_probs / self._penalty(self.prefix_length + new_tokens)
+
+    def hope(self, log_probs: Array, new_tokens: Array) -> Array:
+        """What live beams may still score: their present log-probability at the greatest length."""
+        del new_tokens
+        return log_probs / self._penalty(self.longest + 1)
+
+    def finishing(self, ended: Array, at_end: Array) -> Array:
+        """Which of the 2M continuations, best first, are candidates for the finished beams."""
+        del at_end  # a row in which no beam ends answers with its live ones
+        return ended
+
+    def settled(self, occupied: Array) -> Array:
+        """[B, 1], where full slots end the search."""
+        return jnp.zeros((occupied.shape[0], 1), bool)
+
+    def _penalty(self, length):
+        return jnp.float32((5 + length) / 6) ** self.alpha
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformersRules:
+    """log p / length^penalty, the length without what was given.
+
+    Only a beam that ends among the M best continuations is a candidate, and at the last place every
+    one of those is.
+
+    Attributes:
+        penalty: `length_penalty`.
+        early_stopping: see `Generation`.
+        longest: L.
+        prefix_length: P - 1.
+    """
+
+    penalty: float
+    early_stopping: bool | str
+    longest: int
+    prefix_length: int
+
+    def score(self, log_probs: Array, new_tokens: Array) -> Array:
+        """The score of a beam with so many tokens behind the prefix."""
+        return log_probs / jnp.float32(new_tokens) ** self.penalty
+
+    def hope(self, log_probs: Array, new_tokens: Array) -> Array:
+        """What live beams are thought to score at most; right only with "never"."""
+        if self.early_stopping == "never" and self.penalty > 0:
+            new_tokens = self.longest - self.prefix_length
+        return self.score(log_probs, new_tokens)
+
+    def finishing(self, ended: Array, at_end: Array) -> Array:
+        """Which of the 2M continuations, best first, are candidates for the finished beams."""
+        among_best = jnp.arange(ended.shape[1]) < ended.shape[1] // 2
+        return (ended | at_end) & among_best
+
+    def settled(self, occupied: Array) -> Array:
+        """[B, 1], where full slots end the search."""
+        return occupied.all(axis=1, keepdims=True) & (self.early_stopping is True)
+
+
+Rules = T5XRules | TransformersRules
+
+
+class _Beams(NamedTuple):
+    """The state of a beam search; in each row the best beam comes first.
+
+    Attributes:
+        length: how many tokens the live beams have, the start token among them.
+        live: [B, M, 1 + L] tokens of the beams that go on.
+        live_log_probs: [B, M].
+        matched: [B, M] states of the stop texts; None without any.
+        finished: [B, M, 1 + L] tokens of the best beams that ended.
+        scores: [B, M] theirs.
+        occupied: [B, M], False where `finished` has no beam yet.
+        open: [B, 1], whether the search of a row goes on.
+        cache: of the live beams.
+    """
+
+    length: Int[Array, ""]
+    live: Int[Array, "b m t"]
+    live_log_probs: Float[Array, "b m"]
+    matched: UInt[Array, "b m"] | None
+    finished: Int[Array, "b m t"]
+    scores: Float[Array, "b m"]
+    occupied: Bool[Array, "b m"]
+    open: Bool[Array, "b 1"]
+    cache: Cache
+
+
+def beam_search(
+    model: nn.Module,
+    params: Any,
+    encoder_input_tokens: Inputs,
+    given: Int[Array, "r p"],
+    options: Generation,
+    stops: Stops | None = None,
+) -> tuple[Int[Array, "b m l"], Float[Array, "b m"]]:
+    """The M best outputs found.
+
+    By T5X's rules, a row in which no beam ended returns its live beams, with log-probabilities
+    without the length penalty. Slots for which there are fewer than M different outputs score below
+    -1e6.
+
+    Args:
+        model: the network; its config says the end token and that of padding.
+        params: its parameters.
+        encoder_input_tokens: as the model takes them.
+        given: [R, P] what the rows begin with, the start token first.
+        options: resolved; M is its `num_beams`.
+        stops: [S, V] as `data.stop_texts` makes them.
+
+    Returns:
+        tokens [B, M, L] int32, best first, the end token included and padding after it; scores
+        [B, M] float32, by which they are ranked: log-probabilities, processed as the options say,
+        under the length penalty.
+    """
+    longest, prefix_length = options.max_decode_length, given.shape[1] - 1
+    if options.length_penalty is None:
+        rules = T5XRules(options.alpha, longest, prefix_length)
+    else:
+        rules = TransformersRules(
+            options.length_penalty, options.early_stopping, longest, prefix_length
+        )
+    _, step, rows = decoding.begin(model, params, encoder_input_tokens, given, options, stops=stops)
+
+    def unfinished(beams):
+        return (beams.length <= longest) & beams.open.any()
+
+    def grow(beams):
+        return _grown(model, beams, step, options, rules, stops)
+
+    beams = lax.while_loop(unfinished, grow, _first_beams(rows, options.num_beams))
+    any_finished = beams.occupied.any(axis=1, keepdims=True)
+    tokens = jnp.where(any_finished[..., None], beams.finished, beams.live)
+    return tokens[..., 1:], jnp.where(any_finished, beams.scores, beams.live_log_probs)
+
+
+def _first_beams(rows: decoding.Rows, num_beams: int) -> _Beams:
+    """The beams before their first token."""
+    tokens = rows.tokens.reshape(-1, num_beams, rows.tokens.shape[1])
+    no_scores = jnp.full(tokens.shape[:2], _IMPOSSIBLE, jnp.float32)
+    return _Beams(
+        length=rows.length,
+        live=tokens,
+        live_log_probs=no_scores.at[:, 0].set(0.0),  # all beams are equal: only one may go on
+        matched=None if rows.matched is None else rows.matched.reshape(-1, num_beams),
+        finished=tokens,
+        scores=no_scores,
+        occupied=jnp.zeros(tokens.shape[:2], bool),
+        open=jnp.ones((tokens.shape[0], 1), bool),
+        cache=rows.cache,
+    )
+
+
+def _grown(
+    model: nn.Module,
+    beams: _Beams,
+    step: Step,
+    options: Generation,
+    rules: Rules,
+    stops: Stops | None,
+) -> _Beams:
+    """The beams after one more token."""
+    config, length, num_beams = model.config, beams.length, options.num_beams
+    log_probs, cache = _continuations(model, beams, step, options, rules)
+    vocab_size = log_probs.shape[1] // num_beams
+    # Twice as many as live on: if M of them end, M are left.
+    log_probs, chosen = lax.top_k(log_probs, 2 * num_beams)
+    parents, token = chosen // vocab_size, chosen % vocab_size
+    tokens = lax.dynamic_update_slice(take(beams.live, parents), token[..., None], (0, 0, length))
+    matched = None if beams.matched is None else take(beams.matched, parents)
+    ended, matched = decoding.after(matched, token, stops, config.eos_id)
+
+    live_log_probs, rank = lax.top_k(log_probs + ended * _IMPOSSIBLE, num_beams)
+    cache = _reorder(cache, take(parents, rank))
+
+    new_tokens = length - rules.prefix_length
+    finishing = rules.finishing(ended, length == rules.longest) & beams.open
+    scores = rules.score(log_probs, new_tokens) + ~finishing * _IMPOSSIBLE
+    scores, best = lax.top_k(jnp.concatenate([beams.scores, scores], axis=1), num_beams)
+    occupied = take(jnp.concatenate([beams.occupied, finishing], axis=1), best)
+    # The best live beam against the worst finished one.
+    hope = rules.hope(live_log_probs[:, :1], new_tokens)
+    can_improve = (hope > jnp.where(occupied, scores[:, -1:], _IMPOSSIBLE)).any(1, keepdims=True)
+    alive = live_log_probs[:, :1] >= _IMPOSSIBLE
+    return _Beams(
+        length=length + 1,
+        live=take(tokens, rank),
+        live_log_probs=live_log_probs,
+        matched=None if matched is None else take(matched, rank),
+        finished=take(jnp.concatenate([beams.finished, tokens], axis=1), best),
+        scores=scores,
+        occupied=occupied,
+        open=beams.open & can_improve & alive & ~rules.settled(occupied),
+        cache=cache,
+    )
+
+
+def _continuations(
+    model: nn.Module, beams: _Beams, step: Step, options: Generation, rules: Rules
+) -> tuple[Float[Array, "b mv"], Cache]:
+    """The log-probabilities of each beam with each next token, [B, M * V]."""
+    tokens = beams.live.reshape(-1, beams.live.shape[-1])
+    previous = lax.dynamic_index_in_dim(tokens, beams.length - 1, axis=1, keepdims=False)
+    logits, cache = step(beams.cache, previous)
+    log_probs = processors.processed(
+        jax.nn.log_softmax(logits),
+        tokens,
+        beams.length,
+        options,
+        rules.prefix_length + 1,
+        model.config.eos_id,
+    )
+    log_probs = log_probs.reshape(*beams.live.shape[:2], -1) + beams.live_log_probs[..., None]
+    return log_probs.reshape(beams.live.shape[0], -1), cache
+
+
+def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:
+    """Gives each beam its parent's keys and values; those of the encoding belong to all beams."""
+    first = jnp.arange(parents.shape[0])[:, None] * parents.shape[1]
+    rows = (first + parents).reshape(-1)
+
+    def reorder(path, leaf):
+        if path[-1].key in ("cached_key", "cached_value"):
+            return jnp.take(leaf, rows, axis=0, mode="clip")
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(reorder, cache)
