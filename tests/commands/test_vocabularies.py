@@ -74,10 +74,10 @@ def test_evaluate_undoes_the_padding_of_seqio(model, task, monkeypatch, name, pa
     seen = []
 
     class Recorder:
-        def __init__(self, *_):
-            pass
+        def __init__(self, config, params, decoding, vocabulary):
+            self.decoding = decoding
 
-        def __call__(self, inputs):
+        def __call__(self, inputs, first):
             seen.extend(x.tolist() for x in inputs)
             return ((i, np.resize(x, 8)) for i, x in enumerate(inputs))
 

@@ -117,7 +117,7 @@ def test_one_source_at_most():
 def test_jsonl_and_cache_files_need_neither_tensorflow_nor_seqio(tmp_path):
     code = f"""
 import sys
-for name in ("tensorflow", "seqio", "gin"):
+for name in ("tensorflow", "seqio", "gin", "tokenizers"):
     sys.modules[name] = None  # an import of it is an ImportError
 import coda_jax.data.audio, coda_jax.data.images
 from coda_jax.data import cache, jsonl, source, vocabularies

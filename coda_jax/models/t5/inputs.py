@@ -13,8 +13,9 @@ from coda_jax.models.t5.config import T5Config
 def random_tokens(
     config: T5Config, rng: np.random.Generator, batch: int, length: int
 ) -> np.ndarray:
-    """Ids [B, N] int32 from 2, the first that is neither padding nor end marker."""
-    return rng.integers(2, config.vocab_size, (batch, length)).astype(np.int32)
+    """Ids [B, N] int32, neither padding nor end marker."""
+    ids = np.setdiff1d(np.arange(config.vocab_size, dtype=np.int32), [config.pad_id, config.eos_id])
+    return ids[rng.integers(0, len(ids), (batch, length))]
 
 
 def read_texts(path: str) -> Iterator[dict[str, str]]:
