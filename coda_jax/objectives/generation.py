@@ -101,7 +101,9 @@ class Generation:
             if (value := getattr(self, name)) is not None and value > most:
                 raise ValueError(f"{self._called(name)} must be at most {most}, got {value!r}")
         if self.do_sample not in (None, False, True):
-            raise ValueError(f"{self._called('do_sample')} must be True or False, got {self.do_sample!r}")
+            raise ValueError(
+                f"{self._called('do_sample')} must be True or False, got {self.do_sample!r}"
+            )
         if self.early_stopping not in (None, *_EARLY_STOPPING):
             raise ValueError(
                 f"{self._called('early_stopping')} must be one of {_EARLY_STOPPING}, "
