@@ -1,5 +1,7 @@
 """Prediction in buckets: the answers of the plain search, few programs, order kept."""
 
+import dataclasses
+
 from helpers import config, random_params
 import jax
 import numpy as np
@@ -56,3 +58,93 @@ def test_long_inputs_are_cut_and_counted(rng):
 def test_lengths_of_zero_are_refused(name):
     with pytest.raises(ValueError, match=rf"Decoding\.{name} must be at least 1, got 0"):
         Decoding(**{name: 0})
+
+
+def test_all_candidates_come_with_their_scores(rng):
+    params = random_params(CONFIG)
+    decoding = {"max_decode_length": 5, "num_beams": 3, "length_penalty": 1.0, "batch_size": 4}
+    texts = inputs(rng, [3, 7, 5])
+    best = dict(Predictor(CONFIG, params, Decoding(**decoding))(texts))
+    predictor = Predictor(CONFIG, params, Decoding(**decoding, num_return_sequences=2))
+    for index, tokens, scores in predictor.candidates(texts):
+        assert tokens.shape == (2, 5) and scores.shape == (2,) and scores[0] >= scores[1]
+        np.testing.assert_array_equal(tokens[0], best[index])
+        assert (tokens[0] != tokens[1]).any()
+
+
+def test_draws_do_not_depend_on_the_order_and_the_batch(rng):
+    params = random_params(CONFIG)
+    texts = inputs(rng, [9, 3, 12, 5, 7])
+    decoding = Decoding(max_decode_length=6, do_sample=True, batch_size=2, seed=5)
+    predictor = Predictor(CONFIG, params, decoding)
+    together = dict(predictor(texts))
+    later = dict(predictor(texts[2:], first=2))
+    for index, tokens in later.items():
+        np.testing.assert_array_equal(tokens, together[index + 2])
+    others = dict(predictor(texts, first=9))
+    assert any((others[index] != tokens).any() for index, tokens in together.items())
+
+
+STREAMS = {
+    "greedy": {},
+    "prefix": {"decoder_prefix": (4, 9), "no_repeat_ngram_size": 1},
+    "sampling": {"do_sample": True, "temperature": 1.5, "seed": 3},
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_gives_the_tokens_of_the_answer_as_they_come(rng, name):
+    cfg, params = CONFIG.replace(eos_id=11), random_params(CONFIG, seed=2)
+    texts = inputs(rng, [3, 7, 5, 9, 2, 8])
+    decoding = Decoding(max_decode_length=9, batch_size=2, max_input_length=8, **STREAMS[name])
+    predictor = Predictor(cfg, params, decoding)
+    answers = dict(predictor(texts))
+    assert predictor.num_truncated == 1
+    lengths = set()
+    for number, text in enumerate(texts):
+        stream = predictor.stream(text, number)
+        first = next(stream)  # before the others are known
+        tokens = [first, *stream]
+        assert tokens == answers[number][: len(tokens)].tolist()
+        assert not (answers[number][len(tokens) :] != cfg.pad_id).any()
+        lengths.add(len(tokens))
+    assert predictor.num_truncated == 2
+    assert len(lengths) > 1  # some end
+
+
+def test_beams_are_not_streamed(rng):
+    predictor = Predictor(CONFIG, random_params(CONFIG), Decoding(num_beams=2))
+    with pytest.raises(ValueError, match="without beams, got num_beams=2"):
+        predictor.stream(*inputs(rng, [3]))
+
+
+class Letters:
+    """A vocabulary whose tokens are letters, from 2 on."""
+
+    def pieces(self):
+        return [b"", b"", *(bytes([letter]) for letter in range(97, 115))]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "length_penalty": 1.0}, {"num_beams": 2}])
+def test_an_output_ends_with_the_token_that_completes_a_stop_text(rng, options):
+    """Greedily it is the answer without stop texts, cut."""
+    params = random_params(CONFIG, seed=4)
+    texts = inputs(rng, [3, 7, 5, 9, 2, 8])
+    decoding = Decoding(max_decode_length=12, batch_size=6, **options)
+    free = dict(Predictor(CONFIG, params, decoding)(texts))
+    letters = b"".join(Letters().pieces()[token] for token in free[0]).decode()
+    decoding = dataclasses.replace(decoding, stop_strings=(letters[3:5], "zz"))
+    stopped = dict(Predictor(CONFIG, params, decoding, Letters())(texts))
+    ended = 0
+    for index, tokens in stopped.items():
+        found = b"".join(Letters().pieces()[token] for token in tokens).decode()
+        length = found.find(letters[3:5]) + 2
+        if length > 1:
+            ended += 1
+            assert not tokens[length:].any()
+        if not options:
+            expected = free[index][: length if length > 1 else None]
+            np.testing.assert_array_equal(tokens[: len(expected)], expected)
+    assert ended
+    with pytest.raises(ValueError, match="need a vocabulary"):
+        Predictor(CONFIG, params, decoding)

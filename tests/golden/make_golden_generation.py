@@ -83,7 +83,7 @@ def inputs() -> np.ndarray:
     return np.where(np.arange(NUM_TOKENS) < np.array(LENGTHS)[:, None], tokens, PAD)
 
 
-def outputs(folder: Path, tokens: np.ndarray, options: dict[str, Any]) -> tuple[list, list]:
+def outputs(folder: Path, tokens: np.ndarray, options: dict[str, Any], **more) -> tuple[list, list]:
     """Returns transformers' outputs [B][n][<= L], up to the end token, and their scores [B][n].
 
     The score is that of the search with beams, and the sum of the model's own log-probabilities
@@ -104,6 +104,7 @@ def outputs(folder: Path, tokens: np.ndarray, options: dict[str, Any]) -> tuple[
         output_logits=True,
         **IDS,
         **given,
+        **more,
     )
     rows = [_up_to_end(row, len(prefix)) for row in found.sequences[:, 1:].tolist()]
     if beams > 1:

@@ -5,12 +5,14 @@ import importlib.util
 import json
 import random
 
-from helpers import GOLDEN, TINY_SPEECH, config, random_params, random_tokens
+from helpers import GOLDEN, TINY_SPEECH, config, random_params
 import jax
 import numpy as np
 import pytest
 
 from coda_jax import checkpoints
+from coda_jax.data.stop_texts import stop_table
+from coda_jax.data.vocabularies import ByteVocabulary
 from coda_jax.objectives import CTC, Generation, Seq2Seq, model_for
 
 FOLDER = GOLDEN / "generation"
@@ -93,6 +95,31 @@ def test_many_options_at_once_give_what_transformers_gives(seed, reference, tmp_
     options = Generation(max_decode_length=LENGTH, **options)
     found = generate(cfg.replace(**IDS), params, INPUTS, options)
     assert_outputs(found, expected, IDS["pad_id"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3, "length_penalty": 1.0, "num_return_sequences": 3}],
+    ids=["greedy", "beams"],
+)
+def test_stop_texts_end_what_they_end_in_transformers(options, reference, tmp_path):
+    """Live, with ByT5's tokens, of which two in a row are the stop text."""
+    import transformers
+
+    cfg = config(vocab_size=24, num_encoder_layers=1)
+    params = random_params(cfg, seed=2)
+    checkpoints.save_hf(tmp_path, cfg, params)
+    free, _ = reference.outputs(tmp_path, INPUTS, options)
+    pieces = ByteVocabulary().pieces()
+    stop = next(b"".join(pieces[i] for i in row[2:4]) for rows in free for row in rows if row[4:])
+    stop = [stop.decode(), "no such text"]
+    more = {"stop_strings": stop, "tokenizer": transformers.ByT5Tokenizer()}
+    expected, _ = reference.outputs(tmp_path, INPUTS, options, **more)
+    assert expected != free
+    table = stop_table(ByteVocabulary(), stop, cfg.vocab_size)
+    options = Generation(max_decode_length=LENGTH, stop_strings=stop, **options)
+    found, scores = generate(cfg.replace(**IDS), params, INPUTS, options, stops=table)
+    assert_outputs((found, scores), (expected, scores), IDS["pad_id"])
 
 
 def test_each_input_may_have_its_own_prefix():
