@@ -35,6 +35,7 @@ _HOMES = {
     "OBJECTIVES": "objectives",
     "Decoding": "inference",
     "Predictor": "inference",
+    "encoder_of": "checkpoints",
     "load_adapter": "checkpoints",
     "load_hf": "checkpoints",
     "load_t5x": "checkpoints",

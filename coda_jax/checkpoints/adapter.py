@@ -26,6 +26,7 @@ import numpy as np
 import coda_jax
 from coda_jax import files, methods, trees
 from coda_jax.checkpoints import config_json, tensor_files
+from coda_jax.checkpoints.swap_in import encoder_of
 from coda_jax.methods import version_1
 from coda_jax.models import ModelConfig, param_shapes
 
@@ -246,7 +247,8 @@ def load_adapter(
 
     Args:
         path: the directory that `save_adapter` wrote, of version 1 or 2.
-        config: of the base, e.g. from `load_hf`; it says how to compute.
+        config: of the base, e.g. from `load_hf`; it says how to compute. Of an encoder-decoder the
+            encoder is taken alone where the adapter's model is one.
         params: the base's parameter tree. What an adapter file holds is replaced.
 
     Returns:
@@ -261,6 +263,8 @@ def load_adapter(
     directory = Path(path)
     manifest = read_manifest(directory)
     stored = _config(manifest, directory / MANIFEST)
+    if not stored.num_decoder_layers:
+        config, params = encoder_of(config, params)
     _check_config(directory, config, stored)
     saved = _tensors(directory, manifest)
     expected_saved, expected_frozen = methods.partition(stored, param_shapes(stored))

@@ -63,6 +63,7 @@ def convert(
     config: ModelConfig | None = None,
     methods: Sequence[Method] = (),
     step: int | None = None,
+    encoder_only: bool = False,
 ) -> None:
     """Writes a checkpoint in another layout.
 
@@ -81,6 +82,7 @@ def convert(
         config: sizes, for a T5X checkpoint; None to read them off its shapes.
         methods: how the model of a T5X checkpoint is adapted.
         step: takes the checkpoint of that step from a run; None for the newest.
+        encoder_only: whether the encoder of an encoder-decoder is written alone.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or files of it are missing.
@@ -92,6 +94,9 @@ def convert(
     folder = hub.find(source)
     options = {"base": base, "config": config, "methods": tuple(methods) or None, "step": step}
     read = _read(folder, {name: x for name, x in options.items() if x is not None})
+    if encoder_only:
+        config, params = checkpoints.encoder_of(read.config, read.params)
+        read = dataclasses.replace(read, config=config, params=params)
     WRITERS[layout](Path(output), read)
     if layout != "adapter":
         _copy_vocabulary([folder, *([hub.find(base)] if base else [])], Path(output))

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from coda_jax.checkpoints import huggingface, load_hf, save_hf
-from coda_jax.checkpoints.swap_in import encoder_of
+from coda_jax.checkpoints import encoder_of, huggingface, load_hf, save_hf
 
 NAMES = ("v1_1", "v1_0", "mt5", "byt5")
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"

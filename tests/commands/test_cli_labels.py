@@ -3,7 +3,7 @@
 import json
 
 from command_line import coda
-from helpers import TINY, random_params
+from helpers import TINY, assert_same_tree, random_params
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from coda_jax import checkpoints
-from coda_jax.checkpoints.swap_in import encoder_of
 from coda_jax.commands.loading import load_model
 from coda_jax.objectives import model_for
 
@@ -66,7 +65,7 @@ def test_the_adapter_holds_the_head_and_its_base_is_whole(trained, base):
     folder, given = trained
     config, params = checkpoints.load_adapter(
         folder / "export" / "adapter",
-        *encoder_of(*checkpoints.load_hf(base)),
+        *checkpoints.load_hf(base),  # an encoder-decoder: its encoder is taken
     )
     assert config.head == given["HEAD"]
     assert config.labels == (("no", "yes") if config.head == "classification" else ())
@@ -113,6 +112,17 @@ def test_evaluate_and_predict_agree_with_the_run(trained, tmp_path):
         errors = [abs(a - len(row["inputs"]) / 10) for a, row in zip(answers, ROWS, strict=True)]
         mean = sum(errors) / len(errors)
         assert mean == pytest.approx(expected["mean_absolute_error"], abs=1e-4)
+
+
+def test_an_encoder_alone_is_written_as_a_checkpoint(base, tmp_path):
+    given = {"INPUT": base, "OUTPUT": tmp_path / "alone", "LAYOUT": "hf", "ENCODER_ONLY": True}
+    coda("convert", ["runs/convert.gin"], given)
+    raw = json.loads((tmp_path / "alone" / "config.json").read_text())
+    assert raw["architectures"] == ["T5EncoderModel"]
+    config, params = checkpoints.load_hf(tmp_path / "alone")
+    expected, same = checkpoints.encoder_of(*checkpoints.load_hf(base))
+    assert config == expected
+    assert_same_tree(params, same)
 
 
 def test_outputs_of_the_encoder_are_written_as_safetensors(base, tmp_path):
