@@ -12,7 +12,7 @@ are trained, and the model answers several times faster than one with plain adap
         methods=(coda_jax.Coda(reduction=3.0), coda_jax.ParallelAdapter(bottleneck=64))
     )
     params = coda_jax.swap_in(config, params, jax.random.key(0))  # strict: lists wrong leaves
-    model = coda_jax.model_for(config)          # .logits .loss .predict .encode .routing
+    model = coda_jax.model_for(config)          # .logits .loss .predict .generate .encode ...
     coda_jax.save_adapter("my_adapter", config, params)
 
 Methods are frozen dataclasses, listed in METHODS: any of them alone, or several in
@@ -34,6 +34,7 @@ _HOMES = {
     "METHODS": "methods",
     "OBJECTIVES": "objectives",
     "Decoding": "inference",
+    "Generation": "objectives",
     "Predictor": "inference",
     "encoder_of": "checkpoints",
     "load_adapter": "checkpoints",

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coda_jax import methods, trees
 from coda_jax.commands import export as command
 from coda_jax.commands.export import export
 from coda_jax.commands.loading import LoadedModel
+from coda_jax.data.vocabularies import ByteVocabulary
 from coda_jax.inference import Decoding, Predictor
 
 CONFIG = config(coda={"reduction": 2.0})
@@ -78,3 +80,30 @@ def test_bad_requests_are_refused(model, folder, tmp_path):
         export(model, str(folder), DECODING)
     with pytest.raises(ValueError, match=r"at least 1, got \[2, 0\]"):
         export(model, str(tmp_path), DECODING, batch_sizes=[2, 0])
+
+
+def test_drawn_outputs_are_those_of_the_predictor(tmp_path, rng):
+    """A program takes the seed and the inputs' numbers, and follows stop texts."""
+    cfg = CONFIG.replace(vocab_size=384)
+    model = LoadedModel(cfg, random_params(cfg), None)
+    options = {"do_sample": True, "num_return_sequences": 2, "seed": 7, "stop_strings": ["\n", "b"]}
+    decoding = Decoding(max_input_length=32, max_decode_length=4, batch_size=2, **options)
+    export(model, str(tmp_path), decoding, vocabulary="bytes")
+    manifest = json.loads((tmp_path / command.MANIFEST_NAME).read_text())
+    assert manifest["arguments"] == ["weights", "inputs", "seed", "numbers"]
+    assert manifest["results"] == ["tokens", "scores"]
+    assert manifest["decoding"].items() >= options.items()
+    inputs = rng.integers(2, 20, (4, 32)).astype(np.int32)
+    (name,) = manifest["programs"]
+    program = jax.export.deserialize((tmp_path / name).read_bytes())
+    _, merged = methods.merge(cfg, model.params)
+    weights = [leaf for _, leaf in trees.flatten(merged).items()]
+    numbers = np.array([3, 1], np.uint32)
+    tokens, scores = program.call(weights, inputs[numbers], np.uint32(7), numbers)
+    predictor = Predictor(cfg, model.params, decoding, ByteVocabulary())
+    for index, expected, expected_scores in predictor.candidates(list(inputs)):
+        for row in np.flatnonzero(numbers == index):
+            np.testing.assert_array_equal(tokens[row], expected)
+            np.testing.assert_allclose(scores[row], expected_scores, rtol=1e-5)
+    others, _ = program.call(weights, inputs[numbers], np.uint32(8), numbers)
+    assert (np.asarray(others) != tokens).any()

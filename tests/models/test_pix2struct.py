@@ -20,7 +20,7 @@ import pytest
 from coda_jax import methods, trees
 from coda_jax.data import batches
 from coda_jax.models.pix2struct.config import Pix2StructConfig
-from coda_jax.objectives import Seq2Seq, decoding
+from coda_jax.objectives import Seq2Seq
 
 config = functools.partial(helpers.config, base=TINY_IMAGES)
 DENSE = config(num_encoder_layers=1)
@@ -101,8 +101,8 @@ def test_an_image_with_more_rows_than_positions_is_not_read_in_silence(rng):
 def test_cached_decoding_gives_the_tokens_of_the_uncached_network(cfg, rng):
     params = random_params(cfg)
     patches = random_patches(rng, SIZES[:3], 12)
-    search = jax.jit(functools.partial(decoding.greedy, cfg.network(), max_decode_length=5))
-    tokens, _ = search(params, patches)
+    search = jax.jit(functools.partial(Seq2Seq(cfg).predict, max_decode_length=5))
+    tokens = search(params, patches)
     ones = np.ones_like(tokens)
     found = logits(cfg, params, patches, shift_right(np.asarray(tokens)), ones).argmax(-1)
     before_end = np.cumsum(tokens == 1, axis=-1) - (tokens == 1) == 0

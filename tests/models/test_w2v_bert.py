@@ -18,7 +18,7 @@ import pytest
 
 from coda_jax import methods, trees
 from coda_jax.models.w2v_bert.config import W2vBertConfig
-from coda_jax.objectives import CTC, decoding
+from coda_jax.objectives import CTC, Seq2Seq
 
 config = functools.partial(helpers.config, base=TINY_SPEECH)
 METHODS = {
@@ -150,8 +150,8 @@ def test_cached_decoding_gives_the_tokens_of_the_uncached_network(rng):
     cfg = one_layer("k_to_k").replace(num_decoder_layers=1)
     params = random_params(cfg)
     frames = random_frames(rng, [12, 2, 6], 12)
-    search = jax.jit(functools.partial(decoding.greedy, cfg.network(), max_decode_length=5))
-    tokens, _ = search(params, frames)
+    search = jax.jit(functools.partial(Seq2Seq(cfg).predict, max_decode_length=5))
+    tokens = search(params, frames)
     ones = np.ones_like(tokens)
     found = logits(cfg, params, frames, shift_right(np.asarray(tokens)), ones).argmax(-1)
     before_end = np.cumsum(tokens == 1, axis=-1) - (tokens == 1) == 0

@@ -303,7 +303,7 @@ def answer_bindings(folder):
     }
 
 
-def coda(program, folder, output):
+def coda(program, folder, output, num_beams=4):
     """Runs our command on the same lines; returns the file that it wrote."""
     bindings = {
         "INITIAL_CHECKPOINT_PATH": f"'{bundled.CODA}'",
@@ -311,7 +311,7 @@ def coda(program, folder, output):
         "TASK_FEATURE_LENGTHS": "{'inputs': 128, 'targets': 32}",
         "Decoding.max_decode_length": "32",
         "Decoding.max_input_length": "128",
-        "Decoding.num_beams": "4",
+        "Decoding.num_beams": str(num_beams),
         "OUTPUT": f"'{output}/output'",
     }
     file = f"'{folder}/validation.jsonl'"
@@ -344,6 +344,16 @@ def test_inference_gives_our_predictions(answering, tmp_path):
     theirs = [json.loads(line)["prediction"] for line in file.read_text().splitlines()]
     ours = coda("predict", answering, tmp_path).read_text().splitlines()
     # The task strips what it is given; a command writes what the model answers.
+    assert theirs == [json.loads(line)["prediction"].strip() for line in ours]
+
+
+def test_sampling_is_t5xs_and_the_likeliest_token_alone_is_greedy(answering, tmp_path):
+    bindings = answer_bindings(answering) | {"INFER_OUTPUT_DIR": f"'{answering}/sampled'"}
+    bindings |= {"SPLIT": "'validation'", "TOP_K": "1", "TEMPERATURE": "0.8", "NUM_SAMPLES": "2"}
+    run("infer", ["t5x/infer.gin", "t5x/sampling.gin", *ANSWER_FILES], bindings, answering)
+    (file,) = answering.glob("sampled/*.jsonl-00000-of-00001")
+    theirs = [json.loads(line)["prediction"] for line in file.read_text().splitlines()]
+    ours = coda("predict", answering, tmp_path, num_beams=1).read_text().splitlines()
     assert theirs == [json.loads(line)["prediction"].strip() for line in ours]
 
 

@@ -1,0 +1,124 @@
+"""What `coda predict` writes beside the best output: scores, several outputs, growing texts."""
+
+import json
+import logging
+import sys
+
+from helpers import config, random_params
+import numpy as np
+import pytest
+
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.commands.predict import predict
+from coda_jax.data.vocabularies import ByteVocabulary
+from coda_jax.inference import Decoding, Predictor
+
+CONFIG = config(vocab_size=384, num_encoder_layers=1, num_decoder_layers=1)
+TEXTS = ["fade", "a longer input", "b"]
+LENGTH = 6
+
+
+@pytest.fixture(name="model")
+def fixture_model(tmp_path):
+    """A model of bytes that writes letters, in a folder without a vocabulary."""
+    params = random_params(CONFIG)
+    kernel = np.array(params["decoder"]["logits_dense"]["kernel"])
+    kernel[:, [*range(100), *range(126, 384)]] *= 0.01
+    params["decoder"]["logits_dense"]["kernel"] = kernel * 3
+    return LoadedModel(CONFIG, params, tmp_path)
+
+
+@pytest.fixture(name="inputs")
+def fixture_inputs(tmp_path):
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS) + "\n")
+    return str(tmp_path / "in.txt")
+
+
+def written(model, inputs, options, **arguments):
+    """Returns the lines that `coda predict` writes."""
+    output = model.directory / "out.jsonl"
+    decoding = Decoding(max_decode_length=LENGTH, batch_size=2, **options)
+    predict(model, inputs, str(output), decoding, "bytes", **arguments)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_several_outputs_are_written_with_their_scores(model, inputs):
+    best = written(model, inputs, {"num_beams": 3})
+    assert all(line.keys() == {"inputs", "prediction"} for line in best)
+    lines = written(model, inputs, {"num_beams": 3, "num_return_sequences": 3}, chunk_size=2)
+    for line, alone in zip(lines, best, strict=True):
+        found = line["predictions"]
+        assert line["prediction"] == found[0]["text"] == alone["prediction"]
+        assert len({output["text"] for output in found}) == len(found) == 3
+        assert [output["score"] for output in found] == sorted(
+            (output["score"] for output in found), reverse=True
+        )
+
+
+def test_scores_of_a_single_output_are_written_where_they_are_asked_for(model, inputs):
+    for line in written(model, inputs, {}, scores=True):
+        (output,) = line["predictions"]
+        assert output["text"] == line["prediction"] and output["score"] < 0
+
+
+def test_draws_are_the_same_in_chunks_of_any_size(model, inputs):
+    options = {"do_sample": True, "seed": 4}
+    lines = written(model, inputs, options)
+    assert lines == written(model, inputs, options, chunk_size=1)
+    assert lines != written(model, inputs, options | {"seed": 5})
+
+
+def test_a_text_ends_with_its_stop_text_also_behind_a_prefix_that_has_it(model, inputs):
+    free = written(model, inputs, {})[0]["prediction"]
+    stopped = written(model, inputs, {"stop_strings": free[2]})[0]["prediction"]
+    assert stopped == free[: free.index(free[2]) + 1] and len(stopped) < len(free)
+    prefix = ByteVocabulary().encode("Q.")
+    line, *_ = written(model, inputs, {"decoder_prefix": prefix, "stop_strings": "."})
+    assert line["prediction"].startswith("Q.") and len(line["prediction"]) == LENGTH
+
+
+def test_generation_config_is_taken_and_said(model, inputs, caplog):
+    with caplog.at_level(logging.WARNING):
+        (model.directory / "generation_config.json").write_text('{"max_new_tokens": 2}')
+        decoding = Decoding(batch_size=2)
+        predict(model, inputs, str(model.directory / "out.jsonl"), decoding, "bytes")
+    assert "generation_config.json: max_decode_length=2" in caplog.text
+    lines = (model.directory / "out.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["prediction"]) for line in lines] == [2, 2, 2]
+
+
+class Written(list):
+    """Standard output that remembers its pieces."""
+
+    write = list.append
+
+    def flush(self):
+        pass
+
+
+def test_a_stream_is_a_line_for_each_input_that_grows_with_its_tokens(model, inputs, monkeypatch):
+    expected = [line["prediction"] for line in written(model, inputs, {})]
+    monkeypatch.setattr(sys, "stdout", Written())
+    decoding = Decoding(max_decode_length=LENGTH)
+    predict(model, inputs, "-", decoding, "bytes", stream=True)
+    pieces = [*sys.stdout]
+    monkeypatch.undo()
+    assert "".join(pieces) == "".join(f"{text}\n" for text in expected)
+    assert len([piece for piece in pieces if piece.strip()]) > 2 * len(TEXTS)
+
+
+def test_streams_that_cannot_be_are_refused(model, inputs, tmp_path):
+    with pytest.raises(ValueError, match="a stream is text on standard output: output='"):
+        predict(model, inputs, str(tmp_path / "x"), Decoding(), "bytes", stream=True)
+    with pytest.raises(ValueError, match="one output without beams, got num_beams=2"):
+        predict(model, inputs, "-", Decoding(num_beams=2), "bytes", stream=True)
+
+
+def test_a_character_is_printed_when_all_its_bytes_have_come(model, inputs, monkeypatch):
+    ids = ByteVocabulary().encode("aé日!")
+    monkeypatch.setattr(Predictor, "stream", lambda self, tokens, number: iter(ids))
+    monkeypatch.setattr(sys, "stdout", Written())
+    predict(model, inputs, "-", Decoding(), "bytes", stream=True)
+    pieces = [piece for piece in sys.stdout if piece]
+    monkeypatch.undo()
+    assert pieces[:5] == ["a", "é", "日", "!", "\n"]
