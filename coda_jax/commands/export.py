@@ -4,8 +4,8 @@ They are `jax.export` programs beside the weights, which they share. A program t
 and one length of inputs. Where outputs are drawn, it takes two more arguments, a uint32 seed and
 the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
 outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. An
-encoder's gives what `inference.encode_function` says. The manifest lists arguments and results. To
-load them:
+encoder's gives what `inference.encode_function` says. The manifest lists arguments and results.
+To load them:
 
     manifest = json.load(open(f"{folder}/manifest.json"))
     arrays = np.load(f"{folder}/weights.npz")

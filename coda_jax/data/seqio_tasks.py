@@ -249,7 +249,15 @@ def add_task(
 
 
 def add_loaded_task(task: jsonl.JsonlTask) -> None:
-    """Registers what `jsonl.jsonl_task` has read, unless it is registered already."""
+    """Registers what `jsonl.jsonl_task` has read, unless it is registered already.
+
+    Raises:
+        ValueError: it is a task of `data.labels`.
+    """
+    if not isinstance(task, jsonl.JsonlTask):
+        raise ValueError(
+            f"{task.name} has labels, which seqio's tasks do not; `coda train` reads it"
+        )
     if task.name in seqio.TaskRegistry.names():
         return
     counts = {split: len(column["inputs"]) for split, column in task.columns.items()}

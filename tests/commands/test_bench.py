@@ -89,6 +89,7 @@ def test_a_checkpoint_of_any_family_is_measured(config, measures, tmp_path):
     assert min(shares[part] for part in (*own, "router", "adapter")) > 0
 
 
+@pytest.mark.all
 def test_an_encoder_without_a_head_gets_that_of_the_published_sizes(tmp_path):
     config = SPEECH.replace(vocab_size=0)
     checkpoints.save_hf(tmp_path / "base", config, helpers.random_params(config))
@@ -99,6 +100,7 @@ def test_an_encoder_without_a_head_gets_that_of_the_published_sizes(tmp_path):
     assert new == 384 * (config.emb_dim + 1) + 2 * config.emb_dim * 64
 
 
+@pytest.mark.all
 def test_a_preset_starts_at_random(tmp_path, monkeypatch):
     family = models.FAMILIES[SPEECH.family]
     monkeypatch.setitem(vars(family), "presets", {**family.presets, "mine": SPEECH})

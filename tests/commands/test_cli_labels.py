@@ -43,7 +43,11 @@ def fixture_files(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(name="trained", scope="module", params=["classes", "numbers"])
+@pytest.fixture(
+    name="trained",
+    scope="module",
+    params=["classes", pytest.param("numbers", marks=pytest.mark.all)],
+)
 def fixture_trained(request, base, files, tmp_path_factory):
     """A run of each kind of head: (its folder, what names the task)."""
     folder = tmp_path_factory.mktemp("run")
@@ -146,7 +150,7 @@ def test_outputs_of_the_encoder_are_written_as_safetensors(base, tmp_path):
         coda("predict", ["runs/predict.gin"], {**given, **asked})
 
 
-@pytest.mark.parametrize("embed", [None, "mean"])
+@pytest.mark.parametrize("embed", [None, pytest.param("mean", marks=pytest.mark.all)])
 def test_an_exported_encoder_gives_the_same(trained, embed, tmp_path):
     folder, given = trained
     adapter = folder / "export" / "adapter"

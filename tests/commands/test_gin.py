@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import pathlib
 import re
 import sys
 import types
@@ -12,7 +13,7 @@ from helpers import TINY
 import optax
 import pytest
 
-from coda_jax import checkpoints, cli, trees
+from coda_jax import checkpoints, cli, hub, trees
 from coda_jax.commands import COMMANDS, loading
 from coda_jax.methods import METHODS, Coda, Full, ParallelAdapter
 from coda_jax.models import param_shapes, preset, presets
@@ -159,6 +160,7 @@ def bindings_of_run(name, monkeypatch, *more):
     """(arguments of the command of runs/NAME.gin, made without reading or computing anything)."""
     kind = next((preset for word, preset in KINDS.items() if word in name), None)
     stored = TINY if kind is None else preset(kind)
+    monkeypatch.setattr(hub, "find", pathlib.Path)
     monkeypatch.setattr(checkpoints, "load_hf", lambda _: (stored, shapes(stored)))
     monkeypatch.setattr(checkpoints, "swap_in", lambda config, *_: shapes(config))
     monkeypatch.setattr(loading, "init_params", lambda config, _: shapes(config))
@@ -236,13 +238,17 @@ def test_the_objective_and_its_z_loss_are_macros_of_every_training_run(monkeypat
 def test_tasks_are_registered_with_inputs_and_targets(name, tmp_path):
     from coda_jax.data import seqio_tasks
 
-    lines = [json.dumps({"inputs": "a", "targets": "b"})] * 3
+    lines = [json.dumps({"inputs": "a", "targets": "b", "label": label}) for label in "xyx"]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     bindings = ["VOCABULARY=bytes", "OUTPUT=unused", f"TRAIN_FILE={tmp_path}/train.jsonl"]
     bindings += ["DIRECTORY=unused"] * ("DIRECTORY = " in (FOLDER / name).read_text())
     cli.configure(["runs/cache.gin", name], [], bindings)
     arguments = gin.get_bindings(COMMANDS["cache"].load())
     assert arguments["feature_lengths"].keys() == {"inputs", "targets"}
+    if name == "tasks/labels.gin":
+        with pytest.raises(ValueError, match="has labels, which seqio's tasks do not"):
+            seqio_tasks.provider(arguments["task"])
+        return
     features = seqio_tasks.provider(arguments["task"]).output_features
     assert features.keys() == {"inputs", "targets"}
 

@@ -39,6 +39,7 @@ def read(task, split, seed=0, shuffle=False, num_epochs=1, limit=None):
     return [(e["inputs"].tolist(), e["targets"].tolist()) for e in taken]
 
 
+@pytest.mark.all
 def test_a_shuffled_mixture_repeats_with_its_seed_only():
     first = read("stdlib_pretrain", "validation", 5, shuffle=True, num_epochs=None, limit=300)
     again = read("stdlib_pretrain", "validation", 5, shuffle=True, num_epochs=None, limit=300)

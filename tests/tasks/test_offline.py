@@ -89,6 +89,7 @@ def test_no_held_out_source_is_in_a_supervised_pretraining_task(corpus):
                 assert stdlib_corpus.normalized(source) not in searched, (f.file, f.qualname)
 
 
+@pytest.mark.all
 def test_windows_of_functions_are_of_the_training_functions():
     assert set(seqio.TaskRegistry.get("stdlib_module_windows").splits) == {"train"}
     tasks = ("stdlib_module_windows", "stdlib_module")
@@ -197,12 +198,10 @@ def test_adaptation_tasks_ask_for_the_right_class(task, corpus):
         assert len(sizes) > 50
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("task", "prefix"),
-    [
-        ("stdlib_module_windows", "module: "),
-        pytest.param("stdlib_passage", "summary: ", marks=pytest.mark.all),
-    ],
+    [("stdlib_module_windows", "module: "), ("stdlib_passage", "summary: ")],
 )
 def test_windows_are_parts_of_training_texts_drawn_afresh(task, prefix, vocabulary):
     prefix = vocabulary.encode(prefix)
@@ -358,6 +357,7 @@ def test_inputs_and_targets_together_are_the_text(vocabulary):
         assert example["inputs"][-1] == example["targets"][-1] == vocabulary.eos_id
 
 
+@pytest.mark.all
 def test_the_noise_follows_the_seed_and_is_fresh_in_each_epoch(vocabulary):
     def tokens(seed):
         both = examples("stdlib_span_corruption", "validation", seed=seed, num_epochs=2)

@@ -157,6 +157,7 @@ def start(directory, cache):
     )
 
 
+@pytest.mark.all
 def test_killed_runs_end_like_uncut_ones_without_tensorflow(tmp_path, cache):
     uncut, killed = tmp_path / "uncut", tmp_path / "killed"
     process = start(uncut, cache)

@@ -163,10 +163,9 @@ def _special_id(raw: Mapping[str, Any], name: str) -> int:
 
 def _feed_forward(raw: Mapping[str, Any]) -> Any:
     """Returns feed_forward_proj; without it, what the fields that follow from it say."""
-    default = DEFAULT_FEED_FORWARD[raw["model_type"]]
     if "feed_forward_proj" in raw:
         return raw["feed_forward_proj"]
-    _, function, gated = ACTIVATIONS[default]
+    _, function, gated = ACTIVATIONS[DEFAULT_FEED_FORWARD[raw["model_type"]]]
     wanted = raw.get("dense_act_fn", function), raw.get("is_gated_act", gated)
     return next((name for name, entry in ACTIVATIONS.items() if entry[1:] == wanted), wanted)
 
