@@ -11,6 +11,7 @@ from coda_jax.inference import Decoding, Predictor, bucket
 from coda_jax.objectives import model_for
 
 CONFIG = config(coda={"reduction": 2.0}, num_encoder_layers=1)
+SMALL = config(num_encoder_layers=1, num_decoder_layers=1)
 
 
 def inputs(rng, lengths):
@@ -61,11 +62,11 @@ def test_lengths_of_zero_are_refused(name):
 
 
 def test_all_candidates_come_with_their_scores(rng):
-    params = random_params(CONFIG)
+    params = random_params(SMALL)
     decoding = {"max_decode_length": 5, "num_beams": 3, "length_penalty": 1.0, "batch_size": 4}
     texts = inputs(rng, [3, 7, 5])
-    best = dict(Predictor(CONFIG, params, Decoding(**decoding))(texts))
-    predictor = Predictor(CONFIG, params, Decoding(**decoding, num_return_sequences=2))
+    predictor = Predictor(SMALL, params, Decoding(**decoding, num_return_sequences=2))
+    best = dict(predictor(texts))
     for index, tokens, scores in predictor.candidates(texts):
         assert tokens.shape == (2, 5) and scores.shape == (2,) and scores[0] >= scores[1]
         np.testing.assert_array_equal(tokens[0], best[index])
@@ -73,10 +74,10 @@ def test_all_candidates_come_with_their_scores(rng):
 
 
 def test_draws_do_not_depend_on_the_order_and_the_batch(rng):
-    params = random_params(CONFIG)
+    params = random_params(SMALL)
     texts = inputs(rng, [9, 3, 12, 5, 7])
     decoding = Decoding(max_decode_length=6, do_sample=True, batch_size=2, seed=5)
-    predictor = Predictor(CONFIG, params, decoding)
+    predictor = Predictor(SMALL, params, decoding)
     together = dict(predictor(texts))
     later = dict(predictor(texts[2:], first=2))
     for index, tokens in later.items():
@@ -86,8 +87,7 @@ def test_draws_do_not_depend_on_the_order_and_the_batch(rng):
 
 
 STREAMS = {
-    "greedy": {},
-    "prefix": {"decoder_prefix": (4, 9), "no_repeat_ngram_size": 1},
+    "greedy": {"decoder_prefix": (4, 9), "no_repeat_ngram_size": 1},
     "sampling": {"do_sample": True, "temperature": 1.5, "seed": 3},
 }
 
@@ -96,7 +96,7 @@ STREAMS = {
     "name", [pytest.param(x, marks=[pytest.mark.all] * (i > 0)) for i, x in enumerate(STREAMS)]
 )
 def test_a_stream_gives_the_tokens_of_the_answer_as_they_come(rng, name):
-    cfg, params = CONFIG.replace(eos_id=11), random_params(CONFIG, seed=2)
+    cfg, params = SMALL.replace(eos_id=11), random_params(SMALL, seed=2)
     texts = inputs(rng, [3, 7, 5, 9, 2, 8])
     decoding = Decoding(max_decode_length=9, batch_size=2, max_input_length=8, **STREAMS[name])
     predictor = Predictor(cfg, params, decoding)
@@ -115,7 +115,7 @@ def test_a_stream_gives_the_tokens_of_the_answer_as_they_come(rng, name):
 
 
 def test_beams_are_not_streamed(rng):
-    predictor = Predictor(CONFIG, random_params(CONFIG), Decoding(num_beams=2))
+    predictor = Predictor(SMALL, random_params(SMALL), Decoding(num_beams=2))
     with pytest.raises(ValueError, match="without beams, got num_beams=2"):
         predictor.stream(*inputs(rng, [3]))
 
@@ -127,23 +127,16 @@ class Letters:
         return [b"", b"", *(bytes([letter]) for letter in range(97, 115))]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        pytest.param({"num_beams": 3, "length_penalty": 1.0}, marks=pytest.mark.all),
-        pytest.param({"num_beams": 2}, marks=pytest.mark.all),
-    ],
-)
+@pytest.mark.parametrize("options", [{}, pytest.param({"num_beams": 2}, marks=pytest.mark.all)])
 def test_an_output_ends_with_the_token_that_completes_a_stop_text(rng, options):
     """Greedily it is the answer without stop texts, cut."""
-    params = random_params(CONFIG, seed=4)
+    params = random_params(SMALL, seed=4)
     texts = inputs(rng, [3, 7, 5, 9, 2, 8])
     decoding = Decoding(max_decode_length=12, batch_size=6, **options)
-    free = dict(Predictor(CONFIG, params, decoding)(texts))
+    free = dict(Predictor(SMALL, params, decoding)(texts))
     letters = b"".join(Letters().pieces()[token] for token in free[0]).decode()
     decoding = dataclasses.replace(decoding, stop_strings=(letters[3:5], "zz"))
-    stopped = dict(Predictor(CONFIG, params, decoding, Letters())(texts))
+    stopped = dict(Predictor(SMALL, params, decoding, Letters())(texts))
     ended = 0
     for index, tokens in stopped.items():
         found = b"".join(Letters().pieces()[token] for token in tokens).decode()
@@ -156,4 +149,4 @@ def test_an_output_ends_with_the_token_that_completes_a_stop_text(rng, options):
             np.testing.assert_array_equal(tokens[: len(expected)], expected)
     assert ended
     with pytest.raises(ValueError, match="need a vocabulary"):
-        Predictor(CONFIG, params, decoding)
+        Predictor(SMALL, params, decoding)

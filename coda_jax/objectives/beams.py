@@ -91,8 +91,9 @@ class TransformersRules:
 
     def hope(self, log_probs: Array, new_tokens: Array) -> Array:
         """What live beams are thought to score at most; right only with "never"."""
-        if self.early_stopping == "never" and self.penalty > 0:
-            new_tokens = self.longest - self.prefix_length
+        if self.early_stopping == "never":
+            longest = self.longest - self.prefix_length
+            new_tokens = jnp.where(self.penalty > 0, longest, new_tokens)
         return self.score(log_probs, new_tokens)
 
     def finishing(self, ended: Array, at_end: Array) -> Array:

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,16 +44,37 @@ def test_no_token_completes_an_n_gram_again(case, size):
     assert banned_anything == (size <= PLACES)
 
 
-def test_top_k_keeps_ties_and_top_p_keeps_at_least_one():
-    row = np.log(np.array([[0.1, 0.4, 0.1, 0.3, 0.1]], np.float32))
-    kept = np.isfinite(logits.top_k(row, 3))
-    assert kept.all()  # three are the least of the three greatest
-    assert np.isfinite(logits.top_k(row, 2)).tolist() == [[False, True, False, True, False]]
-    assert np.isfinite(logits.top_k(row, 99)).all()
-    for p, count in ((0.0, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.99, 5)):
-        found = np.asarray(logits.top_p(row, p))
-        assert np.isfinite(found).sum() == count
-        np.testing.assert_array_equal(found[np.isfinite(found)], row[np.isfinite(found)])
+def kept(function, probabilities, value):
+    """Returns which tokens a cut leaves; those keep their logits."""
+    row = jnp.log(jnp.array([probabilities], jnp.float32))
+    found = function(row, value)
+    chosen = jnp.isfinite(found)
+    np.testing.assert_array_equal(found, jnp.where(chosen, row, -jnp.inf))
+    return np.flatnonzero(chosen[0]).tolist()
+
+
+def test_the_most_probable_tokens_are_left_and_all_that_tie_with_the_least():
+    probabilities = [0.1, 0.4, 0.05, 0.3, 0.15]
+    for k, expected in ((1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (5, [*range(5)]), (9, None)):
+        assert kept(logits.top_k, probabilities, k) == (expected or [*range(5)])
+    for p, count in ((0.0, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.94, 4), (0.999, 5)):
+        assert len(kept(logits.top_p, probabilities, p)) == count
+    ties = [0.1, 0.4, 0.1, 0.3, 0.1]
+    assert kept(logits.top_k, ties, 3) == kept(logits.top_p, ties, 0.75) == [*range(5)]
+    forbidden = [0.0, 0.6, 0.4]
+    assert kept(logits.top_k, forbidden, 3) == kept(logits.top_p, forbidden, 0.99) == [1, 2]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_a_cut_is_where_a_sort_puts_it(scale, rng):
+    values = jnp.asarray(rng.normal(size=(40, 37)) * scale, jnp.float32)
+    descending = jnp.sort(values)[:, ::-1]
+    found = jax.jit(functools.partial(logits.top_k, k=13))(values)
+    expected = jnp.where(values < descending[:, 12, None], -jnp.inf, values)
+    np.testing.assert_array_equal(found, expected)
+    ascending = jnp.cumsum(jax.nn.softmax(descending[:, ::-1]), axis=1)  # as in transformers
+    counts = jnp.isfinite(jax.jit(functools.partial(logits.top_p, p=0.6))(values)).sum(1)
+    np.testing.assert_array_equal(counts, jnp.maximum(1, (ascending > 1 - 0.6).sum(1)))
 
 
 def test_what_is_not_asked_for_leaves_nothing_in_the_program(case):

@@ -11,7 +11,7 @@ from scipy import stats
 from coda_jax.objectives import Generation, model_for
 
 COUNT = 100_000
-CONFIG = config(vocab_size=8, num_encoder_layers=1)
+CONFIG = config(vocab_size=8, num_encoder_layers=1, num_decoder_layers=1)
 PARAMS = random_params(CONFIG, seed=1)
 
 
@@ -54,10 +54,9 @@ def two_tokens(inputs, **options):
     "options",
     [
         {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
-        {"temperature": 0.7, "top_k": 5, "top_p": 1.0},
         {"temperature": 1.5, "top_k": 6, "top_p": 0.8},
     ],
-    ids=["all", "temperature, top-k", "temperature, top-k, top-p"],
+    ids=["all", "temperature, top-k, top-p"],
 )
 def test_draws_have_the_distribution_of_the_logits(options, rng):
     """A chi-square test of 100,000 draws of two tokens, from one encoding."""
@@ -81,20 +80,20 @@ def test_draws_have_the_distribution_of_the_logits(options, rng):
     assert stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 0.001
 
 
-def test_a_draw_depends_on_seed_and_number_and_not_on_the_batch(rng):
+def test_a_draw_depends_on_seed_and_number_and_not_on_its_place(rng):
     inputs = random_tokens(rng, [5, 3, 6, 1, 4, 2], 6, CONFIG.vocab_size)
-    options = Generation(max_decode_length=6, do_sample=True, seed=11)
-    together = generate(PARAMS, inputs, options)
-    numbers = np.array([4, 1, 2], np.uint32)
-    apart = generate(PARAMS, np.pad(inputs[numbers], ((0, 0), (0, 3))), options, numbers=numbers)
-    np.testing.assert_array_equal(together[0][numbers], apart[0])
-    np.testing.assert_allclose(together[1][numbers], apart[1], atol=1e-5)
-    same = np.tile(inputs[:1], (6, 1))  # equal inputs get other draws
-    assert len(np.unique(generate(PARAMS, same, options)[0], axis=0)) > 3
-    seeded = generate(PARAMS, inputs, options, seed=np.uint32(12))
-    assert (np.asarray(seeded[0]) != together[0]).any()
-    unseeded = Generation(max_decode_length=6, do_sample=True, seed=12)
-    np.testing.assert_array_equal(seeded[0], generate(PARAMS, inputs, unseeded)[0])
+    options = Generation(max_decode_length=6, do_sample=True)
+
+    def draw(inputs, numbers, seed=11):
+        numbers = np.array(numbers, np.uint32)
+        return generate(PARAMS, inputs, options, numbers=numbers, seed=np.uint32(seed))[0]
+
+    together, order = draw(inputs, range(6)), np.array([3, 1, 5, 0, 4, 2])
+    np.testing.assert_array_equal(together[order], draw(inputs[order], order))
+    assert (draw(inputs, range(6), seed=12) != together).any()
+    same = np.tile(inputs[:1], (6, 1))
+    assert len(np.unique(draw(same, range(6)), axis=0)) > 3
+    assert len(np.unique(draw(same, [7] * 6), axis=0)) == 1
 
 
 def test_samples_of_an_input_are_the_same_however_many_are_drawn(rng):
