@@ -14,6 +14,7 @@ import optax
 
 from coda_jax.models import ModelConfig
 from coda_jax.objectives.base import Batch, Model, Sums
+from coda_jax.objectives.generation import Generation
 
 
 class Pooled(Model):
@@ -65,6 +66,12 @@ class Pooled(Model):
         """What the head gives, [B, C] or [B, 1] float32, without dropout."""
         return self.logits(params, {"encoder_input_tokens": encoder_input_tokens})
 
+    def check_generation(self, options: Generation) -> None:
+        """Raises ValueError: nothing is generated."""
+        raise ValueError(
+            f"{self.name} gives labels or numbers, not tokens: see inference.Encodings"
+        )
+
     def describe(self, outputs: Float[np.ndarray, "c"]) -> dict[str, Any]:
         """What `coda predict` writes of the outputs [C] of one input."""
         raise NotImplementedError
@@ -115,3 +122,14 @@ class Embedding(Model):
     """An encoder alone whose outputs are what is asked for; it is not trained."""
 
     name: ClassVar[str] = "embedding"
+
+    def check_generation(self, options: Generation) -> None:
+        """Raises ValueError: nothing is generated."""
+        raise ValueError(
+            "an encoder alone answers with its outputs, EMBED='mean' or 'tokens', or with the head "
+            "of an adapter"
+        )
+
+    def loss(self, params, batch: Batch, dropout_rng: Array | None = None):
+        """Raises ValueError: there is nothing to compare with a target."""
+        raise ValueError("an encoder alone is trained with a head: see tasks/labels.gin")

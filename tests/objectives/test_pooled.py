@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from coda_jax import trees
+from coda_jax.inference import Predictor
 from coda_jax.objectives import model_for
 
 CLASSES = {"head": "classification", "labels": ("a", "b", "c")}
@@ -102,3 +103,14 @@ def test_what_a_head_must_have_is_said():
     packed = {"encoder_segment_ids": None}
     with pytest.raises(ValueError, match="pack=False"):
         model_for(encoder_with(NUMBER)).loss({}, packed)
+
+
+def test_an_encoder_without_a_head_is_neither_trained_nor_asked_for_tokens():
+    alone = TINY.encoder_only()
+    with pytest.raises(ValueError, match="trained with a head"):
+        model_for(alone).loss({}, {})
+    with pytest.raises(ValueError, match="EMBED='mean'"):
+        Predictor(alone, random_params(alone))
+    with pytest.raises(ValueError, match="not tokens: see inference"):
+        headed = alone.replace(**CLASSES)
+        Predictor(headed, random_params(headed))
