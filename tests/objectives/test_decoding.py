@@ -36,10 +36,10 @@ def greedy(cfg, params, inputs, *, max_decode_length):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_decode_length", "num_beams"))
-def beam_search(cfg, params, inputs, num_beams=1, **options):
-    """Returns all M beams; alpha is traced, so that one program serves all."""
+def beam_search(cfg, params, inputs, num_beams=1, prefix=(), **options):
+    """Returns all M beams; alpha and prefix are traced, so that one program serves all."""
     options = Generation(num_beams=num_beams, **options).resolved()
-    given = jnp.full((len(inputs) * num_beams, 1), cfg.decoder_start_id)
+    given = jnp.array([[cfg.decoder_start_id, *prefix]] * (len(inputs) * num_beams))
     return beams.beam_search(Transformer(cfg), params, inputs, given, options)
 
 
@@ -246,9 +246,10 @@ def test_one_beam_of_a_sharp_model_is_greedy(rng):
     np.testing.assert_allclose(scores[ended, 0], total[ended], atol=1e-5)
 
 
+@pytest.mark.parametrize("prefix", [(), (4, 7)], ids=["", "prefix"])
 @pytest.mark.parametrize("num_beams", [1, 4])
 @pytest.mark.parametrize("strength", [0.0, 0.4])
-def test_beam_search_equals_t5x(num_beams, strength, rng):
+def test_beam_search_equals_t5x(num_beams, strength, prefix, rng):
     t5x_decoding = pytest.importorskip(
         "t5x.decoding", reason="T5X is not installed", exc_type=ImportError
     )
@@ -262,8 +263,10 @@ def test_beam_search_equals_t5x(num_beams, strength, rng):
         all_logits = logits(cfg, params, repeated, state.sequences, ones)
         return all_logits[:, state.cur_index], state.cache
 
+    given = np.zeros((len(inputs), length), np.int32)
+    given[:, 1 : 1 + len(prefix)] = prefix
     expected, expected_scores = t5x_decoding.beam_search(
-        jnp.zeros((len(inputs), length), jnp.int32),
+        jnp.asarray(given),
         {},
         next_logits,
         EOS,
@@ -271,10 +274,13 @@ def test_beam_search_equals_t5x(num_beams, strength, rng):
         alpha=0.6,
     )
     kwargs = {"max_decode_length": length, "num_beams": num_beams, "alpha": 0.6}
-    tokens, scores = beam_search(cfg, params, inputs, **kwargs)
+    tokens, scores = beam_search(cfg, params, inputs, prefix=prefix, **kwargs)
     # T5X has the best beam last.
-    np.testing.assert_array_equal(tokens, np.asarray(expected)[:, ::-1])
-    np.testing.assert_allclose(scores, np.asarray(expected_scores)[:, ::-1], atol=1e-5)
+    expected, expected_scores = np.asarray(expected)[:, ::-1], np.asarray(expected_scores)[:, ::-1]
+    found = expected_scores > -1e6  # other slots hold no output
+    assert found[:, 0].all() and (np.asarray(scores)[~found] < -1e6).all()
+    np.testing.assert_array_equal(np.asarray(tokens)[found], expected[found])
+    np.testing.assert_allclose(np.asarray(scores)[found], expected_scores[found], atol=1e-5)
 
 
 def test_results_do_not_depend_on_padding_and_other_rows(rng):
