@@ -16,12 +16,15 @@ from coda_jax.models import ModelConfig
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
-_SAME = (  # fields that mean the same under the same name
-    *["num_beams", "length_penalty", "early_stopping", "do_sample", "temperature", "top_k"],
-    *["top_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"],
-    *["forced_bos_token_id", "stop_strings"],
-)
 _LENGTHS = ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
+_TYPES = {  # of the fields that are read
+    **dict.fromkeys(_LENGTHS, (int,)),
+    **dict.fromkeys(("num_beams", "top_k", "no_repeat_ngram_size", "forced_bos_token_id"), (int,)),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty", "length_penalty"), (int, float)),
+    "do_sample": (bool,),
+    "early_stopping": (bool, str),
+    "stop_strings": (str, list),
+}
 _IDS = {
     "pad_token_id": "pad_id",
     "eos_token_id": "eos_id",
@@ -57,27 +60,28 @@ def read_generation_config(directory: str | os.PathLike, config: ModelConfig) ->
         {name: value}, empty where there is no such file.
 
     Raises:
-        ValueError: it is not JSON, a length is no whole number, or it names other tokens for
-            padding, start or end.
+        ValueError: it is not JSON, a field has another type than in transformers, or other tokens
+            are named for padding, start or end.
     """
     path = Path(directory) / GENERATION_CONFIG_FILE
     if not path.is_file():
         return {}
     fields = {name: value for name, value in files.read_json(path).items() if value is not None}
     _check_ids(fields, config, path)
-    for name in _LENGTHS:
-        if type(fields.get(name, 0)) is not int:
-            raise ValueError(f"{path}: {name}={fields[name]!r} is not a whole number")
-    options = {name: fields[name] for name in _SAME if name in fields}
+    for name in _TYPES.keys() & fields.keys():
+        if type(fields[name]) not in _TYPES[name]:
+            expected = " or ".join(kind.__name__ for kind in _TYPES[name])
+            raise ValueError(f"{path}: {name}={fields[name]!r} is no {expected}")
+    options = {name: fields[name] for name in fields if name in _TYPES}
     if isinstance(options.get("stop_strings"), list):
         options["stop_strings"] = tuple(options["stop_strings"])
     # transformers' lengths count the start token, its numbers of new tokens do not.
-    if "max_new_tokens" in fields or "max_length" in fields:
-        longest = fields.get("max_length", 1) - 1
-        options["max_decode_length"] = fields.get("max_new_tokens", longest)
-    if "min_length" in fields:
-        options.setdefault("min_new_tokens", max(0, fields["min_length"] - 1))
-    read = {*_SAME, *_IDS, *_LENGTHS, *_HARMLESS}
+    longest, shortest = options.pop("max_length", None), options.pop("min_length", None)
+    if (length := options.pop("max_new_tokens", longest and longest - 1)) is not None:
+        options["max_decode_length"] = length
+    if shortest:
+        options.setdefault("min_new_tokens", shortest - 1)
+    read = {*_TYPES, *_IDS, *_HARMLESS}
     unknown = {
         name: value
         for name, value in fields.items()

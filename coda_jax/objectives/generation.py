@@ -158,8 +158,9 @@ class Generation:
             dropped |= _OF_SAMPLING.keys()
         if said.get("decoder_prefix"):
             dropped.add("forced_bos_token_id")
-        if "min_new_tokens" in taken and "max_decode_length" in found:
-            taken["min_new_tokens"] = min(taken["min_new_tokens"], found["max_decode_length"])
+        if "min_new_tokens" in taken:
+            longest = found.get("max_decode_length", _DEFAULTS["max_decode_length"])
+            taken["min_new_tokens"] = min(taken["min_new_tokens"], longest)
         neutral = _DEFAULTS | _OF_SAMPLING
         taken = {
             name: value

@@ -102,8 +102,10 @@ def test_unknown_fields_are_named_and_other_ids_refused(read, caplog):
         read({"eos_token_id": [1, 5]})
     assert read({"eos_token_id": [1]}) == {}
     assert read({"pad_token_id": 2, "eos_token_id": 3}, config(pad_id=2, eos_id=3)) == {}
-    with pytest.raises(ValueError, match="max_length='long' is not a whole number"):
+    with pytest.raises(ValueError, match="max_length='long' is no int"):
         read({"max_length": "long"})
+    with pytest.raises(ValueError, match="length_penalty=True is no int or float"):
+        read({"length_penalty": True})
 
 
 def test_a_model_says_what_it_takes(tmp_path, read, caplog):
