@@ -109,7 +109,7 @@ def exact_match(model, params, batches):
 @pytest.mark.parametrize(
     "dense, coda, task, lengths, count",
     [
-        (bundled.DENSE, bundled.CODA, "stdlib_summary", (128, 32), 32),
+        (bundled.DENSE, bundled.CODA, "stdlib_summary", (128, 32), 96),
         *(
             pytest.param(*case, marks=pytest.mark.all)
             for case in (
