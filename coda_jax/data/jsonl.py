@@ -22,17 +22,17 @@ Columns = Mapping[str, Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonlTask:
-    """Pairs of texts by split, and the vocabulary for both.
+class TextTask:
+    """What tasks over JSONL files share: their texts by split, and the vocabulary.
 
     Attributes:
         name: of the task.
-        columns: for each split, the lists "inputs" and "targets".
+        columns: for each split, lists by the name of a field.
         vocabulary_path: a path, or "bytes", for `load_vocabulary`.
     """
 
     name: str
-    columns: Mapping[str, Columns] = dataclasses.field(repr=False)
+    columns: Mapping[str, Mapping[str, Sequence]] = dataclasses.field(repr=False)
     vocabulary_path: str
 
     @property
@@ -45,6 +45,20 @@ class JsonlTask:
         """The vocabulary, which is loaded when it is first used."""
         return load_vocabulary(self.vocabulary_path)
 
+    def check_split(self, split: str) -> None:
+        """Raises ValueError where there is no such split."""
+        if split not in self.columns:
+            raise ValueError(f"{self.name} has no split {split!r}, only {self.splits}")
+
+    def tokens(self, text: str) -> np.ndarray:
+        """The ids of a text with EOS at the end, int32."""
+        return np.array([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlTask(TextTask):
+    """Pairs of texts: the fields "inputs" and "targets"."""
+
     @functools.cached_property
     def _examples(self) -> dict[str, list[dict[str, np.ndarray]]]:
         return {}
@@ -55,21 +69,17 @@ class JsonlTask:
         Raises:
             ValueError: there is no such split.
         """
-        if split not in self.columns:
-            raise ValueError(f"{self.name} has no split {split!r}, only {self.splits}")
+        self.check_split(split)
         if split not in self._examples:
             pairs = zip(*(self.columns[split][key] for key in FEATURES), strict=True)
             self._examples[split] = [
-                {key: self._tokens(text) for key, text in zip(FEATURES, pair, strict=True)}
+                {key: self.tokens(text) for key, text in zip(FEATURES, pair, strict=True)}
                 for pair in pairs
             ]
         return self._examples[split]
 
-    def _tokens(self, text: str) -> np.ndarray:
-        return np.array([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
 
-
-TASKS: dict[str, JsonlTask] = {}  # by name
+TASKS: dict[str, TextTask] = {}  # by name
 
 
 def jsonl_task(

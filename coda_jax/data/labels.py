@@ -5,43 +5,23 @@ A label is a target of one number: that of its class among all, or the value its
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import os
 from typing import Any
 
 import numpy as np
 
 from coda_jax.data import jsonl
-from coda_jax.data.vocabularies import Vocabulary, load_vocabulary
-
-Rows = Sequence[tuple[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelTask:
-    """Texts with labels by split, and the vocabulary of the texts.
+class LabelTask(jsonl.TextTask):
+    """Texts with labels: the fields "inputs" and "label".
 
     Attributes:
-        name: of the task.
-        rows: for each split, (text, label) of each line.
         labels: names of the classes; none where labels are numbers.
-        vocabulary_path: a path, or "bytes", for `load_vocabulary`.
     """
 
-    name: str
-    rows: dict[str, Rows] = dataclasses.field(repr=False)
     labels: tuple[str, ...]
-    vocabulary_path: str
-
-    @property
-    def splits(self) -> list[str]:
-        """The splits that have a file."""
-        return sorted(self.rows)
-
-    @functools.cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The vocabulary, which is loaded when it is first used."""
-        return load_vocabulary(self.vocabulary_path)
 
     def examples(self, split: str) -> list[dict[str, np.ndarray]]:
         """{"inputs", "targets"} of each line: int32 tokens with EOS at the end, and one number.
@@ -49,15 +29,11 @@ class LabelTask:
         Raises:
             ValueError: there is no such split.
         """
-        if split not in self.rows:
-            raise ValueError(f"{self.name} has no split {split!r}, only {self.splits}")
+        self.check_split(split)
+        pairs = zip(*(self.columns[split][key] for key in ("inputs", "label")), strict=True)
         return [
-            {"inputs": self._tokens(text), "targets": self._target(label)}
-            for text, label in self.rows[split]
+            {"inputs": self.tokens(text), "targets": self._target(label)} for text, label in pairs
         ]
-
-    def _tokens(self, text: str) -> np.ndarray:
-        return np.array([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
 
     def _target(self, label: Any) -> np.ndarray:
         if not self.labels:
@@ -104,14 +80,17 @@ def labelled_task(
         raise ValueError(
             f"Task {name!r} needs at least one of {[f'{split}_file' for split in files]}"
         )
-    rows = {
-        split: [(text, _value(place, label, labels)) for place, text, label in _rows(path)]
-        for split, path in given.items()
-    }
-    task = LabelTask(name, rows, labels, vocabulary)
+    columns = {split: _columns(path, labels) for split, path in given.items()}
+    task = LabelTask(name, columns, vocabulary, labels)
     _ = task.vocabulary  # which is loaded, or refused, here
     jsonl.TASKS[name] = task
     return name
+
+
+def _columns(path: str | os.PathLike, labels: tuple[str, ...]) -> dict[str, list]:
+    rows = [(text, _value(place, label, labels)) for place, text, label in _rows(path)]
+    texts, values = zip(*rows, strict=True)
+    return {"inputs": list(texts), "label": list(values)}
 
 
 def _rows(path: str | os.PathLike):

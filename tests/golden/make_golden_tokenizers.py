@@ -19,6 +19,7 @@ for T5, so that two lines of `unigram_4` differ.
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 import shutil
@@ -62,10 +63,11 @@ def train_unigram(folder: Path) -> None:
     rules = folder / "rules.tsv"
     codes = {key: " ".join(f"{ord(c):X}" for c in value) for key, value in RULES.items()}
     rules.write_text("".join(f"{ord(key):X}\t{value}\n" for key, value in codes.items()))
-    train_sentencepiece(
-        folder / "spiece.model", model_type="unigram", vocab_size=130, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, normalization_rule_tsv=str(rules),
-    )  # fmt: skip
+    with contextlib.chdir(folder):  # the model keeps the path of its rules
+        train_sentencepiece(
+            Path("spiece.model"), model_type="unigram", vocab_size=130, pad_id=0, eos_id=1,
+            unk_id=2, bos_id=-1, normalization_rule_tsv=rules.name,
+        )  # fmt: skip
     rules.unlink()
     settings = {"extra_ids": len(SENTINELS), "tokenizer_class": "T5Tokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
