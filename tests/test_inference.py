@@ -73,6 +73,7 @@ def test_all_candidates_come_with_their_scores(rng):
         assert (tokens[0] != tokens[1]).any()
 
 
+@pytest.mark.all
 def test_draws_do_not_depend_on_the_order_and_the_batch(rng):
     params = random_params(SMALL)
     texts = inputs(rng, [9, 3, 12, 5, 7])
@@ -92,9 +93,8 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.all] * (i > 0)) for i, x in enumerate(STREAMS)]
-)
+@pytest.mark.all
+@pytest.mark.parametrize("name", STREAMS)
 def test_a_stream_gives_the_tokens_of_the_answer_as_they_come(rng, name):
     cfg, params = SMALL.replace(eos_id=11), random_params(SMALL, seed=2)
     texts = inputs(rng, [3, 7, 5, 9, 2, 8])

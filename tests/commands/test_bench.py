@@ -42,6 +42,7 @@ def test_operations_belong_to_the_part_that_their_scopes_name():
         assert breakdown.part_of(path + operation, parts) == part
 
 
+@pytest.mark.all
 def test_the_report_holds_every_figure_and_the_table_shows_it(tmp_path, capsys):
     checkpoints.save_hf(tmp_path / "base", WIDE, helpers.random_params(WIDE))
     sizes = ["--batch_size=2", "--input_length=64", "--target_length=4", "--rounds=2"]

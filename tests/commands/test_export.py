@@ -23,7 +23,9 @@ CONFIG = config(coda={"reduction": 2.0})
 DECODING = Decoding(max_input_length=40, max_decode_length=4, num_beams=2, batch_size=4)
 
 
-@pytest.fixture(scope="module", params=[jnp.float32, jnp.bfloat16])
+@pytest.fixture(
+    scope="module", params=[jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.all)]
+)
 def model(request):
     params = jax.tree.map(lambda x: jnp.asarray(x, request.param), random_params(CONFIG))
     return LoadedModel(CONFIG.replace(dtype=request.param), params, None)
@@ -82,6 +84,7 @@ def test_bad_requests_are_refused(model, folder, tmp_path):
         export(model, str(tmp_path), DECODING, batch_sizes=[2, 0])
 
 
+@pytest.mark.all
 def test_drawn_outputs_are_those_of_the_predictor(tmp_path, rng):
     """A program takes the seed and the inputs' numbers, and follows stop texts."""
     cfg = CONFIG.replace(vocab_size=384)

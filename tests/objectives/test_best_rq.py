@@ -164,6 +164,7 @@ def test_each_step_has_spans_of_its_own_and_evaluation_always_the_same(params, r
     assert first != second
 
 
+@pytest.mark.all
 def test_training_learns_with_routing_and_leaves_the_head_of_ctc_alone(params, rng):
     """Through the trainer's step: the loss of masked frames falls, though dropout is off."""
     model = BestRQ(CONFIG.replace(methods=(*CONFIG.methods, Full())), OPTIONS)

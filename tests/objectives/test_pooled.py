@@ -80,7 +80,7 @@ def test_answers_depend_on_no_padding_and_gradients_reach_the_head(rng, head):
     predict = jax.jit(model.predict)
     short, long = predict(params, given["encoder_input_tokens"]), predict(params, wider)
     np.testing.assert_allclose(short, long, rtol=1e-5, atol=1e-5)
-    gradients = jax.grad(lambda p: model.loss(p, given)[0])(params)
+    gradients = jax.jit(jax.grad(lambda p: model.loss(p, given)[0]))(params)
     missing = [
         path
         for path, leaf in trees.flatten(gradients).items()

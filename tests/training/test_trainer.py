@@ -45,6 +45,7 @@ def test_frozen_leaves_keep_their_bits_and_trained_ones_change(finished):
         assert same != trees.matches(path, methods.trained(CONFIG)), path
 
 
+@pytest.mark.all
 def test_only_trained_leaves_have_gradients_and_optimizer_state():
     params, optimizer = random_params(CONFIG), optax.adamw(1e-3)
     trained, frozen = trainer.partition(Seq2Seq(CONFIG), params)
