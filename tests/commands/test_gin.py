@@ -6,10 +6,9 @@ import json
 import pathlib
 import re
 import sys
-import types
 
 import gin
-from helpers import TINY
+from helpers import T5X_SCRIPT, TINY
 import optax
 import pytest
 
@@ -257,9 +256,7 @@ def test_files_of_t5x_are_parsed(monkeypatch):
     """On top of a run's file, where they are not one; tests/t5x makes what they configure."""
     reason = "T5X is not installed: make test-t5x T5X_PATH=..."
     pytest.importorskip("t5x.models", reason=reason, exc_type=ImportError)
-    script = types.ModuleType("__main__")  # T5X's files configure the program that is run
-    script.train, script.evaluate, script.infer = (lambda **kwargs: kwargs for _ in range(3))
-    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setitem(sys.modules, "__main__", T5X_SCRIPT)
     for name in files("t5x"):
         own_run = "include 't5x/configs/runs" in including(name)
         names = [name] if own_run else ["t5x/finetune.gin", name]
