@@ -188,7 +188,11 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     item = folder / CHECKPOINTS / str(step) / STATE
     stored = {path: array for path, array in list_orbax(item).items() if path.startswith(_TRAINED)}
     own = tuple(pattern for objective in OBJECTIVES.values() for pattern in objective.creates)
-    stored = {path: array for path, array in stored.items() if not trees.matches(path, own)}
+    stored = {
+        path: array
+        for path, array in stored.items()
+        if not trees.matches(path.removeprefix(_TRAINED), own)
+    }
     leaves = read_arrays(stored, item)
     if "format_version" in run:  # version 1 knew no digests
         _check_leaves(item.parent, leaves)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from typing import Any
 
@@ -111,17 +112,20 @@ class Data:
             return {**fields, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         return {**fields, "task": re.sub(r"_[0-9a-f]{12}$", "", str(self.task))}
 
-    def check_vocabulary(self, vocab_size: int, **model: Any) -> None:
+    def check_vocabulary(
+        self, vocab_size: int, directory: str | os.PathLike | None = None, **model: Any
+    ) -> None:
         """Checks that the data's token ids are those of a model; see `check_vocabulary`.
 
         Args:
             vocab_size: the model's number of embeddings.
+            directory: where the model's vocabulary may lie.
             **model: what else is known of the model: the other arguments of `check_vocabulary`.
 
         Raises:
             ValueError: they are not, or the cache file does not say what its ids are.
         """
-        check_vocabulary(self._identity(), vocab_size, **model)
+        check_vocabulary(self._identity(), vocab_size, directory, **model)
 
     def _identity(self) -> Identity:
         """What of the vocabulary a model must agree with."""

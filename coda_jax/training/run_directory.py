@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ RUN_FILE = "run.json"  # in a run's folder: what the run is
 FORMAT_VERSION = 3  # of that file
 CHECKPOINTS = "checkpoints"  # in a run's folder: one folder for each step that is kept
 EXPORT = "export"  # in a run's folder: what came out
+_CLI = "coda_jax.cli"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -54,7 +56,19 @@ class Requests:
     def stop(self, text: str) -> None:
         """Raises Interruption if the run was asked to stop."""
         if self._first is not None:
-            raise Interruption(f"stopped by {self._first.name}: {text}", self._first)
+            message = f"stopped by {self._first.name}: {text}{_go_on()}"
+            raise Interruption(message, self._first)
+
+
+def _go_on() -> str:
+    """The command that continues a run, where a command is what runs."""
+    if getattr(sys.modules["__main__"].__spec__, "name", None) == _CLI:
+        command = sys.orig_argv
+    elif _CLI in sys.modules:
+        command = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+    else:
+        return ""
+    return f"; this goes on: {shlex.join(command)}"
 
 
 @contextlib.contextmanager

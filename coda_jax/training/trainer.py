@@ -314,9 +314,9 @@ class _Loop:
         number, total = int(state.step), self.options.total_steps
         if 0 < number < total:
             print(f"continuing at step {number} of {total}", flush=True)
-        if number and not evaluated and self._saves_at(number):  # the evaluation was cut off
-            if (metrics := self._evaluated(state)) is not None:
-                self.checkpoints.replace(state, metrics)
+        cut_off = number and not evaluated and self._saves_at(number)
+        if cut_off and (metrics := self._evaluated(state)) is not None:
+            self.checkpoints.replace(state, metrics)
         self._stop(number)
         with _Progress(total, number, self.model.metrics) as progress:
             for batch in itertools.islice(batches, number, total):

@@ -1,16 +1,20 @@
 """What a run keeps on disk: a cut run ends like an uncut one, and a directory has one run."""
 
+import dataclasses
 import functools
 import json
 import os
 from pathlib import Path
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -152,6 +156,50 @@ def test_a_signal_that_is_ignored_stays_so():
             assert not requests()
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize(
+    ("module", "loaded", "command"),
+    [
+        ("pytest", True, "; this goes on: coda "),
+        ("coda_jax.cli", True, "; this goes on: python -m coda_jax.cli "),
+        ("my_script", False, ""),
+    ],
+)
+def test_the_command_that_goes_on_is_told(monkeypatch, module, loaded, command):
+    main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setitem(sys.modules, "coda_jax.cli", main)
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "coda_jax.cli")
+    monkeypatch.setattr("sys.argv", ["/venv/bin/coda", "--gin.A='b c'"])
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "coda_jax.cli", "--gin.A='b c'"])
+    requests = run_directory.Requests()
+    requests.receive(signal.SIGTERM, None)
+    with pytest.raises(Interruption) as error:
+        requests.stop("step 1 is saved")
+    quoted = command and command + shlex.quote("--gin.A='b c'")
+    assert str(error.value) == f"stopped by SIGTERM: step 1 is saved{quoted}"
+
+
+def test_a_ruined_run_is_an_error_and_keeps_the_last_good_checkpoint(tmp_path):
+    """Invariant 6."""
+    with pytest.raises(FloatingPointError, match="the loss of step 2 is"):
+        run(tmp_path / "loss", learning_rate=1e30)
+    options = dataclasses.replace(training_runs.OPTIONS, total_steps=2, save_every=1)
+
+    def schedule(step):
+        return jnp.where(step < 1, 1e-3, 1e30)  # the update of the second step ruins the run
+
+    sentence = "the evaluation after step 2: .* holds .*; the last good checkpoint is of step 1"
+    with pytest.raises(FloatingPointError, match=sentence):
+        run(tmp_path / "evaluation", options=options, learning_rate=schedule)
+    with pytest.raises(FloatingPointError, match=r"after step 2: trained/.* holds .*inf"):
+        run(tmp_path / "leaves", options=options, learning_rate=schedule, eval_batches=None,
+            optimizer=lambda learning_rate: optax.scale_by_learning_rate(
+                lambda step: learning_rate(step) ** 2))  # fmt: skip
+    for name in ("evaluation", "leaves"):
+        assert [p.name for p in (tmp_path / name / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_second_ctrl_c_does_not_wait(capsys):
