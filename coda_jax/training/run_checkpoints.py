@@ -178,6 +178,7 @@ class RunCheckpoints:
 
     def replace(self, state: Any, metrics: Mapping[str, float]) -> None:
         """Saves a state again, with its evaluation; a kill leaves one of the two."""
+        self._checkpointer.wait_until_finished()
         self._check_finite(int(state.step), {}, metrics)
         self._move(int(state.step), _REPLACED)
         self.save(state, metrics)
