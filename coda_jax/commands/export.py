@@ -26,8 +26,9 @@ from tqdm import tqdm
 from coda_jax import files, methods, trees
 from coda_jax.commands.loading import LoadedModel, completed
 from coda_jax.data.batches import check_positive
-from coda_jax.data.vocabularies import load_vocabulary
+from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, bucket, encode_function, generate_function, stops_of
+from coda_jax.models import ModelConfig
 from coda_jax.objectives import Model, model_for
 
 MANIFEST_NAME = "manifest.json"
@@ -74,9 +75,7 @@ def export(
         FileExistsError: the folder holds something.
         ValueError: a batch size below 1.
     """
-    directory = pathlib.Path(output)
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; name a new folder")
+    files.check_new(output)
     batch_sizes = [decoding.batch_size] if batch_sizes is None else list(batch_sizes)
     check_positive(**{f"BATCH_SIZES[{i}]": size for i, size in enumerate(batch_sizes)})
     config, params = methods.merge(model.config, model.params)
@@ -85,8 +84,22 @@ def export(
     else:
         decoding = completed(decoding, model)
         answer, described = _generates(model, model_for(config), decoding, vocabulary)
-    directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    with files.atomic_folder(output) as directory:
+        _write(directory, answer, described, config, flat, batch_sizes, decoding, platforms)
+
+
+def _write(
+    directory: pathlib.Path,
+    answer: Callable,
+    described: Mapping[str, Any],
+    config: ModelConfig,
+    flat: Mapping[str, np.ndarray],
+    batch_sizes: Sequence[int],
+    decoding: Decoding,
+    platforms: Sequence[str],
+) -> None:
+    """Writes the programs, the weights {path: leaf}, and what they are."""
     program = _program(answer, list(flat))
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
     shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
@@ -104,7 +117,6 @@ def export(
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
-    # The last file: without it nothing counts.
     files.write_json(directory / MANIFEST_NAME, manifest)
 
 
@@ -115,8 +127,9 @@ def _generates(
     generate, fixed = generate_function(objective, decoding), {}
     several = decoding.num_return_sequences > 1
     if decoding.stop_strings:
-        table = stops_of(decoding, load_vocabulary(vocabulary or model.directory), model.config)
-        fixed["stops"] = table
+        found = load_vocabulary(vocabulary or model.directory)
+        check_vocabulary(identity(found), **model.vocabulary)
+        fixed["stops"] = stops_of(decoding, found, model.config)
 
     def answer(params, inputs, *drawing):
         given = dict(zip(("seed", "numbers"), drawing, strict=False))

@@ -32,17 +32,20 @@ class LoadedModel:
         config: the model's configuration.
         params: the parameter tree.
         directory: the checkpoint's folder, or None for a model that starts at random.
+        adapter: {the adapter's folder: the fingerprint of the vocabulary that it was trained with},
+            where it has one.
     """
 
     config: ModelConfig
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     directory: pathlib.Path | None
+    adapter: Mapping[str, str] | None = None
 
     @property
     def vocabulary(self) -> dict[str, Any]:
         """What a vocabulary must agree with: the arguments of `check_vocabulary`."""
         ids = {name: getattr(self.config, name) for name in ("vocab_size", "eos_id", "pad_id")}
-        return {"directory": self.directory, **ids}
+        return {"directory": self.directory, "adapter": self.adapter, **ids}
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -157,14 +160,14 @@ def load_model(
         params = checkpoints.swap_in(config, params, rng)
     else:
         config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)
-        _check_vocabulary(adapter_checkpoint, directory)
         with_head = _with_head_of(_continued(config, methods, adapter_checkpoint), given)
         if given is not None:
             _check_sizes(given, with_head.dense(), adapter_checkpoint)
         config, params = with_head, add_head(with_head, params, rng)
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
-    return LoadedModel(config, params, directory)
+    adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
+    return LoadedModel(config, params, directory, adapter)
 
 
 def completed(decoding: Decoding, model: LoadedModel) -> Decoding:
@@ -250,8 +253,14 @@ def _continued(
     return continued
 
 
-def _check_vocabulary(adapter_checkpoint: str, directory: pathlib.Path | None) -> None:
-    """Raises ValueError where an adapter was trained with another vocabulary than the base's."""
+def _vocabulary_of(
+    adapter_checkpoint: str, directory: pathlib.Path | None
+) -> dict[str, str] | None:
+    """{the adapter: the vocabulary that it was trained with}, None where it does not say one.
+
+    Raises:
+        ValueError: the base's vocabulary is another one.
+    """
     expected = read_manifest(adapter_checkpoint).get("vocabulary")
     found = directory and find_fingerprint(directory)
     if expected and found and expected != found:
@@ -259,3 +268,4 @@ def _check_vocabulary(adapter_checkpoint: str, directory: pathlib.Path | None) -
             f"{adapter_checkpoint} was trained with another vocabulary than that of {directory} "
             f"(SHA-256 {expected}, {found})"
         )
+    return {adapter_checkpoint: expected} if expected else None

@@ -1,7 +1,6 @@
 """`coda train`: trains a model and exports what came out."""
 
 from collections.abc import Callable
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -11,14 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from coda_jax import checkpoints, files, methods, trees
-from coda_jax.checkpoints.adapter import fingerprints
-from coda_jax.checkpoints.config_json import to_json
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.training import trainer
+from coda_jax.training.run_checkpoints import check_finite
+from coda_jax.training.run_directory import EXPORT
 
 
 def train(
@@ -69,13 +68,13 @@ def train(
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
-        run={**_identity(model, data, trained, options), "vocabulary": vocabulary},
+        run=_identity(data, eval_data if options.best_metric else None, vocabulary),
         eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **model.layout)),
     )
     _, params = trees.split(params, trained.creates)
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
-    folder = pathlib.Path(directory) / "export"
+    folder = pathlib.Path(directory) / EXPORT
     model = export(folder, model.config, params, model.directory, data, vocabulary)
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
@@ -95,20 +94,10 @@ def _check(model: LoadedModel, trained: Model, sources: list[Data]) -> None:
             raise ValueError(f"{apart} cannot keep packed examples apart: pack=False")
 
 
-def _identity(
-    model: LoadedModel, data: Data, trained: Model, options: trainer.TrainOptions
-) -> dict[str, Any]:
-    """What makes a run the one that it is, as JSON."""
-    drawn = (*methods.created(model.config), *model.config.heads)
-    _, base = trees.split(model.params, drawn)
-    return {
-        "config": to_json(model.config),
-        "base": fingerprints(base),
-        "data": dataclasses.asdict(data),
-        "objective": {"name": trained.name, **trained.options},
-        "accumulation": options.accumulation,
-        "seed": options.seed,
-    }
+def _identity(data: Data, deciding: Data | None, vocabulary: str | None) -> dict[str, Any]:
+    """What of the data decides the result: those that choose the best checkpoint, too."""
+    found = {"data": data.description(), "vocabulary": vocabulary}
+    return found if deciding is None else {**found, "eval_data": deciding.description()}
 
 
 def export(
@@ -122,7 +111,7 @@ def export(
     """Writes what was trained: the base, where its leaves were; what the methods leave behind.
 
     Args:
-        folder: to write.
+        folder: to write; it is replaced as a whole.
         config: of the model that was trained.
         params: its parameters.
         base_directory: of the checkpoint that it started from; a vocabulary there goes before that
@@ -132,14 +121,19 @@ def export(
 
     Returns:
         The model as it is exported.
+
+    Raises:
+        FloatingPointError: a leaf is not finite.
     """
     finished, params = methods.finish(config, params)
-    _, frozen = methods.partition(config, params)
-    if not frozen:
-        _, dense = trees.split(params, methods.created(finished))
-        checkpoints.save_hf(folder, finished.dense(), dense)
-        beside = find_files(base_directory) if base_directory else {}
-        copy_files(beside or data.vocabulary_files(), folder)
-    if finished.methods:
-        checkpoints.save_adapter(folder / "adapter", finished, params, vocabulary=vocabulary)
+    trained, frozen = methods.partition(config, params)
+    check_finite(trees.flatten(trained), f"nothing is exported to {folder}")
+    with files.atomic_folder(folder) as new:
+        if not frozen:
+            _, dense = trees.split(params, methods.created(finished))
+            checkpoints.save_hf(new, finished.dense(), dense)
+            beside = find_files(base_directory) if base_directory else {}
+            copy_files(beside or data.vocabulary_files(), new)
+        if finished.methods:
+            checkpoints.save_adapter(new / "adapter", finished, params, vocabulary=vocabulary)
     return LoadedModel(finished, params, base_directory)

@@ -5,7 +5,11 @@ seqio and TensorFlow are imported for the last only.
 
 from collections.abc import Mapping
 import dataclasses
+import hashlib
+import json
 import os
+import re
+from typing import Any
 
 from coda_jax.data import jsonl
 from coda_jax.data.batches import Batches, batch_examples, epochs
@@ -92,26 +96,36 @@ class Data:
             )
         return epochs(examples, seed=self.seed, num_epochs=num_epochs, shuffle=self.shuffle)
 
+    def description(self) -> dict[str, Any]:
+        """What the examples and their batches are, as JSON: contents, not paths.
+
+        Of a task that seqio reads, its name, without the hash of its arguments.
+        """
+        fields = {name: value for name, value in dataclasses.asdict(self).items()
+                  if name not in ("task", "cache")}  # fmt: skip
+        fields["feature_lengths"] = dict(self.feature_lengths)
+        if self.cache is not None:
+            with open(self.cache, "rb") as file:
+                return {**fields, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        if self.task in jsonl.TASKS:
+            text = json.dumps(jsonl.TASKS[self.task].columns[self.split], sort_keys=True)
+            return {**fields, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return {**fields, "task": re.sub(r"_[0-9a-f]{12}$", "", str(self.task))}
+
     def check_vocabulary(
-        self,
-        vocab_size: int,
-        directory: str | os.PathLike | None = None,
-        *,
-        eos_id: int | None = None,
-        pad_id: int | None = None,
+        self, vocab_size: int, directory: str | os.PathLike | None = None, **model: Any
     ) -> None:
         """Checks that the data's token ids are those of a model; see `check_vocabulary`.
 
         Args:
             vocab_size: the model's number of embeddings.
             directory: where the model's vocabulary may lie.
-            eos_id: the model's token that ends a text, if it is known.
-            pad_id: the model's token that fills up a row, if it is known.
+            **model: what else is known of the model: the other arguments of `check_vocabulary`.
 
         Raises:
             ValueError: they are not, or the cache file does not say what its ids are.
         """
-        check_vocabulary(self._identity(), vocab_size, directory, eos_id=eos_id, pad_id=pad_id)
+        check_vocabulary(self._identity(), vocab_size, directory, **model)
 
     def _identity(self) -> Identity:
         """What of the vocabulary a model must agree with."""

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import pathlib
 import time
 from typing import Any
@@ -27,12 +28,9 @@ from tqdm import tqdm
 from coda_jax import methods, trees
 from coda_jax.objectives import Model, Sums
 from coda_jax.sharding import Placement
-from coda_jax.training.run_directory import (
-    Interruption,
-    RunCheckpoints,
-    interruption,
-    metric_writer,
-)
+from coda_jax.training import run_identity
+from coda_jax.training.run_checkpoints import RunCheckpoints
+from coda_jax.training.run_directory import Requests, interruption, metric_writer, owned
 
 Batch = dict[str, np.ndarray]
 
@@ -129,11 +127,17 @@ def make_train_step(
 
 
 def evaluate(
-    model: Model, params: Mapping, batches: Iterable[Batch], placement: Placement
-) -> dict[str, float]:
-    """The model's metrics over all batches."""
+    model: Model,
+    params: Mapping,
+    batches: Iterable[Batch],
+    placement: Placement,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The model's metrics over all batches; None where `stop` said so between two of them."""
     total = None
     for batch in batches:
+        if stop():
+            return None
         sums = _sums(model)(params, placement.batch(batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
@@ -200,7 +204,7 @@ def train(
     options: TrainOptions,
     optimizer: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
-    directory: str | pathlib.Path,
+    directory: str | os.PathLike,
     run: Mapping[str, Any],
     eval_batches: Callable[[], Iterable[Batch]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -214,7 +218,7 @@ def train(
         optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
         learning_rate: a number or an optax schedule.
         directory: of the run's checkpoints and logs.
-        run: what identifies the run, as JSON.
+        run: what identifies the data, as JSON; see `run_identity` for the rest.
         eval_batches: makes a pass over the evaluation data.
 
     Returns:
@@ -222,73 +226,116 @@ def train(
 
     Raises:
         ValueError: the directory holds another run, or the batches end before the last step.
-        FloatingPointError: a loss was not finite; the last checkpoint is from before that.
-        Interruption: SIGTERM came; the state is saved.
+        FloatingPointError: a loss, a metric or what would be saved was not finite; the last
+            checkpoint is from before that.
+        Interruption: SIGTERM, SIGHUP or Ctrl-C came; the state is saved.
     """
     print(describe(model, params), flush=True)
-    transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
+    first, batches = _peek(batches, options)
+    known = run_identity.identify(model, params, options, optimizer, learning_rate, first)
+    run, directory = run_identity.run_file({**known, **run}), pathlib.Path(directory).absolute()
     placement = Placement()
-    state, frozen = _start(model, params, transform, placement)
-    step = make_train_step(model, transform, options.accumulation, options.seed)
-    rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
-
-    def take_step(state, batch):
-        return step(state, frozen, placement.batch(batch))
-
-    def evaluation(state):
-        merged = trees.merge(state.trained, frozen)
-        return eval_batches and evaluate(model, merged, eval_batches(), placement)
-
     with (
-        RunCheckpoints(
-            directory, run, options.keep, options.best_metric, options.best_mode
-        ) as checkpoints,
+        owned(directory),
+        interruption() as requests,
+        _checkpoints(directory, run, options) as checkpoints,
         metric_writer(directory) as write,
     ):
-        state, _ = checkpoints.restore(state)
-        batches = itertools.islice(batches, int(state.step), options.total_steps)
-        state = _loop(
-            state, batches, take_step, evaluation, model.metrics, options, rate, checkpoints, write
-        )
-        state, metrics = checkpoints.best(state)
+        transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
+        state, frozen = _start(model, params, transform, placement)
+        state, metrics = checkpoints.restore(state)
+        loop = _Loop(
+            model, frozen, placement, options, eval_batches, checkpoints, write, requests,
+            rate=learning_rate if callable(learning_rate) else lambda step: learning_rate,
+            step=make_train_step(model, transform, options.accumulation, options.seed),
+        )  # fmt: skip
+        if int(state.step) and (line := run_identity.machine_differs(directory, run)):
+            print(line, flush=True)
+        state, metrics = checkpoints.best(loop.run(state, batches, evaluated=bool(metrics)))
     return trees.merge(jax.device_get(state.trained), jax.device_get(frozen)), metrics
 
 
-def _loop(
-    state: TrainState,
-    batches: Iterable[Batch],
-    take_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
-    evaluation: Callable[[TrainState], dict[str, float] | None],
-    metrics_of: Callable[[Sums], dict[str, float]],
-    options: TrainOptions,
-    rate: Callable[[int], float],
-    checkpoints: RunCheckpoints,
-    write: Callable[[int, Mapping[str, float]], None],
-) -> TrainState:
+def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Iterator[Batch]]:
+    """The first batch, and all of them."""
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(f"the data ended after 0 of {options.total_steps} batches")
+    return first, itertools.chain([first], batches)
+
+
+def _checkpoints(directory: pathlib.Path, run: Mapping, options: TrainOptions) -> RunCheckpoints:
+    """Those of a folder, which must be of this run or of none."""
+    run_identity.check_run(directory, run)
+    return RunCheckpoints(directory, run, options.keep, options.best_metric, options.best_mode)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
     """Takes a step for each batch; logs, evaluates and saves as often as the options say."""
-    number = int(state.step)
-    with (
-        interruption() as interrupted,
-        _Progress(options.total_steps, number, metrics_of) as progress,
-    ):
-        for batch in batches:
-            state, sums = take_step(state, batch)
-            number += 1
-            progress.add(number, sums)
-            saving = number % options.save_every == 0 or number == options.total_steps
-            if saving or number % options.log_every == 0 or interrupted():
-                write(number, progress.flush() | {"learning_rate": float(rate(number - 1))})
-            metrics = evaluation(state) if saving else None
-            if metrics is not None:
-                write(number, {f"eval/{name}": value for name, value in metrics.items()})
-                progress.show(metrics)
-            if saving or interrupted():
-                checkpoints.save(state, metrics)
-            if interrupted() and number < options.total_steps:
-                raise Interruption(f"stopped by SIGTERM after step {number}; the state is saved")
-    if number < options.total_steps:
-        raise ValueError(f"the data ended after {number} of {options.total_steps} batches")
-    return state
+
+    model: Model
+    frozen: Mapping[str, Any]
+    placement: Placement
+    options: TrainOptions
+    eval_batches: Callable[[], Iterable[Batch]] | None
+    checkpoints: RunCheckpoints
+    write: Callable[[int, Mapping[str, float]], None]
+    requests: Requests
+    rate: Callable[[int], float]
+    step: Callable[[TrainState, Mapping, Batch], tuple[TrainState, Sums]]
+
+    def _saves_at(self, number: int) -> bool:
+        """Whether a checkpoint, with an evaluation, is due after a step."""
+        return number % self.options.save_every == 0 or number == self.options.total_steps
+
+    def _evaluated(self, state: TrainState) -> dict[str, float] | None:
+        """The metrics; None where there are no data, or the run is to stop."""
+        if self.eval_batches is None:
+            return None
+        params = trees.merge(state.trained, self.frozen)
+        batches = self.eval_batches()
+        metrics = evaluate(self.model, params, batches, self.placement, self.requests)
+        if metrics is not None:
+            self.write(int(state.step), {f"eval/{name}": x for name, x in metrics.items()})
+        return metrics
+
+    def _stop(self, number: int) -> None:
+        of = f"of {self.options.total_steps}"
+        self.requests.stop(f"step {number} {of} is saved" if number else f"before step 1 {of}")
+
+    def run(self, state: TrainState, batches: Iterator[Batch], evaluated: bool) -> TrainState:
+        """The state after the last step.
+
+        Args:
+            state: the first one, or that of a checkpoint.
+            batches: of the whole run.
+            evaluated: whether the checkpoint has an evaluation.
+        """
+        number, total = int(state.step), self.options.total_steps
+        if 0 < number < total:
+            print(f"continuing at step {number} of {total}", flush=True)
+        cut_off = number and not evaluated and self._saves_at(number)
+        if cut_off and (metrics := self._evaluated(state)) is not None:
+            self.checkpoints.replace(state, metrics)
+        self._stop(number)
+        with _Progress(total, number, self.model.metrics) as progress:
+            for batch in itertools.islice(batches, number, total):
+                state, sums = self.step(state, self.frozen, self.placement.batch(batch))
+                number += 1
+                progress.add(number, sums)
+                saving = self._saves_at(number)
+                if saving or number % self.options.log_every == 0 or self.requests():
+                    rate = float(self.rate(number - 1))
+                    self.write(number, progress.flush() | {"learning_rate": rate})
+                metrics = self._evaluated(state) if saving else None
+                if metrics is not None:
+                    progress.show(metrics)
+                if saving or self.requests():
+                    self.checkpoints.save(state, metrics)
+                    self._stop(number)
+        if number < total:
+            raise ValueError(f"the data ended after {number} of {total} batches")
+        return state
 
 
 class _Progress:

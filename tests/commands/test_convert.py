@@ -12,6 +12,7 @@ import pytest
 from coda_jax import checkpoints, cli, methods, trees
 from coda_jax.checkpoints.adapter import read_manifest
 from coda_jax.commands.convert import convert
+from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.data.vocabulary_files import SPIECE
 from coda_jax.methods import Coda, Full
 from coda_jax.models.t5.config import infer_config
@@ -82,11 +83,12 @@ def test_adapters_make_the_round_trip(tmp_path, name):
 
 def test_an_adapter_file_keeps_its_vocabulary(base, tmp_path):
     config, params = checkpoints.load_hf(base)
+    found = find_fingerprint(base)
     config = config.replace(methods=METHODS)
     params = adapted_params(config, params)
-    checkpoints.save_adapter(tmp_path / "adapter", config, params, vocabulary="pieces")
+    checkpoints.save_adapter(tmp_path / "adapter", config, params, vocabulary=found)
     convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=base)
-    assert read_manifest(tmp_path / "hf" / "adapter")["vocabulary"] == "pieces"
+    assert read_manifest(tmp_path / "hf" / "adapter")["vocabulary"] == found
     assert (tmp_path / "hf" / SPIECE).read_text() == "pieces"
 
 

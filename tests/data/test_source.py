@@ -1,6 +1,7 @@
 """`Data`: the batches of JSONL tasks, cache files and seqio tasks, and whose token ids they are."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -135,3 +136,29 @@ for found in (data, source.Data({LENGTHS!r}, cache="cache.npz", batch_size=1)):
     result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["some text"] * 2
+
+
+def test_data_are_described_by_their_contents(tmp_path, cache):
+    """Not by where they lie."""
+
+    def described(folder, targets, **others):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "train.jsonl"
+        lines = [{"inputs": "a", "targets": text} for text in targets]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        task = jsonl.jsonl_task(train_file=str(path), vocabulary="bytes")
+        return Data(LENGTHS, task, **others).description()
+
+    first = described("first", "bc")
+    json.dumps(first)
+    assert first == described("moved", "bc") and str(tmp_path) not in str(first)
+    assert first.keys() >= {"sha256", "feature_lengths", "batch_size", "pack", "split", "seed"}
+    for other in (described("edited", "bd"), described("first", "bc", seed=1)):
+        assert other != first
+    copied = tmp_path / "copied.npz"
+    shutil.copy(cache, copied)
+    assert (
+        Data(LENGTHS, cache=cache).description() == Data(LENGTHS, cache=str(copied)).description()
+    )
+    seqio = Data(LENGTHS, "image_folder_0123456789ab").description()
+    assert seqio["task"] == "image_folder"  # the hash is one of paths, too

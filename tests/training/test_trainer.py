@@ -174,10 +174,10 @@ def test_the_best_checkpoint_is_kept_and_returned(tmp_path):
         return jnp.where(step < 4, 1e-2, 0.5)  # good steps first, then wild ones
 
     _, _, metrics = run(tmp_path, options=options, learning_rate=schedule)
-    (kept,) = (tmp_path / "checkpoints").iterdir()
-    assert int(kept.name) < 8
-    losses = json.loads((kept / "evaluation" / "metadata").read_text())
-    assert losses == metrics
+    best, newest = sorted((tmp_path / "checkpoints").iterdir())
+    assert int(best.name) < 8 and newest.name == "8"
+    contents = json.loads((best / "contents" / "metadata").read_text())
+    assert contents["evaluation"] == metrics
 
 
 def test_nothing_to_evaluate_on_is_an_error():
