@@ -31,9 +31,9 @@ def told(error: BaseException) -> str | None:
     """A mistake in a line or a few, None for an error of the program."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if getattr(error, "exit_code", None) is not None:
-        return str(error)
     message = _shortened(_ADDED.sub("", str(error)).strip())
+    if getattr(error, "exit_code", None) is not None:
+        return message
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in message:
         return f"out of memory: {message.splitlines()[0]}\nA smaller BATCH_SIZE needs less"
     if isinstance(error, ModuleNotFoundError) and "pip install" in message:

@@ -308,7 +308,6 @@ def coda(program, folder, output, num_beams=4):
     bindings = {
         "INITIAL_CHECKPOINT_PATH": f"'{bundled.CODA}'",
         "INITIAL_ADAPTER_PATH": f"'{bundled.CODA / 'adapter'}'",
-        "TASK_FEATURE_LENGTHS": "{'inputs': 128, 'targets': 32}",
         "Decoding.max_decode_length": "32",
         "Decoding.max_input_length": "128",
         "Decoding.num_beams": str(num_beams),
@@ -317,10 +316,11 @@ def coda(program, folder, output, num_beams=4):
     file = f"'{folder}/validation.jsonl'"
     if program == "evaluate":
         files, bindings["VALIDATION_FILE"] = ["tasks/jsonl.gin"], file
+        bindings["TASK_FEATURE_LENGTHS"] = "{'inputs': 128, 'targets': 32}"
     else:
         files, bindings["INPUT"] = [], file
     flags = [f"--gin_file={name}" for name in (f"runs/{program}.gin", *files)]
-    cli.main([program, *flags, *(f"--gin.{name}={value}" for name, value in bindings.items())])
+    cli.run([program, *flags, *(f"--gin.{name}={value}" for name, value in bindings.items())])
     gin.clear_config()
     return output / "output"
 
