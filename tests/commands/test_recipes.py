@@ -46,7 +46,7 @@ def test_two_recipes_in_one_command_are_refused(files, found, tmp_path):
 
 
 def test_a_recipe_beside_a_run_that_brings_one_is_refused():
-    with pytest.raises(ValueError, match="two recipes in one command: .*full.gin.*coda.gin"):
+    with pytest.raises(ValueError, match=r"two recipes in one command: .*full\.gin.*coda\.gin"):
         cli.configure(["runs/pretrain_stdlib.gin", "methods/coda.gin"], [], [])
 
 
