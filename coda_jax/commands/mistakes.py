@@ -52,13 +52,10 @@ def told(error: BaseException) -> str | None:
 def _shortened(message: str) -> str:
     """At most three lines beside lists, whose lines are indented, and none very long."""
     message = message.encode("utf-8", "backslashreplace").decode()  # so that it can be printed
-    lines = [
-        line if len(line) <= _WIDTH else f"{line[:_WIDTH]} ..." for line in message.split("\n")
-    ]
+    lines = [x if len(x) <= _WIDTH else f"{x[:_WIDTH]} ..." for x in message.split("\n")]
     plain = [number for number, line in enumerate(lines) if not line.startswith(" ")]
     if len(plain) > _LINES:
-        message = message.encode("utf-8", "backslashreplace").decode()  # so that it can be printed
-    lines = [*lines[: plain[_LINES - 1]], "... (--traceback shows the rest)"]
+        lines = [*lines[: plain[_LINES - 1]], "... (--traceback shows the rest)"]
     return "\n".join(lines)
 
 
