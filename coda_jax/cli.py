@@ -33,12 +33,23 @@ The first two commands of most people:
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, without the usage before it."""
+    """Mistakes are one line, without the usage before it.
 
-    def __init__(self, **options):
+    Args:
+        command: whose manual is the end of the help.
+        **options: argparse's.
+    """
+
+    def __init__(self, command: str | None = None, **options):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
+        self._command = command
+
+    def format_help(self):
+        if self._command is not None:
+            self.epilog = manual.epilog(self._command)
+        return super().format_help()
 
     def error(self, message):
         raise UsageError(f"{message}; see `{self.prog} --help`")
@@ -55,9 +66,8 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     made.add_argument("--version", action="version", version=coda_jax.__version__)
     rows = made.add_subparsers(dest="command", metavar="command", parser_class=Parser)
     for name, row in COMMANDS.items():
-        epilog = manual.epilog(name) if name == command else None
         flags = rows.add_parser(
-            name, help=row.summary, description=row.summary, epilog=epilog, prog=f"coda {name}"
+            name, command=name, help=row.summary, description=row.summary, prog=f"coda {name}"
         )
         if row.reads_gin:
             _add_gin_flags(flags)
