@@ -114,12 +114,13 @@ def _explained(place: str) -> Iterator[None]:
     except (ValueError, NameError, AttributeError, SyntaxError, KeyError) as error:
         if not _raised_by(error).startswith("gin."):
             raise
-        said = str(error).split("\n")[0].strip("'\"")
+        said = str(error).split("\n")[0]
         raise UsageError(f"{place}: {_with_names(said)}") from None
     except ModuleNotFoundError as error:
         if not _raised_by(error).startswith(("gin.", "importlib")):
             raise
-        raise UsageError(f"{place} imports {error.name}, which is not installed") from None
+        said = str(error).split("\n")[0]
+        raise UsageError(f"{place}: {said}: what a gin file imports must be installed") from None
 
 
 def _raised_by(error: BaseException) -> str:
@@ -161,8 +162,8 @@ def _check_reached(command: str, keys: Mapping[Key, str]) -> None:
         what = scope if selector == "gin.macro" else selector.rpartition(".")[2]
         others = [other for other in reached if other[1:] == key[1:] and selector != "gin.macro"]
         if others:
-            winner = f"{others[0][0]}/{what}.{parameter}"
-            problems.append(f"{place} has no effect: {winner} is bound, which goes before it")
+            bound = " and ".join(sorted(f"{o[0]}/{what}.{parameter}" for o in others))
+            problems.append(f"{place} has no effect: it goes behind {bound}")
         else:
             problems.append(f"{place} has no effect: nothing that this run uses reads {what}")
     refuse(problems)

@@ -142,9 +142,11 @@ def package_names(kind: str | None = None) -> list[str]:
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The names that are most like one, whatever their case."""
+    """The names that are most like one, whatever their case, and about equally so."""
     given = {other.casefold(): other for other in names}
-    return [given[x] for x in difflib.get_close_matches(name.casefold(), given, count)]
+    close = difflib.get_close_matches(name.casefold(), given, count)
+    ratios = [difflib.SequenceMatcher(None, x, name.casefold()).ratio() for x in close]
+    return [given[x] for x, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - 0.1]
 
 
 def suggested(found: Sequence[str]) -> str:
@@ -177,9 +179,10 @@ def find(name: str, search_paths: Sequence[str] = (), by_package: bool = False) 
         return next(place for place in places if place.is_file())
     except (StopIteration, ValueError, OSError):  # it cannot be a path
         own = package_names()
-        alike = nearest(name, [*own, *(file.as_posix() for file in _beside(path))])
-        alike += [x for x in own if x.endswith(f"/{path.stem}.gin") and x not in alike]
-        raise UsageError(f"there is no gin file {name!r}{suggested(alike[:3])}") from None
+        alike = [x for x in own if x.endswith(f"/{path.stem}.gin")]
+        alike += nearest(name, [*own, *(file.as_posix() for file in _beside(path))])
+        alike = list(dict.fromkeys(alike))[:_SHOWN]
+        raise UsageError(f"there is no gin file {name!r}{suggested(alike)}") from None
 
 
 def _beside(path: pathlib.Path) -> list[pathlib.Path]:
