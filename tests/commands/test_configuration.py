@@ -55,7 +55,7 @@ def test_every_command_is_configured_and_knows_what_has_no_effect(command):
         (
             "train",
             "Data.seed=3",
-            "has no effect: it goes behind eval/Data.seed and train/Data.seed",
+            "it goes behind eval/Data.seed and train/Data.seed",
         ),
         ("train", "test/Data.seed=3", "test/Data.seed=3 has no effect"),
         ("check", "A=%B", "nothing reads A"),
