@@ -18,6 +18,7 @@ from t5x import models, optimizers
 
 from coda_jax import trees
 from coda_jax.commands.check import NEW_LEAVES, check_leaves
+from coda_jax.commands.configuration import check_flags_of_t5x
 from coda_jax.methods import Method, created, trained
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import selections
@@ -48,7 +49,12 @@ def adapted(
 
 
 def network(config: ModelConfig) -> nn.Module:
-    """The network of a config, as T5X's `module`."""
+    """The network of a config, as T5X's `module`.
+
+    Raises:
+        UsageError: of what was given on T5X's command line, something has no effect.
+    """
+    check_flags_of_t5x()
     return config.network()
 
 

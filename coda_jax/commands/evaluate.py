@@ -16,7 +16,6 @@ from coda_jax.models import family_of
 from coda_jax.objectives import model_for
 from coda_jax.optional import needs
 from coda_jax.sharding import Placement
-from coda_jax.training import trainer
 
 
 def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
@@ -61,6 +60,8 @@ def evaluate(
 
 def _of_head(model: LoadedModel, data: Data) -> dict[str, dict[str, float]]:
     """{task: metrics} of a head."""
+    from coda_jax.training import trainer  # Here: it imports orbax, which nothing else needs.
+
     batches = data.batches(repeat=False, **model.layout)
     placement = Placement()
     params = placement.params(model.params)

@@ -75,7 +75,8 @@ def labelled_task(
     files = {"train": train_file, "validation": validation_file, "test": test_file}
     given = {split: path for split, path in files.items() if path is not None}
     labels = tuple(labels)
-    name = jsonl.hashed_name("labels", (*files.values(), vocabulary, labels))
+    arguments = (*files.values(), vocabulary, labels)
+    name = jsonl.task_name("labels", given.values(), arguments)
     if not given:
         raise ValueError(
             f"Task {name!r} needs at least one of {[f'{split}_file' for split in files]}"

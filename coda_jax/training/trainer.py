@@ -345,7 +345,7 @@ class _Progress:
         self, total_steps: int, start: int, metrics_of: Callable[[Sums], dict[str, float]]
     ):
         self._metrics_of = metrics_of
-        self._bar = tqdm(total=total_steps, initial=start, unit="step", mininterval=1.0)
+        self._bar = tqdm(total=total_steps, initial=start, unit="step")
         self._pending: list[tuple[int, Sums]] = []
         self._since = time.monotonic()
 

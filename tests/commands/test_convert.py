@@ -191,7 +191,7 @@ def test_the_command_takes_a_recipe_after_its_own_file(t5x_run, base, tmp_path, 
     with pytest.raises(
         ValueError, match=r"with the methods \[\], (.*\n)+  extra: .*adapter/wi/kernel"
     ):
-        cli.main(arguments)
+        cli.run(arguments)
     recipe = ["--gin_file=methods/coda.gin", "--gin.ParallelAdapter.bottleneck=4"]
     recipe += ["--gin.REDUCTION=(1, 2.5)", "--gin.Coda.epsilon=0.1"]
     assert cli.main([*arguments, *recipe, "--gin.Coda.attention=k_to_all"]) == 0

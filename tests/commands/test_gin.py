@@ -14,12 +14,13 @@ import pytest
 
 from coda_jax import checkpoints, cli, hub, trees
 from coda_jax.commands import COMMANDS, loading
+from coda_jax.commands.gin_files import package_folder
 from coda_jax.methods import METHODS, Coda, Full, ParallelAdapter
 from coda_jax.models import param_shapes, preset, presets
 from coda_jax.objectives import BestRQ, model_for
 
 shapes = functools.cache(param_shapes)
-FOLDER = cli.package_folder()
+FOLDER = package_folder()
 FOLDERS = ("methods", "runs", "tasks", "t5x")
 
 

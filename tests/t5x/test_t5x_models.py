@@ -23,6 +23,7 @@ import pytest
 import seqio
 
 from coda_jax import checkpoints, cli, gin_configs, methods, trees
+from coda_jax.commands import gin_files
 from coda_jax.methods import Coda, Full, Lora, ParallelAdapter
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.w2v_bert.config import W2vBertConfig
@@ -198,7 +199,7 @@ REQUIRED = {
 }
 
 
-RECIPES = sorted(path.name for path in (cli.package_folder() / "methods").glob("*.gin"))
+RECIPES = sorted(path.name for path in (gin_files.package_folder() / "methods").glob("*.gin"))
 
 
 @pytest.fixture(name="make_model")
