@@ -31,7 +31,10 @@ def told(error: BaseException) -> str | None:
     """A mistake in a line or a few, None for an error of the program."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    message = _shortened(_ADDED.sub("", str(error)).strip())
+    message = _ADDED.sub("", str(error)).strip()
+    if exit_code(error) > 2:  # stopped on request: the command that goes on stays whole
+        return message
+    message = _shortened(message)
     if getattr(error, "exit_code", None) is not None:
         return message
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in message:
