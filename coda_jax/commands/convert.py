@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import checkpoints, files, hub, trees
+from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax import methods as methods_lib
 from coda_jax.checkpoints.adapter import (
     MANIFEST,
@@ -89,8 +89,9 @@ def convert(
         ValueError: if an argument is unknown, missing or not used by such a source; if leaves are
             missing, extra, misshapen or damaged (all are listed); if the base is another one.
     """
-    if layout not in WRITERS:
-        raise ValueError(f"layout={layout!r} is unknown; it must be one of {[*WRITERS]}")
+    checks.OneOf([*WRITERS])("LAYOUT", layout)
+    checks.Maybe(checks.Whole(0))("STEP", step)
+    checks.flag("ENCODER_ONLY", encoder_only)
     folder = hub.find(source)
     options = {"base": base, "config": config, "methods": tuple(methods) or None, "step": step}
     read = _read(folder, {name: x for name, x in options.items() if x is not None})

@@ -18,7 +18,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 from collections.abc import Iterable
 
 from coda_jax.methods.base import Method, created, finish, merge, partition, trained
-from coda_jax.methods.coda import Coda, max_segments, unrouted, with_reduction
+from coda_jax.methods.coda import REDUCTION, Coda, max_segments, unrouted, with_reduction
 from coda_jax.methods.full import Full
 from coda_jax.methods.lora import Lora
 from coda_jax.methods.parallel_adapter import ParallelAdapter
@@ -35,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "METHODS",
+    "REDUCTION",
     "Method",
     "created",
     "find",

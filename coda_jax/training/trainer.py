@@ -24,9 +24,10 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from coda_jax import methods, trees
+from coda_jax import checks, methods, trees
 from coda_jax.objectives import Model, Sums
 from coda_jax.sharding import Placement
+from coda_jax.training import schedules
 from coda_jax.training.run_directory import (
     Interruption,
     RunCheckpoints,
@@ -35,6 +36,7 @@ from coda_jax.training.run_directory import (
 )
 
 Batch = dict[str, np.ndarray]
+_NORM = checks.Number(above=0)
 
 
 @flax.struct.dataclass
@@ -64,8 +66,8 @@ class TrainOptions:
         log_every: steps between log entries.
         save_every: steps between checkpoints, each with an evaluation before it.
         keep: checkpoints kept.
-        best_metric: name of the evaluation metric by which the kept ones are chosen; None: by age.
-        best_mode: "max" or "min".
+        best_metric: the metric of an evaluation, one of the model's `metrics`, by which the kept
+            ones are chosen; None: by age.
     """
 
     total_steps: int
@@ -76,14 +78,35 @@ class TrainOptions:
     save_every: int = 500
     keep: int = 3
     best_metric: str | None = None
-    best_mode: str = "max"
 
     def __post_init__(self):
-        for name in ("total_steps", "accumulation", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainOptions.{name} must be at least 1: {getattr(self, name)}")
-        if self.best_mode not in ("max", "min"):
-            raise ValueError(f"TrainOptions.best_mode must be 'max' or 'min': {self.best_mode!r}")
+        counts = ("total_steps", "accumulation", "log_every", "save_every", "keep")
+        checks.fields(
+            self,
+            **dict.fromkeys(counts, checks.COUNT),
+            max_grad_norm=checks.Maybe(_NORM),
+            seed=checks.SEED,
+            best_metric=checks.Maybe(checks.text),
+        )
+
+    def best_mode(self, model: Model, evaluates: bool) -> str:
+        """Whether more of the best metric is better, "max", or less, "min".
+
+        Args:
+            model: that is trained.
+            evaluates: whether there is something to evaluate it on.
+
+        Raises:
+            ValueError: the model has no such metric, or is not evaluated.
+        """
+        if self.best_metric is None:
+            return "max"
+        name = f"TrainOptions.best_metric={self.best_metric!r}"
+        if self.best_metric not in model.metrics:
+            raise ValueError(f"{name} must be one of {[*model.metrics]} of {model.name!r}")
+        if not evaluates:
+            raise ValueError(f"{name} needs data to evaluate on, a split 'validation'")
+        return model.metrics[self.best_metric].better
 
 
 def make_train_step(
@@ -138,7 +161,7 @@ def evaluate(
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
         raise ValueError("there is no batch to evaluate on")
-    return model.metrics(total)
+    return model.report(total)
 
 
 @functools.cache
@@ -174,6 +197,8 @@ def make_optimizer(
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer with clipping, and each method's own part of a step around it."""
+    learning_rate = schedules.rate_or_schedule("learning_rate", learning_rate)
+    max_grad_norm = checks.Maybe(_NORM)("max_grad_norm", max_grad_norm)
     transform = optimizer(learning_rate=learning_rate)
     if max_grad_norm is not None:
         transform = optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
@@ -221,16 +246,18 @@ def train(
         The parameters at the end, or the best where `best_metric` is set, and their metrics.
 
     Raises:
-        ValueError: the directory holds another run, or the batches end before the last step.
+        ValueError: the directory holds another run, the batches end before the last step, or an
+            option, a learning rate among them, is out of its range.
         FloatingPointError: a loss was not finite; the last checkpoint is from before that.
         Interruption: SIGTERM came; the state is saved.
     """
+    best_mode = options.best_mode(model, eval_batches is not None)
+    rate = schedules.checked(learning_rate, options.total_steps)
     print(describe(model, params), flush=True)
     transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
     placement = Placement()
     state, frozen = _start(model, params, transform, placement)
     step = make_train_step(model, transform, options.accumulation, options.seed)
-    rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
 
     def take_step(state, batch):
         return step(state, frozen, placement.batch(batch))
@@ -240,15 +267,13 @@ def train(
         return eval_batches and evaluate(model, merged, eval_batches(), placement)
 
     with (
-        RunCheckpoints(
-            directory, run, options.keep, options.best_metric, options.best_mode
-        ) as checkpoints,
+        RunCheckpoints(directory, run, options.keep, options.best_metric, best_mode) as checkpoints,
         metric_writer(directory) as write,
     ):
         state, _ = checkpoints.restore(state)
         batches = itertools.islice(batches, int(state.step), options.total_steps)
         state = _loop(
-            state, batches, take_step, evaluation, model.metrics, options, rate, checkpoints, write
+            state, batches, take_step, evaluation, model.report, options, rate, checkpoints, write
         )
         state, metrics = checkpoints.best(state)
     return trees.merge(jax.device_get(state.trained), jax.device_get(frozen)), metrics
