@@ -147,6 +147,19 @@ class OneOf:
         raise wrong(name, f"one of {tuple(self.allowed)}", value)
 
 
+@dataclasses.dataclass(frozen=True)
+class InstanceOf:
+    """An instance of a class."""
+
+    kind: type
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """The value; see the module."""
+        if not isinstance(value, self.kind):
+            raise wrong(name, f"a {self.kind.__name__}", value)
+        return value
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     plain = _plain(value)

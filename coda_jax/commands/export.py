@@ -16,6 +16,7 @@ NaN. To load them:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import itertools
 import pathlib
 from typing import Any
 
@@ -73,13 +74,12 @@ def export(
 
     Raises:
         FileExistsError: the folder holds something.
-        ValueError: a batch size or a platform is out of its range.
+        ValueError: a value is out of its range.
     """
     directory = pathlib.Path(output)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; name a new folder")
-    sizes = (decoding.batch_size,) if batch_sizes is None else batch_sizes
-    sizes = checks.Each(checks.COUNT, least=1)("BATCH_SIZES", sizes)
+    sizes = checks.Maybe(checks.Each(checks.COUNT, least=1))("BATCH_SIZES", batch_sizes)
     platforms = checks.Each(checks.OneOf(PLATFORMS), least=1)("PLATFORMS", platforms)
     config, params = methods.merge(model.config, model.params)
     if embed is not None or model_for(config).describes:
@@ -91,7 +91,7 @@ def export(
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
     program = _program(answer, list(flat))
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
-    shapes = [(size, length) for size in sizes for length in lengths(decoding)]
+    shapes = list(itertools.product(sizes or (decoding.batch_size,), lengths(decoding)))
     for shape in tqdm(shapes, desc="export", unit="program"):
         arguments = [weights, config.input_spec(*shape)]
         if "seed" in described["arguments"]:

@@ -22,6 +22,8 @@ from coda_jax.methods import max_segments, with_reduction
 from coda_jax.models import ModelConfig, init_params, param_shapes, preset
 from coda_jax.optional import needs
 
+DROPOUT = ModelConfig.field_checks["dropout_rate"]
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -139,13 +141,13 @@ def load_model(
         dropout_rate: in training.
         seed: of what is created.
         head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
-        encoder_only: whether the encoder of an encoder-decoder is taken alone; it is where there is
-            a head, or an adapter of one.
+        encoder_only: whether the encoder is taken alone, as it is for a head or an adapter of one.
 
     Raises:
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
-            contradict `adapter_checkpoint`; a value is out of its range, or of no use.
+            contradict `adapter_checkpoint`; a value is out of range, or of no use.
     """
+    dtype, dropout_rate = checks.dtype("DTYPE", dtype), DROPOUT("DROPOUT_RATE", dropout_rate)
     rng, given = jax.random.key(checks.SEED("SEED", seed)), config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)

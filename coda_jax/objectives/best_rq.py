@@ -131,9 +131,7 @@ class BestRQ(Model):
 
     def __init__(self, config: ModelConfig, targets: BestRQConfig = BestRQConfig()):
         super().__init__(config)
-        if not isinstance(targets, BestRQConfig):
-            raise checks.wrong("targets", "a BestRQConfig", targets)
-        self.targets = targets
+        self.targets = checks.InstanceOf(BestRQConfig)("targets", targets)
         quantizer_rng, self._head_rng, self._eval_rng = jax.random.split(
             jax.random.key(targets.seed), 3
         )

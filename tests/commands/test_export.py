@@ -78,7 +78,7 @@ def test_the_manifest_lists_a_program_for_each_bucket(model, folder):
 def test_bad_requests_are_refused(model, folder, tmp_path):
     with pytest.raises(FileExistsError, match="is not empty"):
         export(model, str(folder), DECODING)
-    with pytest.raises(ValueError, match=r"BATCH_SIZES\[1\] must be .* at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"BATCH_SIZES\[1\] must be .* at least 1, got 0"):
         export(model, str(tmp_path), DECODING, batch_sizes=[2, 0])
 
 
