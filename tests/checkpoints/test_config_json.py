@@ -70,10 +70,10 @@ def test_methods_come_back_together_and_in_their_order():
 
 def test_every_field_of_a_config_comes_back():
     fields = [f for f in dataclasses.fields(TINY_SPEECH) if f.name not in ("methods", "dtype")]
-    others = {field.name: getattr(TINY_SPEECH, field.name) for field in fields}
-    config = TINY_SPEECH.replace(
-        **{name: value + 1 for name, value in others.items() if type(value) in (int, float)}
-    )
+    values = {field.name: getattr(TINY_SPEECH, field.name) for field in fields}
+    others = {name: value + 1 for name, value in values.items() if type(value) is int}
+    others |= {name: value / 2 for name, value in values.items() if type(value) is float}
+    config = TINY_SPEECH.replace(**others)
     assert through_json(config) == config
 
 
