@@ -10,6 +10,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from coda_jax import checks, trees
 from coda_jax.data.stop_texts import stop_table
 from coda_jax.data.vocabularies import Vocabulary
 from coda_jax.models import ModelConfig
@@ -35,8 +36,7 @@ class Decoding(Generation):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_input_length", "batch_size"):
-            self._check_number(name, "at least 1")
+        checks.fields(self, max_input_length=checks.COUNT, batch_size=checks.COUNT)
 
 
 def bucket(length: int, longest: int) -> int:
@@ -97,6 +97,7 @@ class _Bucketed:
         self._placement = Placement()
         self._params = self._placement.params(params)
         self._batch_size, self._longest = batch_size, longest
+        self._placement.check_rows("Decoding.batch_size", batch_size)
 
     def _batches(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Array]]:
         """(indices of some inputs, the batch of them)."""
@@ -105,6 +106,21 @@ class _Bucketed:
         for start in range(0, len(order), size):
             indices = order[start : start + size]
             yield indices, self._batch([inputs[index] for index in indices], size)
+
+    def _refuse(self, number: int, tokens: np.ndarray) -> None:
+        """Raises FloatingPointError: what the model gives for an input is not finite."""
+        leaves = trees.flatten(self._params).items()
+        wrong = [path for path, leaf in leaves if not jnp.isfinite(leaf).all()]
+        if wrong:
+            reason = f"{len(wrong)} parameters are not finite themselves, such as {wrong[0]}"
+        elif not np.isfinite(tokens).all():
+            reason = "the input holds values that are not finite"
+        else:
+            reason = f"values leave the range of {jnp.dtype(self._model.config.dtype).name}"
+        raise FloatingPointError(
+            f"no answer to input {number} (the first is 0): the model's outputs for it are "
+            f"NaN or infinite; {reason}"
+        )
 
     def _batch(self, inputs: Sequence[np.ndarray], size: int) -> Array:
         """Some inputs in a batch of a size, cut to the longest bucket and filled up."""
@@ -147,12 +163,24 @@ class Encodings(_Bucketed):
         self._embed = embed
         self._encode = jax.jit(encode_function(self._model, embed))
 
-    def __call__(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """(index of the input, its outputs: [C] of a head, [D] a mean, [n, D] of n tokens)."""
+    def __call__(
+        self, inputs: Sequence[np.ndarray], first: int = 0
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of the input, its outputs: [C] of a head, [D] a mean, [n, D] of n tokens).
+
+        Args:
+            inputs: arrays of tokens, each with its end marker, or of patches.
+            first: number of the first of them in a longer list.
+
+        Raises:
+            FloatingPointError: an output is not finite; the number of its input is named.
+        """
         for indices, batch in self._batches(inputs):
             outputs = np.asarray(self._encode(self._params, batch))
             for index, found in zip(indices, outputs, strict=False):  # the last batch has spares
                 real = len(inputs[index]) if self._embed == "tokens" else len(found)
+                if not np.isfinite(found[:real]).all():
+                    self._refuse(first + index, inputs[index])
                 yield index, found[:real]
 
 
@@ -219,13 +247,19 @@ class Predictor(_Bucketed):
         Yields:
             (index of the input, its output tokens [n, L], the best first, padding after the end
             marker, and their scores [n]).
+
+        Raises:
+            FloatingPointError: a logit is not finite; the number of its input is named.
         """
         for indices, batch in self._batches(inputs):
             numbers = [first + index for index in indices]
             arguments = self._arguments(numbers, self._batch_size)
             found = self._generate(self._params, batch, **arguments)
             # The last batch has spares.
-            yield from zip(indices, *map(np.asarray, found), strict=False)
+            for index, outputs, scores in zip(indices, *map(np.asarray, found), strict=False):
+                if np.isnan(scores).any():
+                    self._refuse(first + index, inputs[index])
+                yield index, outputs, scores
 
     def stream(self, tokens: np.ndarray, number: int = 0) -> Iterator[int]:
         """The tokens of an output as they come: what `__call__` gives, up to the end marker.
@@ -236,17 +270,21 @@ class Predictor(_Bucketed):
 
         Raises:
             ValueError: beams, which may yet take back what they have chosen; several outputs.
+            FloatingPointError: a logit is not finite.
         """
         begin, grow = self._stepwise
         size = self._placement.mesh.size  # one input, and a spare row for each other device
         batch = self._batch([tokens], size)
         encoded, rows = begin(self._params, batch, **self._arguments([number], size))
-        return self._streamed(batch, encoded, rows, grow)
+        refuse = functools.partial(self._refuse, number, tokens)
+        return self._streamed(batch, encoded, rows, grow, refuse)
 
-    def _streamed(self, batch, encoded, rows, grow) -> Iterator[int]:
+    def _streamed(self, batch, encoded, rows, grow, refuse) -> Iterator[int]:
         yield from self.decoding.decoder_prefix
         for place in range(len(self.decoding.decoder_prefix) + 1, rows.tokens.shape[1]):
             rows = grow(self._params, batch, encoded, rows, **self._stops)
+            if np.isnan(rows.log_probs[0]):
+                refuse()
             yield int(rows.tokens[0, place])
             if rows.ended[0]:
                 return

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import checkpoints, files, hub, trees
+from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax import methods as methods_lib
 from coda_jax.checkpoints.adapter import (
     MANIFEST,
@@ -96,8 +96,9 @@ def convert(
         ValueError: if an argument is unknown, missing or not used by such a source; if leaves are
             missing, extra, misshapen or damaged (all are listed); if the base is another one.
     """
-    if layout not in WRITERS:
-        raise ValueError(f"layout={layout!r} is unknown; it must be one of {[*WRITERS]}")
+    checks.OneOf([*WRITERS])("LAYOUT", layout)
+    checks.Maybe(checks.Whole(0))("STEP", step)
+    checks.flag("ENCODER_ONLY", encoder_only)
     if layout != "t5x":
         files.check_new(output)
     folder = hub.find(source)

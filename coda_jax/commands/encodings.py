@@ -76,12 +76,14 @@ def _encoded(
     """(record, outputs) of each input, in their order."""
     encodings = Encodings(model.config, model.params, decoding, embed)
     with tqdm(unit="example", file=sys.stderr) as progress:
+        done = 0
         for chunk in chunks:
             outputs = {}
-            for index, found in encodings([encode(record) for record in chunk]):
+            for index, found in encodings([encode(record) for record in chunk], first=done):
                 outputs[index] = found
                 progress.update()
             yield from ((record, outputs[index]) for index, record in enumerate(chunk))
+            done += len(chunk)
     if encodings.num_truncated:
         logging.warning(
             "%d inputs were longer than %d tokens and were cut",

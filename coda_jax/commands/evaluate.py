@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import itertools
 import json
+import math
 
 import numpy as np
 from tqdm import tqdm
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from coda_jax import files
 from coda_jax.commands.loading import LoadedModel, completed
 from coda_jax.data.source import Data
-from coda_jax.inference import Decoding, Predictor
+from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.models import family_of
 from coda_jax.objectives import model_for
 from coda_jax.optional import needs
@@ -45,11 +46,14 @@ def evaluate(
 
     Returns:
         {task: {metric: value}}.
+
+    Raises:
+        FloatingPointError: what the model gives for an input is not finite; its number is named.
     """
     data = Data(feature_lengths, task, split=split, batch_size=decoding.batch_size, shuffle=False)
     data.check_vocabulary(**model.vocabulary)
     if model_for(model.config).describes:
-        found = _of_head(model, data)
+        found = _of_head(model, data, decoding)
     else:
         found = _of_texts(model, data, decoding)
     print(json.dumps(found, indent=2))
@@ -58,14 +62,20 @@ def evaluate(
     return found
 
 
-def _of_head(model: LoadedModel, data: Data) -> dict[str, dict[str, float]]:
+def _of_head(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:
     """{task: metrics} of a head."""
     from coda_jax.training import trainer  # Here: it imports orbax, which nothing else needs.
 
     batches = data.batches(repeat=False, **model.layout)
     placement = Placement()
     params = placement.params(model.params)
-    return {data.task: trainer.evaluate(model_for(model.config), params, batches, placement)}
+    metrics = trainer.evaluate(model_for(model.config), params, batches, placement)
+    if not all(map(math.isfinite, metrics.values())):
+        encodings = Encodings(model.config, model.params, decoding)
+        for number, batch in enumerate(data.batches(repeat=False, **model.layout)):
+            list(encodings(list(batch["encoder_input_tokens"]), number * data.batch_size))  # raises
+        raise FloatingPointError(f"metrics are not finite: {metrics}")
+    return {data.task: metrics}
 
 
 def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:

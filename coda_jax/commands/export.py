@@ -5,7 +5,8 @@ and one length of inputs. Where outputs are drawn, it takes two more arguments, 
 the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
 outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. An
 encoder's gives what `inference.encode_function` says. The manifest lists arguments and results.
-To load them:
+Where a logit of an input is not finite there is no answer: all its tokens are -1, and its score is
+NaN. To load them:
 
     manifest = json.load(open(f"{folder}/manifest.json"))
     arrays = np.load(f"{folder}/weights.npz")
@@ -15,6 +16,7 @@ To load them:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import itertools
 import pathlib
 from typing import Any
 
@@ -23,16 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from coda_jax import files, methods, trees
+from coda_jax import checks, files, methods, trees
 from coda_jax.commands.loading import LoadedModel, completed
-from coda_jax.data.batches import check_positive
 from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, bucket, encode_function, generate_function, stops_of
 from coda_jax.models import ModelConfig
-from coda_jax.objectives import Model, model_for
+from coda_jax.objectives import NOT_FINITE, Model, model_for
 
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.npz"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _ENCODES = {"arguments": ["weights", "inputs"], "results": ["outputs"]}
 
 
@@ -67,17 +69,18 @@ def export(
         decoding: how outputs are made, and the longest input; what it leaves open,
             generation_config.json may say.
         batch_sizes: B of the programs; None for that of `decoding`.
-        platforms: "cpu", "cuda", "rocm" or "tpu"; each program holds all of them.
+        platforms: some of `PLATFORMS`; each program holds all of them.
         vocabulary: of stop texts, its folder or file, or "bytes"; None: beside the checkpoint.
         embed: "mean" or "tokens" for programs of the encoder alone; see `encode_function`.
 
     Raises:
         FileExistsError: the folder holds something.
-        ValueError: a batch size below 1.
+        ValueError: a value is out of its range.
     """
     files.check_new(output)
-    batch_sizes = [decoding.batch_size] if batch_sizes is None else list(batch_sizes)
-    check_positive(**{f"BATCH_SIZES[{i}]": size for i, size in enumerate(batch_sizes)})
+    sizes = checks.Maybe(checks.Each(checks.COUNT, least=1))("BATCH_SIZES", batch_sizes)
+    sizes = sizes or (decoding.batch_size,)
+    platforms = checks.Each(checks.OneOf(PLATFORMS), least=1)("PLATFORMS", platforms)
     config, params = methods.merge(model.config, model.params)
     if embed is not None or model_for(config).describes:
         answer, described = encode_function(model_for(config), embed), _ENCODES
@@ -85,8 +88,9 @@ def export(
         decoding = completed(decoding, model)
         answer, described = _generates(model, model_for(config), decoding, vocabulary)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    shapes = list(itertools.product(sizes, lengths(decoding)))
     with files.atomic_folder(output) as directory:
-        _write(directory, answer, described, config, flat, batch_sizes, decoding, platforms)
+        _write(directory, answer, described, config, flat, shapes, platforms)
 
 
 def _write(
@@ -95,26 +99,24 @@ def _write(
     described: Mapping[str, Any],
     config: ModelConfig,
     flat: Mapping[str, np.ndarray],
-    batch_sizes: Sequence[int],
-    decoding: Decoding,
+    shapes: Sequence[tuple[int, int]],
     platforms: Sequence[str],
 ) -> None:
-    """Writes the programs, the weights {path: leaf}, and what they are."""
+    """Writes the programs of shapes (B, N), the weights {path: leaf}, and what they are."""
     program = _program(answer, list(flat))
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
-    shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
     for shape in tqdm(shapes, desc="export", unit="program"):
         arguments = [weights, config.input_spec(*shape)]
         if "seed" in described["arguments"]:
             arguments += [_uint32(), _uint32(shape[0])]
-        exported = jax.export.export(program, platforms=list(platforms))(*arguments)
+        exported = jax.export.export(program, platforms=platforms)(*arguments)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
     _write_weights(directory, flat)
     manifest = {
         "programs": {program_name(*shape): shape for shape in shapes},
         "weights": {path: str(leaf.dtype) for path, leaf in flat.items()},
         **described,
-        "platforms": list(platforms),
+        "platforms": platforms,
         "jax": jax.__version__,
     }
     files.write_json(directory / MANIFEST_NAME, manifest)
@@ -140,6 +142,7 @@ def _generates(
     return answer, {
         "arguments": ["weights", "inputs", *["seed", "numbers"] * decoding.do_sample],
         "results": ["tokens", *["scores"] * several],
+        "not_finite": {"tokens": NOT_FINITE},
         "decoding": decoding.said,
     }
 

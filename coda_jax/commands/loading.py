@@ -10,9 +10,8 @@ from typing import Any
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 
-from coda_jax import checkpoints, hub, methods, trees
+from coda_jax import checkpoints, checks, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_manifest
 from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE, read_generation_config
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
@@ -22,6 +21,8 @@ from coda_jax.inference import Decoding
 from coda_jax.methods import max_segments, with_reduction
 from coda_jax.models import ModelConfig, init_params, param_shapes, preset
 from coda_jax.optional import needs
+
+DROPOUT = ModelConfig.field_checks["dropout_rate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,14 @@ class LoadedModel:
 def configured_preset(
     name: str | None, changes: Mapping[str, Any] | None = None
 ) -> ModelConfig | None:
-    """A published size with other values for some fields; None for no name."""
-    return None if name is None else preset(name, **(changes or {}))
+    """A published size with other values for some fields; None for no name.
+
+    Raises:
+        ValueError: there is no such size or field, or a value is out of its range.
+    """
+    if changes is not None and not isinstance(changes, Mapping):
+        raise checks.wrong("PRESET_CHANGES", "a dictionary such as {'vocab_size': 1000}", changes)
+    return None if name is None else preset(name, **{str(k): x for k, x in (changes or {}).items()})
 
 
 def classes(
@@ -133,19 +140,18 @@ def load_model(
         methods: how to adapt; None or () for those of `adapter_checkpoint`, or for none. Given with
             it, they may differ in what changes no leaf, and train more.
         reduction: replaces that of the routing.
-        dtype: of the computation.
+        dtype: of the computation, float32 or bfloat16.
         dropout_rate: in training.
         seed: of what is created.
         head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
-        encoder_only: whether the encoder of an encoder-decoder is taken alone; it is where there is
-            a head, or an adapter of one.
+        encoder_only: whether the encoder is taken alone, as it is for a head or an adapter of one.
 
     Raises:
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
-            contradict `adapter_checkpoint`; `reduction` is given for a model that does not route.
+            contradict `adapter_checkpoint`; a value is out of range, or of no use.
     """
-    rng = jax.random.key(seed)
-    given = config
+    dtype, dropout_rate = checks.dtype("DTYPE", dtype), DROPOUT("DROPOUT_RATE", dropout_rate)
+    rng, given = jax.random.key(checks.SEED("SEED", seed)), config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
     if adapter_checkpoint is not None:
@@ -153,7 +159,7 @@ def load_model(
     if head or encoder_only:
         config, params = encoder_of(config, params)
         given = _headed(given, config, head or {})
-    config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
+    config = config.replace(dtype=dtype, dropout_rate=dropout_rate)
     if adapter_checkpoint is None:
         given_methods = methods or (given.methods if given else ())
         config = _with_head_of(config, given).replace(methods=tuple(given_methods))

@@ -9,6 +9,7 @@ import sys
 from absl import logging
 from tqdm import tqdm
 
+from coda_jax import checks
 from coda_jax.commands.encodings import write_descriptions, write_embeddings
 from coda_jax.commands.evaluate import held_at_once
 from coda_jax.commands.loading import LoadedModel, completed
@@ -59,6 +60,9 @@ def predict(
     Raises:
         ValueError: `stream` with an output file, scores, several outputs or beams.
     """
+    checks.flag("SCORES", scores)
+    checks.flag("STREAM", stream)
+    checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
     requests = family_of(model.config).inputs

@@ -6,15 +6,15 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from coda_jax import checkpoints, files, methods, trees
+from coda_jax import checkpoints, checks, files, methods, trees
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives import Model, model_for
+from coda_jax.sharding import Placement
 from coda_jax.training import trainer
 from coda_jax.training.run_checkpoints import check_finite
 from coda_jax.training.run_directory import EXPORT
@@ -45,17 +45,18 @@ def train(
         learning_rate: a number or an optax schedule.
         eval_data: what to evaluate on.
         objective: (config) -> the model with what it is trained for.
-        export_dtype: of the leaves, where all were trained.
+        export_dtype: of the leaves, where all were trained: float32 or bfloat16.
 
     Returns:
         The trained model, as it is exported, and the metrics of its evaluation.
 
     Raises:
-        ValueError: there is nothing to train on, or nothing to train; the data do not fit the
-            model; and see `trainer.train`.
+        ValueError: there is nothing to train on, or to train; data do not fit; see `trainer.train`.
     """
     if not data.exists:
         raise ValueError("there is nothing to train on: name a task or a cache file")
+    export_dtype = checks.Maybe(checks.dtype)("export_dtype", export_dtype)
+    _check_rows(data, options)
     eval_data = eval_data if eval_data and eval_data.exists else None
     trained = objective(model.config)
     _check(model, trained, [read for read in (data, eval_data) if read is not None])
@@ -73,12 +74,22 @@ def train(
     )
     _, params = trees.split(params, trained.creates)
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
-        params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
+        params = jax.tree.map(lambda x: x.astype(export_dtype), params)
     folder = pathlib.Path(directory) / EXPORT
     model = export(folder, model.config, params, model.directory, data, vocabulary)
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
     return model, metrics
+
+
+def _check_rows(data: Data, options: trainer.TrainOptions) -> None:
+    """Raises ValueError where a batch cannot be shared out."""
+    Placement().check_rows("BATCH_SIZE", data.batch_size)
+    if data.batch_size % options.accumulation:
+        raise ValueError(
+            f"BATCH_SIZE must be a multiple of TrainOptions.accumulation={options.accumulation}, "
+            f"got {data.batch_size}"
+        )
 
 
 def _check(model: LoadedModel, trained: Model, sources: list[Data]) -> None:

@@ -11,8 +11,9 @@ import os
 import re
 from typing import Any
 
+from coda_jax import checks
 from coda_jax.data import jsonl
-from coda_jax.data.batches import Batches, batch_examples, epochs
+from coda_jax.data.batches import Batches, batch_examples, check_feature_lengths, epochs
 from coda_jax.data.cache import read_cache
 from coda_jax.data.vocabularies import Identity, Vocabulary, check_vocabulary, identity
 
@@ -42,6 +43,16 @@ class Data:
     seed: int = 0
 
     def __post_init__(self):
+        check_feature_lengths(self.feature_lengths)
+        checks.fields(
+            self,
+            **dict.fromkeys(("task", "cache"), checks.Maybe(checks.text)),
+            split=checks.text,
+            batch_size=checks.COUNT,
+            pack=checks.flag,
+            shuffle=checks.flag,
+            seed=checks.SEED,
+        )
         if self.task is not None and self.cache is not None:
             raise ValueError(f"give a task or a cache file, not both: {self.task=}, {self.cache=}")
 

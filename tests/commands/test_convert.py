@@ -204,7 +204,7 @@ def test_the_command_takes_a_recipe_after_its_own_file(t5x_run, base, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"layout": "pytorch"}, r"layout='pytorch' is unknown.*'hf', 't5x', 'adapter'"),
+        ({"layout": "pytorch"}, "LAYOUT must be one of .*'hf', 't5x', 'adapter'.* got 'pytorch'"),
         ({"layout": "adapter"}, "nothing to save"),
         ({"layout": "t5x", "step": 3}, r"Hugging Face checkpoint, for which \['step'\]"),
         ({"layout": "t5x", "methods": METHODS}, r"\['methods'\] cannot"),

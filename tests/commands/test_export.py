@@ -77,11 +77,29 @@ def test_the_manifest_lists_a_program_for_each_bucket(model, folder):
     assert (manifest["arguments"], manifest["results"]) == (["weights", "inputs"], ["tokens"])
 
 
+def test_a_program_has_no_answer_where_a_logit_is_not_finite(model, folder):
+    manifest = json.loads((folder / command.MANIFEST_NAME).read_text())
+    program = jax.export.deserialize((folder / "predict_4x32.jax_export").read_bytes())
+    flat = trees.flatten(model.params)
+    embedding = flat["token_embedder/embedding"]
+    broken = flat | {"token_embedder/embedding": embedding.at[19].set(jnp.nan)}
+    inputs = np.full((4, 32), 3, np.int32)
+    inputs[2, 5] = 19
+    expected, found = (
+        np.array(program.call([leaves[path] for path in manifest["weights"]], inputs))
+        for leaves in (flat, broken)
+    )
+    assert (found[2] == manifest["not_finite"]["tokens"]).all()
+    np.testing.assert_array_equal(np.delete(found, 2, 0), np.delete(expected, 2, 0))
+
+
 def test_bad_requests_are_refused(model, folder, tmp_path):
     with pytest.raises(FileExistsError, match="is not empty"):
         export(model, str(folder), DECODING)
-    with pytest.raises(ValueError, match=r"BATCH_SIZES\[1\] must be .* at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"BATCH_SIZES\[1\] must be .* at least 1, got 0"):
         export(model, str(tmp_path), DECODING, batch_sizes=[2, 0])
+    with pytest.raises(ValueError, match=r"PLATFORMS\[0\] must be one of .* got 'gpu'"):
+        export(model, str(tmp_path), DECODING, platforms=["gpu"])
 
 
 @pytest.mark.all

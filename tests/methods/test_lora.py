@@ -90,10 +90,10 @@ def test_merge_keeps_the_dtype_of_the_base_and_the_other_methods(rng):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 0}, r"Lora\.rank must be at least 1, got 0"),
-        ({"alpha": 0.0}, r"Lora\.alpha must be above 0, got 0\.0"),
+        ({"rank": 0}, r"Lora\.rank must be .* at least 1, got 0"),
+        ({"alpha": 0.0}, r"Lora\.alpha must be .* above 0, got 0\.0"),
         ({"targets": ("atention/query",)}, r"\['atention/query'\] match no projection; there are"),
-        ({"targets": ()}, r"match no projection"),
+        ({"targets": ()}, r"Lora\.targets must be a tuple that is not empty"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -131,5 +131,5 @@ def test_routing_has_the_weights_of_the_patches_that_a_layer_takes(rng):
 
 @pytest.mark.parametrize("name", ["patch_size", "num_positions"])
 def test_sizes_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"Pix2StructConfig.{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"Pix2StructConfig.{name} must be .* at least 1, got 0"):
         Pix2StructConfig(vocab_size=4, **{name: 0})
