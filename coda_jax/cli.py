@@ -111,7 +111,7 @@ def recipes(files: Sequence[str], search_paths: Sequence[str] = ()) -> list[str]
         if (package_folder() / "methods").resolve() in path.resolve().parents:
             found.append(f"methods/{path.name}")
         else:
-            found += recipes(_INCLUDE.findall(path.read_text()), search_paths)
+            found += recipes(_INCLUDE.findall(path.read_text(encoding="utf-8")), search_paths)
     return list(dict.fromkeys(found))
 
 

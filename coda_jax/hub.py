@@ -21,8 +21,8 @@ def cache() -> Path:
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
     )
-    found = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(os.path.expanduser(found)))
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(os.path.expanduser(given or os.path.join(home, "hub"))))
 
 
 def snapshot(name: str | os.PathLike) -> Path | None:
@@ -39,7 +39,7 @@ def snapshot(name: str | os.PathLike) -> Path | None:
         return None
     model = cache() / f"models--{name.replace('/', '--')}"
     main = model / "refs" / "main"  # which says a commit
-    folder = main.is_file() and model / "snapshots" / main.read_text().strip()
+    folder = main.is_file() and model / "snapshots" / main.read_text(encoding="utf-8").strip()
     return folder if folder and folder.is_dir() else None
 
 

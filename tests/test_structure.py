@@ -185,6 +185,27 @@ def test_only_its_own_folder_names_a_family_or_a_method(words, home):
     assert not named, "\n".join(named)
 
 
+def opens_text(call):
+    """Whether a call opens a file as text without saying in which encoding."""
+    called = ast.unparse(call.func)
+    words = [x.value for x in (*call.args, *call.keywords) if isinstance(x, ast.Constant)]
+    binary = called == "open" and any(str(word).endswith("b") for word in words)
+    opens = called == "open" or called.endswith((".read_text", ".write_text"))
+    said = binary or any(keyword.arg == "encoding" for keyword in call.keywords)
+    return opens and not said and called != "files.write_text"
+
+
+def test_texts_are_read_and_written_in_utf_8_wherever_it_runs():
+    setup = {"setup.py": ast.parse((ROOT / "setup.py").read_text())}
+    silent = [
+        f"{name}:{node.lineno}"
+        for name, tree in (SOURCES | TASKS | setup).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and opens_text(node)
+    ]
+    assert not silent, "\n".join(silent)
+
+
 def test_nothing_asks_for_the_class_of_a_config():
     """What differs from family to family, its config or its `Family` says."""
     asked = [

@@ -102,7 +102,9 @@ def _write(predictor, vocabulary, encode, chunks, output: str, scores: bool) -> 
     text = _texts(predictor.decoding, vocabulary)
     done = 0
     with contextlib.ExitStack() as stack:
-        file = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))
+        file = sys.stdout
+        if output != "-":
+            file = stack.enter_context(open(output, "w", encoding="utf-8"))
         progress = stack.enter_context(tqdm(unit="example", file=sys.stderr))
         for chunk in chunks:
             answers = {}
