@@ -115,8 +115,8 @@ class ByteVocabulary:
 def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Vocabulary:
     """Loads a vocabulary.
 
-    Of a folder with several kinds, all must be the same vocabulary. `spiece.model` goes first,
-    unless `tokenizer.json` has tokens that were added later.
+    A folder with several kinds must have `tokenizer.json` among them, with which the others must
+    agree. `spiece.model` takes precedence unless `tokenizer.json` has tokens that were added later.
 
     Args:
         path: a checkpoint's directory that holds `spiece.model`, `tokenizer.json`, `vocab.json`
