@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from coda_jax import files, methods, trees
-from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
 from coda_jax.data.batches import check_positive
 from coda_jax.data.vocabularies import load_vocabulary
 from coda_jax.inference import Decoding, bucket, encode_function, generate_function, stops_of
@@ -83,7 +83,7 @@ def export(
     if embed is not None or model_for(config).describes:
         answer, described = encode_function(model_for(config), embed), _ENCODES
     else:
-        decoding = completed(decoding, model)
+        decoding = with_checkpoint_defaults(decoding, model)
         answer, described = _generates(model, model_for(config), decoding, vocabulary)
     directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
@@ -127,7 +127,7 @@ def _generates(
     return answer, {
         "arguments": ["weights", "inputs", *["seed", "numbers"] * decoding.do_sample],
         "results": ["tokens", *["scores"] * several],
-        "decoding": decoding.said,
+        "decoding": decoding.given_options,
     }
 
 

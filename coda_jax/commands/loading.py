@@ -167,7 +167,7 @@ def load_model(
     return LoadedModel(config, params, directory)
 
 
-def completed(decoding: Decoding, model: LoadedModel) -> Decoding:
+def with_checkpoint_defaults(decoding: Decoding, model: LoadedModel) -> Decoding:
     """What the checkpoint's generation_config.json asks for, where nothing is said; it is logged.
 
     Args:
@@ -180,13 +180,22 @@ def completed(decoding: Decoding, model: LoadedModel) -> Decoding:
     Raises:
         ValueError: the file is not for this model; options contradict each other.
     """
-    if model.directory is not None:
-        defaults = read_generation_config(model.directory, model.config)
+    if model.directory is None:
+        return decoding.resolved()
+    file = model.directory / GENERATION_CONFIG_FILE
+    prefix_length = len(decoding.decoder_prefix or ())
+    defaults = read_generation_config(model.directory, model.config, prefix_length)
+    taken = defaults
+    try:
         decoding, taken = decoding.with_defaults(defaults)
+        said = ", ".join(f"{name}={value!r}" for name, value in taken.items())
         if taken:
-            said = ", ".join(f"{name}={value!r}" for name, value in taken.items())
-            logging.warning("%s/%s: %s", model.directory, GENERATION_CONFIG_FILE, said)
-    return decoding.resolved()
+            logging.warning("%s: %s", file, said)
+        return decoding.resolved()
+    except ValueError as error:
+        if not taken:
+            raise
+        raise ValueError(f"{error} (of {file}: {taken})") from error
 
 
 def _base(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from coda_jax.commands.encodings import write_descriptions, write_embeddings
 from coda_jax.commands.evaluate import held_at_once
-from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
 from coda_jax.data.stop_texts import cut
 from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
@@ -75,7 +75,7 @@ def predict(
 
 def _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream) -> None:
     """Writes or prints what a model generates."""
-    decoding = completed(decoding, model)
+    decoding = with_checkpoint_defaults(decoding, model)
     predictor = Predictor(model.config, model.params, decoding, vocabulary)
     if stream:
         if output != "-" or scores:
