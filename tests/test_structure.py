@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+from coda_jax.commands import COMMANDS
 from coda_jax.methods import METHODS
 from coda_jax.models import CONFIGS, FAMILIES, presets
 
@@ -50,6 +51,16 @@ def test_every_module_has_a_place_in_the_order():
     rows = {pathlib.Path(name).parts[1].removesuffix(".py") for name in SOURCES}
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert (rows | folders) - {"__init__"} == {*ORDER, *OUTSIDE}
+
+
+def test_the_init_of_a_folder_is_its_table_of_contents():
+    missing = []
+    for folder in (row for row in ORDER if f"coda_jax/{row}/__init__.py" in SOURCES):
+        contents = ast.get_docstring(SOURCES[f"coda_jax/{folder}/__init__.py"]) or ""
+        listed = {*COMMANDS} if folder == "commands" else set()
+        names = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__", *listed}
+        missing += [f"{folder}: {name}" for name in sorted(names) if f"`{name}`" not in contents]
+    assert not missing, "\n".join(missing)
 
 
 def test_no_file_is_longer_than_400_lines():

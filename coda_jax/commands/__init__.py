@@ -1,6 +1,7 @@
 """The commands of `coda`, one file each. `COMMANDS` is the table that `cli` reads.
 
-`loading` puts a checkpoint, methods and an adapter file together for all of them.
+`loading` puts a checkpoint, methods and an adapter file together for all of them; `encodings` is
+what `predict` writes of an encoder.
 """
 
 from collections.abc import Callable
