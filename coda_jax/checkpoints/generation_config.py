@@ -75,7 +75,7 @@ def read_generation_config(
     for name in _TYPES.keys() & fields.keys():
         if type(fields[name]) not in _TYPES[name]:
             expected = " or ".join(_CALLED[kind] for kind in _TYPES[name])
-            raise ValueError(f"{path}: {name}={fields[name]!r} is not {expected}")
+            raise ValueError(f"{path}: {name}={fields[name]!r:.80} is not {expected}")
     options = {name: fields[name] for name in fields if name in _TYPES}
     if isinstance(options.get("stop_strings"), list):
         options["stop_strings"] = tuple(options["stop_strings"])
@@ -104,5 +104,5 @@ def _check_ids(fields: Mapping[str, Any], config: ModelConfig, path: Path) -> No
         expected = getattr(config, ours)
         if fields.get(field, expected) not in (expected, [expected]):
             raise ValueError(
-                f"{path}: {field}={fields[field]}, but the model's config says {expected}"
+                f"{path}: {field}={fields[field]!r:.80}, but the model's config says {expected}"
             )

@@ -141,6 +141,9 @@ def test_unknown_fields_are_named_and_other_ids_refused(read, caplog):
     assert "not handled, outputs may differ: {'penalty_alpha': 0.6}" in caplog.text
     with pytest.raises(ValueError, match=r"eos_token_id=\[1, 5\], but the model's config says 1"):
         read({"eos_token_id": [1, 5]})
+    with pytest.raises(ValueError, match="the model's config says 1") as error:
+        read({"eos_token_id": [5] * 10_000})
+    assert len(str(error.value)) < 500
     assert read({"eos_token_id": [1]}) == {}
     assert read({"pad_token_id": 2, "eos_token_id": 3}, config(pad_id=2, eos_id=3)) == {}
     with pytest.raises(ValueError, match="max_length='long' is not an int"):
