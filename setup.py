@@ -8,12 +8,19 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "coda_jax/__init__.py").read_text())[1]
+
+
+def text(file: str) -> str:
+    """What a text file holds."""
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+VERSION = re.search(r'__version__ = "(.+)"', text("coda_jax/__init__.py"))[1]
 
 
 def requirements(file: str) -> list[str]:
     """The lines of a requirements file, without comments."""
-    lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    lines = (line.split("#")[0].strip() for line in text(file).splitlines())
     return [line for line in lines if line]
 
 
@@ -74,7 +81,7 @@ setup(
     name="coda_jax",
     version=VERSION,
     description="Conditional Adapters (CoDA) for T5-family models in JAX and Flax",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=text("README.md"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -10,7 +10,8 @@ import shlex
 
 from coda_jax.files import read_json
 
-WEIGHTS = ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin")  # or shards of them
+SAFETENSORS, FLAX, TORCH = "model.safetensors", "flax_model.msgpack", "pytorch_model.bin"
+WEIGHTS = (SAFETENSORS, FLAX, TORCH)  # or shards of them
 OTHERS = ("config.json", "generation_config.json", "*token*", "spiece.model", "vocab.json",
           "merges.txt")  # fmt: skip
 _NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
@@ -21,8 +22,8 @@ def cache() -> Path:
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
     )
-    found = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(os.path.expanduser(found)))
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(os.path.expanduser(given or os.path.join(home, "hub"))))
 
 
 def snapshot(name: str | os.PathLike) -> Path | None:
@@ -35,11 +36,11 @@ def snapshot(name: str | os.PathLike) -> Path | None:
         The folder, None where there is none; it need not have all files.
     """
     name = os.fspath(name)
-    if os.path.exists(name) or not _NAME.fullmatch(name):
+    if not _may_be_name(name):
         return None
     model = cache() / f"models--{name.replace('/', '--')}"
     main = model / "refs" / "main"  # which says a commit
-    folder = main.is_file() and model / "snapshots" / main.read_text().strip()
+    folder = main.is_file() and model / "snapshots" / main.read_text(encoding="utf-8").strip()
     return folder if folder and folder.is_dir() else None
 
 
@@ -57,7 +58,7 @@ def find(checkpoint: str | os.PathLike) -> Path:
     if folder and (folder / "config.json").is_file() and _has_weights(folder):
         return folder
     name = os.fspath(checkpoint)
-    if os.path.exists(name) or not _NAME.fullmatch(name):
+    if not _may_be_name(name):
         return Path(name)
     first, *others = (f"{Path(file).stem}*{Path(file).suffix}*" for file in WEIGHTS)
     raise FileNotFoundError(
@@ -67,10 +68,19 @@ def find(checkpoint: str | os.PathLike) -> Path:
     )
 
 
+def index_of(file: str) -> str:
+    """The file that says which tensor is in which shard of a file of weights."""
+    return f"{file}.index.json"
+
+
+def _may_be_name(name: str) -> bool:
+    return not os.path.exists(name) and bool(_NAME.fullmatch(name))
+
+
 def _has_weights(folder: Path) -> bool:
     """Whether there is a file of weights, or an index with all of its shards."""
     for file in WEIGHTS:
-        index = folder / f"{file}.index.json"
+        index = folder / index_of(file)
         if (folder / file).is_file():
             return True
         shards = read_json(index).get("weight_map") if index.is_file() else None

@@ -30,7 +30,7 @@ REPOSITORY = [  # the files of a model that has every format
 @pytest.fixture(name="download")
 def fixture_download(tmp_path, monkeypatch):
     """Returns a function that puts files into the cache as the Hub's tools do."""
-    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -79,6 +79,7 @@ def test_commands_take_a_name_for_a_checkpoint_and_its_vocabulary(download, caps
     [
         ("HF_HUB_CACHE", "there", "there"),
         ("HF_HUB_CACHE", "$HOME/there", "there"),
+        ("HUGGINGFACE_HUB_CACHE", "there", "there"),
         ("HF_HOME", "~/home", "home/hub"),
         ("XDG_CACHE_HOME", "home", "home/huggingface/hub"),
     ],

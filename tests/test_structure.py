@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+from coda_jax.commands import COMMANDS
 from coda_jax.methods import METHODS
 from coda_jax.models import CONFIGS, FAMILIES, presets
 
@@ -51,6 +52,16 @@ def test_every_module_has_a_place_in_the_order():
     rows = {pathlib.Path(name).parts[1].removesuffix(".py") for name in SOURCES}
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert (rows | folders) - {"__init__"} == {*ORDER, *OUTSIDE}
+
+
+def test_the_init_of_a_folder_is_its_table_of_contents():
+    missing = []
+    for folder in (row for row in ORDER if f"coda_jax/{row}/__init__.py" in SOURCES):
+        contents = ast.get_docstring(SOURCES[f"coda_jax/{folder}/__init__.py"]) or ""
+        listed = {*COMMANDS} if folder == "commands" else set()
+        names = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__", *listed}
+        missing += [f"{folder}: {name}" for name in sorted(names) if f"`{name}`" not in contents]
+    assert not missing, "\n".join(missing)
 
 
 def test_no_file_is_longer_than_400_lines():
@@ -184,6 +195,27 @@ def test_only_its_own_folder_names_a_family_or_a_method(words, home):
         if word in words
     ]
     assert not named, "\n".join(named)
+
+
+def opens_text(call):
+    """Whether a call opens a file as text without saying in which encoding."""
+    called = ast.unparse(call.func)
+    words = [x.value for x in (*call.args, *call.keywords) if isinstance(x, ast.Constant)]
+    binary = called == "open" and any(str(word).endswith("b") for word in words)
+    opens = called == "open" or called.endswith((".read_text", ".write_text"))
+    said = binary or any(keyword.arg == "encoding" for keyword in call.keywords)
+    return opens and not said and called != "files.write_text"
+
+
+def test_texts_are_read_and_written_in_utf_8_wherever_it_runs():
+    setup = {"setup.py": ast.parse((ROOT / "setup.py").read_text())}
+    silent = [
+        f"{name}:{node.lineno}"
+        for name, tree in (SOURCES | TASKS | setup).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and opens_text(node)
+    ]
+    assert not silent, "\n".join(silent)
 
 
 def test_nothing_asks_for_the_class_of_a_config():

@@ -10,6 +10,7 @@
 | `tensor_files` | safetensors files and their shards |
 | `msgpack_files` | Flax's weights |
 | `torch_files`, `torch_pickles` | PyTorch's weights, without PyTorch and without running code |
+| `generation_config` | how a checkpoint's makers decode with it |
 | `config_json` | configurations as JSON |
 """
 

@@ -25,6 +25,7 @@ _TYPES = {  # of the fields that are read
     "early_stopping": (bool, str),
     "stop_strings": (str, list),
 }
+_CALLED = {int: "an int", float: "a float", bool: "a bool", str: "a str", list: "a list"}
 _IDS = {
     "pad_token_id": "pad_id",
     "eos_token_id": "eos_id",
@@ -49,12 +50,15 @@ _NEUTRAL = {  # values that change nothing, beside null, false, 0 and what is em
 }
 
 
-def read_generation_config(directory: str | os.PathLike, config: ModelConfig) -> dict[str, Any]:
+def read_generation_config(
+    directory: str | os.PathLike, config: ModelConfig, prefix_length: int = 0
+) -> dict[str, Any]:
     """The options that a checkpoint's folder asks for, by their names in `Generation`.
 
     Args:
         directory: the checkpoint's folder.
         config: of its model, whose tokens must be those of the file.
+        prefix_length: how many tokens are given behind the start token.
 
     Returns:
         {name: value}, empty where there is no such file.
@@ -70,17 +74,19 @@ def read_generation_config(directory: str | os.PathLike, config: ModelConfig) ->
     _check_ids(fields, config, path)
     for name in _TYPES.keys() & fields.keys():
         if type(fields[name]) not in _TYPES[name]:
-            expected = " or ".join(kind.__name__ for kind in _TYPES[name])
-            raise ValueError(f"{path}: {name}={fields[name]!r} is no {expected}")
+            expected = " or ".join(_CALLED[kind] for kind in _TYPES[name])
+            raise ValueError(f"{path}: {name}={fields[name]!r:.80} is not {expected}")
     options = {name: fields[name] for name in fields if name in _TYPES}
     if isinstance(options.get("stop_strings"), list):
         options["stop_strings"] = tuple(options["stop_strings"])
-    # transformers' lengths count the start token, its numbers of new tokens do not.
+    # transformers' lengths count the start token and the prefix, its numbers of new tokens neither.
     longest, shortest = options.pop("max_length", None), options.pop("min_length", None)
-    if (length := options.pop("max_new_tokens", longest and longest - 1)) is not None:
-        options["max_decode_length"] = length
+    if (new := options.pop("max_new_tokens", None)) is not None:
+        options["max_decode_length"] = prefix_length + new
+    elif longest is not None:
+        options["max_decode_length"] = longest - 1
     if shortest:
-        options.setdefault("min_new_tokens", shortest - 1)
+        options.setdefault("min_new_tokens", max(0, shortest - 1 - prefix_length))
     read = {*_TYPES, *_IDS, *_HARMLESS}
     unknown = {
         name: value
@@ -98,5 +104,5 @@ def _check_ids(fields: Mapping[str, Any], config: ModelConfig, path: Path) -> No
         expected = getattr(config, ours)
         if fields.get(field, expected) not in (expected, [expected]):
             raise ValueError(
-                f"{path}: {field}={fields[field]}, but the model's config says {expected}"
+                f"{path}: {field}={fields[field]!r:.80}, but the model's config says {expected}"
             )

@@ -25,7 +25,7 @@ CHUNKED = "__msgpack_chunked_array__"
 # What a first byte says. A length, or a number's value, is in its last bits, or in bytes behind it.
 SHORT = (
     *(("number", 0x00, 0x7F), ("map", 0x80, 0x0F), ("list", 0x90, 0x0F), ("text", 0xA0, 0x1F)),
-    ("truth", 0xC2, 0x01),
+    ("bool", 0xC2, 0x01),
 )
 LONG = {
     first + place: (kind, size)
@@ -99,7 +99,7 @@ class _Reader:
         return self.data[start : self.position].tobytes()
 
     def head(self) -> tuple[str, int]:
-        """Returns what follows, and its length; for a number or a truth, its value."""
+        """Returns what follows, and its length; for a number or a bool, its value."""
         (byte,) = self.take(1)
         for kind, first, bits in SHORT:
             if byte & ~bits == first:
@@ -134,7 +134,7 @@ class _Reader:
                 entries[name] = self.tree(number, depth + 1)
             elif kind == "extension":
                 entries[name] = self.array(number)
-            elif kind in ("number", "truth"):
+            elif kind in ("number", "bool"):
                 entries[name] = number
             else:
                 raise ValueError(f"{name!r:.80} is a {kind}")
@@ -163,6 +163,8 @@ def _joined(entries: dict[str, Any]) -> np.ndarray:
         shape, chunks = (
             [entries[key][str(i)] for i in range(len(entries[key]))] for key in ("shape", "chunks")
         )
-        return np.concatenate(chunks, dtype=chunks[0].dtype, casting="no").reshape(shape)
+        joined = np.concatenate(chunks, dtype=chunks[0].dtype, casting="no").reshape(shape)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"it has an array in chunks without its parts: {error}") from error
+    joined.setflags(write=False)
+    return joined

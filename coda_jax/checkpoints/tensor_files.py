@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from coda_jax.files import atomic, write_json
+from coda_jax.hub import SAFETENSORS, index_of
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = SAFETENSORS, index_of(SAFETENSORS)
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPES = {
     "F64": np.dtype(np.float64),

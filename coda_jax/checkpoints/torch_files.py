@@ -111,6 +111,9 @@ def _read_legacy(data: np.ndarray) -> Contents:
     tensors, keys = _state_dict(stream), interpret(stream)
     expected = {x.storage.key: x.storage for x in tensors.values()}
     stop, storages = stream.tell(), {}
+    if type(keys) is not list or any(type(key) is not str or key not in expected for key in keys):
+        # A key that is a tuple of tuples could take forever to hash, or overflow the stack.
+        raise ValueError("its list of storages is not that of its tensors")
     for key in keys:
         (numel,) = struct.unpack("<q", data[stop : stop + 8])
         if numel != expected[key].numel:

@@ -127,7 +127,7 @@ def _only(kind: type, value: Any) -> Any:
 
 
 def _set_items(target: dict, items: list) -> None:
-    """Names are texts: keys that are chosen to collide, such as numbers, would take for ever."""
+    """Names are texts: keys that are chosen to collide, such as numbers, would take forever."""
     for name, value in zip(items[::2], items[1::2], strict=True):
         if _only(str, name) in target:
             raise ValueError(f"it holds {name!r:.80} twice")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coda_jax import hub
 from coda_jax.checkpoints import msgpack_files, tensor_files, torch_files
 from coda_jax.files import read_json
 
@@ -30,13 +31,13 @@ class Format:
     @property
     def index(self) -> str:
         """The file that says which tensor is in which shard."""
-        return f"{self.file}.index.json"
+        return hub.index_of(self.file)
 
 
 FORMATS = (  # where a folder has several, the first of them is read
-    Format(tensor_files.SINGLE, tensor_files.read_tensors),
-    Format("flax_model.msgpack", msgpack_files.read_tensors, msgpack_files.torch_name),
-    Format("pytorch_model.bin", torch_files.read_tensors),
+    Format(hub.SAFETENSORS, tensor_files.read_tensors),
+    Format(hub.FLAX, msgpack_files.read_tensors, msgpack_files.torch_name),
+    Format(hub.TORCH, torch_files.read_tensors),
 )
 UNREAD = ("tf_model.h5", "rust_model.ot")  # of TensorFlow and of rust-bert
 

@@ -9,6 +9,7 @@
 | `environment` | what a process sets up before anything is imported: logs, compiled programs |
 | `mistakes` | which errors are a user's, and how they are told |
 | `loading` | a checkpoint, methods and an adapter file, put together for all commands |
+| `encodings` | what `predict` writes of an encoder |
 """
 
 from collections.abc import Callable

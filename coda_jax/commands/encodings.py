@@ -37,7 +37,7 @@ def write_descriptions(
     if output == "-":
         sys.stdout.writelines(lines)
         return
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         file.writelines(lines)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from coda_jax import files
-from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
 from coda_jax.data.source import Data
 from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.models import family_of
@@ -87,7 +87,7 @@ def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, d
 
     task, feature_lengths = data.task, data.feature_lengths
     decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
-    decoding = completed(decoding, model)
+    decoding = with_checkpoint_defaults(decoding, model)
     predictor = Predictor(model.config, model.params, decoding, data.vocabulary)
     evaluator = seqio.Evaluator(
         seqio_tasks.provider(task).name,

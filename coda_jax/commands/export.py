@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from coda_jax import checks, files, methods, trees
-from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
 from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, bucket, encode_function, generate_function, stops_of
 from coda_jax.models import ModelConfig
@@ -85,7 +85,7 @@ def export(
     if embed is not None or model_for(config).describes:
         answer, described = encode_function(model_for(config), embed), _ENCODES
     else:
-        decoding = completed(decoding, model)
+        decoding = with_checkpoint_defaults(decoding, model)
         answer, described = _generates(model, model_for(config), decoding, vocabulary)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
     shapes = list(itertools.product(sizes, lengths(decoding)))
@@ -143,7 +143,7 @@ def _generates(
         "arguments": ["weights", "inputs", *["seed", "numbers"] * decoding.do_sample],
         "results": ["tokens", *["scores"] * several],
         "not_finite": {"tokens": NOT_FINITE},
-        "decoding": decoding.said,
+        "decoding": decoding.given_options,
     }
 
 

@@ -115,7 +115,11 @@ def _homes(name: str) -> list[str]:
     """The recipes and tasks of the package that bind a macro."""
     start = re.compile(rf"^{re.escape(name)} *=", re.MULTILINE)
     files = [*package_names("methods"), *package_names("tasks")]
-    return [file for file in files if start.search((package_folder() / file).read_text())]
+    return [
+        file
+        for file in files
+        if start.search((package_folder() / file).read_text(encoding="utf-8"))
+    ]
 
 
 def _check_missing(

@@ -71,26 +71,44 @@ def configured_preset(
     return None if name is None else preset(name, **{str(k): x for k, x in (changes or {}).items()})
 
 
-def classes(
-    head: str, train_file: str | None = None, adapter_checkpoint: str | None = None
-) -> tuple[str, ...]:
-    """The labels of a head: those of an adapter where one is given, else of a file.
+def head(
+    kind: str | None = None,
+    pooling: str | None = None,
+    train_file: str | None = None,
+    adapter_checkpoint: str | None = None,
+) -> dict[str, Any]:
+    """The values of an encoder's head: those of an adapter that has one, else the given ones.
 
     Args:
-        head: "classification", or another that has none.
-        train_file: JSONL with "label".
+        kind: "classification" or "regression"; None for that of the adapter, else the first.
+        pooling: how outputs become one; None for that of the adapter, else "mean".
+        train_file: JSONL with "label", whose labels a fresh classification has.
         adapter_checkpoint: folder that `save_adapter` wrote.
 
+    Returns:
+        {"head", "labels", "pooling"}, as `load_model` takes them.
+
     Raises:
-        ValueError: neither is given.
+        ValueError: the adapter has another head; or a classification has no file of labels.
     """
-    if head != "classification":
-        return ()
-    if adapter_checkpoint is not None:
-        return read_config(adapter_checkpoint).labels
-    if train_file is None:
-        raise ValueError("the labels of a classification are read from TRAIN_FILE: name it")
-    return read_labels(train_file)
+    saved = adapter_checkpoint and read_config(adapter_checkpoint)
+    if saved and getattr(saved, "head", None):
+        values = {name: getattr(saved, name) for name in ("head", "labels", "pooling")}
+        for name, asked in (("head", kind), ("pooling", pooling)):
+            if asked not in (None, values[name]):
+                raise ValueError(f"{adapter_checkpoint} has {name}={values[name]!r}, not {asked!r}")
+        return values
+    values = {"head": kind or "classification", "labels": (), "pooling": pooling or "mean"}
+    if values["head"] == "classification":
+        if train_file is None:
+            raise ValueError("the labels of a classification are read from TRAIN_FILE: name it")
+        values["labels"] = read_labels(train_file)
+    return values
+
+
+def labels_of(head: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels of what `head` returns. For gin files."""
+    return head["labels"]
 
 
 def configured_methods(names: Sequence[str]) -> tuple[methods.Method, ...]:
@@ -176,7 +194,7 @@ def load_model(
     return LoadedModel(config, params, directory, adapter)
 
 
-def completed(decoding: Decoding, model: LoadedModel) -> Decoding:
+def with_checkpoint_defaults(decoding: Decoding, model: LoadedModel) -> Decoding:
     """What the checkpoint's generation_config.json asks for, where nothing is said; it is logged.
 
     Args:
@@ -189,13 +207,22 @@ def completed(decoding: Decoding, model: LoadedModel) -> Decoding:
     Raises:
         ValueError: the file is not for this model; options contradict each other.
     """
-    if model.directory is not None:
-        defaults = read_generation_config(model.directory, model.config)
+    if model.directory is None:
+        return decoding.resolved()
+    file = model.directory / GENERATION_CONFIG_FILE
+    prefix_length = len(decoding.decoder_prefix or ())
+    defaults = read_generation_config(model.directory, model.config, prefix_length)
+    taken = defaults
+    try:
         decoding, taken = decoding.with_defaults(defaults)
+        said = ", ".join(f"{name}={value!r}" for name, value in taken.items())
         if taken:
-            said = ", ".join(f"{name}={value!r}" for name, value in taken.items())
-            logging.warning("%s/%s: %s", model.directory, GENERATION_CONFIG_FILE, said)
-    return decoding.resolved()
+            logging.warning("%s: %s", file, said)
+        return decoding.resolved()
+    except ValueError as error:
+        if not taken:
+            raise
+        raise ValueError(f"{error} (of {file}: {taken})") from error
 
 
 def _base(

@@ -18,7 +18,7 @@ _INCLUDE = re.compile(rf"^include '{PACKAGE}(.*)'", re.MULTILINE)
 
 def texts(name: str) -> Iterator[str]:
     """The texts of the files that a file of the package includes, and its own."""
-    text = (package_folder() / name).read_text()
+    text = (package_folder() / name).read_text(encoding="utf-8")
     for included in _INCLUDE.findall(text):
         yield from texts(included)
     yield text
@@ -42,7 +42,7 @@ def macros(name: str) -> dict[str, tuple[str, str]]:
 
 def summary(name: str) -> str:
     """The first sentence of a file."""
-    comment = re.match(r"(?:#.*\n)+", (package_folder() / name).read_text())
+    comment = re.match(r"(?:#.*\n)+", (package_folder() / name).read_text(encoding="utf-8"))
     text = " ".join(line.lstrip("# ") for line in (comment[0] if comment else "").splitlines())
     return re.split(r"(?<=[.:]) ", text)[0].rstrip(":")
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from coda_jax import checks
 from coda_jax.commands.encodings import write_descriptions, write_embeddings
 from coda_jax.commands.evaluate import held_at_once
-from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
 from coda_jax.data.stop_texts import cut
 from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
@@ -79,7 +79,7 @@ def predict(
 
 def _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream) -> None:
     """Writes or prints what a model generates."""
-    decoding = completed(decoding, model)
+    decoding = with_checkpoint_defaults(decoding, model)
     predictor = Predictor(model.config, model.params, decoding, vocabulary)
     if stream:
         if output != "-" or scores:
@@ -106,7 +106,9 @@ def _write(predictor, vocabulary, encode, chunks, output: str, scores: bool) -> 
     text = _texts(predictor.decoding, vocabulary)
     done = 0
     with contextlib.ExitStack() as stack:
-        file = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))
+        file = sys.stdout
+        if output != "-":
+            file = stack.enter_context(open(output, "w", encoding="utf-8"))
         progress = stack.enter_context(tqdm(unit="example", file=sys.stderr))
         for chunk in chunks:
             answers = {}

@@ -8,6 +8,7 @@ Without seqio and TensorFlow:
 - `sentencepiece_vocabulary`, `tokenizers_vocabulary`: spiece.model; tokenizer.json and others.
 - `vocabulary_files`: names of the files, and which tokens are special.
 - `vocabulary_agreement`: whether two kinds in one folder are the same vocabulary.
+- `stop_texts`: the table by which a compiled program finds the texts that end an output.
 - `jsonl`: JSONL files and tasks over them.
 - `labels`: JSONL files of texts with a class or a number.
 - `source`: `Data`, which finds the examples of a task's name or of a cache file.

@@ -227,7 +227,7 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
         place = f"{os.fspath(path)}:{number}"
         try:
             record = json.loads(line.decode("utf-8"))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{place}: not JSON: {e}") from e
         if not isinstance(record, dict):
             raise ValueError(f"{place}: not an object: {record!r}")

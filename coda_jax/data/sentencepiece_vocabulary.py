@@ -12,8 +12,8 @@ from coda_jax.data.vocabulary_files import (
     EXTRA_IDS,
     LOCAL,
     NAMES,
-    SENTINEL,
     SIDE_FILES,
+    SPACED_SENTINEL,
     SPIECE,
     FileSystem,
     Folder,
@@ -21,7 +21,6 @@ from coda_jax.data.vocabulary_files import (
     sentinel_ids,
 )
 
-_SENTINEL = "▁" + SENTINEL
 _USER_DEFINED = 4  # the type of a piece that is never split
 
 
@@ -50,10 +49,10 @@ class SentencePieceVocabulary:
             processor = _load(model)
         except RuntimeError as e:
             raise ValueError(f"{self.file!r} is not a SentencePiece model: {e}") from e
-        if processor.piece_to_id(_SENTINEL.format(0)) != processor.unk_id():
+        if sentinel_ids(functools.partial(_piece_id, processor)):
             return processor, 0
         # Pieces are a repeated field of the message, so that bytes behind it are more of them.
-        sentinels = (_SENTINEL.format(i) for i in range(self.extra_ids)[::-1])
+        sentinels = (SPACED_SENTINEL.format(i) for i in range(self.extra_ids)[::-1])
         return _load(model + b"".join(map(_serialised_piece, sentinels))), self.extra_ids
 
     @property
@@ -115,9 +114,7 @@ class SentencePieceVocabulary:
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token's text, None where there is no such token."""
-        found = self.processor.piece_to_id(token)
-        is_unknown = found == self.processor.unk_id() and self.processor.id_to_piece(found) != token
-        return None if is_unknown else found
+        return _piece_id(self.processor, token)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without EOS."""
@@ -126,7 +123,7 @@ class SentencePieceVocabulary:
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the ids up to the first EOS."""
         unknown, size = self.processor.unk_id(), self.vocab_size
-        ids = [int(i) if i < size else unknown for i in ids]
+        ids = [int(i) if 0 <= i < size else unknown for i in ids]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id) + 1]
         return self.processor.DecodeIds(ids)
@@ -149,6 +146,13 @@ def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     return processor
+
+
+def _piece_id(processor: sentencepiece.SentencePieceProcessor, token: str) -> int | None:
+    """The id of a piece, None where there is no such piece."""
+    found = processor.piece_to_id(token)
+    is_unknown = found == processor.unk_id() and processor.id_to_piece(found) != token
+    return None if is_unknown else found
 
 
 def _serialised_piece(piece: str) -> bytes:

@@ -39,7 +39,8 @@ def stop_table(
         raise ValueError(
             f"the stop texts have {complete} different beginnings, of at most {_MOST_STATES}"
         )
-    by_byte = _next_states(sorted(prefixes, key=len), encoded)
+    # Two processes make the same table, whatever their hash seeds are.
+    by_byte = _next_states(sorted(prefixes, key=lambda x: (len(x), x)), encoded)
     pieces = vocabulary.pieces()[:vocab_size]
     lengths = np.zeros(vocab_size, np.int32)
     lengths[: len(pieces)] = [len(piece) for piece in pieces]

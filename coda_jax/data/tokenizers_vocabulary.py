@@ -32,6 +32,8 @@ from coda_jax.data.vocabulary_files import (
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # in this order
 _PROBE = "a \U0010fffd"  # with a character that no vocabulary has
+# Steps of a decoder after which a token's text does not depend on the others.
+_PIECEWISE = {"ByteLevel", "Metaspace", "ByteFallback", "Replace", "Fuse", "Strip"}
 _MAX_GROWTH = 1000  # of a text by its normalisation; by NFKC of T5 at most 33
 
 
@@ -59,7 +61,7 @@ class TokenizersVocabulary:
 
         Raises:
             ValueError: no token ends a text, a text cannot be encoded, or the files beside the
-                main one name tokens that it does not have.
+                main one name tokens that it does not have; it puts more than EOS behind a text.
         """
         self.folder, self.fingerprint = folder, fingerprint
         own = {} if main in NAMES else {TOKENIZER: folder.file(main)}
@@ -75,6 +77,12 @@ class TokenizersVocabulary:
             plain = tokenizer.encode(_PROBE, add_special_tokens=False).ids
             ids = tokenizer.encode(_PROBE).ids
         self._adds_eos = ids[len(ids) - len(plain) - 1 :] == [*plain, self.eos_id]
+        start = len(ids) - len(plain) - self._adds_eos  # how many it puts in front
+        if ids[start : start + len(plain)] != plain:
+            raise ValueError(
+                f"{self._file!r} makes {plain} of a text, and with its special tokens {ids}: "
+                f"behind a text may stand the end marker, {self.eos_id}, and nothing else"
+            )
         if not self._adds_eos:
             logging.warning("%s adds no EOS to a text; it is added all the same", self._file)
         if self.eos_id in plain:
@@ -83,8 +91,7 @@ class TokenizersVocabulary:
                 "unknown token is not the third: its spiece.model does not",
                 self._file,
             )
-        prefix = ids[: len(ids) - len(plain) - self._adds_eos]
-        self._hidden = {self.pad_id, self.bos_id, *prefix} - {self.unk_id}
+        self._hidden = {self.pad_id, self.bos_id, *ids[:start]} - {self.unk_id}
         byte_pairs = type(tokenizer.model).__name__ == "BPE"  # which transformers does not clean up
         cleaned = folder.settings.get("clean_up_tokenization_spaces") is True
         self._cleans_up = cleaned and not byte_pairs
@@ -129,10 +136,22 @@ class TokenizersVocabulary:
         return text
 
     def pieces(self) -> list[bytes]:
-        """Returns what each id adds to a text, in UTF-8; the first may lose a space there."""
+        """Returns what each id adds to a text, in UTF-8; the first may lose a space there.
+
+        Raises:
+            ValueError: what it adds depends on where it stands, or is not known.
+        """
         added = self._tokenizer.get_added_tokens_decoder()
-        kinds = json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"))
-        by_bytes = _byte_level() if '"ByteLevel"' in kinds else None
+        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {"type": None}
+        kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
+        # Others, such as WordPiece, put spaces between tokens as they think fit.
+        if not kinds & {"ByteLevel", "Metaspace", "ByteFallback"} or kinds - _PIECEWISE:
+            found = ", ".join(sorted(map(str, kinds)))
+            raise ValueError(
+                f"{self._file!r} joins tokens by {found}: stop texts need ByteLevel, Metaspace or "
+                "ByteFallback"
+            )
+        by_bytes = _byte_level() if "ByteLevel" in kinds else None
 
         def piece(i):
             token = self.id_to_token(i)
@@ -142,7 +161,7 @@ class TokenizersVocabulary:
                 return token.encode()
             if by_bytes is not None:
                 return bytes(by_bytes[char] for char in token if char in by_bytes)
-            if '"ByteFallback"' in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
                 return bytes([int(token[3:5], 16)])
             return token.replace("▁", " ").encode()
 

@@ -28,6 +28,7 @@ from coda_jax.data.vocabulary_files import (
     Folder,
 )
 
+_KINDS = ((SPIECE,), (TOKENIZER,), (VOCAB, MERGES))  # each by its files
 BYTE_EXTRA_IDS = 125  # of ByT5, which has 384 ids together
 _FIRST_BYTE, _NUM_BYTES = 3, 256
 _BYTES = "ByT5Tokenizer"
@@ -115,8 +116,8 @@ class ByteVocabulary:
 def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Vocabulary:
     """Loads a vocabulary.
 
-    Of a folder with several kinds, all must be the same vocabulary. `spiece.model` goes first,
-    unless `tokenizer.json` has tokens that were added later.
+    A folder with several kinds must have `tokenizer.json` among them, with which the others must
+    agree. `spiece.model` takes precedence unless `tokenizer.json` has tokens that were added later.
 
     Args:
         path: a checkpoint's directory that holds `spiece.model`, `tokenizer.json`, `vocab.json`
@@ -169,10 +170,8 @@ def _load_folder(folder: Folder) -> Vocabulary:
         return _load_spiece(SentencePieceVocabulary(file, folder.extra_ids(), folder.system))
     if folder.tokenizer_class == _BYTES:
         return _load_bytes(folder)
-    raise FileNotFoundError(
-        f"No vocabulary in {folder.path!r}: none of {SPIECE}, {TOKENIZER}, and {VOCAB} with "
-        f"{MERGES}. {_SAY_BYTES}"
-    )
+    kinds = ", ".join(" with ".join(kind) for kind in _KINDS)
+    raise FileNotFoundError(f"No vocabulary in {folder.path!r}: none of {kinds}. {_SAY_BYTES}")
 
 
 def _load_spiece(vocabulary: SentencePieceVocabulary) -> SentencePieceVocabulary:
@@ -194,7 +193,7 @@ def _load_bytes(folder: Folder) -> ByteVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What of a vocabulary a model must agree with.
+    """The parts of a vocabulary that a model must match.
 
     Attributes:
         fingerprint: the vocabulary's.
@@ -210,7 +209,7 @@ class Identity:
 
 
 def identity(vocabulary: Vocabulary) -> Identity:
-    """What of a vocabulary a model must agree with."""
+    """The parts of a vocabulary that a model must match."""
     return Identity(*(getattr(vocabulary, field.name) for field in dataclasses.fields(Identity)))
 
 
@@ -259,8 +258,7 @@ def check_vocabulary(
 def find_files(directory: str | os.PathLike) -> dict[str, str]:
     """The files of a directory's vocabulary, {name: path}; {} where there is none."""
     folder = Folder(os.fspath(directory))
-    kinds = ((SPIECE,), (TOKENIZER,), (VOCAB, MERGES))
-    found = any(folder.has(*kind) for kind in kinds) or folder.tokenizer_class == _BYTES
+    found = any(folder.has(*kind) for kind in _KINDS) or folder.tokenizer_class == _BYTES
     return folder.present(*NAMES) if found else {}
 
 
@@ -268,14 +266,15 @@ def find_fingerprint(directory: str | os.PathLike) -> str | None:
     """The fingerprint of a directory's vocabulary, None where there is none.
 
     Raises:
-        ValueError: there is one that `load_vocabulary` refuses.
+        ValueError: `load_vocabulary` refuses it; where `spiece.model` or `tokenizer.json` is the
+            only kind, it is not loaded.
     """
     folder, found = Folder(os.fspath(directory)), find_files(directory)
     if not found and folder.tokenizer_class != _BYTES:
         return None
-    single = [name for name in (SPIECE, TOKENIZER) if name in found]
-    if len(single) == 1:  # the usual case, without loading it
-        return folder.sha256(single[0])
+    kinds = [kind for kind in _KINDS if folder.has(*kind)]
+    if kinds in ([(SPIECE,)], [(TOKENIZER,)]):  # the usual case, without loading it
+        return folder.sha256(*kinds[0])
     return load_vocabulary(directory).fingerprint
 
 

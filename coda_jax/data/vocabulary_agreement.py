@@ -9,7 +9,14 @@ import numpy as np
 
 from coda_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from coda_jax.data.tokenizers_vocabulary import TokenizersVocabulary, read_bpe
-from coda_jax.data.vocabulary_files import MERGES, SENTINEL, SPIECE, TOKENIZER, VOCAB, Folder
+from coda_jax.data.vocabulary_files import (
+    MERGES,
+    SPACED_SENTINEL,
+    SPIECE,
+    TOKENIZER,
+    VOCAB,
+    Folder,
+)
 
 _TOLERANCE = 1e-5  # of scores, relative from 1 on; spiece.model has float32
 
@@ -60,7 +67,7 @@ def _spiece_differences(
     processor, entries = spiece.processor, model.get("vocab") or ()
     ids = list(range(processor.vocab_size()))
     pieces = processor.id_to_piece(ids)
-    sentinels = {i: f"▁{SENTINEL}".format(n) for n, i in enumerate(spiece.sentinel_ids)}
+    sentinels = {i: SPACED_SENTINEL.format(n) for n, i in enumerate(spiece.sentinel_ids)}
     for i, (ours, theirs) in enumerate(zip(pieces, map(tokenizer.id_to_token, ids), strict=True)):
         if ours != theirs and not (ours == sentinels.get(i) and ours[1:] == theirs):
             yield f"id {i} is {ours!r} and {theirs!r}"

@@ -26,6 +26,7 @@ MAX_SIDE_BYTES = 4 * 2**20  # of the files beside it
 
 EXTRA_IDS = 100  # of T5: sentinels, after the ids of the file
 SENTINEL = "<extra_id_{}>"
+SPACED_SENTINEL = "▁" + SENTINEL  # as a piece, with the space before it
 
 ROLES = {  # the tokens as transformers calls them where no file does
     "pad": "<pad>",
@@ -128,7 +129,7 @@ class Folder:
     def settings(self) -> Mapping[str, Any]:
         """What tokenizer_config.json and special_tokens_map.json say.
 
-        As in transformers, the second goes first unless the first describes all added tokens.
+        As in transformers, the second takes precedence unless the first describes all added tokens.
         """
         settings, tokens = self.json(SETTINGS), self.json(SPECIAL_TOKENS)
         newer = "added_tokens_decoder" in settings
@@ -167,6 +168,8 @@ class Folder:
         tokens = [token for role in ROLES if (token := self.role_token(role)) is not None]
         for key in _LISTS:
             value = self.settings.get(key) or []
+            if isinstance(value, dict):  # by the names that transformers 4 calls them
+                value = [*value.values()]
             _check(isinstance(value, list), self.file(SETTINGS), key, value)
             tokens += map(self._token, value)
         return {token["content"]: token for token in tokens}
@@ -245,8 +248,8 @@ def sentinel_ids(token_to_id: Callable[[str], int | None]) -> list[int]:
     """The ids of <extra_id_0>, <extra_id_1> ..., as far as a vocabulary has them."""
     ids: list[int] = []
     while True:
-        text = SENTINEL.format(len(ids))
-        found = next((i for t in (text, "▁" + text) if (i := token_to_id(t)) is not None), None)
+        texts = (x.format(len(ids)) for x in (SENTINEL, SPACED_SENTINEL))
+        found = next((i for text in texts if (i := token_to_id(text)) is not None), None)
         if found is None:
             return ids
         ids.append(found)

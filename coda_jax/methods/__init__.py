@@ -5,7 +5,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 
 | file | holds |
 |---|---|
-| `base` | the record `Method`, and what follows from a config's methods: what is trained, `merge` |
+| `base` | the base class `Method`, and what follows from methods: what is trained, `merge` |
 | `coda` | `Coda`: the router sends some tokens through the frozen layer |
 | `soft_topk` | the differentiable top-k of the router: two solvers, one gradient |
 | `parallel_adapter` | `ParallelAdapter`: a bottleneck beside each layer |

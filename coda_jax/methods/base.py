@@ -1,4 +1,4 @@
-"""What a method of adaptation is: the record that every file of this folder fills in.
+"""What a method of adaptation is: the base class of all methods.
 
 A method changes a network in three places, all of them optional: it wraps whole layers
 (`wrap_layer`), it wraps modules inside them (`wrap_module`), and it wraps the optimizer

@@ -1,9 +1,9 @@
 """Families of models, one folder each. Start reading at `base`, then `t5`.
 
-A folder has the same files in every family: `config` (sizes, options, published presets, a tiny
-one), `network` (the Flax modules), `huggingface` (checkpoints), `inputs` (how inputs are read), and
-in `__init__` its `FAMILY`. `FAMILIES` holds them all by name; a new family is a folder, and an
-import and an entry here. `hf_fields` is what all checkpoints of Hugging Face share.
+Every folder has the files `config` (sizes, options, published presets, a tiny one), `network` (the
+Flax modules), `huggingface` (checkpoints), `inputs` (how inputs are read), and in `__init__` its
+`FAMILY`; some have more. `FAMILIES` holds them all by name; a new family is a folder, and an import
+and an entry here. `hf_fields` is what all checkpoints of Hugging Face share.
 """
 
 import dataclasses

@@ -2,11 +2,11 @@
 
 | file | holds |
 |---|---|
-| `base` | the record `Model` and the sums that all objectives give |
+| `base` | `Model`, the base class of all, and the sums that they give |
 | `seq2seq` | `Seq2Seq`: cross-entropy of the targets |
 | `generation` | `Generation`: the options of outputs |
 | `decoding`, `beams` | greedy decoding, sampling and beam search over a cached decoder |
-| `logits` | what the options do to the logits |
+| `logits_processors` | what the options do to the logits |
 | `ctc` | `CTC`: its loss, greedy decoding and prefix beam search |
 | `pooled` | `Classification`, `Regression` and `Embedding` of an encoder alone |
 | `best_rq` | `BestRQ`: pretraining of speech encoders without transcripts |

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from coda_jax.nn.tokens import take
-from coda_jax.objectives import decoding
-from coda_jax.objectives import logits as processors
+from coda_jax.objectives import decoding, logits_processors
 from coda_jax.objectives.decoding import Cache, Inputs, Step, Stops
 from coda_jax.objectives.generation import Generation
 
@@ -44,22 +43,26 @@ class T5XRules:
     longest: int
     prefix_length: int
 
-    def score(self, log_probs: Array, new_tokens: Array) -> Array:
-        """The score of a beam with so many tokens behind the prefix."""
+    def score(
+        self, log_probs: Float[Array, "b n"], new_tokens: Int[Array, ""]
+    ) -> Float[Array, "b n"]:
+        """The scores of beams with so many tokens behind the prefix, [B, 2M]."""
         return log_probs / self._penalty(self.prefix_length + new_tokens)
 
-    def hope(self, log_probs: Array, new_tokens: Array) -> Array:
-        """What live beams may still score: their present log-probability at the greatest length."""
+    def best_possible_score(
+        self, log_probs: Float[Array, "b 1"], new_tokens: Int[Array, ""]
+    ) -> Float[Array, "b 1"]:
+        """What the best live beams may still score, [B, 1]: as they are, at the greatest length."""
         del new_tokens
         return log_probs / self._penalty(self.longest + 1)
 
-    def finishing(self, ended: Array, at_end: Array) -> Array:
-        """Which of the 2M continuations, best first, are candidates for the finished beams."""
+    def finishing(self, ended: Bool[Array, "b n"], at_end: Bool[Array, ""]) -> Bool[Array, "b n"]:
+        """Which of the 2M continuations [B, 2M], best first, may become finished beams."""
         del at_end  # a row in which no beam ends answers with its live ones
         return ended
 
-    def settled(self, occupied: Array) -> Array:
-        """[B, 1], where full slots end the search."""
+    def settled(self, occupied: Bool[Array, "b m"]) -> Bool[Array, "b 1"]:
+        """[B, 1], the rows whose full slots [B, M] end the search."""
         return jnp.zeros((occupied.shape[0], 1), bool)
 
     def _penalty(self, length):
@@ -85,24 +88,28 @@ class TransformersRules:
     longest: int
     prefix_length: int
 
-    def score(self, log_probs: Array, new_tokens: Array) -> Array:
-        """The score of a beam with so many tokens behind the prefix."""
+    def score(
+        self, log_probs: Float[Array, "b n"], new_tokens: Int[Array, ""]
+    ) -> Float[Array, "b n"]:
+        """The scores of beams with so many tokens behind the prefix, [B, 2M]."""
         return log_probs / jnp.float32(new_tokens) ** self.penalty
 
-    def hope(self, log_probs: Array, new_tokens: Array) -> Array:
-        """What live beams are thought to score at most; right only with "never"."""
+    def best_possible_score(
+        self, log_probs: Float[Array, "b 1"], new_tokens: Int[Array, ""]
+    ) -> Float[Array, "b 1"]:
+        """What the best live beams might score at most, [B, 1]; exact only with "never"."""
         if self.early_stopping == "never":
             longest = self.longest - self.prefix_length
             new_tokens = jnp.where(self.penalty > 0, longest, new_tokens)
         return self.score(log_probs, new_tokens)
 
-    def finishing(self, ended: Array, at_end: Array) -> Array:
-        """Which of the 2M continuations, best first, are candidates for the finished beams."""
+    def finishing(self, ended: Bool[Array, "b n"], at_end: Bool[Array, ""]) -> Bool[Array, "b n"]:
+        """Which of the 2M continuations [B, 2M], best first, may become finished beams."""
         among_best = jnp.arange(ended.shape[1]) < ended.shape[1] // 2
         return (ended | at_end) & among_best
 
-    def settled(self, occupied: Array) -> Array:
-        """[B, 1], where full slots end the search."""
+    def settled(self, occupied: Bool[Array, "b m"]) -> Bool[Array, "b 1"]:
+        """[B, 1], the rows whose full slots [B, M] end the search."""
         return occupied.all(axis=1, keepdims=True) & (self.early_stopping is True)
 
 
@@ -177,7 +184,7 @@ def beam_search(
         return (beams.length <= longest) & beams.open.any()
 
     def grow(beams):
-        return _grown(model, beams, step, options, rules, stops)
+        return _advance(model, beams, step, options, rules, stops)
 
     beams = lax.while_loop(unfinished, grow, _first_beams(rows, options.num_beams))
     any_finished = beams.occupied.any(axis=1, keepdims=True)
@@ -204,7 +211,7 @@ def _first_beams(rows: decoding.Rows, num_beams: int) -> _Beams:
     )
 
 
-def _grown(
+def _advance(
     model: nn.Module,
     beams: _Beams,
     step: Step,
@@ -232,8 +239,9 @@ def _grown(
     scores, best = lax.top_k(jnp.concatenate([beams.scores, scores], axis=1), num_beams)
     occupied = take(jnp.concatenate([beams.occupied, finishing], axis=1), best)
     # The best live beam against the worst finished one.
-    hope = rules.hope(live_log_probs[:, :1], new_tokens)
-    can_improve = (hope > jnp.where(occupied, scores[:, -1:], _IMPOSSIBLE)).any(1, keepdims=True)
+    best_possible = rules.best_possible_score(live_log_probs[:, :1], new_tokens)
+    worst = jnp.where(occupied, scores[:, -1:], _IMPOSSIBLE)
+    can_improve = (best_possible > worst).any(1, keepdims=True)
     alive = live_log_probs[:, :1] >= _IMPOSSIBLE
     return _Beams(
         length=length + 1,
@@ -256,7 +264,7 @@ def _continuations(
     tokens = beams.live.reshape(-1, beams.live.shape[-1])
     previous = lax.dynamic_index_in_dim(tokens, beams.length - 1, axis=1, keepdims=False)
     logits, cache = step(beams.cache, previous)
-    log_probs = processors.processed(
+    log_probs = logits_processors.processed(
         jax.nn.log_softmax(logits),
         tokens,
         beams.length,

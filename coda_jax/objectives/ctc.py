@@ -231,7 +231,7 @@ class CTC(Model):
         neutral = dataclasses.asdict(Generation().resolved())
         others = {
             name: value
-            for name, value in options.said.items()
+            for name, value in options.given_options.items()
             if name not in _OPTIONS and value != neutral[name]
         }
         if others:

@@ -20,7 +20,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from coda_jax.objectives import logits as processors
+from coda_jax.objectives import logits_processors
 from coda_jax.objectives.generation import Generation
 
 Cache = Any
@@ -76,15 +76,15 @@ def decode(
 
     Returns:
         tokens [R, L] int32, the end token included and padding after it; and the log-probabilities
-        [R] float32 that the model gives the tokens up to there, those that were given apart; NaN
-        where a logit was not finite.
+        [R] float32 that the model gives the tokens up to there, excluding the given ones; NaN where
+        a logit was not finite.
     """
     _, step, rows = begin(model, params, encoder_input_tokens, given, options, keys, stops)
 
     def unfinished(rows):
         return (rows.length <= options.max_decode_length) & ~rows.ended.all()
 
-    rows = lax.while_loop(unfinished, lambda rows: grown(model, rows, step, options, stops), rows)
+    rows = lax.while_loop(unfinished, lambda rows: advance(model, rows, step, options, stops), rows)
     return rows.tokens[:, 1:], rows.log_probs
 
 
@@ -153,18 +153,18 @@ def steps(
     return step, lambda tokens: apply({}, tokens, cache_encoded=True)[1]["cache"]
 
 
-def grown(
+def advance(
     model: nn.Module, rows: Rows, step: Step, options: Generation, stops: Stops | None
 ) -> Rows:
     """The rows after one more token."""
     config, length = model.config, rows.length
     previous = lax.dynamic_index_in_dim(rows.tokens, length - 1, axis=1, keepdims=False)
     logits, cache = step(rows.cache, previous)
-    scores = processors.processed(
+    scores = logits_processors.processed(
         logits, rows.tokens, length, options, rows.num_given, config.eos_id
     )
     if rows.keys is not None:
-        scores = processors.warped(scores, options)
+        scores = logits_processors.warped(scores, options)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))
         scores += noise(jax.vmap(jax.random.fold_in, (0, None))(rows.keys, length))
     token = scores.argmax(-1).astype(jnp.int32)
@@ -202,7 +202,17 @@ def _matched(stops: Stops, given: Int[Array, "r p"]) -> UInt[Array, " r"]:
 def after(
     matched: UInt[Array, "..."] | None, token: Int[Array, "..."], stops: Stops | None, eos_id: int
 ) -> tuple[Bool[Array, "..."], UInt[Array, "..."] | None]:
-    """(whether a token ends its output, the state of the stop texts after it)."""
+    """What follows from the next token of each output.
+
+    Args:
+        matched: [...] states of the stop texts; None without any.
+        token: [...] the next tokens, [R] of rows or [B, 2M] of continuations.
+        stops: [S, V] as `data.stop_texts` makes them; None without any.
+        eos_id: the end token.
+
+    Returns:
+        [...] whether the token ends its output, and the states after it.
+    """
     if stops is None:
         return token == eos_id, None
     matched = stops[matched, token]

@@ -61,10 +61,11 @@ class Generation:
             "never", when no live beam can do better at any length.
         do_sample: draw each token from the model's distribution.
         temperature: the logits are divided by it before a draw.
-        top_k: draw from so many most probable tokens; 0 for all, 50 where nothing is said.
+        top_k: draw from the k most probable tokens; 0 for all, 50 where nothing is said.
         top_p: draw from the fewest tokens that have this probability together.
-        num_return_sequences: so many best beams, or drawn outputs, of each input.
-        min_new_tokens: no output ends before it has so many tokens behind its prefix.
+        num_return_sequences: how many outputs per input: the best beams, or drawn ones.
+        min_new_tokens: no end token before there are so many tokens behind the prefix; a stop text
+            ends an output all the same.
         no_repeat_ngram_size: no n tokens in a row stand in an output twice; 0 for no limit.
         repetition_penalty: makes the tokens that the decoder has seen less probable, above 1.
         forced_bos_token_id: the first token of every output.
@@ -98,13 +99,13 @@ class Generation:
     def __post_init__(self):
         if isinstance(self.stop_strings, str):
             object.__setattr__(self, "stop_strings", (self.stop_strings,))
-        checks.fields(self, **{name: _CHECKS[name] for name in self.said})
+        checks.fields(self, **{name: _CHECKS[name] for name in self.given_options})
 
     def _called(self, name: str) -> str:
         return f"{type(self).__name__}.{name}"
 
     @property
-    def said(self) -> dict[str, Any]:
+    def given_options(self) -> dict[str, Any]:
         """The options that are given."""
         names = (field.name for field in dataclasses.fields(Generation))
         return {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -118,7 +119,11 @@ class Generation:
         Returns:
             The options, and those of `defaults` that were taken and change something.
         """
-        said = self.said
+        said = self.given_options
+        # Of a search and a draw, what is asked for here takes precedence.
+        unwanted = {"do_sample"} if said.get("num_beams", 1) > 1 else set()
+        unwanted |= {"num_beams"} if said.get("do_sample") else set()
+        defaults = {name: value for name, value in defaults.items() if name not in unwanted}
         taken = {name: value for name, value in defaults.items() if name not in said}
         found = taken | said
         theirs = found.get("num_beams", 1) > 1 and (

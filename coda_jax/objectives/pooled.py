@@ -19,7 +19,7 @@ from coda_jax.objectives.generation import Generation
 
 
 class Pooled(Model):
-    """What both share.
+    """Base of `Classification` and `Regression`.
 
     Raises:
         ValueError: the config's head is for another objective.

@@ -171,7 +171,7 @@ class Seq2Seq(Model):
 
         def grow(params, inputs, encoded, rows, stops=None):
             step, _ = decoding.steps(self.module, params, inputs, encoded)
-            return decoding.grown(self.module, rows, step, options, stops)
+            return decoding.advance(self.module, rows, step, options, stops)
 
         return begin, grow
 

@@ -7,7 +7,7 @@ from helpers import TINY, config, random_params
 import pytest
 
 from coda_jax.checkpoints.generation_config import read_generation_config
-from coda_jax.commands.loading import LoadedModel, completed
+from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
 from coda_jax.inference import Decoding
 from coda_jax.objectives import Generation
 
@@ -64,6 +64,47 @@ def test_lengths_count_as_in_transformers(read):
     assert options.min_new_tokens == 8
 
 
+def test_lengths_count_a_prefix_as_in_transformers(read, tmp_path):
+    read({"max_new_tokens": 3, "min_length": 6})
+    assert read_generation_config(tmp_path, TINY, 3) == {
+        "max_decode_length": 6,
+        "min_new_tokens": 2,
+    }
+    model = LoadedModel(TINY, {}, tmp_path)
+    options = with_checkpoint_defaults(Decoding(decoder_prefix=(5, 6, 7)), model)
+    assert (options.max_decode_length, options.min_new_tokens) == (6, 2)
+    read({"max_length": 8, "min_length": 2})
+    assert read_generation_config(tmp_path, TINY, 3) == {
+        "max_decode_length": 7,
+        "min_new_tokens": 0,
+    }
+
+
+def test_what_is_wrong_with_the_file_names_it(read, tmp_path):
+    model = LoadedModel(TINY, {}, tmp_path)
+    for fields, message in (
+        ({"max_length": 1}, "max_decode_length must be at least 1, got 0"),
+        ({"top_p": 2, "do_sample": True}, "top_p must be at most 1, got 2"),
+        ({"num_beams": 4, "do_sample": True}, "num_beams=4 searches, do_sample=True draws"),
+    ):
+        read(fields)
+        with pytest.raises(ValueError, match=f"{message}.*of {tmp_path}/generation_config"):
+            with_checkpoint_defaults(Decoding(), model)
+    read({})
+    with pytest.raises(ValueError, match=r"give one$"):
+        with_checkpoint_defaults(Decoding(num_beams=4, do_sample=True), model)
+
+
+def test_of_a_search_and_a_draw_the_one_that_is_asked_for_is_done(read):
+    options, changed = taken(read({"do_sample": True, "top_k": 5}), num_beams=4)
+    assert (options.num_beams, options.do_sample, changed) == (4, False, {})
+    fields = read({"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "top_k": 5})
+    options, changed = taken(fields, do_sample=True)
+    assert (options.num_beams, options.do_sample, changed) == (1, True, {"top_k": 5})
+    with pytest.raises(ValueError, match="give one"):  # both were
+        taken(fields, do_sample=True, num_beams=2)
+
+
 def test_beams_of_the_file_follow_transformers_rules(read):
     options, changed = taken(read({"num_beams": 4, "early_stopping": True}))
     assert (options.num_beams, options.length_penalty, options.early_stopping) == (4, 1.0, True)
@@ -100,11 +141,14 @@ def test_unknown_fields_are_named_and_other_ids_refused(read, caplog):
     assert "not handled, outputs may differ: {'penalty_alpha': 0.6}" in caplog.text
     with pytest.raises(ValueError, match=r"eos_token_id=\[1, 5\], but the model's config says 1"):
         read({"eos_token_id": [1, 5]})
+    with pytest.raises(ValueError, match="the model's config says 1") as error:
+        read({"eos_token_id": [5] * 10_000})
+    assert len(str(error.value)) < 500
     assert read({"eos_token_id": [1]}) == {}
     assert read({"pad_token_id": 2, "eos_token_id": 3}, config(pad_id=2, eos_id=3)) == {}
-    with pytest.raises(ValueError, match="max_length='long' is no int"):
+    with pytest.raises(ValueError, match="max_length='long' is not an int"):
         read({"max_length": "long"})
-    with pytest.raises(ValueError, match="length_penalty=True is no int or float"):
+    with pytest.raises(ValueError, match="length_penalty=True is not an int or a float"):
         read({"length_penalty": True})
 
 
@@ -112,9 +156,10 @@ def test_a_model_says_what_it_takes(tmp_path, read, caplog):
     read({"num_beams": 2, "stop_strings": [".", "\n"], "no_repeat_ngram_size": 3})
     model = LoadedModel(TINY, random_params(TINY), tmp_path)
     with caplog.at_level(logging.WARNING):
-        decoding = completed(Decoding(no_repeat_ngram_size=0, batch_size=3), model)
+        decoding = with_checkpoint_defaults(Decoding(no_repeat_ngram_size=0, batch_size=3), model)
     assert (decoding.num_beams, decoding.no_repeat_ngram_size, decoding.batch_size) == (2, 0, 3)
     assert decoding.stop_strings == (".", "\n")
     said = "num_beams=2, stop_strings=('.', '\\n'), length_penalty=1.0"
     assert f"{tmp_path}/generation_config.json: {said}" in caplog.text
-    assert completed(Decoding(), LoadedModel(TINY, {}, None)) == Decoding().resolved()
+    alone = LoadedModel(TINY, {}, None)
+    assert with_checkpoint_defaults(Decoding(), alone) == Decoding().resolved()

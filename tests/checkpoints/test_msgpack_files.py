@@ -71,6 +71,7 @@ def test_arrays_in_chunks_are_joined(read, monkeypatch, size):
     assert b"__msgpack_chunked_array__" in chunked
     expected = read(GOOD)
     tensors = read(chunked)
+    assert not any(leaf.flags.writeable for leaf in tensors.values())
     assert tensors.keys() == expected.keys()
     for name, leaf in tensors.items():
         assert leaf.dtype == expected[name].dtype

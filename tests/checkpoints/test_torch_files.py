@@ -232,6 +232,25 @@ def test_a_file_that_is_damaged_or_another_is_refused(read, data, match):
     assert len(str(error.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        b"](" + b")" + b"\x85" * 1000 + b"e",  # a tuple in a tuple, 1,000 deep
+        b"](" + b")" + b"q\x01h\x01\x86" * 16 + b"e",  # each holds the one before twice
+        b"](" + text("x" * 5000) + b"e",
+        text("0"),
+    ],
+    ids=["deep", "doubled", "long", "no list"],
+)
+def test_a_legacy_list_of_storages_holds_the_keys_of_tensors_only(read, keys):
+    """Others are not even hashed or shown, which could take all memory or time."""
+    old = b"\x80\x02](" + text("0") + b"e."
+    assert LEGACY.count(old) == 1
+    with pytest.raises(ValueError, match="list of storages is not that of its tensors") as error:
+        read(LEGACY.replace(old, b"\x80\x02" + keys + b"."))
+    assert len(str(error.value)) < 1000
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         read_tensors(tmp_path / "absent.bin")

@@ -112,7 +112,7 @@ def test_the_version_is_that_of_the_package(capsys):
         (["bench", "--gin_file=x"], "there is no argument --gin_file=x"),
         (["bench", "--gin.A=1"], "there is no argument --gin.A=1"),
         (["bench", "--size=base"], "there is no argument --size=base"),
-        (["bench", "--batch_size=many"], "invalid int value: 'many'"),
+        (["bench", "--batch_size=many"], "must be a whole number of at least 1, got 'many'"),
         (["bench", "--dtype=float64"], "invalid choice: 'float64'"),
         (["bench", "--preset=t5_1_1_bass"], "did you mean one of ['t5_1_1_base', "),
         (["bench", "--preset=mt5_base", "--checkpoint=x"], "not allowed with"),

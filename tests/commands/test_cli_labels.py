@@ -92,7 +92,7 @@ def test_a_head_is_not_trained_with_all_of_its_base(base, files, tmp_path):
 
 def test_evaluate_and_predict_agree_with_the_run(trained, tmp_path):
     folder, given = trained
-    task = {key: value for key, value in given.items() if key != "TRAIN_FILE"}
+    task = {key: value for key, value in given.items() if key not in ("TRAIN_FILE", "HEAD")}
     adapter = {"INITIAL_ADAPTER_PATH": folder / "export" / "adapter"}
     output = {"OUTPUT": tmp_path / "metrics.json"}
     coda("evaluate", ["runs/evaluate.gin", "tasks/labels.gin"], {**task, **adapter, **output})

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from coda_jax import bundled, checkpoints, methods, trees
-from coda_jax.commands.loading import load_model
+from coda_jax.commands.loading import head, load_model
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.methods import Coda, Full, ParallelAdapter
 from coda_jax.models import init_params
@@ -254,3 +254,34 @@ def test_an_adapter_of_another_vocabulary_than_the_bases_is_refused(tmp_path):
         assert load_model(str(base), adapter_checkpoint=folders[name]).adapter == known
     with pytest.raises(ValueError, match=f"another vocabulary than that of {base} .*0000, "):
         load_model(str(base), adapter_checkpoint=folders["other"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"head": "regression", "labels": (), "pooling": "first"},
+        {"head": "classification", "labels": ("no", "yes"), "pooling": "mean"},
+    ],
+)
+def test_the_head_of_an_adapter_takes_precedence(values, tmp_path):
+    cfg = TINY.encoder_only().replace(methods=(ADAPTER,), **values)
+    adapter, base, params = str(tmp_path / "adapter"), str(tmp_path / "base"), random_params(cfg)
+    dense = {name: x for name, x in split(cfg, params)[1].items() if name != "head"}
+    checkpoints.save_hf(base, TINY.encoder_only(), dense)
+    checkpoints.save_adapter(adapter, cfg, params)
+    assert head(adapter_checkpoint=adapter) == values
+    assert head(values["head"], values["pooling"], "unread", adapter) == values
+    found = load_model(base, adapter_checkpoint=adapter, head=head(adapter_checkpoint=adapter))
+    assert {name: getattr(found.config, name) for name in values} == values
+    with pytest.raises(ValueError, match=f"{adapter} has pooling='{values['pooling']}', not 'x'"):
+        head(pooling="x", adapter_checkpoint=adapter)
+
+
+def test_a_fresh_head_is_as_it_is_asked_for(saved, tmp_path):
+    (tmp_path / "train").write_text('{"inputs": "a", "label": "x"}\n{"inputs": "a", "label": "b"}')
+    made = {"head": "classification", "labels": ("b", "x"), "pooling": "mean"}
+    for adapter in (None, saved[1]):  # the second has no head
+        assert head(train_file=tmp_path / "train", adapter_checkpoint=adapter) == made
+    assert head("regression", "first") == {"head": "regression", "labels": (), "pooling": "first"}
+    with pytest.raises(ValueError, match="read from TRAIN_FILE: name it"):
+        head()

@@ -109,6 +109,7 @@ def test_a_task_of_seqio_scores_exact_matches(write):
         (lines(("a", "b"), ("c", 3)), ":2: 'targets' must be a string: 3"),
         (lines((None, "b")), ":1: 'inputs' must be a string: None"),
         ('["a", "b"]\n', ":1: not an object"),
+        ("[" * 100_000, ":1: not JSON: maximum recursion depth"),
         ("", "file is empty"),
         ("\n\n", "file is empty"),
     ],

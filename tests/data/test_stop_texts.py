@@ -68,6 +68,13 @@ def test_after_a_complete_text_the_search_begins_anew():
     assert table[complete, x] == table[0, x] == 0 and table[complete, a] == table[0, a]
 
 
+def test_the_states_are_numbered_in_one_order_whatever_the_hash_seed():
+    """So that two exports are the same, byte for byte."""
+    vocabulary, letters = VOCABULARIES["bytes"], "qwertyuiopasdfghjklzxcvbnm"
+    table = stop_table(vocabulary, [letter + "." for letter in letters], 384)
+    assert table[0, vocabulary.encode("".join(sorted(letters)))].tolist() == [*range(1, 27)]
+
+
 def test_too_many_states_are_refused():
     stop_table(VOCABULARIES["bytes"], ["x" * 255], 384)
     with pytest.raises(ValueError, match="the stop texts have 256 different beginnings"):

@@ -39,6 +39,7 @@ def test_config_json_says_what_the_tokenizer_does_not(copied):
     vocabulary = load_vocabulary(folder)
     assert (vocabulary.pad_id, vocabulary.eos_id) == (1, 2)
     (folder / "tokenizer_config.json").unlink()
+    edit(folder / "tokenizer.json", lambda x: x.update(post_processor=None))  # which adds id 2
     vocabulary = load_vocabulary(folder / "tokenizer.json")
     assert (vocabulary.pad_id, vocabulary.eos_id) == (1, 5)
 
@@ -66,6 +67,49 @@ def test_a_tokenizer_that_adds_no_end_is_read_with_a_warning(copied, caplog):
         vocabulary = load_vocabulary(folder)
     assert "adds no EOS to a text" in caplog.text
     assert vocabulary.encode("a b") == load_vocabulary(FOLDER / "llama_5").encode("a b")
+
+
+@pytest.mark.parametrize("single", [["<pad>", "A", "<unk>"], ["A", "</s>", "<unk>"]])
+def test_a_tokenizer_that_puts_more_than_the_end_behind_a_text_is_refused(copied, single):
+    """Its tokens would be taken for those in front, and vanish from decoded texts."""
+    folder, ids = copied("unigram_5"), {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    steps = [
+        {"Sequence": {"id": "A", "type_id": 0}}
+        if name == "A"
+        else {"SpecialToken": {"id": name, "type_id": 0}}
+        for name in single
+    ]
+    tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in ids.items()}
+    processor = {"single": steps, "special_tokens": tokens}
+    edit(folder / "tokenizer.json", lambda x: x["post_processor"].update(processor))
+    with pytest.raises(ValueError, match="behind a text may stand the end marker, 1, and nothing"):
+        load_vocabulary(folder)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        None,
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        {"type": "BPEDecoder", "suffix": "</w>"},
+        {"type": "Sequence", "decoders": [{"type": "ByteFallback"},
+                                          {"type": "CTC", "pad_token": "<pad>", "cleanup": False,
+                                           "word_delimiter_token": "|"}]},
+    ],
+    ids=["none", "WordPiece", "BPEDecoder", "CTC"],
+)  # fmt: skip
+def test_pieces_that_depend_on_their_neighbours_are_refused(copied, decoder):
+    folder = copied("unigram_5")
+    edit(folder / "tokenizer.json", lambda x: x.update(decoder=decoder))
+    with pytest.raises(ValueError, match=r"joins tokens by .*: stop texts need ByteLevel"):
+        load_vocabulary(folder).pieces()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_are_what_tokens_add_to_a_text(name):
+    vocabulary = load_vocabulary(FOLDER / name)
+    ids, pieces = vocabulary.encode("the file of é"), vocabulary.pieces()
+    assert b"".join(pieces[i] for i in ids).decode().lstrip() == vocabulary.decode(ids).lstrip()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -199,15 +243,17 @@ def test_byte_pairs_that_differ_are_refused(copied, name, text, difference):
     folder = copied("byte_bpe_4")
     assert load_vocabulary(folder).fingerprint == find_fingerprint(FOLDER / "byte_bpe_5")
     (folder / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"vocab.json with merges.txt and token.*: {difference}"):
-        load_vocabulary(folder)
+    for read in (load_vocabulary, find_fingerprint):
+        with pytest.raises(ValueError, match=rf"vocab.json with merges.txt and .*: {difference}"):
+            read(folder)
 
 
 def test_two_vocabularies_that_cannot_be_compared_are_refused(copied):
     folder = copied("byte_bpe")
     shutil.copy(FOLDER / "unigram" / "spiece.model", folder)
-    with pytest.raises(ValueError, match=r"two vocabularies, spiece.model and vocab.json"):
-        load_vocabulary(folder)
+    for read in (load_vocabulary, find_fingerprint):
+        with pytest.raises(ValueError, match=r"two vocabularies, spiece.model and vocab.json"):
+            read(folder)
 
 
 @pytest.mark.parametrize("name", ["unigram", "unigram_5", "byte_bpe_5"])
@@ -222,6 +268,16 @@ def test_tokens_that_only_a_side_file_names_are_refused(copied, name):
     decoder = {"150": {"content": "<new>", "special": True}}
     edit(folder / "tokenizer_config.json", lambda x: x.update(added_tokens_decoder=decoder))
     with pytest.raises(ValueError, match=match):
+        load_vocabulary(folder)
+
+
+@pytest.mark.parametrize("tokens", [["<sep>"], {"image_token": "<sep>"}])
+def test_extra_special_tokens_are_those_of_transformers_5_and_4(copied, tokens):
+    folder = copied("byte_bpe")
+    edit(folder / "tokenizer_config.json", lambda x: x.update(extra_special_tokens=tokens))
+    assert "<sep>" in load_vocabulary(folder).folder.special_tokens()
+    edit(folder / "tokenizer_config.json", lambda x: x.update(extra_special_tokens="<sep>"))
+    with pytest.raises(ValueError, match="extra_special_tokens is not what transformers writes"):
         load_vocabulary(folder)
 
 

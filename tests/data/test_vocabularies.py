@@ -89,6 +89,25 @@ def test_a_vocabulary_that_brings_its_extra_ids_gets_no_more(tmp_path):
     assert ours.encode(text) == list(theirs.encode(text))
 
 
+def test_sentinels_of_a_file_may_be_written_without_a_space(tmp_path):
+    """As a training of SentencePiece with these user-defined symbols writes them."""
+    with open(tmp_path / "spiece.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["some words of a text"] * 9), model_writer=file, vocab_size=30,
+            hard_vocab_limit=False, minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+            user_defined_symbols=["<extra_id_0>", "<extra_id_1>"],
+        )  # fmt: skip
+    vocabulary = vocabularies.load_vocabulary(tmp_path)
+    assert vocabulary.added_ids == 0 and vocabulary.sentinel_ids == [3, 4]
+    assert [i for i in vocabulary.encode("a<extra_id_0>") if i < 5] == [3]
+    assert seqio_tasks.seqio_vocabulary(tmp_path).vocab_size == vocabulary.vocab_size
+
+
+def test_ids_that_a_vocabulary_does_not_have_are_unknown():
+    for vocabulary, unknown in zip((x for x, _ in PAIRS.values()), ("", " \u2047 "), strict=True):
+        assert vocabulary.decode([-1]) == vocabulary.decode([10**6]) == unknown
+
+
 def test_pieces_are_added_as_protobuf_would_add_them():
     """All of what SentencePiece holds equals what it makes of seqio's bytes."""
     ours, theirs = PAIRS[str(bundled.VOCABULARY)]

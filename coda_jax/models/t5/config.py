@@ -20,7 +20,7 @@ from coda_jax.nn.tokens import POOLINGS
 
 @struct.dataclass
 class T5Config(ModelConfig):
-    """Sizes and options of a T5 model; the fields are those of T5X's config, and `methods`.
+    """Sizes and options of a T5 model, under the names of T5X's config where it has them.
 
     Attributes:
         num_heads: attention heads.
@@ -220,7 +220,7 @@ TINY = T5Config(  # for tests and examples
     **sizes(16, 2, 2, 1, 24, head_dim=8),
 )
 
-_HEAD = "decoder/logits_dense/kernel"  # of all T5 but 1.0
+_LOGITS = "decoder/logits_dense/kernel"  # of all T5 but 1.0
 _T5X_BUCKETS = 32
 _TELLING = {  # matrices from whose shapes the sizes are read
     "embedding": "token_embedder/embedding",
@@ -244,11 +244,11 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
     missing = [_TELLING[name] for name, shape in shapes.items() if len(shape) != 2]
     if missing:
         raise ValueError(f"these parameters are not a T5's, they lack the matrices {missing}")
-    gated, tied = "encoder/layers_0/mlp/wi_0/kernel" in flat, _HEAD not in flat
+    gated, tied = "encoder/layers_0/mlp/wi_0/kernel" in flat, _LOGITS not in flat
     if gated == tied:
         raise ValueError(
-            f"these parameters are neither T5 1.0's nor a later T5's: with {gated=}, {_HEAD} must "
-            f"be {'there' if gated else 'missing'}; if that is so, give the config"
+            f"these parameters are neither T5 1.0's nor a later T5's: with {gated=}, {_LOGITS} "
+            f"must be {'there' if gated else 'missing'}; if that is so, give the config"
         )
     layers = {
         stack: {path.split("/")[1] for path in flat if path.startswith(f"{stack}/layers_")}

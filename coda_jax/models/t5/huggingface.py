@@ -191,15 +191,15 @@ def _size_problems(raw: Mapping[str, Any]) -> list[str]:
     if raw.get("num_decoder_layers") is not None:
         counts.append("num_decoder_layers")
     limits = {"dropout_rate": 1.0, "layer_norm_epsilon": float("inf")}
-    missing = [f"missing field {name}" for name in SIZES if name not in raw]
+    problems = [f"missing field {name}" for name in SIZES if name not in raw]
     size = raw.get("vocab_size")
     ids = {name: _special_id(raw, name) for name in SPECIAL_IDS}
-    missing += [
+    problems += [
         f"{name}={value!r} is not one token below vocab_size={size!r}"
         for name, value in ids.items()
         if type(value) is not int or not 0 <= value < (size if type(size) is int else value + 1)
     ]
-    return missing + hf_fields.count_problems(raw, counts) + hf_fields.number_problems(raw, limits)
+    return problems + hf_fields.count_problems(raw, counts) + hf_fields.number_problems(raw, limits)
 
 
 def _activation_problems(raw: Mapping[str, Any], projection: Any) -> list[str]:

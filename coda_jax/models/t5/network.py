@@ -179,7 +179,7 @@ class Encoder(nn.Module):
 
     Attributes:
         config: sizes and options.
-        embedding: the inputs as vectors, [B, N, ...] -> [B, N, D].
+        embedding: the inputs as vectors, [B, N] or [B, N, C] -> [B, N, D].
         relative_positions: whether there is a relative position bias.
     """
 
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
         segment_ids: Int[Array, "b n"] | None = None,
         deterministic: bool = False,
     ) -> Float[Array, "b n d"]:
-        """Inputs [B, N, ...] -> [B, N, D]; `mask` is False for padding."""
+        """Inputs [B, N] or [B, N, C] -> [B, N, D]; `mask` is False for padding."""
         cfg = self.config
         dropout = _dropout(cfg, deterministic)
         shared = self.relative_positions and cfg.shared_relpos_bias

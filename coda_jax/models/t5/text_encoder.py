@@ -14,7 +14,11 @@ from coda_jax.nn.tokens import pool
 
 
 class TextEncoder(nn.Module):
-    """The encoder of a `Transformer`, as `T5EncoderModel` of transformers is."""
+    """The encoder of a `Transformer`, as `T5EncoderModel` of transformers is.
+
+    Attributes:
+        config: sizes and options, without a decoder; `head` says how the outputs are read.
+    """
 
     config: T5Config
 

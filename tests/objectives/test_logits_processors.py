@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coda_jax.objectives import Generation, logits
+from coda_jax.objectives import Generation, logits_processors
+from coda_jax.objectives.logits_processors import top_k, top_p
 
 ROWS, PLACES, VOCAB = 6, 9, 7
 
@@ -21,7 +22,7 @@ def fixture_case(rng):
 @pytest.mark.parametrize("length", [1, 4, PLACES])
 def test_the_repetition_penalty_is_of_the_tokens_in_use(case, length):
     values, tokens = case
-    found = jax.jit(logits.repetition_penalty)(values, tokens, length, 1.5)
+    found = jax.jit(logits_processors.repetition_penalty)(values, tokens, length, 1.5)
     for row, seen, old in zip(found, tokens[:, :length], values, strict=True):
         for token, value in enumerate(old):
             penalised = value * 1.5 if value < 0 else value / 1.5
@@ -31,7 +32,7 @@ def test_the_repetition_penalty_is_of_the_tokens_in_use(case, length):
 @pytest.mark.parametrize("size", [1, 2, 3, PLACES + 1])
 def test_no_token_completes_an_n_gram_again(case, size):
     values, tokens = case
-    function = jax.jit(functools.partial(logits.no_repeat_ngrams, size=size))
+    function = jax.jit(functools.partial(logits_processors.no_repeat_ngrams, size=size))
     banned_anything = False
     for length in range(1, PLACES + 1):
         found = np.asarray(function(values, tokens, length))
@@ -56,24 +57,24 @@ def kept(function, probabilities, value):
 def test_the_most_probable_tokens_are_left_and_all_that_tie_with_the_least():
     probabilities = [0.1, 0.4, 0.05, 0.3, 0.15]
     for k, expected in ((1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (5, [*range(5)]), (9, None)):
-        assert kept(logits.top_k, probabilities, k) == (expected or [*range(5)])
+        assert kept(top_k, probabilities, k) == (expected or [*range(5)])
     for p, count in ((0.0, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.94, 4), (0.999, 5)):
-        assert len(kept(logits.top_p, probabilities, p)) == count
+        assert len(kept(top_p, probabilities, p)) == count
     ties = [0.1, 0.4, 0.1, 0.3, 0.1]
-    assert kept(logits.top_k, ties, 3) == kept(logits.top_p, ties, 0.75) == [*range(5)]
+    assert kept(top_k, ties, 3) == kept(top_p, ties, 0.75) == [*range(5)]
     forbidden = [0.0, 0.6, 0.4]
-    assert kept(logits.top_k, forbidden, 3) == kept(logits.top_p, forbidden, 0.99) == [1, 2]
+    assert kept(top_k, forbidden, 3) == kept(top_p, forbidden, 0.99) == [1, 2]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 100.0])
 def test_a_cut_is_where_a_sort_puts_it(scale, rng):
     values = jnp.asarray(rng.normal(size=(40, 37)) * scale, jnp.float32)
     descending = jnp.sort(values)[:, ::-1]
-    found = jax.jit(functools.partial(logits.top_k, k=13))(values)
+    found = jax.jit(functools.partial(top_k, k=13))(values)
     expected = jnp.where(values < descending[:, 12, None], -jnp.inf, values)
     np.testing.assert_array_equal(found, expected)
     ascending = jnp.cumsum(jax.nn.softmax(descending[:, ::-1]), axis=1)  # as in transformers
-    counts = jnp.isfinite(jax.jit(functools.partial(logits.top_p, p=0.6))(values)).sum(1)
+    counts = jnp.isfinite(jax.jit(functools.partial(top_p, p=0.6))(values)).sum(1)
     np.testing.assert_array_equal(counts, jnp.maximum(1, (ascending > 1 - 0.6).sum(1)))
 
 
@@ -82,8 +83,8 @@ def test_what_is_not_asked_for_leaves_nothing_in_the_program(case):
 
     def process(values, length, options):
         options = options.resolved()
-        found = logits.processed(values, tokens, length, options, num_given=1, eos_id=1)
-        return logits.warped(found, options) if options.do_sample else found
+        found = logits_processors.processed(values, tokens, length, options, num_given=1, eos_id=1)
+        return logits_processors.warped(found, options) if options.do_sample else found
 
     def operations(**options):
         options = Generation(**options)

@@ -63,26 +63,26 @@ def _marked(logits: Logits, tokens: Tokens, chosen: Array) -> Array:
     return jnp.zeros(logits.shape, bool).at[rows, tokens].set(True, mode="drop")
 
 
-def without_end(logits: Logits, forbidden: Array | bool, eos_id: int) -> Logits:
-    """Forbids the end token where `forbidden` is True."""
+def without_end(logits: Logits, forbidden: Bool[Array, ""] | bool, eos_id: int) -> Logits:
+    """The logits [R, V] without the end token, if `forbidden` is True."""
     return jnp.where((jnp.arange(logits.shape[1]) == eos_id) & forbidden, -jnp.inf, logits)
 
 
-def forced(logits: Logits, here: Array | bool, token: int) -> Logits:
-    """Leaves only one token, of log-probability 0, where `here` is True."""
+def forced(logits: Logits, here: Bool[Array, ""] | bool, token: int) -> Logits:
+    """The logits [R, V] with one token alone, of log-probability 0, if `here` is True."""
     only = jnp.where(jnp.arange(logits.shape[1]) == token, 0.0, -jnp.inf)
     return jnp.where(here, only, logits)
 
 
 def top_k(logits: Logits, k: int) -> Logits:
-    """Leaves the k greatest, and what equals the least of them."""
+    """The k greatest of each row of [R, V], and what equals the least of them; else -inf."""
     return _kept(logits, lambda chosen: chosen.sum(1) >= k)
 
 
 def top_p(logits: Logits, p: float) -> Logits:
-    """Leaves the fewest tokens, the most probable first, whose probability together reaches p.
+    """The fewest tokens of each row of [R, V] whose probability together reaches p; else -inf.
 
-    Where several equal the least of them, all are left.
+    The most probable come first; where several equal the least of them, all are left.
     """
     probabilities = jax.nn.softmax(logits)
     least = max(p, jnp.finfo(jnp.float32).tiny)  # one token at least
@@ -145,7 +145,7 @@ def processed(
 
 
 def warped(logits: Logits, options: Generation) -> Logits:
-    """The processed logits as a draw sees them: temperature, top-k, top-p."""
+    """The processed logits [R, V] as a draw sees them: temperature, top-k, top-p."""
     if options.temperature != 1:
         logits = logits / options.temperature
     if options.top_k:
