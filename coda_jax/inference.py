@@ -10,15 +10,16 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from coda_jax.data.batches import bucket, cut
+from coda_jax.data.examples import input_problem
 from coda_jax.data.stop_texts import stop_table
 from coda_jax.data.vocabularies import Vocabulary
-from coda_jax.models import ModelConfig
+from coda_jax.models import ModelConfig, family_of
 from coda_jax.nn.tokens import pool
 from coda_jax.objectives import Generation, Model, model_for
 from coda_jax.sharding import Placement
 
 EMBEDDINGS = ("mean", "tokens")
-_SHORTEST_BUCKET = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +27,18 @@ class Decoding(Generation):
     """How outputs are made, and of which inputs at once.
 
     Attributes:
-        max_input_length: the most tokens of an input, the end marker included, or patches.
+        max_input_length: the most tokens of an input, the end marker included, or vectors; None for
+            the family's.
         batch_size: inputs decoded at once; a multiple of the number of devices.
     """
 
-    max_input_length: int = 512
+    max_input_length: int | None = None
     batch_size: int = 32
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("max_input_length", "batch_size"):
             self._check_number(name, "at least 1")
-
-
-def bucket(length: int, longest: int) -> int:
-    """The padded length of an input: the next power of two, at least 32 and at most `longest`."""
-    return min(longest, max(_SHORTEST_BUCKET, 1 << (max(length, 1) - 1).bit_length()))
 
 
 def generate_function(model: Model, decoding: Decoding) -> Callable[..., tuple[Array, Array]]:
@@ -86,37 +83,52 @@ class _Bucketed:
     """Batches of inputs of similar lengths for a model whose parameters are in place.
 
     Attributes:
-        num_truncated: inputs that were too long so far.
+        num_inputs: inputs so far.
+        num_truncated: those that were too long.
+        longest: the longest of them, before it was cut.
     """
 
-    def __init__(
-        self, config: ModelConfig, params: Mapping[str, Any], batch_size: int, longest: int
-    ):
-        self.num_truncated = 0
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], decoding: Decoding):
+        self.num_inputs = self.num_truncated = self.longest = 0
         self._model = model_for(config)
         self._placement = Placement()
         self._params = self._placement.params(params)
-        self._batch_size, self._longest = batch_size, longest
+        self._batch_size = decoding.batch_size
+        self._limit = decoding.max_input_length or family_of(config).inputs.longest
 
-    def _batches(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Array]]:
-        """(indices of some inputs, the batch of them)."""
+    def _batches(
+        self, inputs: Sequence[np.ndarray], first: int = 0
+    ) -> Iterator[tuple[list[int], Array]]:
+        """(indices of some inputs, the batch of them); `first` is the number of the first.
+
+        Raises:
+            ValueError: an input is none of the model; its number is named.
+        """
         size = self._batch_size
+        for number, values in enumerate(inputs, start=first):
+            self._check(values, number)
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         for start in range(0, len(order), size):
             indices = order[start : start + size]
             yield indices, self._batch([inputs[index] for index in indices], size)
 
+    def _check(self, values: np.ndarray, number: int) -> None:
+        if (why := input_problem(values, self._model.expects)) is not None:
+            raise ValueError(f"input {number + 1}: {why}")
+
     def _batch(self, inputs: Sequence[np.ndarray], size: int) -> Array:
         """Some inputs in a batch of a size, cut to the longest bucket and filled up."""
-        longest = self._longest
-        self.num_truncated += sum(len(tokens) > longest for tokens in inputs)
-        length = bucket(max(map(len, inputs)), longest)
+        self.num_inputs += len(inputs)
+        self.num_truncated += sum(len(values) > self._limit for values in inputs)
+        self.longest = max(self.longest, *map(len, inputs))
+        length = bucket(max(map(len, inputs)), self._limit)
         config = self._model.config
         spec = config.input_spec(size, length)
         fill = config.pad_id if np.issubdtype(spec.dtype, np.integer) else 0
         batch = np.full(spec.shape, fill, spec.dtype)
-        for row, tokens in zip(batch, inputs, strict=False):
-            row[: len(tokens)] = tokens[:length]
+        for row, values in zip(batch, inputs, strict=False):
+            kept = cut(values, length, config.eos_id)
+            row[: len(kept)] = kept
         return self._placement.batch({"tokens": batch})["tokens"]
 
 
@@ -130,7 +142,8 @@ class Encodings(_Bucketed):
         embed: see `encode_function`.
 
     Attributes:
-        num_truncated: inputs that were too long so far.
+        num_inputs, num_truncated, longest: of the inputs so far: how many, how many were too long,
+            and the longest.
 
     Raises:
         ValueError: see `encode_function`.
@@ -143,7 +156,7 @@ class Encodings(_Bucketed):
         decoding: Decoding = Decoding(),
         embed: str | None = None,
     ):
-        super().__init__(config, params, decoding.batch_size, decoding.max_input_length)
+        super().__init__(config, params, decoding)
         self._embed = embed
         self._encode = jax.jit(encode_function(self._model, embed))
 
@@ -166,8 +179,10 @@ class Predictor(_Bucketed):
         vocabulary: of its outputs; needed where there are stop texts.
 
     Attributes:
-        decoding: the same, with nothing left open.
-        num_truncated: inputs that were too long so far.
+        decoding: the same, with no option of generation left open.
+        num_inputs, num_truncated, longest: of the inputs so far: how many, how many were too long,
+            and the longest.
+        num_cut: outputs so far, the best of each input, that reached the limit without an end.
 
     Raises:
         ValueError: options contradict each other, or a vocabulary is missing.
@@ -181,8 +196,9 @@ class Predictor(_Bucketed):
         vocabulary: Vocabulary | None = None,
     ):
         self.decoding = decoding = decoding.resolved()
-        super().__init__(config, params, decoding.batch_size, decoding.max_input_length)
+        super().__init__(config, params, decoding)
         self._model.check_generation(decoding)
+        self.num_cut = 0
         self._generate = jax.jit(generate_function(self._model, decoding))
         self._stops = {}
         if decoding.stop_strings:
@@ -220,12 +236,13 @@ class Predictor(_Bucketed):
             (index of the input, its output tokens [n, L], the best first, padding after the end
             marker, and their scores [n]).
         """
-        for indices, batch in self._batches(inputs):
+        for indices, batch in self._batches(inputs, first):
             numbers = [first + index for index in indices]
             arguments = self._arguments(numbers, self._batch_size)
             found = self._generate(self._params, batch, **arguments)
-            # The last batch has spares.
-            yield from zip(indices, *map(np.asarray, found), strict=False)
+            tokens, scores = (np.asarray(x)[: len(indices)] for x in found)  # without spares
+            self.num_cut += int(self._model.is_cut(tokens[:, 0]).sum())
+            yield from zip(indices, tokens, scores, strict=True)
 
     def stream(self, tokens: np.ndarray, number: int = 0) -> Iterator[int]:
         """The tokens of an output as they come: what `__call__` gives, up to the end marker.
@@ -237,6 +254,7 @@ class Predictor(_Bucketed):
         Raises:
             ValueError: beams, which may yet take back what they have chosen; several outputs.
         """
+        self._check(tokens, number)
         begin, grow = self._stepwise
         size = self._placement.mesh.size  # one input, and a spare row for each other device
         batch = self._batch([tokens], size)
@@ -250,6 +268,7 @@ class Predictor(_Bucketed):
             yield int(rows.tokens[0, place])
             if rows.ended[0]:
                 return
+        self.num_cut += 1
 
     @functools.cached_property
     def _stepwise(self) -> tuple[Callable, Callable]:
