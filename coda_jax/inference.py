@@ -112,6 +112,16 @@ class _Bucketed:
             indices = order[start : start + size]
             yield indices, self._batch([inputs[index] for index in indices], size)
 
+    def cuts(self) -> list[str]:
+        """Sentences on what was cut so far."""
+        if not self.num_truncated:
+            return []
+        return [
+            f"{self.num_truncated:,} of {self.num_inputs:,} inputs were longer than "
+            f"{self._limit:,} {family_of(self._model.config).inputs.unit} and were cut: "
+            f"--gin.Decoding.max_input_length={self.longest} keeps all"
+        ]
+
     def _check(self, values: np.ndarray, number: int) -> None:
         if (why := input_problem(values, self._model.expects)) is not None:
             raise ValueError(f"input {number + 1}: {why}")
@@ -204,6 +214,17 @@ class Predictor(_Bucketed):
         if decoding.stop_strings:
             table = stops_of(decoding, vocabulary, config)
             self._stops["stops"] = jax.device_put(table, self._placement.replicated)
+
+    def cuts(self) -> list[str]:
+        """Sentences on what was cut so far, inputs and outputs."""
+        if not self.num_cut:
+            return super().cuts()
+        limit = self.decoding.max_decode_length
+        return [
+            *super().cuts(),
+            f"{self.num_cut:,} of {self.num_inputs:,} outputs were cut at {limit:,} tokens: "
+            f"--gin.Decoding.max_decode_length={2 * limit} leaves them more",
+        ]
 
     @property
     def num_programs(self) -> int:

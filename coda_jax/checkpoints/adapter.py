@@ -170,13 +170,19 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     return manifest
 
 
-def read_lengths(path: str | os.PathLike) -> dict[str, int]:
-    """{"inputs", "targets"} of an adapter's training, as `save_adapter` takes them; {} if unknown.
+def read_lengths(path: str | os.PathLike | None) -> dict[str, int]:
+    """{"inputs", "targets"} of an adapter's training, as `save_adapter` takes them.
+
+    Args:
+        path: the directory; None for no adapter.
+
+    Returns:
+        The lengths, {} where they are unknown.
 
     Raises:
         ValueError: they are no such numbers; and those of `read_manifest`.
     """
-    lengths = read_manifest(path).get("lengths", {})
+    lengths = {} if path is None else read_manifest(path).get("lengths", {})
     good = isinstance(lengths, dict) and lengths.keys() in ({"inputs", "targets"}, set())
     if not good or not all(type(n) is int and n > 0 for n in lengths.values()):
         raise ValueError(f"{Path(path) / MANIFEST} has senseless lengths: {lengths!r}")

@@ -151,8 +151,7 @@ def load_model(
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
             contradict `adapter_checkpoint`; `reduction` is given for a model that does not route.
     """
-    rng = jax.random.key(seed)
-    given = config
+    rng, given = jax.random.key(seed), config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
     if adapter_checkpoint is not None:
@@ -174,8 +173,7 @@ def load_model(
         config, params = with_head, add_head(with_head, params, rng)
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
-    lengths = {} if adapter_checkpoint is None else read_lengths(adapter_checkpoint)
-    return LoadedModel(config, params, directory, lengths)
+    return LoadedModel(config, params, directory, read_lengths(adapter_checkpoint))
 
 
 def sized(decoding: Decoding, model: LoadedModel) -> Decoding:

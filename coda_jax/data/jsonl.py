@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from coda_jax.data.batches import FEATURES
+from coda_jax.data.scores import accuracy
 from coda_jax.data.vocabularies import Vocabulary, load_vocabulary
 
 Columns = Mapping[str, Sequence[str]]
@@ -91,6 +92,11 @@ class JsonlTask(TextTask):
             {key: self.tokens(text) for key, text in zip(FEATURES, pair, strict=True)}
             for pair in pairs
         ]
+
+    def metrics(self, split: str, outputs: Sequence[Sequence[int]]) -> dict[str, float]:
+        """The accuracy of the outputs, tokens, for all lines of a split."""
+        texts = [self.vocabulary.decode(tokens).strip() for tokens in outputs]
+        return accuracy([text.strip() for text in self.columns[split]["targets"]], texts)
 
     def changed_targets(self, split: str) -> list[int]:
         """The lines, from 0, whose targets the vocabulary gives back as another text."""
@@ -254,7 +260,10 @@ def read_inputs(path: str | os.PathLike) -> list[str]:
         lines = [line.rstrip("\r\n") for line in sys.stdin]
     else:
         with open(path, encoding="utf-8") as f:
-            lines = [line.rstrip("\n") for line in f]
+            try:
+                lines = [line.rstrip("\n") for line in f]
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path}: not UTF-8: {e}") from e
     if not lines:
         raise ValueError(f"{path}: there are no inputs")
     return lines

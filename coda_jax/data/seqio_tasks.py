@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import difflib
 import importlib.metadata
 import os
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tqdm
@@ -57,6 +57,7 @@ class MemorySource(seqio.FunctionDataSource):
         return self._dataset_fn(split=split, shuffle_files=shuffle, seed=seed)
 
 
+_EVALUATION_SEED = 42  # that of `seqio.Evaluator`
 _IDS = ("vocab_size", "eos_id", "pad_id", "unk_id")  # of a vocabulary, that a cache file says
 
 
@@ -165,13 +166,25 @@ def provider(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Task | 
     return found
 
 
+def is_mixture(task_or_mixture: seqio.Task | seqio.Mixture) -> bool:
+    """Whether it draws from several tasks."""
+    return isinstance(task_or_mixture, seqio.Mixture)
+
+
 def task_vocabulary(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Vocabulary:
     """Returns the vocabulary of a task's targets, which is that of textual inputs too."""
     return provider(task_or_mixture).output_features["targets"].vocabulary
 
 
-def evaluated_tasks(task_or_mixture: str, split: str) -> list[seqio.Task]:
-    """The tasks of a mixture, or the one, that have the split and metrics.
+def evaluated(
+    task_or_mixture: str, split: str, feature_lengths: Mapping[str, int]
+) -> Iterator[tuple[seqio.Task, list[dict[str, Any]]]]:
+    """The tasks of a mixture, or the one, that have the split and metrics, with their examples.
+
+    Args:
+        task_or_mixture: the registered name.
+        split: "validation", "test", ...
+        feature_lengths: for tasks that make examples of the length; nothing is cut.
 
     Raises:
         ValueError: there is none; or a metric is not of outputs alone.
@@ -182,12 +195,17 @@ def evaluated_tasks(task_or_mixture: str, split: str) -> list[seqio.Task]:
         raise ValueError(f"{task_or_mixture}, split {split!r}: no task has metrics")
     for task in tasks:
         kinds = {metric.model_output_type.name for metric in task.metric_objs}
-        if kinds != {_PREDICTION.name}:
+        if kinds != {seqio.metrics.ModelOutputType.PREDICTION.name}:
             raise ValueError(f"{task.name} has metrics of {sorted(kinds)}, not of PREDICTION alone")
-    return tasks
-
-
-_PREDICTION = seqio.metrics.ModelOutputType.PREDICTION
+        dataset = whole(task).get_dataset(
+            sequence_length=dict(feature_lengths),
+            split=split,
+            shuffle=False,
+            seed=_EVALUATION_SEED,
+            num_epochs=1,
+            trim_output_features=False,
+        )
+        yield task, list(dataset.as_numpy_iterator())
 
 
 def metrics_of(

@@ -15,6 +15,7 @@ from coda_jax.data import jsonl
 from coda_jax.data.batches import FEATURES, Batches, Example, batch_examples, check_positive, epochs
 from coda_jax.data.cache import CachedExamples, read_cache
 from coda_jax.data.examples import Expected, Scan, Writing, problem, scan, writing
+from coda_jax.data.labels import LabelTask
 from coda_jax.data.reports import binding, of_scan, say
 from coda_jax.data.vocabularies import Identity, Vocabulary, check_vocabulary, identity
 
@@ -96,6 +97,11 @@ class Data:
         if split is None:
             split = "validation" if "validation" in found else found[0]
         if split not in found:
+            if self.task in jsonl.TASKS:
+                flag = f"--gin.{split.upper()}_FILE"
+                raise ValueError(
+                    f"there is no file of the split {split!r}, only of {found}: {flag}"
+                )
             raise ValueError(f"{self.task} has no split {split!r}, only {found}")
         return dataclasses.replace(self, split=split)
 
@@ -210,6 +216,18 @@ class Data:
                     f"{self.place}: {len(changed):,} targets are other texts in the vocabulary, "
                     f"which no output equals; the first: line {changed[0] + 1:,}"
                 )
+
+    def lengths(self, expected: Expected) -> dict[str, int]:
+        """What an adapter says of its training: see `checkpoints.save_adapter`.
+
+        Predictions cut inputs where training did, and may be as long as the longest target that is
+        known of.
+        """
+        limits = dict(self.limited().feature_lengths)
+        if not self.in_memory or expected.targets is None:
+            return limits
+        found = self.scan(expected).longest["targets"]
+        return limits | {"targets": min(limits["targets"], found)}
 
     def shared_with(self, other: "Data", expected: Expected) -> int:
         """How many of these examples are among another's; both are in memory."""
@@ -375,6 +393,13 @@ class Data:
         from coda_jax.data import seqio_tasks
 
         return seqio_tasks.plain_vocabulary(seqio_tasks.task_vocabulary(self.task))
+
+    def check_labels(self, described: bool) -> None:
+        """Raises ValueError where a model with a head for labels is given texts, or the reverse."""
+        if described != isinstance(jsonl.TASKS.get(self.task), LabelTask):
+            fits = "tasks/labels.gin" if described else "one whose targets are texts"
+            what = "labels or numbers" if described else "texts"
+            raise ValueError(f"the model answers with {what}: {self.place} is no such task; {fits}")
 
     def vocabulary_fingerprint(self) -> str:
         """The vocabulary's fingerprint; a cache file must say it."""

@@ -136,8 +136,9 @@ def test_batches_of_a_task_equal_those_of_seqio():
     assert len(pairs) > 5
     for a, b in pairs:
         assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
+        for key in a:  # seqio's have more columns of padding
+            np.testing.assert_array_equal(a[key], b[key][:, : a[key].shape[1]])
+            assert key == "decoder_input_tokens" or not b[key][:, a[key].shape[1] :].any()
     assert ours.num_truncated > 0
 
 

@@ -109,7 +109,12 @@ def test_the_vocabularys_files_are_known_for_tasks(task):
 
 def test_one_source_at_most():
     assert not Data(LENGTHS).exists
-    assert Data(LENGTHS, "a").exists and Data(LENGTHS, cache="a").exists
+    assert Data(LENGTHS, "stdlib_module").exists and Data(LENGTHS, cache="a").exists
+    assert not Data(LENGTHS, "stdlib_module", split="nowhere").exists
+    with pytest.raises(
+        ValueError, match=r"'stdlib_modul' is registered; the nearest are \['stdlib"
+    ):
+        _ = Data(LENGTHS, "stdlib_modul").exists
     with pytest.raises(ValueError, match="a task or a cache file, not both"):
         Data(LENGTHS, "a", "b")
 
