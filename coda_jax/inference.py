@@ -262,7 +262,7 @@ class Predictor(_Bucketed):
             arguments = self._arguments(numbers, self._batch_size)
             found = self._generate(self._params, batch, **arguments)
             tokens, scores = (np.asarray(x)[: len(indices)] for x in found)  # without spares
-            self.num_cut += int(self._model.is_cut(tokens[:, 0]).sum())
+            self.num_cut += int(self._model.is_cut(tokens[:, 0], self.decoding).sum())
             yield from zip(indices, tokens, scores, strict=True)
 
     def stream(self, tokens: np.ndarray, number: int = 0) -> Iterator[int]:

@@ -60,7 +60,7 @@ def train(
     vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
     layout = {**model.layout, "expected": trained.expects}
     batches = data.batches(repeat=True, **layout)
-    lengths = data.lengths(trained.expects)
+    said = {"vocabulary": vocabulary, "lengths": data.lengths(trained.expects)}
     params, metrics = trainer.train(
         trained,
         trained.add_leaves(model.params),
@@ -69,8 +69,7 @@ def train(
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
-        run=_identity(model, data, trained, options)
-        | {"vocabulary": vocabulary, "lengths": lengths},
+        run={**_identity(model, data, trained, options), **said},
         eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
     )
     data.report(batches)
@@ -78,7 +77,7 @@ def train(
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
     folder = pathlib.Path(directory) / "export"
-    model = export(folder, model.config, params, model.directory, data, vocabulary, lengths)
+    model = export(folder, model.config, params, model.directory, data, **said)
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
     return model, metrics

@@ -1,6 +1,6 @@
 """What examples a model can take: each is looked at before it becomes part of a batch."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
 
 import numpy as np
@@ -160,3 +160,16 @@ def scan(
                 found.num_unknown[key] += bool((values == written.unknown_id).any())
         found.num_empty += texts and example["targets"].tolist() == [expected.eos_id]
     return found
+
+
+class Chosen(Sequence[Example]):
+    """Some of the examples of a sequence."""
+
+    def __init__(self, examples: Sequence[Example], places: Sequence[int]):
+        self._examples, self._places = examples, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[self._places[index]]

@@ -14,26 +14,13 @@ from typing import Any
 from coda_jax.data import jsonl
 from coda_jax.data.batches import FEATURES, Batches, Example, batch_examples, check_positive, epochs
 from coda_jax.data.cache import CachedExamples, read_cache
-from coda_jax.data.examples import Expected, Scan, Writing, problem, scan, writing
+from coda_jax.data.examples import Chosen, Expected, Scan, Writing, problem, scan, writing
 from coda_jax.data.labels import LabelTask
 from coda_jax.data.reports import binding, of_scan, say
 from coda_jax.data.vocabularies import Identity, Vocabulary, check_vocabulary, identity
 
 LONGEST = 512  # inputs, or targets, that are texts, where nobody says another limit
 _LEAVE_OUT = "--gin.LEAVE_OUT=True leaves such examples out"
-
-
-class _Chosen(Sequence[Example]):
-    """Some of the examples of a sequence."""
-
-    def __init__(self, examples: Sequence[Example], places: Sequence[int]):
-        self._examples, self._places = examples, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[self._places[index]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +220,7 @@ class Data:
         """How many of these examples are among another's; both are in memory."""
 
         def keys(data):
-            examples = _Chosen(data._all(), data.scan(expected).kept)
+            examples = Chosen(data._all(), data.scan(expected).kept)
             return (hash(tuple(example[key].tobytes() for key in FEATURES)) for example in examples)
 
         theirs = set(keys(other))
@@ -268,7 +255,7 @@ class Data:
             examples = self._all()
             if expected is not None:
                 found = self.scan(expected)
-                examples = _Chosen(examples, found.kept)
+                examples = Chosen(examples, found.kept)
                 marks = bool(found.num_cut["targets"] or found.num_unknown["targets"])
             arguments = {"seed": self.seed, "num_epochs": num_epochs, "shuffle": self.shuffle}
             examples = epochs(examples, **arguments)

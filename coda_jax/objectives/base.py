@@ -110,9 +110,15 @@ class Model:
         """The most tokens that so many inputs can give; by default there is no such limit."""
         del inputs
 
-    def is_cut(self, tokens: Int[np.ndarray, "*b l"]) -> Bool[np.ndarray, "*b"]:
-        """Which outputs [..., L] reach the limit without an end, [...]."""
-        return (tokens[..., -1] != self.config.pad_id) & (tokens[..., -1] != self.config.eos_id)
+    def is_cut(
+        self, tokens: Int[np.ndarray, "b l"], generation: Generation
+    ) -> Bool[np.ndarray, "b"]:
+        """Which outputs [B, L] reach the limit without an end, [B]."""
+        written = tokens[:, len(generation.decoder_prefix or ()) :]
+        unended = (written != self.config.eos_id).all(-1)
+        if generation.stop_strings:  # behind which there is padding
+            unended &= written[:, -1] != self.config.pad_id
+        return unended
 
     def init(self, rng: Array) -> dict[str, Any]:
         """Random parameters."""

@@ -198,9 +198,12 @@ class CTC(Model):
         """A frame gives one token at most."""
         return inputs
 
-    def is_cut(self, tokens: Int[np.ndarray, "*b l"]) -> Bool[np.ndarray, "*b"]:
-        """Which outputs [..., L] fill their length, [...]."""
-        return tokens[..., -1] != self.config.blank_id
+    def is_cut(
+        self, tokens: Int[np.ndarray, "b l"], generation: Generation
+    ) -> Bool[np.ndarray, "b"]:
+        """Which outputs [B, L] fill their length, [B]."""
+        del generation
+        return tokens[:, -1] != self.config.blank_id
 
     def logits(self, params, batch: Batch, dropout_rng: Array | None = None):
         """Logits of the frames, [B, N, V] float32; with dropout where an RNG is given."""

@@ -111,9 +111,7 @@ def test_one_source_at_most():
     assert not Data(LENGTHS).exists
     assert Data(LENGTHS, "stdlib_module").exists and Data(LENGTHS, cache="a").exists
     assert not Data(LENGTHS, "stdlib_module", split="nowhere").exists
-    with pytest.raises(
-        ValueError, match=r"'stdlib_modul' is registered; the nearest are \['stdlib"
-    ):
+    with pytest.raises(ValueError, match=r"nearest are \['stdlib_module"):
         _ = Data(LENGTHS, "stdlib_modul").exists
     with pytest.raises(ValueError, match="a task or a cache file, not both"):
         Data(LENGTHS, "a", "b")
