@@ -99,9 +99,7 @@ def _checked(
     if data.cache is None:
         data = data.with_split(data.split)
     if eval_data is not None and not eval_data.exists:
-        named = eval_data.task is not None
-        why = f"{eval_data.task} has no split {eval_data.split!r}" if named else "there are no data"
-        say(f"no evaluation: {why}")
+        say(f"no evaluation during training: there is no {eval_data.place}")
         eval_data = None
     sources = [read.limited(model.longest_inputs) for read in (data, eval_data) if read is not None]
     for read in sources:

@@ -75,9 +75,7 @@ def problem(
     if found:
         return found
     if written.unknown_id in targets and written.nothing.issuperset(targets.tolist()):
-        return (
-            "its targets consist of what the vocabulary has no pieces for: no output can be right"
-        )
+        return "the vocabulary has no pieces for its targets, so that no output can be right"
     inputs = cut(inputs, limits["inputs"], expected.eos_id)
     return expected.misfit(inputs, cut(targets, limits["targets"], expected.eos_id))
 

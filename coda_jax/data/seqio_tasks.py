@@ -232,9 +232,9 @@ def metrics_of(
 class EndedTask(seqio.Task):
     """A task whose texts, where seqio or T5X cuts them, still end with EOS."""
 
-    def get_dataset(self, sequence_length=None, trim_output_features=True, **kwargs):
+    def get_dataset(self, sequence_length=None, *args, trim_output_features=True, **kwargs):
         """Returns a tf.data.Dataset; see `seqio.Task.get_dataset`."""
-        dataset = super().get_dataset(sequence_length, trim_output_features=False, **kwargs)
+        dataset = super().get_dataset(sequence_length, *args, trim_output_features=False, **kwargs)
         if not trim_output_features or not sequence_length:
             return dataset
 

@@ -94,10 +94,10 @@ class Data:
 
     @property
     def place(self) -> str:
-        """The file, or the task and its split, for people."""
+        """The file, or the task and its split, in words."""
         if self.task in jsonl.TASKS:
-            return jsonl.TASKS[self.task].files.get(self.split, self.task)
-        return self.cache or f"{self.task}, split {self.split!r}"
+            return jsonl.TASKS[self.task].files.get(self.split, f"{self.split.upper()}_FILE")
+        return self.cache or (self.task and f"{self.task}, split {self.split!r}") or "task for it"
 
     def limited(self, longest_inputs: int = LONGEST) -> "Data":
         """The same with a limit of both sides: the one given, the cache file's or a default.
@@ -197,8 +197,9 @@ class Data:
         for line in of_scan(self.scan(expected), expected, limits):
             say(f"{self.place}: {line}")
         if expected.targets == "tokens" and self.task in jsonl.TASKS:
+            kept = set(self.scan(expected).kept)
             changed = jsonl.TASKS[self.task].changed_targets(self.split)
-            if changed:
+            if changed := [line for line in changed if line in kept]:
                 say(
                     f"{self.place}: {len(changed):,} targets are other texts in the vocabulary, "
                     f"which no output equals; the first: line {changed[0] + 1:,}"
@@ -310,7 +311,7 @@ class Data:
                 raise ValueError(f"{named} cannot be learned: {why}\n({_LEAVE_OUT})")
             left_out += 1
             if self._is_news("left out", left_out):
-                say(f"{named} is left out, the {left_out:,}th: {why}")
+                say(f"{named} is left out, number {left_out:,} of such: {why}")
 
     def _said_now_and_then(self, batches: Batches, lengths: Mapping[str, int]) -> None:
         if self._is_news("cut", batches.num_truncated):
