@@ -162,12 +162,19 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{file} has no table of leaves: {leaves!r}")
     if version == 2 and not isinstance(manifest["base"], dict):
         raise ValueError(f"{file} has no fingerprints of its base: {manifest['base']!r}")
+    _check_lengths(manifest.get("lengths", {}), file)
     if manifest.get("quantization") is not None:
         raise ValueError(
             f"{file} belongs to a base quantised as {manifest['quantization']!r}, which this "
             "version does not know"
         )
     return manifest
+
+
+def _check_lengths(lengths: Any, file: Path) -> None:
+    good = isinstance(lengths, dict) and lengths.keys() in ({"inputs", "targets"}, set())
+    if not good or not all(type(n) is int and n > 0 for n in lengths.values()):
+        raise ValueError(f"{file} has senseless lengths: {lengths!r}")
 
 
 def read_lengths(path: str | os.PathLike | None) -> dict[str, int]:
@@ -177,16 +184,9 @@ def read_lengths(path: str | os.PathLike | None) -> dict[str, int]:
         path: the directory; None for no adapter.
 
     Returns:
-        The lengths, {} where they are unknown.
-
-    Raises:
-        ValueError: they are no such numbers; and those of `read_manifest`.
+        The lengths, {} where they are unknown; errors are those of `read_manifest`.
     """
-    lengths = {} if path is None else read_manifest(path).get("lengths", {})
-    good = isinstance(lengths, dict) and lengths.keys() in ({"inputs", "targets"}, set())
-    if not good or not all(type(n) is int and n > 0 for n in lengths.values()):
-        raise ValueError(f"{Path(path) / MANIFEST} has senseless lengths: {lengths!r}")
-    return lengths
+    return {} if path is None else read_manifest(path).get("lengths", {})
 
 
 def _config(manifest: Mapping[str, Any], file: Path) -> ModelConfig:

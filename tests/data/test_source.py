@@ -171,7 +171,7 @@ def test_examples_that_cannot_be_learned_are_named_or_left_out(tmp_path, capsys)
     good = {"inputs": np.array([5, 1]), "targets": np.array([6, 1])}
     write_cache(tmp_path / "x.npz", [good, good | {"inputs": np.array([5, 999])}, good], {})
     data = Data(LENGTHS, cache=str(tmp_path / "x.npz"), batch_size=2, shuffle=False)
-    with pytest.raises(ValueError, match="x.npz: example 2: .* id 999") as e:
+    with pytest.raises(ValueError, match=r"x.npz: example 2: .* id 999") as e:
         data.check(BYTES)
     assert "(1 of 3 cannot; --gin.LEAVE_OUT=True leaves such examples out)" in str(e.value)
     kept = Data(LENGTHS, cache=str(tmp_path / "x.npz"), batch_size=2, leave_out=True)
@@ -214,7 +214,7 @@ def test_a_split_is_the_validation_or_the_only_one(files):
     several = files(train=[("a", "b")], test=[("a", "b")])
     with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\]: give one as SPLIT"):
         Data(LENGTHS, several).with_split(None)
-    with pytest.raises(ValueError, match="no file of the split 'validation', .*VALIDATION_FILE"):
+    with pytest.raises(ValueError, match=r"no file of the split 'validation', .*VALIDATION_FILE"):
         Data(LENGTHS, several).with_split("validation")
     both = files(train=[("a", "b")], validation=[("a", "b")])
     assert Data(LENGTHS, both).with_split(None).split == "validation"
