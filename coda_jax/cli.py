@@ -4,20 +4,55 @@
 
 Flags follow T5X: --gin_file and --gin_search_paths may be repeated, and --gin.NAME=VALUE binds what
 the files leave open. VALUE is written as in a gin file; what gin cannot read is taken as a text.
+
+A command ends with 0, with 1 after a mistake in what it was given (files, values), with 2 where the
+command line cannot be carried out, with 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 import argparse
 from collections.abc import Sequence
-import pathlib
+import os
 import re
 import sys
-import tokenize
 
 import coda_jax
-from coda_jax.commands import COMMANDS
-from coda_jax.optional import needs
+from coda_jax.commands import COMMANDS, environment, manual, mistakes
+from coda_jax.commands.configuration import configure
+from coda_jax.commands.gin_files import UsageError, nearest, suggested
 
-_INCLUDE = re.compile(r"^\s*include\s+['\"]([^'\"]+)['\"]", re.MULTILINE)
+_BINDING = re.compile(r"--gin\.[^=]+=", re.DOTALL)
+_DESCRIPTION = """\
+Conditional adapters: a frozen encoder-decoder model, of which a router skips most of the work.
+
+gin files say what a command does; `coda COMMAND --help` lists those of a command, and their macros.
+The first two commands of most people:
+
+{}
+
+{}"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, without the usage before it.
+
+    Args:
+        command: whose manual is the end of the help.
+        **options: argparse's.
+    """
+
+    def __init__(self, command: str | None = None, **options):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+        self._command = command
+
+    def format_help(self):
+        if self._command is not None:
+            self.epilog = manual.epilog(self._command)
+        return super().format_help()
+
+    def error(self, message):
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -26,146 +61,128 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     Args:
         command: the one that is called; only its own flags are loaded, if it has any.
     """
-    made = argparse.ArgumentParser(
-        prog="coda",
-        description="Conditional adapters for encoder-decoder models.",
-        allow_abbrev=False,
-    )
+    examples = map(manual.example, ("train", "predict"))
+    made = Parser(prog="coda", description=_DESCRIPTION.format(*examples))
     made.add_argument("--version", action="version", version=coda_jax.__version__)
-    rows = made.add_subparsers(dest="command", required=True, metavar="command")
+    rows = made.add_subparsers(dest="command", metavar="command", parser_class=Parser)
     for name, row in COMMANDS.items():
-        flags = rows.add_parser(name, help=row.summary, description=row.summary, allow_abbrev=False)
+        flags = rows.add_parser(
+            name, command=name, help=row.summary, description=row.summary, prog=f"coda {name}"
+        )
         if row.reads_gin:
             _add_gin_flags(flags)
         elif name == command:
             row.load("add_flags")(flags)
+        _add_common_flags(flags)
     return made
 
 
 def _add_gin_flags(flags: argparse.ArgumentParser) -> None:
-    flags.add_argument("--gin_file", action="append", default=[], help="a gin file; repeatable")
-    flags.add_argument(
-        "--gin_search_paths", action="append", default=[], help="folders of gin files; repeatable"
+    flags.usage = (
+        f"{flags.prog} [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--gin_search_paths=FOLDER,...]"
     )
-    flags.epilog = "--gin.NAME=VALUE binds a macro or a parameter; repeatable"
+    add = flags.add_argument
+    add("--gin_file", metavar="FILE", action="append", default=[],
+        help="of the package, such as methods/coda.gin, or a path; ./FILE is in this folder; "
+        "repeatable, in any order")  # fmt: skip
+    add("--gin_search_paths", metavar="FOLDERS", action="append", default=[],
+        help="folders of gin files, which go before the package's; repeatable")  # fmt: skip
+    shown = "--gin.NAME=VALUE"  # argparse shows it, and never meets it
+    add(shown, metavar="", dest="_", help="binds a macro or a parameter; repeatable")
+
+
+def _add_common_flags(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument("--verbose", action="store_true", help="print all that is logged")
+    flags.add_argument("--traceback", action="store_true", help="print where an error comes from")
+    flags.add_argument(
+        "--no_program_cache",
+        action="store_true",
+        help=f"do not keep compiled programs, in {environment.programs_folder()}",
+    )
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options, bindings) of a command line.
 
     Raises:
-        SystemExit: the command line is not understood; the usage is printed.
+        UsageError: the command line is not understood.
+        SystemExit: help was asked for.
     """
-    made = parser(next(iter(arguments), None))
-    options, rest = made.parse_known_args(arguments)
+    name = next(iter(arguments), "")
+    if name not in COMMANDS and not name.startswith("-"):
+        said = f"there is no command {name!r}" if name else "a command is missing"
+        hint = suggested(nearest(name, COMMANDS)) or f"; it may be one of {', '.join(COMMANDS)}"
+        raise UsageError(said + hint)
+    options, rest = parser(name).parse_known_args(arguments)
+    if options.command is None:
+        raise UsageError(f"a command is missing; it may be one of {', '.join(COMMANDS)}")
     reads_gin = COMMANDS[options.command].reads_gin
-    bindings = [text for text in rest if reads_gin and re.match(r"--gin\.[^=]+=", text)]
+    bindings = [text for text in rest if reads_gin and _BINDING.match(text)]
     if unknown := [text for text in rest if text not in bindings]:
-        made.error(f"unknown arguments: {' '.join(unknown)}")
+        raise UsageError(_unknown(options.command, unknown[0]))
     if reads_gin:
-        options.gin_search_paths = [p for t in options.gin_search_paths for p in t.split(",")]
+        options.gin_search_paths = [p for t in options.gin_search_paths for p in t.split(",") if p]
     return options, [text.removeprefix("--gin.") for text in bindings]
 
 
-def as_binding(text: str) -> str:
-    """NAME=VALUE as on a line of a gin file: a VALUE that gin cannot read becomes a text."""
-    from gin import config_parser
-
-    class Names(config_parser.ParserDelegate):
-        """Takes every reference and macro as it is written."""
-
-        def configurable_reference(self, scoped_configurable_name, evaluate):
-            return scoped_configurable_name, evaluate
-
-        def macro(self, scoped_name):
-            return scoped_name
-
-    name, value = text.split("=", 1)
-    try:
-        config_parser.ConfigParser(value.strip(), Names()).parse_value()
-        (_,) = config_parser.ConfigParser(text, Names())  # ValueError: it is more than a binding
-    except (SyntaxError, ValueError, TypeError, RecursionError, tokenize.TokenError):
-        return f"{name} = {value!r}"
-    return text
+def _unknown(command: str, text: str) -> str:
+    """What is wrong with an argument that is none."""
+    if COMMANDS[command].reads_gin and text.startswith("--gin."):
+        return f"{text}: write --gin.NAME=VALUE"
+    flag = text.partition("=")[0]
+    if COMMANDS[command].reads_gin and re.fullmatch(r"-*[A-Z][A-Z0-9_]*", flag):
+        return f"{text}: a macro is given as --gin.{flag.lstrip('-')}=VALUE"
+    flags = ["--gin_file", "--gin_search_paths"] if COMMANDS[command].reads_gin else []
+    flags += ["--verbose", "--traceback", "--no_program_cache", "--help"]
+    if flag in flags:
+        return f"{text} is written behind the command"
+    near = suggested(nearest(flag, flags))
+    return f"there is no argument {text}{near or f'; see `coda {command} --help`'}"
 
 
-def package_folder() -> pathlib.Path:
-    """The folder of the package's gin files."""
-    from coda_jax import gin_configs
-
-    return pathlib.Path(next(iter(gin_configs.__path__)))
+def run(arguments: Sequence[str]) -> None:
+    """Runs a command; errors are raised as they come."""
+    _call(*parse_arguments(arguments))
 
 
-def recipes(files: Sequence[str], search_paths: Sequence[str] = ()) -> list[str]:
-    """The recipes, files of methods/, that gin files bring, those that they include among them.
+def _call(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+    command = COMMANDS[options.command]
+    if not command.reads_gin:
+        command.load()(options)
+        return
+    configure(options.gin_file, options.gin_search_paths, bindings, options.command)
+    import gin
 
-    A file that includes another one of methods/ is one recipe with it.
-    """
-    found = []
-    for name in files:
-        short = name.removeprefix("coda_jax/gin_configs/")
-        places = (pathlib.Path(folder) / short for folder in ("", package_folder(), *search_paths))
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            continue  # gin says so
-        if (package_folder() / "methods").resolve() in path.resolve().parents:
-            found.append(f"methods/{path.name}")
-        else:
-            found += recipes(_INCLUDE.findall(path.read_text()), search_paths)
-    return list(dict.fromkeys(found))
-
-
-def configure(gin_files: Sequence[str], search_paths: Sequence[str], bindings: Sequence[str]):
-    """Reads gin files and bindings; a name that does not exist is an error that names it.
-
-    Args:
-        gin_files: paths, or short names of the package's own files, such as methods/coda.gin.
-        search_paths: folders in which gin looks for files too.
-        bindings: as on a line of a gin file, or with texts that lack their quotes.
-
-    Raises:
-        ValueError: two recipes are given.
-    """
-    with needs():  # Here: `coda bench` runs where gin is not installed.
-        import gin
-
-    from coda_jax.methods import METHODS
-
-    given = recipes(gin_files, search_paths)
-    if len(given) > 1:
-        raise ValueError(
-            f"two recipes in one command: {given}; give one, and combine methods with "
-            "--gin.METHODS=\"('...', '...')\""
-        )
-    gin.clear_config()
-    for method in METHODS.values():  # so that any field can be bound, whichever recipe is given
-        gin.external_configurable(method, module="coda_jax.methods")
-    for path in search_paths:
-        gin.add_config_file_search_path(path)
-    own = package_folder()
-    files = [
-        str(own / name) if (own / name).is_file() and not pathlib.Path(name).exists() else name
-        for name in gin_files
-    ]
-    gin.parse_config_files_and_bindings(files, [as_binding(text) for text in bindings])
+    gin.get_configurable(command.load())()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
-    options, bindings = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    command = COMMANDS[options.command]
-    if not command.reads_gin:
-        return command.load()(options)
-    configure(options.gin_file, options.gin_search_paths, bindings)
-    import gin
-
-    from coda_jax.training.run_directory import Interruption  # Here: `--help` needs no jax.
-
+    """Runs a command as a process does; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        print(parser().format_help())
+        return 2
+    prog, traceback = parser().prog, False
     try:
-        gin.get_configurable(command.load())()
-    except Interruption as interruption:
-        print(interruption, file=sys.stderr)
-        return 143  # 128 + SIGTERM
+        options, bindings = parse_arguments(arguments)
+        prog, traceback = f"coda {options.command}", options.traceback
+        environment.quiet(options.command, options.verbose)
+        programs = environment.keep_programs(not options.no_program_cache)
+        if options.verbose:
+            print(programs, file=sys.stderr)
+        environment.collect_garbage_rarely()
+        _call(options, bindings)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `coda predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        said = mistakes.told(error)
+        if traceback or said is None:
+            raise
+        sys.stdout.flush()
+        print("\n".join(f"{prog}: {line}" for line in said.splitlines()), file=sys.stderr)
+        return mistakes.exit_code(error)
     return 0
 
 

@@ -1,10 +1,13 @@
-"""Files that are either the old or the new one, also if the process is killed while writing."""
+"""Files and folders that are the old or the new one, also if a process is killed while writing."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from typing import Any
 
@@ -13,19 +16,21 @@ from typing import Any
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary file beside `path`, which takes its place when the block ends well.
 
-    The temporary file is on disk before it is renamed; where the block raises, it is removed.
+    The temporary file is on disk before it is renamed; where the block raises, it is removed. What
+    a killed process left beside `path` is removed, too.
     """
     path = pathlib.Path(path).absolute()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    _sweep(path)
+    handle, name = tempfile.mkstemp(**_beside(path))
     temporary = pathlib.Path(name)
     try:
+        _lock(handle)
         yield temporary
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
 
 
@@ -45,6 +50,71 @@ def prepare(path: str | os.PathLike) -> None:
         raise ValueError(f"{path} cannot be written: {error}") from error
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: no permission for {path.parent}")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder beside `path`, which takes its place when the block ends well.
+
+    A folder that is there is replaced as a whole. A kill leaves the old one, the new one or,
+    between two renames, none.
+    """
+    path = pathlib.Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary = pathlib.Path(tempfile.mkdtemp(**_beside(path)))
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield temporary
+        os.chmod(temporary, 0o755)
+        for file in filter(pathlib.Path.is_file, temporary.rglob("*")):
+            _sync(file)
+        if path.exists():
+            os.replace(path, pathlib.Path(tempfile.mkdtemp(**_beside(path))))
+        os.replace(temporary, path)
+    finally:
+        os.close(handle)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(path)
+
+
+def check_new(path: str | os.PathLike) -> None:
+    """Raises FileExistsError where a folder to be written holds something."""
+    path = pathlib.Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} is not empty; name a new folder")
+
+
+def _beside(path: pathlib.Path) -> dict[str, Any]:
+    """Where the temporary names of `path` are: arguments of `tempfile`."""
+    return {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".tmp"}
+
+
+def _lock(handle: int) -> bool:
+    """Locks a file as long as this process has it open; False where another process does."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # also a file system without locks
+        return False
+    return True
+
+
+def _sync(path: pathlib.Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sweep(path: pathlib.Path) -> None:
+    """Removes the temporary names of `path` that no living process has locked."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(old, os.O_RDONLY)
+            try:
+                if _lock(handle):
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+            finally:
+                os.close(handle)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -10,6 +10,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from coda_jax import checks, trees
 from coda_jax.data.batches import bucket, cut
 from coda_jax.data.examples import input_problem
 from coda_jax.data.stop_texts import stop_table
@@ -37,8 +38,7 @@ class Decoding(Generation):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_input_length", "batch_size"):
-            self._check_number(name, "at least 1")
+        checks.fields(self, max_input_length=checks.Maybe(checks.COUNT), batch_size=checks.COUNT)
 
 
 def generate_function(model: Model, decoding: Decoding) -> Callable[..., tuple[Array, Array]]:
@@ -94,6 +94,7 @@ class _Bucketed:
         self._placement = Placement()
         self._params = self._placement.params(params)
         self._batch_size = decoding.batch_size
+        self._placement.check_rows("Decoding.batch_size", decoding.batch_size)
         self._limit = decoding.max_input_length or family_of(config).inputs.longest
 
     def _batches(
@@ -124,7 +125,20 @@ class _Bucketed:
 
     def _check(self, values: np.ndarray, number: int) -> None:
         if (why := input_problem(values, self._model.expects)) is not None:
-            raise ValueError(f"input {number + 1}: {why}")
+            raise ValueError(f"input {number} (the first is 0): {why}")
+
+    def _refuse(self, number: int) -> None:
+        """Raises FloatingPointError: what the model gives for an input is not finite."""
+        leaves = trees.flatten(self._params).items()
+        wrong = [path for path, leaf in leaves if not jnp.isfinite(leaf).all()]
+        if wrong:
+            reason = f"{len(wrong)} parameters are not finite themselves, such as {wrong[0]}"
+        else:
+            reason = f"values leave the range of {jnp.dtype(self._model.config.dtype).name}"
+        raise FloatingPointError(
+            f"no answer to input {number} (the first is 0): the model's outputs for it are "
+            f"NaN or infinite; {reason}"
+        )
 
     def _batch(self, inputs: Sequence[np.ndarray], size: int) -> Array:
         """Some inputs in a batch of a size, cut to the longest bucket and filled up."""
@@ -170,12 +184,24 @@ class Encodings(_Bucketed):
         self._embed = embed
         self._encode = jax.jit(encode_function(self._model, embed))
 
-    def __call__(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """(index of the input, its outputs: [C] of a head, [D] a mean, [n, D] of n tokens)."""
-        for indices, batch in self._batches(inputs):
+    def __call__(
+        self, inputs: Sequence[np.ndarray], first: int = 0
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of the input, its outputs: [C] of a head, [D] a mean, [n, D] of n tokens).
+
+        Args:
+            inputs: arrays of tokens, each with its end marker, or of patches.
+            first: number of the first of them in a longer list.
+
+        Raises:
+            FloatingPointError: an output is not finite; the number of its input is named.
+        """
+        for indices, batch in self._batches(inputs, first):
             outputs = np.asarray(self._encode(self._params, batch))
             for index, found in zip(indices, outputs, strict=False):  # the last batch has spares
                 real = len(inputs[index]) if self._embed == "tokens" else len(found)
+                if not np.isfinite(found[:real]).all():
+                    self._refuse(first + index)
                 yield index, found[:real]
 
 
@@ -256,6 +282,9 @@ class Predictor(_Bucketed):
         Yields:
             (index of the input, its output tokens [n, L], the best first, padding after the end
             marker, and their scores [n]).
+
+        Raises:
+            FloatingPointError: a logit is not finite; the number of its input is named.
         """
         for indices, batch in self._batches(inputs, first):
             numbers = [first + index for index in indices]
@@ -263,7 +292,10 @@ class Predictor(_Bucketed):
             found = self._generate(self._params, batch, **arguments)
             tokens, scores = (np.asarray(x)[: len(indices)] for x in found)  # without spares
             self.num_cut += int(self._model.is_cut(tokens[:, 0], self.decoding).sum())
-            yield from zip(indices, tokens, scores, strict=True)
+            for index, outputs, ranks in zip(indices, tokens, scores, strict=True):
+                if np.isnan(ranks).any():
+                    self._refuse(first + index)
+                yield index, outputs, ranks
 
     def stream(self, tokens: np.ndarray, number: int = 0) -> Iterator[int]:
         """The tokens of an output as they come: what `__call__` gives, up to the end marker.
@@ -274,18 +306,22 @@ class Predictor(_Bucketed):
 
         Raises:
             ValueError: beams, which may yet take back what they have chosen; several outputs.
+            FloatingPointError: a logit is not finite.
         """
         self._check(tokens, number)
         begin, grow = self._stepwise
         size = self._placement.mesh.size  # one input, and a spare row for each other device
         batch = self._batch([tokens], size)
         encoded, rows = begin(self._params, batch, **self._arguments([number], size))
-        return self._streamed(batch, encoded, rows, grow)
+        refuse = functools.partial(self._refuse, number)
+        return self._streamed(batch, encoded, rows, grow, refuse)
 
-    def _streamed(self, batch, encoded, rows, grow) -> Iterator[int]:
+    def _streamed(self, batch, encoded, rows, grow, refuse) -> Iterator[int]:
         yield from self.decoding.decoder_prefix
         for place in range(len(self.decoding.decoder_prefix) + 1, rows.tokens.shape[1]):
             rows = grow(self._params, batch, encoded, rows, **self._stops)
+            if np.isnan(rows.log_probs[0]):
+                refuse()
             yield int(rows.tokens[0, place])
             if rows.ended[0]:
                 return

@@ -21,13 +21,16 @@ class Placement:
         """The tree on every device, copied, so that a donated buffer is never the caller's."""
         return jax.tree.map(lambda x: jax.device_put(jnp.array(x), self.replicated), tree)
 
+    def check_rows(self, name: str, rows: int) -> None:
+        """Raises ValueError, naming the option, where so many rows do not divide evenly."""
+        if rows % self.mesh.size:
+            raise ValueError(f"{name} must be a multiple of {self.mesh.size} devices, got {rows}")
+
     def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch, its rows shared out over the devices.
 
         Raises:
             ValueError: the rows do not divide evenly.
         """
-        rows = len(next(iter(batch.values())))
-        if rows % self.mesh.size:
-            raise ValueError(f"a batch of {rows} rows cannot be shared by {self.mesh.size} devices")
+        self.check_rows("the rows of a batch", len(next(iter(batch.values()))))
         return jax.device_put(dict(batch), self.by_row)

@@ -4,8 +4,9 @@ The network is the config's own. The only module that imports t5x. Its functions
 gin_configs/t5x.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import copy
+import functools
 from typing import Any
 
 from absl import logging
@@ -14,13 +15,16 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from t5x import models, optimizers
+from t5x import decoding, models, optimizers
 
-from coda_jax import trees
+from coda_jax import checks, trees
 from coda_jax.commands.check import NEW_LEAVES, check_leaves
+from coda_jax.commands.configuration import check_flags_of_t5x
 from coda_jax.methods import Method, created, trained
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import selections
+from coda_jax.objectives import Generation
+from coda_jax.objectives.seq2seq import Z_LOSS
 
 
 def adapted(
@@ -43,12 +47,16 @@ def adapted(
         )
     if not config.num_decoder_layers:
         raise ValueError("T5X trains encoder-decoders: num_decoder_layers=0; use `coda train`")
-    dtype = jnp.dtype(dtype).type
     return config.replace(methods=tuple(methods), dtype=dtype, dropout_rate=dropout_rate)
 
 
 def network(config: ModelConfig) -> nn.Module:
-    """The network of a config, as T5X's `module`."""
+    """The network of a config, as T5X's `module`.
+
+    Raises:
+        UsageError: of what was given on T5X's command line, something has no effect.
+    """
+    check_flags_of_t5x()
     return config.network()
 
 
@@ -66,14 +74,43 @@ def assignment_map(config: ModelConfig, new_leaves: str = "created") -> list[tup
     Raises:
         ValueError: `new_leaves` is another word.
     """
-    if new_leaves not in NEW_LEAVES:
-        raise ValueError(f"new_leaves={new_leaves!r} must be one of {NEW_LEAVES}")
+    checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
     new = created(config) if new_leaves == "created" else ()
     return [
         (r"state/param_states.*", None),
         *((f"target/.*?(?:{pattern}).*", None) for pattern in new),
         (r"(.*)", r"\1"),
     ]
+
+
+def beam_search(alpha: float = 0.6) -> Callable:
+    """T5X's `decode_fn` of this length penalty.
+
+    Raises:
+        ValueError: it is out of its range.
+    """
+    given = Generation(num_beams=2, alpha=alpha)
+    return functools.partial(decoding.beam_search, alpha=given.alpha)
+
+
+def temperature_sample(temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0) -> Callable:
+    """T5X's `decode_fn` that draws.
+
+    Args:
+        temperature: the logits are divided by it.
+        top_k: draw from so many most probable tokens; 0 for all.
+        top_p: draw from the fewest tokens that have this probability together; 0 for all.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    given = Generation(temperature=temperature, top_k=top_k, top_p=top_p)
+    return functools.partial(
+        decoding.temperature_sample,
+        temperature=given.temperature,
+        topk=given.top_k,
+        topp=given.top_p,
+    )
 
 
 class CodaEncoderDecoderModel(models.EncoderDecoderModel):
@@ -88,11 +125,18 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
         **kwargs: T5X's.
 
     Raises:
-        ValueError: leaves are missing, extra or misshapen (all are listed).
+        ValueError: leaves are missing, extra or misshapen (all are listed); a value is out of its
+            range.
     """
 
     def __init__(self, *args, checkpoint: str | None = None, new_leaves: str = "created", **kwargs):
         super().__init__(*args, **kwargs)
+        Z_LOSS("Z_LOSS", self._z_loss)
+        checks.Number(least=0, below=1)("LABEL_SMOOTHING", self._label_smoothing)
+        if not isinstance(self._loss_normalizing_factor, str | None):  # T5X checks the text
+            factor = checks.Number(above=0)
+            factor("LOSS_NORMALIZING_FACTOR", self._loss_normalizing_factor)
+        checks.COUNT("DecoderParams.num_decodes", self._default_decoder_params.num_decodes)
         if checkpoint is None:
             return
         if "://" in checkpoint:

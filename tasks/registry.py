@@ -6,7 +6,7 @@ from typing import Any
 
 import seqio
 
-from coda_jax.data.jsonl import hashed_name
+from coda_jax.data.jsonl import task_name
 
 
 def find(kind: str, name: str, specs: Mapping[str, Any]) -> Any:
@@ -37,9 +37,10 @@ def once(name: str, arguments: Sequence, add: Callable[[str], seqio.Task]) -> st
         add: registers it under the name that it gets.
 
     Returns:
-        "<name>_<hash of the arguments>".
+        The name, with a number behind it where it has another meaning.
     """
-    registered = hashed_name(name, arguments)
-    if registered not in seqio.TaskRegistry.names():
+    names = seqio.TaskRegistry.names()
+    registered = task_name(name, (), arguments, names)
+    if registered not in names:
         add(registered)
     return registered

@@ -15,5 +15,5 @@ def flags(files=(), bindings=None):
 
 def coda(command, files, bindings):
     """Runs a command, which must succeed, and leaves no configuration behind."""
-    assert cli.main([command, *flags(files, bindings)]) == 0
+    cli.run([command, *flags(files, bindings)])
     gin.clear_config()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 import tarfile
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,12 @@ TINY, TINY_IMAGES, TINY_SPEECH = (
     FAMILIES[config.family].tiny for config in (T5Config, Pix2StructConfig, W2vBertConfig)
 )
 ADAPTER = ParallelAdapter(bottleneck=4)
+
+# T5X's run files configure the script that runs. gin knows one of them in a process.
+T5X_SCRIPT = types.ModuleType("__main__")
+T5X_SCRIPT.train, T5X_SCRIPT.evaluate, T5X_SCRIPT.infer = (
+    lambda **kwargs: kwargs for _ in range(3)
+)
 
 
 def config(coda=None, adapter=None, base=TINY, **changes):

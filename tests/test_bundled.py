@@ -106,17 +106,13 @@ def exact_match(model, params, batches):
     return trainer.evaluate(model, params, batches, Placement())["exact_match"]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     "dense, coda, task, lengths, count",
     [
         (bundled.DENSE, bundled.CODA, "stdlib_summary", (128, 32), 96),
-        *(
-            pytest.param(*case, marks=pytest.mark.all)
-            for case in (
-                (bundled.DENSE_IMAGES, bundled.CODA_IMAGES, "rendered_text", (256, 8), 32),
-                (bundled.DENSE_SPEECH, bundled.CODA_SPEECH, "spoken_digits_clean", (200, 6), 32),
-            )
-        ),
+        (bundled.DENSE_IMAGES, bundled.CODA_IMAGES, "rendered_text", (256, 8), 32),
+        (bundled.DENSE_SPEECH, bundled.CODA_SPEECH, "spoken_digits_clean", (200, 6), 32),
     ],
     ids=["text", "images", "speech"],
 )

@@ -35,6 +35,7 @@ def test_methods_train_adapters_only(name, random_base):
         assert (model.directory is None) == random_base
 
 
+@pytest.mark.all
 def test_answers_and_routing_are_those_of_each_input_alone(rng):
     cfg = config(coda={"reduction": 2.0}, num_encoder_layers=1)
     model = LoadedModel(cfg, random_params(cfg), None)

@@ -18,6 +18,7 @@ def examples(path: pathlib.Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
+@pytest.mark.all
 def test_examples_of_extending_run(tmp_path, monkeypatch):
     """A method and a family that are made in the text behave as registered ones do."""
     monkeypatch.chdir(tmp_path)

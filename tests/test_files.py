@@ -57,8 +57,51 @@ def test_a_kill_leaves_the_old_file_and_the_next_write_replaces_it(old):
     result = subprocess.run([sys.executable, "-c", script, str(old)])
     assert result.returncode == -signal.SIGKILL
     assert old.read_text() == "old"
-    files.write_text(old, "new")
-    assert old.read_text() == "new"
+    assert len(names(old.parent)) == 2
+    with files.atomic(old) as temporary:
+        assert names(old.parent) == [temporary.name, "a.txt"]  # what was left is gone
+        files.write_text(old, "newer")  # by another, who leaves this one alone
+        temporary.write_text("new")
+    assert old.read_text() == "new" and names(old.parent) == ["a.txt"]
+
+
+def test_a_folder_takes_its_place_as_a_whole(tmp_path):
+    folder = tmp_path / "new" / "export"
+    for content in ("first", "second"):
+        with files.atomic_folder(folder) as temporary:
+            (temporary / content).write_text(content)
+            (temporary / "in").mkdir()
+            (temporary / "in" / "x").write_text(content)
+        assert names(folder) == sorted([content, "in"]) and names(folder.parent) == ["export"]
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_folder_and_nothing_else(tmp_path, error):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "old").write_text("old")
+    with pytest.raises(error), files.atomic_folder(tmp_path / "export") as temporary:
+        (temporary / "half").write_text("half")
+        raise error
+    assert names(tmp_path) == ["export"] and names(tmp_path / "export") == ["old"]
+
+
+def test_what_a_kill_left_of_a_folder_is_gone_after_the_next_write(tmp_path):
+    for name in (".export.abc.tmp", ".other.abc.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    with files.atomic_folder(tmp_path / "export") as temporary:
+        assert names(tmp_path) == sorted([temporary.name, ".other.abc.tmp"])
+    assert names(tmp_path) == [".other.abc.tmp", "export"] and not names(tmp_path / "export")
+
+
+def test_only_an_empty_folder_is_new(tmp_path):
+    files.check_new(tmp_path / "x")
+    files.check_new(tmp_path)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="is not empty; name a new folder"):
+            files.check_new(path)
 
 
 def test_the_folder_of_a_file_is_made_before_or_the_file_refused(tmp_path):

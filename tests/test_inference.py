@@ -2,13 +2,16 @@
 
 import dataclasses
 
-from helpers import config, random_params
+from helpers import TINY_SPEECH, config, random_params
 import jax
 import numpy as np
 import pytest
 
-from coda_jax.inference import Decoding, Predictor
-from coda_jax.objectives import model_for
+from coda_jax import trees
+from coda_jax.commands import evaluate
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.inference import Decoding, Encodings, Predictor
+from coda_jax.objectives import NOT_FINITE, model_for
 
 CONFIG = config(coda={"reduction": 2.0}, num_encoder_layers=1)
 SMALL = config(num_encoder_layers=1, num_decoder_layers=1)
@@ -70,9 +73,12 @@ def test_outputs_that_reach_the_limit_without_an_end_are_counted(rng):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        (np.array([4, 20]), "input 8: its inputs have the id 20, the model's are 0 to 19"),
-        (np.array([4.0, 5.0]), "input 8: its inputs are float64 values"),
-        (np.array([], int), "input 8: its inputs are empty"),
+        (
+            np.array([4, 20]),
+            "input 7 .*: its inputs have the id 20, the model's are 0 to 19",
+        ),
+        (np.array([4.0, 5.0]), "input 7 .*: its inputs are float64 values"),
+        (np.array([], int), "input 7 .*: its inputs are empty"),
     ],
 )
 def test_inputs_that_are_none_of_the_model_are_refused_by_number(values, named):
@@ -87,7 +93,7 @@ def test_inputs_that_are_none_of_the_model_are_refused_by_number(values, named):
     "name", ["max_input_length", "max_decode_length", "num_beams", "batch_size"]
 )
 def test_lengths_of_zero_are_refused(name):
-    with pytest.raises(ValueError, match=rf"Decoding\.{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"Decoding\.{name} must be .* at least 1, got 0"):
         Decoding(**{name: 0})
 
 
@@ -103,6 +109,7 @@ def test_all_candidates_come_with_their_scores(rng):
         assert (tokens[0] != tokens[1]).any()
 
 
+@pytest.mark.all
 def test_draws_do_not_depend_on_the_order_and_the_batch(rng):
     params = random_params(SMALL)
     texts = inputs(rng, [9, 3, 12, 5, 7])
@@ -122,9 +129,8 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.all] * (i > 0)) for i, x in enumerate(STREAMS)]
-)
+@pytest.mark.all
+@pytest.mark.parametrize("name", STREAMS)
 def test_a_stream_gives_the_tokens_of_the_answer_as_they_come(rng, name):
     cfg, params = SMALL.replace(eos_id=11), random_params(SMALL, seed=2)
     texts = inputs(rng, [3, 7, 5, 9, 2, 8])
@@ -180,3 +186,122 @@ def test_an_output_ends_with_the_token_that_completes_a_stop_text(rng, options):
     assert ended
     with pytest.raises(ValueError, match="need a vocabulary"):
         Predictor(SMALL, params, decoding)
+
+
+# --- Logits that are not finite ---
+
+
+def broken(params, token):
+    """The parameters, with an embedding that is NaN: of inputs with that token nothing is left."""
+    flat = trees.flatten(params)
+    flat["token_embedder/embedding"] = np.array(flat["token_embedder/embedding"])
+    flat["token_embedder/embedding"][token] = np.nan
+    return trees.unflatten(flat)
+
+
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 2},
+    "transformers' beams": {"num_beams": 2, "length_penalty": 1.0, "num_return_sequences": 2},
+    "drawn": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_an_input_whose_logits_are_not_finite_has_no_answer(rng, options):
+    decoding = Decoding(max_input_length=32, max_decode_length=4, batch_size=4, **options)
+    texts = [text % 17 + 2 for text in inputs(rng, [3, 9, 7, 5])]
+    texts[2][1] = 19
+    params = random_params(SMALL)
+    batch = np.zeros((4, 9), np.int32)
+    for row, text in zip(batch, texts, strict=True):
+        row[: len(text)] = text
+
+    @jax.jit
+    def generate(params):
+        return model_for(SMALL).generate(params, batch, decoding)
+
+    whole, scores = generate(params)
+    found, marks = generate(broken(params, 19))
+    decoder_is_whole = ~(np.asarray(whole) == 19).any((1, 2))
+    assert np.isfinite(scores).all() and decoder_is_whole[[0, 1, 3]].any()
+    assert (found[2] == NOT_FINITE).all() and np.isnan(marks[2]).all()
+    for row in (0, 1, 3):
+        if decoder_is_whole[row] and not np.isnan(marks[row]).any():
+            np.testing.assert_array_equal(found[row], whole[row])
+
+
+def test_an_input_whose_logits_are_not_finite_is_named():
+    decoding = Decoding(max_decode_length=4, batch_size=2)
+    predictor = Predictor(SMALL, broken(random_params(SMALL), 19), decoding)
+    named = r"no answer to input 5 .*1 parameters .*token_embedder/embedding"
+    text = np.array([3, 19, 1])
+    with pytest.raises(FloatingPointError, match=named):
+        list(predictor.stream(text, number=5))
+    with pytest.raises(FloatingPointError, match=named):
+        list(predictor([np.array([3, 1]), text], first=4))
+
+
+def test_one_infinite_logit_is_enough():
+    """Of a token that would not have been chosen."""
+    params = trees.flatten(random_params(SMALL))
+    kernel = np.array(params["decoder/logits_dense/kernel"])
+    kernel[:, 7] = 3e38
+    params = trees.unflatten(params | {"decoder/logits_dense/kernel": kernel})
+    decoding = Decoding(max_decode_length=3, batch_size=2)
+    with pytest.raises(FloatingPointError, match="values leave the range of float32"):
+        list(Predictor(SMALL, params, decoding)([np.array([3, 1])]))
+
+
+def test_a_transcript_of_frames_that_are_not_finite_is_none(rng):
+    cfg = TINY_SPEECH.replace(num_encoder_layers=1)
+    params, decoding = random_params(cfg), Decoding(max_decode_length=3, batch_size=2)
+    frames = [rng.normal(size=(5, 7)).astype(np.float32) for _ in range(3)]
+    for frame in frames:
+        frame[:, 0] = 1
+    frames[1][3, 2] = np.inf
+    for beams in (1, 2):
+        options = dataclasses.replace(decoding, num_beams=beams)
+        with pytest.raises(ValueError, match=r"input 1 .*its inputs hold values"):
+            list(Predictor(cfg, params, options)(frames))
+
+
+@pytest.mark.parametrize("embed", ["mean", "tokens", None])
+def test_encodings_that_are_not_finite_are_none(embed):
+    head = {"head": "classification", "labels": ("a", "b")}
+    cfg = SMALL.encoder_only().replace(**(head if embed is None else {}))
+    encodings = Encodings(cfg, broken(random_params(cfg), 19), Decoding(batch_size=2), embed)
+    with pytest.raises(FloatingPointError, match="no answer to input 8"):
+        list(encodings([np.array([3, 1]), np.array([19, 1])], first=7))
+
+
+def test_metrics_of_a_head_that_are_not_finite_name_the_input():
+    cfg = SMALL.encoder_only().replace(head="classification", labels=("a", "b"))
+    texts = np.array([[3, 1], [4, 1], [5, 1], [19, 1]], np.int32)
+    targets = np.zeros((4, 1), np.int32)
+
+    class Examples:
+        """Two batches of two."""
+
+        task, batch_size = "task", 2
+
+        def check(self, expected):
+            """As of `Data`."""
+
+        def batches(self, **layout):
+            """As of `Data`."""
+            for half in (slice(2), slice(2, 4)):
+                yield {
+                    "encoder_input_tokens": texts[half],
+                    "decoder_target_tokens": targets[half],
+                    "decoder_loss_weights": np.ones_like(targets[half]),
+                }
+
+    model = LoadedModel(cfg, broken(random_params(cfg), 19), None)
+    with pytest.raises(FloatingPointError, match="no answer to input 3 "):
+        evaluate._of_head(model, Examples(), Decoding(batch_size=2))
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused_before_any_input():
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 2 devices, got 3"):
+        Predictor(SMALL, random_params(SMALL), Decoding(batch_size=3))

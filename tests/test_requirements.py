@@ -79,7 +79,7 @@ def test_the_extra_all_has_what_the_extras_for_tasks_and_t5x_have(requirements):
 # (what is missing, what is done, what the error says), in an order in which no module has been
 # imported by an earlier line.
 MISSING = [
-    ("gin", "cli.main(['check', '--gin_file=runs/check.gin'])", "coda_jax"),
+    ("gin", "cli.run(['check', '--gin_file=runs/check.gin'])", "coda_jax"),
     ("seqio", "from coda_jax.data import seqio_tasks", "coda_jax"),
     ("seqio", "from coda_jax.tasks import language", "coda_jax"),
     ("PIL", "from coda_jax.data import images", "coda_jax[images]"),

@@ -27,6 +27,7 @@ ORDER = [
         "sharding",
         "trees",
         "hub",
+        "checks",
         "files",
         "optional",
     ],

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from coda_jax import methods, models
 from coda_jax.methods.version_1 import KINDS, as_methods
 
-DTYPES = ("float32", "bfloat16", "float16")
 _KINDS = {float: (int, float)}  # of the values of a field, where others than its own type may be
 
 
@@ -109,10 +108,6 @@ def _made(cls: type, values: Mapping[str, Any], source: object, **others: Any) -
     for name, value in arguments.items():
         if not _is_of(known[name].type, value):
             raise ValueError(f"{source} has {cls.__name__}.{name}={value!r} of a wrong type")
-    if "dtype" in arguments:
-        if arguments["dtype"] not in DTYPES:
-            raise ValueError(f"{source} has dtype={arguments['dtype']!r}, which is no known dtype")
-        arguments["dtype"] = getattr(jnp, arguments["dtype"])
     try:
         return cls(**arguments, **others)
     except (TypeError, ValueError) as error:

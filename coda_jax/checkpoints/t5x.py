@@ -18,7 +18,6 @@ from flax import serialization, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from coda_jax import trees
 from coda_jax.checkpoints.t5x_scanned import to_layers
@@ -260,6 +259,8 @@ def save_t5x(directory: str | os.PathLike, params: Mapping, step: int = 0) -> Pa
         raise FileExistsError(f"{path} exists; remove it or choose another directory.")
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
     state = {"target": trees.unflatten(flat), "state": {"step": np.asarray(step, np.int32)}}
+    import orbax.checkpoint as ocp  # Here: it takes as long to import as flax, and reads nothing.
+
     handler = ocp.CompositeCheckpointHandler(**{STATE: ocp.PyTreeCheckpointHandler()})
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(state)}))

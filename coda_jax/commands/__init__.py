@@ -1,6 +1,14 @@
 """The commands of `coda`, one file each. `COMMANDS` is the table that `cli` reads.
 
-`loading` puts a checkpoint, methods and an adapter file together for all of them.
+| file | holds |
+|---|---|
+| `gin_files` | gin files as text: their names, kinds and order |
+| `gin_macros` | what that text lacks, and macros that nothing reads |
+| `configuration` | gin files and bindings to a configured command; what has no effect is refused |
+| `manual` | what `--help` says of a command's macros |
+| `environment` | what a process sets up before anything is imported: logs, compiled programs |
+| `mistakes` | which errors are a user's, and how they are told |
+| `loading` | a checkpoint, methods and an adapter file, put together for all commands |
 """
 
 from collections.abc import Callable
@@ -20,12 +28,16 @@ class Command:
         reads_gin: whether gin files configure the function, which then takes no arguments. A
             command that has flags of its own instead adds them in `add_flags(parser)`, and its
             function takes what was parsed.
+        example: arguments that work, for the help and for errors.
+        one_of: macros of which one must have a value.
     """
 
     module: str
     function: str
     summary: str
+    example: str
     reads_gin: bool = True
+    one_of: tuple[tuple[str, ...], ...] = ()
 
     def load(self, function: str | None = None) -> Callable[..., Any]:
         """The function, or another of its module; only the command that runs is imported."""
@@ -33,13 +45,63 @@ class Command:
         return getattr(module, function or self.function)
 
 
+_MODEL = (
+    "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base --gin.INITIAL_ADAPTER_PATH=my_run/export/adapter"
+)
 COMMANDS = {
-    "train": Command("train", "train", "adapt a model to a task"),
-    "evaluate": Command("evaluate", "evaluate", "metrics of a task, from decoded outputs"),
-    "predict": Command("predict", "predict", "answers to the inputs of a file"),
-    "cache": Command("cache", "cache", "a task's tokenised examples in one file"),
-    "check": Command("check", "check", "does a checkpoint fit a model, and what does it cost"),
-    "convert": Command("convert", "convert", "a checkpoint in another layout"),
-    "export": Command("export", "export", "programs that answer with jax and numpy alone"),
-    "bench": Command("bench", "bench", "what routing saves on this machine", reads_gin=False),
+    "train": Command(
+        "train",
+        "train",
+        "adapt a model to a task",
+        "--gin_file=runs/finetune.gin --gin_file=methods/coda.gin --gin_file=tasks/jsonl.gin "
+        "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base --gin.MODEL_DIR=my_run "
+        "--gin.TRAIN_FILE=train.jsonl --gin.VALIDATION_FILE=validation.jsonl",
+        one_of=(("MIXTURE_OR_TASK_NAME", "CACHE"),),
+    ),
+    "evaluate": Command(
+        "evaluate",
+        "evaluate",
+        "metrics of a task, from decoded outputs",
+        f"--gin_file=runs/evaluate.gin --gin_file=tasks/jsonl.gin {_MODEL} "
+        "--gin.VALIDATION_FILE=validation.jsonl",
+    ),
+    "predict": Command(
+        "predict",
+        "predict",
+        "answers to the inputs of a file",
+        f"--gin_file=runs/predict.gin {_MODEL} --gin.INPUT=questions.txt",
+    ),
+    "cache": Command(
+        "cache",
+        "cache",
+        "a task's tokenised examples in one file",
+        "--gin_file=runs/cache.gin --gin_file=tasks/stdlib_module.gin --gin.OUTPUT=train.npz",
+    ),
+    "check": Command(
+        "check",
+        "check",
+        "does a checkpoint fit a model, and what does it cost",
+        "--gin_file=runs/check.gin --gin_file=methods/coda.gin "
+        "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base",
+    ),
+    "convert": Command(
+        "convert",
+        "convert",
+        "a checkpoint in another layout",
+        "--gin_file=runs/convert.gin --gin.INPUT=my_run --gin.OUTPUT=my_adapter "
+        "--gin.LAYOUT=adapter --gin.INITIAL_CHECKPOINT_PATH=flan-t5-base",
+    ),
+    "export": Command(
+        "export",
+        "export",
+        "programs that answer with jax and numpy alone",
+        f"--gin_file=runs/export.gin {_MODEL} --gin.OUTPUT=served",
+    ),
+    "bench": Command(
+        "bench",
+        "bench",
+        "what routing saves on this machine",
+        "--preset=t5_1_1_base --input_length=512 --batch_size=4 --reductions=3,5",
+        reads_gin=False,
+    ),
 }

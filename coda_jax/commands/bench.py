@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coda_jax import checkpoints, files, methods, trees
-from coda_jax.methods import comparisons
+from coda_jax import checkpoints, checks, files, methods, trees
+from coda_jax.methods import REDUCTION, comparisons
 from coda_jax.models import DEFAULT_PRESET, ModelConfig, family_of, preset
 from coda_jax.objectives import model_for
 from coda_jax.profiling import breakdown, flops, timing
@@ -130,9 +130,14 @@ def measure(
         rounds: runs of each program that are counted.
         measures: what to time, of `MEASURES`; of an encoder without a head, those that it has.
     """
-    unknown = sorted(set(measures) - set(MEASURES))
-    if unknown:
-        raise ValueError(f"measures must be of {MEASURES}, got {unknown}")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("input_length", input_length),
+        ("target_length", target_length),
+        ("rounds", rounds),
+    ):
+        checks.COUNT(name, value)
+    measures = checks.Each(checks.OneOf(MEASURES))("measures", measures)
     if dense.lacks_head:
         measures = [name for name in measures if name in ("encoder", "parts")]
     batch = random_batch(dense, batch_size, input_length, target_length)
@@ -239,12 +244,34 @@ def _giga(count: float | None) -> str:
     return "" if count is None else f"{count / 1e9:.1f}"
 
 
-def _known_preset(name: str) -> str:
-    try:
-        preset(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return name
+def _flag(check: Callable[[str, Any], Any], read: Callable[[str], Any] = str) -> Callable:
+    """The `type` of a flag: its text is read, and checked where it enters."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = read(text)
+        except ValueError:
+            value = text
+        try:
+            return check("value", value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(entry) for entry in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _known_preset(name: str, value: str) -> str:
+    del name
+    preset(value)
+    return value
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -252,18 +279,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--preset",
-        type=_known_preset,
+        type=_flag(_known_preset),
         default=DEFAULT_PRESET,
         help="a published size; random weights",
     )
     model.add_argument("--checkpoint", help="folder in Hugging Face layout")
-    parser.add_argument("--input_length", type=int, default=512, help="tokens, patches or frames")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--target_length", type=int, default=16)
+    count = {"type": _flag(checks.COUNT, int)}
+    parser.add_argument("--input_length", **count, default=512, help="tokens, patches or frames")
+    parser.add_argument("--batch_size", **count, default=4)
+    parser.add_argument("--target_length", **count, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--reductions", default="3,5", help="numbers with commas between them")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--measures", default=",".join(MEASURES), help="of these, with commas")
+    reductions = _flag(checks.Each(REDUCTION), _numbers)
+    parser.add_argument(
+        "--reductions", type=reductions, default="3,5", help="numbers with commas between them"
+    )
+    parser.add_argument("--rounds", **count, default=20)
+    measures = _flag(checks.Each(checks.OneOf(MEASURES)), _words)
+    parser.add_argument(
+        "--measures", type=measures, default=",".join(MEASURES), help="of these, with commas"
+    )
     parser.add_argument("--json", help="file for the report")
 
 
@@ -290,8 +324,8 @@ def bench(options: argparse.Namespace) -> int:
         **measure(
             config,
             params,
-            reductions=[float(text) for text in options.reductions.split(",")],
-            measures=options.measures.split(","),
+            reductions=options.reductions,
+            measures=options.measures,
             **sizes,
         ),
     }

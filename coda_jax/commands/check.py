@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
-from coda_jax import checkpoints, files, hub, trees
+from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x, t5x_shapes
+from coda_jax.data.batches import check_feature_lengths
 from coda_jax.methods import Method, partition, unrouted
 from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.profiling import flops
@@ -53,6 +54,9 @@ def check(
         ValueError: leaves are missing, extra, misshapen or damaged (all are listed); a T5X
             checkpoint is given without a config.
     """
+    lengths = {"inputs": 512, "targets": 64} if feature_lengths is None else feature_lengths
+    check_feature_lengths(lengths)
+    checks.flag("READ_VALUES", read_values)
     checkpoint = str(hub.find(checkpoint))
     if config is None:
         if is_t5x(Path(checkpoint)):
@@ -66,7 +70,7 @@ def check(
     report = {
         "parameters": trees.count(shapes),
         "trained_parameters": trees.count(partition(config, shapes)[0]),
-        **costs(config, **(feature_lengths or {"inputs": 512, "targets": 64})),
+        **costs(config, **lengths),
     }
     print(f"{checkpoint} fits the model.")
     for name, value in report.items():
@@ -78,8 +82,7 @@ def check(
 
 def check_leaves(config: ModelConfig, checkpoint: str, new_leaves: str = "created") -> None:
     """Raises where a checkpoint's leaves are not a model's; see `check`. No values are read."""
-    if new_leaves not in NEW_LEAVES:
-        raise ValueError(f"new_leaves={new_leaves!r} must be one of {NEW_LEAVES}")
+    checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
     if new_leaves == "created":
         config = config.dense()
     what = f"the leaves of {checkpoint}, where those of the methods are to be {new_leaves}, do"

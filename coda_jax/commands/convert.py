@@ -12,13 +12,14 @@ parameters, with a fresh optimizer.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coda_jax import checkpoints, files, hub, trees
+from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax import methods as methods_lib
 from coda_jax.checkpoints.adapter import (
     MANIFEST,
@@ -30,11 +31,15 @@ from coda_jax.checkpoints.config_json import from_json, from_version_1
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x
 from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
-from coda_jax.data.vocabularies import copy_files, find_files
+from coda_jax.data.vocabularies import copy_files, find_files, find_fingerprint
 from coda_jax.methods import Method
 from coda_jax.models import FAMILIES, ModelConfig, param_shapes
 from coda_jax.objectives import OBJECTIVES
+from coda_jax.training.run_checkpoints import STATE, DamagedError, check_leaves, read_contents
 from coda_jax.training.run_directory import CHECKPOINTS, FORMAT_VERSION, RUN_FILE
+from coda_jax.training.run_identity import saved_steps
+
+_TRAINED = "trained/"  # in the paths of a run's state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,8 @@ def convert(
     Args:
         source: folder of what is converted, see the module; or the name of a model in the cache of
             the Hugging Face Hub, as `base` may be.
-        output: folder to write. In layout "hf" it gets the dense checkpoint, and in its folder
+        output: folder to write, which must not exist yet or be empty, but in layout "t5x" may be a
+            run's with other steps. In layout "hf" it gets the dense checkpoint, and in its folder
             `adapter` the adapter file, if there are adapters or routers; in layout "t5x" an orbax
             checkpoint `checkpoint_<step>` with them under `target`, named as here; in layout
             "adapter" the adapter file alone. A vocabulary beside the source, or beside the base,
@@ -87,21 +93,27 @@ def convert(
         encoder_only: whether the encoder of an encoder-decoder is written alone.
 
     Raises:
+        FileExistsError: if the output holds something.
         FileNotFoundError: if there is no such checkpoint, or files of it are missing.
         ValueError: if an argument is unknown, missing or not used by such a source; if leaves are
             missing, extra, misshapen or damaged (all are listed); if the base is another one.
     """
-    if layout not in WRITERS:
-        raise ValueError(f"layout={layout!r} is unknown; it must be one of {[*WRITERS]}")
+    checks.OneOf([*WRITERS])("LAYOUT", layout)
+    checks.Maybe(checks.Whole(0))("STEP", step)
+    checks.flag("ENCODER_ONLY", encoder_only)
+    if layout != "t5x":
+        files.check_new(output)
     folder = hub.find(source)
     options = {"base": base, "config": config, "methods": tuple(methods) or None, "step": step}
     read = _read(folder, {name: x for name, x in options.items() if x is not None})
     if encoder_only:
         config, params = checkpoints.encoder_of(read.config, read.params)
         read = dataclasses.replace(read, config=config, params=params)
-    WRITERS[layout](Path(output), read)
-    if layout != "adapter":
-        _copy_vocabulary([folder, *([hub.find(base)] if base else [])], Path(output))
+    beside = _find_vocabulary(read, [folder, *([hub.find(base)] if base else [])])
+    with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
+        WRITERS[layout](Path(new), read)
+        if layout != "adapter":
+            copy_files(beside, Path(new))
     count = trees.count(read.params)
     print(f"{source}, step {read.step}, {count:,} parameters, is now in {output} ({layout})")
 
@@ -173,19 +185,22 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     """
     run = files.read_json(folder / RUN_FILE)
     config = _config_of(run, folder / RUN_FILE)
-    steps = sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("[0-9]*"))
+    steps = saved_steps(folder)
     if not steps or step not in (None, *steps):
         raise FileNotFoundError(f"{folder} has no checkpoint of {step=}. Steps found: {steps}")
     step = steps[-1] if step is None else step
-    item = folder / CHECKPOINTS / str(step) / "state"
-    stored = {
-        path.removeprefix("trained/"): array
-        for path, array in list_orbax(item).items()
-        if path.startswith("trained/")
-    }
+    item = folder / CHECKPOINTS / str(step) / STATE
+    stored = {path: array for path, array in list_orbax(item).items() if path.startswith(_TRAINED)}
     own = tuple(pattern for objective in OBJECTIVES.values() for pattern in objective.creates)
-    stored = {path: array for path, array in stored.items() if not trees.matches(path, own)}
-    params = trees.unflatten(read_arrays(stored, item))
+    stored = {
+        path: array
+        for path, array in stored.items()
+        if not trees.matches(path.removeprefix(_TRAINED), own)
+    }
+    leaves = read_arrays(stored, item)
+    if "format_version" in run:  # version 1 knew no digests
+        _check_leaves(item.parent, leaves)
+    params = trees.unflatten({path.removeprefix(_TRAINED): x for path, x in leaves.items()})
     if methods_lib.partition(config, param_shapes(config))[1]:
         _, base_params = _load_base(base, folder)
         _check_base(run, config, base_params, folder, base)
@@ -196,6 +211,14 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     return Source(
         *methods_lib.finish(config, params), step, run.get("vocabulary"), run.get("lengths")
     )
+
+
+def _check_leaves(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError unless leaves of a run's checkpoint are those that were saved."""
+    try:
+        check_leaves(read_contents(folder), leaves)
+    except DamagedError as error:
+        raise ValueError(f"{folder} is damaged: {error}. STEP takes an earlier one") from error
 
 
 def _config_of(run: Mapping[str, Any], file: Path) -> ModelConfig:
@@ -282,9 +305,22 @@ def _write_adapter(output: Path, read: Source) -> None:
     checkpoints.save_adapter(output, read.config, read.params, **said)
 
 
-def _copy_vocabulary(folders: list[Path], output: Path) -> None:
-    """Puts the vocabulary of the first folder that has one beside the new checkpoint."""
-    copy_files(next(filter(None, map(find_files, folders)), {}), output)
+def _find_vocabulary(read: Source, folders: list[Path]) -> dict[str, str]:
+    """The files of the vocabulary of the first folder that has one, {name: path}.
+
+    Raises:
+        ValueError: it is not that with which what was read was trained.
+    """
+    for folder in folders:
+        if (found := find_fingerprint(folder)) is None:
+            continue
+        if read.vocabulary not in (None, found):
+            raise ValueError(
+                f"{folders[0]} was trained with another vocabulary than that of {folder} "
+                f"(SHA-256 {read.vocabulary}, {found})"
+            )
+        return find_files(folder)
+    return {}
 
 
 WRITERS = {"hf": _write_hf, "t5x": _write_t5x, "adapter": _write_adapter}

@@ -75,11 +75,13 @@ def _encoded(
     """(record, outputs) of each input, in their order."""
     encodings = Encodings(model.config, model.params, decoding, embed)
     with tqdm(unit="example", file=sys.stderr) as progress:
+        done = 0
         for chunk in chunks:
             outputs = {}
-            for index, found in encodings([encode(record) for record in chunk]):
+            for index, found in encodings([encode(record) for record in chunk], first=done):
                 outputs[index] = found
                 progress.update()
             yield from ((record, outputs[index]) for index, record in enumerate(chunk))
+            done += len(chunk)
     for line in encodings.cuts():
         print(line, file=sys.stderr)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
+import math
 import sys
 from typing import Any
 
@@ -13,11 +14,10 @@ from coda_jax import files
 from coda_jax.commands.loading import LoadedModel, completed
 from coda_jax.data import jsonl
 from coda_jax.data.source import Data
-from coda_jax.inference import Decoding, Predictor
+from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.models import family_of
 from coda_jax.objectives import model_for
 from coda_jax.sharding import Placement
-from coda_jax.training import trainer
 
 
 def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
@@ -52,6 +52,7 @@ def evaluate(
 
     Raises:
         ValueError: the task has no such split, no metrics, or examples that the model cannot take.
+        FloatingPointError: what the model gives for an input is not finite; its number is named.
     """
     if output is not None:
         files.prepare(output)
@@ -61,7 +62,7 @@ def evaluate(
     data.check_vocabulary(**model.vocabulary)
     data.check_labels(model_for(model.config).describes)
     if model_for(model.config).describes:
-        found = _of_head(model, data)
+        found = _of_head(model, data, decoding)
     else:
         found = _of_texts(model, data, decoding)
     print(json.dumps(found, indent=2))
@@ -70,13 +71,20 @@ def evaluate(
     return found
 
 
-def _of_head(model: LoadedModel, data: Data) -> dict[str, dict[str, float]]:
+def _of_head(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:
     """{task: metrics} of a head."""
+    from coda_jax.training import trainer  # Here: it imports orbax, which nothing else needs.
+
     objective, placement = model_for(model.config), Placement()
     data.check(objective.expects)
-    batches = data.batches(repeat=False, **model.layout, expected=objective.expects)
-    params = placement.params(model.params)
-    return {data.task: trainer.evaluate(objective, params, batches, placement)}
+    made = functools.partial(data.batches, repeat=False, **model.layout, expected=objective.expects)
+    metrics = trainer.evaluate(objective, placement.params(model.params), made(), placement)
+    if not all(map(math.isfinite, metrics.values())):
+        encodings = Encodings(model.config, model.params, decoding)
+        for number, batch in enumerate(made()):
+            list(encodings(list(batch["encoder_input_tokens"]), number * data.batch_size))  # raises
+        raise FloatingPointError(f"metrics are not finite: {metrics}")
+    return {data.task: metrics}
 
 
 @dataclasses.dataclass

@@ -5,7 +5,8 @@ and one length of inputs. Where outputs are drawn, it takes two more arguments, 
 the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
 outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. An
 output ends with the token in which a stop text is complete. An encoder's gives what
-`inference.encode_function` says. The manifest lists arguments and results. To load them:
+`inference.encode_function` says. The manifest lists arguments and results. Where a logit of an
+input is not finite there is no answer: all its tokens are -1, and its score is NaN. To load them:
 
     manifest = json.load(open(f"{folder}/manifest.json"))
     arrays = np.load(f"{folder}/weights.npz")
@@ -15,6 +16,7 @@ output ends with the token in which a stop text is complete. An encoder's gives 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import itertools
 import pathlib
 from typing import Any
 
@@ -23,15 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from coda_jax import files, methods, trees
+from coda_jax import checks, files, methods, trees
 from coda_jax.commands.loading import LoadedModel, completed, sized
-from coda_jax.data.batches import bucket, check_positive
-from coda_jax.data.vocabularies import load_vocabulary
+from coda_jax.data.batches import bucket
+from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, encode_function, generate_function, stops_of
-from coda_jax.objectives import Model, model_for
+from coda_jax.models import ModelConfig
+from coda_jax.objectives import NOT_FINITE, Model, model_for
 
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.npz"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _ENCODES = {"arguments": ["weights", "inputs"], "results": ["outputs"]}
 
 
@@ -64,19 +68,18 @@ def export(
         output: the folder to write; it must not exist yet or be empty.
         decoding: how outputs are made, and the longest input; see `completed` for what is open.
         batch_sizes: B of the programs; None for that of `decoding`.
-        platforms: "cpu", "cuda", "rocm" or "tpu"; each program holds all of them.
+        platforms: some of `PLATFORMS`; each program holds all of them.
         vocabulary: of stop texts, its folder or file, or "bytes"; None: beside the checkpoint.
         embed: "mean" or "tokens" for programs of the encoder alone; see `encode_function`.
 
     Raises:
         FileExistsError: the folder holds something.
-        ValueError: a batch size below 1.
+        ValueError: a value is out of its range.
     """
-    directory = pathlib.Path(output)
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; name a new folder")
-    batch_sizes = [decoding.batch_size] if batch_sizes is None else list(batch_sizes)
-    check_positive(**{f"BATCH_SIZES[{i}]": size for i, size in enumerate(batch_sizes)})
+    files.check_new(output)
+    sizes = checks.Maybe(checks.Each(checks.COUNT, least=1))("BATCH_SIZES", batch_sizes)
+    sizes = sizes or (decoding.batch_size,)
+    platforms = checks.Each(checks.OneOf(PLATFORMS), least=1)("PLATFORMS", platforms)
     decoding = sized(decoding, model)
     config, params = methods.merge(model.config, model.params)
     if embed is not None or model_for(config).describes:
@@ -84,26 +87,38 @@ def export(
     else:
         decoding = completed(decoding, model)
         answer, described = _generates(model, model_for(config), decoding, vocabulary)
-    directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    shapes = list(itertools.product(sizes, lengths(decoding)))
+    with files.atomic_folder(output) as directory:
+        _write(directory, answer, described, config, flat, shapes, platforms)
+
+
+def _write(
+    directory: pathlib.Path,
+    answer: Callable,
+    described: Mapping[str, Any],
+    config: ModelConfig,
+    flat: Mapping[str, np.ndarray],
+    shapes: Sequence[tuple[int, int]],
+    platforms: Sequence[str],
+) -> None:
+    """Writes the programs of shapes (B, N), the weights {path: leaf}, and what they are."""
     program = _program(answer, list(flat))
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
-    shapes = [(size, length) for size in batch_sizes for length in lengths(decoding)]
     for shape in tqdm(shapes, desc="export", unit="program"):
         arguments = [weights, config.input_spec(*shape)]
         if "seed" in described["arguments"]:
             arguments += [_uint32(), _uint32(shape[0])]
-        exported = jax.export.export(program, platforms=list(platforms))(*arguments)
+        exported = jax.export.export(program, platforms=platforms)(*arguments)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
     _write_weights(directory, flat)
     manifest = {
         "programs": {program_name(*shape): shape for shape in shapes},
         "weights": {path: str(leaf.dtype) for path, leaf in flat.items()},
         **described,
-        "platforms": list(platforms),
+        "platforms": platforms,
         "jax": jax.__version__,
     }
-    # The last file: without it nothing counts.
     files.write_json(directory / MANIFEST_NAME, manifest)
     print(_limits(decoding, described))
 
@@ -115,8 +130,9 @@ def _generates(
     generate, fixed = generate_function(objective, decoding), {}
     several = decoding.num_return_sequences > 1
     if decoding.stop_strings:
-        table = stops_of(decoding, load_vocabulary(vocabulary or model.directory), model.config)
-        fixed["stops"] = table
+        found = load_vocabulary(vocabulary or model.directory)
+        check_vocabulary(identity(found), **model.vocabulary)
+        fixed["stops"] = stops_of(decoding, found, model.config)
 
     def answer(params, inputs, *drawing):
         given = dict(zip(("seed", "numbers"), drawing, strict=False))
@@ -127,6 +143,7 @@ def _generates(
     return answer, {
         "arguments": ["weights", "inputs", *["seed", "numbers"] * decoding.do_sample],
         "results": ["tokens", *["scores"] * several],
+        "not_finite": {"tokens": NOT_FINITE},
         "decoding": decoding.said,
     }
 

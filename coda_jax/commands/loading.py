@@ -10,9 +10,8 @@ from typing import Any
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 
-from coda_jax import checkpoints, hub, methods, trees
+from coda_jax import checkpoints, checks, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_lengths, read_manifest
 from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE, read_generation_config
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
@@ -25,6 +24,8 @@ from coda_jax.models import ModelConfig, family_of, init_params, param_shapes, p
 from coda_jax.objectives import model_for
 from coda_jax.optional import needs
 
+DROPOUT = ModelConfig.field_checks["dropout_rate"]
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -34,19 +35,22 @@ class LoadedModel:
         config: the model's configuration.
         params: the parameter tree.
         directory: the checkpoint's folder, or None for a model that starts at random.
+        adapter: {the adapter's folder: the fingerprint of the vocabulary that it was trained with},
+            where it has one.
         lengths: {"inputs", "targets"} of the adapter's training: see `save_adapter`; {} if unknown.
     """
 
     config: ModelConfig
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     directory: pathlib.Path | None
+    adapter: Mapping[str, str] | None = None
     lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def vocabulary(self) -> dict[str, Any]:
         """What a vocabulary must agree with: the arguments of `check_vocabulary`."""
         ids = {name: getattr(self.config, name) for name in ("vocab_size", "eos_id", "pad_id")}
-        return {"directory": self.directory, **ids}
+        return {"directory": self.directory, "adapter": self.adapter, **ids}
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -67,8 +71,14 @@ class LoadedModel:
 def configured_preset(
     name: str | None, changes: Mapping[str, Any] | None = None
 ) -> ModelConfig | None:
-    """A published size with other values for some fields; None for no name."""
-    return None if name is None else preset(name, **(changes or {}))
+    """A published size with other values for some fields; None for no name.
+
+    Raises:
+        ValueError: there is no such size or field, or a value is out of its range.
+    """
+    if changes is not None and not isinstance(changes, Mapping):
+        raise checks.wrong("PRESET_CHANGES", "a dictionary such as {'vocab_size': 1000}", changes)
+    return None if name is None else preset(name, **{str(k): x for k, x in (changes or {}).items()})
 
 
 def classes(
@@ -140,18 +150,18 @@ def load_model(
         methods: how to adapt; None or () for those of `adapter_checkpoint`, or for none. Given with
             it, they may differ in what changes no leaf, and train more.
         reduction: replaces that of the routing.
-        dtype: of the computation.
+        dtype: of the computation, float32 or bfloat16.
         dropout_rate: in training.
         seed: of what is created.
         head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
-        encoder_only: whether the encoder of an encoder-decoder is taken alone; it is where there is
-            a head, or an adapter of one.
+        encoder_only: whether the encoder is taken alone, as it is for a head or an adapter of one.
 
     Raises:
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
-            contradict `adapter_checkpoint`; `reduction` is given for a model that does not route.
+            contradict `adapter_checkpoint`; a value is out of range, or of no use.
     """
-    rng, given = jax.random.key(seed), config
+    dtype, dropout_rate = checks.dtype("DTYPE", dtype), DROPOUT("DROPOUT_RATE", dropout_rate)
+    rng, given = jax.random.key(checks.SEED("SEED", seed)), config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
     if adapter_checkpoint is not None:
@@ -159,21 +169,21 @@ def load_model(
     if head or encoder_only:
         config, params = encoder_of(config, params)
         given = _headed(given, config, head or {})
-    config = config.replace(dtype=jnp.dtype(dtype).type, dropout_rate=dropout_rate)
+    config = config.replace(dtype=dtype, dropout_rate=dropout_rate)
     if adapter_checkpoint is None:
         given_methods = methods or (given.methods if given else ())
         config = _with_head_of(config, given).replace(methods=tuple(given_methods))
         params = checkpoints.swap_in(config, params, rng)
     else:
         config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)
-        _check_vocabulary(adapter_checkpoint, directory)
         with_head = _with_head_of(_continued(config, methods, adapter_checkpoint), given)
         if given is not None:
             _check_sizes(given, with_head.dense(), adapter_checkpoint)
         config, params = with_head, add_head(with_head, params, rng)
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
-    return LoadedModel(config, params, directory, read_lengths(adapter_checkpoint))
+    adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
+    return LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
 
 
 def sized(decoding: Decoding, model: LoadedModel) -> Decoding:
@@ -276,8 +286,14 @@ def _continued(
     return continued
 
 
-def _check_vocabulary(adapter_checkpoint: str, directory: pathlib.Path | None) -> None:
-    """Raises ValueError where an adapter was trained with another vocabulary than the base's."""
+def _vocabulary_of(
+    adapter_checkpoint: str, directory: pathlib.Path | None
+) -> dict[str, str] | None:
+    """{the adapter: the vocabulary that it was trained with}, None where it does not say one.
+
+    Raises:
+        ValueError: the base's vocabulary is another one.
+    """
     expected = read_manifest(adapter_checkpoint).get("vocabulary")
     found = directory and find_fingerprint(directory)
     if expected and found and expected != found:
@@ -285,3 +301,4 @@ def _check_vocabulary(adapter_checkpoint: str, directory: pathlib.Path | None) -
             f"{adapter_checkpoint} was trained with another vocabulary than that of {directory} "
             f"(SHA-256 {expected}, {found})"
         )
+    return {adapter_checkpoint: expected} if expected else None

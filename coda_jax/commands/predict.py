@@ -8,7 +8,7 @@ import sys
 
 from tqdm import tqdm
 
-from coda_jax import files
+from coda_jax import checks, files
 from coda_jax.commands.encodings import write_descriptions, write_embeddings
 from coda_jax.commands.evaluate import held_at_once
 from coda_jax.commands.loading import LoadedModel, completed, sized
@@ -60,6 +60,9 @@ def predict(
     Raises:
         ValueError: `stream` with an output file, scores, several outputs or beams.
     """
+    checks.flag("SCORES", scores)
+    checks.flag("STREAM", stream)
+    checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
     if output != "-":
         files.prepare(output)
     decoding = sized(decoding, model)

@@ -1,25 +1,25 @@
 """`coda train`: trains a model and exports what came out."""
 
 from collections.abc import Callable
-import dataclasses
 import json
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from coda_jax import checkpoints, files, methods, trees
-from coda_jax.checkpoints.adapter import fingerprints
-from coda_jax.checkpoints.config_json import to_json
+from coda_jax import checkpoints, checks, files, methods, trees
 from coda_jax.commands.loading import LoadedModel
+from coda_jax.data.examples import num_shared
 from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives import Model, model_for
+from coda_jax.sharding import Placement
 from coda_jax.training import trainer
+from coda_jax.training.run_checkpoints import check_finite
+from coda_jax.training.run_directory import EXPORT
 
 
 def train(
@@ -47,16 +47,17 @@ def train(
         learning_rate: a number or an optax schedule.
         eval_data: what to evaluate on.
         objective: (config) -> the model with what it is trained for.
-        export_dtype: of the leaves, where all were trained.
+        export_dtype: of the leaves, where all were trained: float32 or bfloat16.
 
     Returns:
-        The trained model, as it is exported, and the metrics of its evaluation.
+        The trained model, as it is exported, and its evaluation.
 
     Raises:
-        ValueError: there is nothing to train, or the data do not fit; and see `trainer.train`.
+        ValueError: there is nothing to train, or data do not fit; see `trainer.train`.
     """
+    export_dtype = checks.Maybe(checks.dtype)("export_dtype", export_dtype)
     trained = objective(model.config)
-    data, eval_data = _checked(model, trained, data, eval_data)
+    data, eval_data = _checked(model, trained, options, data, eval_data)
     vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
     layout = {**model.layout, "expected": trained.expects}
     batches = data.batches(repeat=True, **layout)
@@ -69,22 +70,36 @@ def train(
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
-        run={**_identity(model, data, trained, options), **said},
+        run=_identity(data, eval_data if options.best_metric else None, said),
         eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
     )
     data.report(batches)
     _, params = trees.split(params, trained.creates)
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
-        params = jax.tree.map(lambda x: x.astype(jnp.dtype(export_dtype)), params)
-    folder = pathlib.Path(directory) / "export"
+        params = jax.tree.map(lambda x: x.astype(export_dtype), params)
+    folder = pathlib.Path(directory) / EXPORT
     model = export(folder, model.config, params, model.directory, data, **said)
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
     return model, metrics
 
 
+def _check_rows(data: Data, options: trainer.TrainOptions) -> None:
+    """Raises ValueError where a batch cannot be shared out."""
+    Placement().check_rows("BATCH_SIZE", data.batch_size)
+    if data.batch_size % options.accumulation:
+        raise ValueError(
+            f"BATCH_SIZE must be a multiple of TrainOptions.accumulation={options.accumulation}, "
+            f"got {data.batch_size}"
+        )
+
+
 def _checked(
-    model: LoadedModel, trained: Model, data: Data, eval_data: Data | None
+    model: LoadedModel,
+    trained: Model,
+    options: trainer.TrainOptions,
+    data: Data,
+    eval_data: Data | None,
 ) -> tuple[Data, Data | None]:
     """The data with their limits, looked at; what there is to say of them is printed.
 
@@ -94,6 +109,7 @@ def _checked(
     """
     if data.task is None and data.cache is None:
         raise ValueError("there is nothing to train on: name a task or a cache file")
+    _check_rows(data, options)
     if not methods.partition(model.config, model.params)[1]:
         family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
     if data.cache is None:
@@ -112,26 +128,16 @@ def _checked(
         read.check(trained.expects)
     data, *rest = sources
     if rest and data.in_memory and rest[0].in_memory:
-        shared = rest[0].shared_with(data, trained.expects)
+        shared = num_shared(*(read.chosen(trained.expects) for read in (rest[0], data)))
         if shared:
             say(f"{rest[0].place}: {shared:,} examples are among those trained on, too")
     return data, rest[0] if rest else None
 
 
-def _identity(
-    model: LoadedModel, data: Data, trained: Model, options: trainer.TrainOptions
-) -> dict[str, Any]:
-    """What makes a run the one that it is, as JSON."""
-    drawn = (*methods.created(model.config), *model.config.heads)
-    _, base = trees.split(model.params, drawn)
-    return {
-        "config": to_json(model.config),
-        "base": fingerprints(base),
-        "data": dataclasses.asdict(data),
-        "objective": {"name": trained.name, **trained.options},
-        "accumulation": options.accumulation,
-        "seed": options.seed,
-    }
+def _identity(data: Data, deciding: Data | None, said: dict[str, Any]) -> dict[str, Any]:
+    """What of the data decides the result: those that choose the best checkpoint, too."""
+    found = {"data": data.description(), **said}
+    return found if deciding is None else {**found, "eval_data": deciding.description()}
 
 
 def export(
@@ -146,7 +152,7 @@ def export(
     """Writes what was trained: the base, where its leaves were; what the methods leave behind.
 
     Args:
-        folder: to write.
+        folder: to write; it is replaced as a whole.
         config: of the model that was trained.
         params: its parameters.
         base_directory: of the checkpoint that it started from; a vocabulary there goes before that
@@ -157,15 +163,20 @@ def export(
 
     Returns:
         The model as it is exported.
+
+    Raises:
+        FloatingPointError: a leaf is not finite.
     """
     finished, params = methods.finish(config, params)
-    _, frozen = methods.partition(config, params)
-    if not frozen:
-        _, dense = trees.split(params, methods.created(finished))
-        checkpoints.save_hf(folder, finished.dense(), dense)
-        beside = find_files(base_directory) if base_directory else {}
-        copy_files(beside or data.vocabulary_files(), folder)
-    if finished.methods:
-        said = {"vocabulary": vocabulary, "lengths": lengths}
-        checkpoints.save_adapter(folder / "adapter", finished, params, **said)
-    return LoadedModel(finished, params, base_directory, lengths)
+    trained, frozen = methods.partition(config, params)
+    check_finite(trees.flatten(trained), f"nothing is exported to {folder}")
+    with files.atomic_folder(folder) as new:
+        if not frozen:
+            _, dense = trees.split(params, methods.created(finished))
+            checkpoints.save_hf(new, finished.dense(), dense)
+            beside = find_files(base_directory) if base_directory else {}
+            copy_files(beside or data.vocabulary_files(), new)
+        if finished.methods:
+            said = {"vocabulary": vocabulary, "lengths": lengths}
+            checkpoints.save_adapter(new / "adapter", finished, params, **said)
+    return LoadedModel(finished, params, base_directory, lengths=lengths)

@@ -11,11 +11,13 @@ The lengths of a batch are those of its longest examples, rounded up by `bucket`
 that few programs are compiled. Packed rows have the full lengths.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 import itertools
 from typing import NamedTuple
 
 import numpy as np
+
+from coda_jax import checks
 
 FEATURES = ("inputs", "targets")
 
@@ -45,18 +47,16 @@ def cut(values: np.ndarray, longest: int, eos_id: int) -> np.ndarray:
     return kept
 
 
-def check_positive(**values: int | None) -> None:
-    """Raises ValueError, naming the value, unless every value is an int of at least 1."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def check_feature_lengths(feature_lengths: Mapping[str, int]) -> None:
-    """Raises ValueError unless there is one positive length for inputs and one for targets."""
-    if set(feature_lengths) != set(FEATURES):
-        raise ValueError(f"feature_lengths must have the keys {FEATURES}: {dict(feature_lengths)}")
-    check_positive(**{f"feature_lengths[{k!r}]": v for k, v in feature_lengths.items()})
+def check_feature_lengths(
+    feature_lengths: Mapping[str, int], may_lack: Collection[str] = ()
+) -> None:
+    """Raises ValueError unless there is a positive length for each feature, but for some."""
+    given = set(feature_lengths) if isinstance(feature_lengths, Mapping) else {None}
+    if given - set(FEATURES) or set(FEATURES) - given - set(may_lack):
+        example = dict.fromkeys(FEATURES, 64)
+        raise checks.wrong("feature_lengths", f"lengths such as {example}", feature_lengths)
+    for feature, length in feature_lengths.items():
+        checks.COUNT(f"feature_lengths[{feature!r}]", length)
 
 
 class _Layout(NamedTuple):
@@ -157,10 +157,9 @@ def batch_examples(
     Raises:
         ValueError: a size or a length that is not positive.
     """
-    check_positive(batch_size=batch_size)
+    checks.COUNT("batch_size", batch_size)
     check_feature_lengths(feature_lengths)
-    if max_segments is not None:
-        check_positive(max_segments=max_segments)
+    checks.Maybe(checks.COUNT)("max_segments", max_segments)
     tokens = pad_id, start_id, eos_id, unknown_id
     layout = _Layout(batch_size, dict(feature_lengths), *tokens, marks)
     return Batches(examples, layout, pack, max_segments, drop_remainder, on_cut)
@@ -267,9 +266,8 @@ def epochs(
     Raises:
         ValueError: no examples or no epochs.
     """
-    if num_epochs is not None:
-        check_positive(num_epochs=num_epochs)
-    check_positive(**{"the number of examples": len(examples)})
+    checks.Maybe(checks.COUNT)("num_epochs", num_epochs)
+    checks.COUNT("the number of examples", len(examples))
     return _epochs(examples, seed, num_epochs, shuffle)
 
 

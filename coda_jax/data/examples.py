@@ -171,3 +171,13 @@ class Chosen(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:
         return self._examples[self._places[index]]
+
+
+def num_shared(examples: Iterable[Example], others: Iterable[Example]) -> int:
+    """How many examples are among some others."""
+
+    def keys(found):
+        return (hash(tuple(example[key].tobytes() for key in FEATURES)) for example in found)
+
+    known = set(keys(others))
+    return sum(key in known for key in keys(examples))

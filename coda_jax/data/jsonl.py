@@ -4,12 +4,14 @@
 seqio is in use, seqio knows the task by the same name.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 import dataclasses
 import functools
-import hashlib
+import itertools
 import json
 import os
+import pathlib
+import re
 import sys
 from typing import Any
 
@@ -109,6 +111,7 @@ class JsonlTask(TextTask):
 
 
 TASKS: dict[str, TextTask] = {}  # by name
+_NAMED: dict[str, str] = {}  # the arguments of the tasks that were named here
 
 
 def jsonl_task(
@@ -129,14 +132,14 @@ def jsonl_task(
         vocabulary: a path, or "bytes", for `load_vocabulary`.
 
     Returns:
-        "jsonl_<hash of the arguments>".
+        "jsonl_<names of the files>"; see `task_name`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: as for `read_splits`, or `load_vocabulary` refuses the vocabulary.
     """
     files = (train_file, validation_file, test_file)
-    name = hashed_name("jsonl", (files, vocabulary))
+    name = task_name("jsonl", files, (files, vocabulary))
     if (task := TASKS.get(name)) is None:
         given = {s: os.fspath(f) for s, f in zip(SPLITS, files, strict=True) if f is not None}
         task = JsonlTask(name, read_splits(name, *files), vocabulary, given)
@@ -151,9 +154,32 @@ def jsonl_task(
     return name
 
 
-def hashed_name(prefix: str, arguments: Sequence) -> str:
-    """Returns "<prefix>_<hash of the arguments>", the name of a task that is made for them."""
-    return f"{prefix}_{hashlib.sha256(repr(arguments).encode()).hexdigest()[:12]}"
+def task_name(
+    prefix: str,
+    files: Sequence[str | os.PathLike | None],
+    arguments: Sequence,
+    taken: Container[str] = (),
+) -> str:
+    """The name of a task that is made for some arguments; the same ones give the same name.
+
+    Args:
+        prefix: how it begins.
+        files: what it is named after; None is left out.
+        arguments: whatever makes the task another one.
+        taken: names that have another meaning.
+
+    Returns:
+        "<prefix>_<names of the files>", with a number behind it where another task has that name.
+    """
+    stems = [pathlib.Path(file).stem for file in files if file is not None]
+    first = name = re.sub(r"\W", "_", "_".join([prefix, *stems]))
+    arguments = repr(arguments)
+    for number in itertools.count(2):
+        known = _NAMED.get(name)
+        if known == arguments or (known is None and name not in taken):
+            _NAMED[name] = arguments
+            return name
+        name = f"{first}_{number}"
 
 
 def read_splits(

@@ -74,7 +74,7 @@ def labelled_task(
     files = train_file, validation_file, test_file
     given = {s: os.fspath(f) for s, f in zip(jsonl.SPLITS, files, strict=True) if f is not None}
     labels = tuple(labels)
-    name = jsonl.hashed_name("labels", (*files, vocabulary, labels))
+    name = jsonl.task_name("labels", given.values(), (*files, vocabulary, labels))
     if not given:
         raise ValueError(
             f"Task {name!r} needs at least one of {[f'{s}_file' for s in jsonl.SPLITS]}"

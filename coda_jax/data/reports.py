@@ -5,7 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-from coda_jax.data.batches import FEATURES
+from coda_jax.data.batches import FEATURES, Batches
 from coda_jax.data.examples import Expected, Scan
 
 
@@ -18,6 +18,37 @@ def binding(limits: Mapping[str, int], longest: Mapping[str, int]) -> str:
     """The flag that keeps examples of these lengths whole."""
     enough = {key: max(limits[key], longest[key]) for key in FEATURES}
     return f'--gin.TASK_FEATURE_LENGTHS="{enough}"'
+
+
+class News:
+    """Counts that are worth saying: 1, 10, 100, ... for the first time, in whichever pass."""
+
+    def __init__(self):
+        self._told: dict[str, int] = {}
+
+    def has(self, kind: str, count: int) -> bool:
+        """Whether a count of a kind is news, which it then is no more."""
+        if 10 ** (len(str(count)) - 1) != count or count <= self._told.get(kind, 0):
+            return False
+        self._told[kind] = count
+        return True
+
+
+def cut_so_far(batches: Batches, lengths: Mapping[str, int], limits: Mapping[str, int]) -> str:
+    """A sentence on what was cut, where the last one had these lengths."""
+    return (
+        f"{batches.num_truncated:,} of {batches.num_examples:,} examples so far are cut, the last "
+        f"has {lengths['inputs']:,} inputs and {lengths['targets']:,} targets; "
+        f"{binding(limits, batches.longest)} keeps them"
+    )
+
+
+def cut_in_all(batches: Batches, limits: Mapping[str, int]) -> str:
+    """A sentence on what was cut in the end."""
+    return (
+        f"{batches.num_truncated:,} of {batches.num_examples:,} examples were cut; "
+        f"{binding(limits, batches.longest)} keeps all"
+    )
 
 
 def of_scan(found: Scan, expected: Expected, limits: Mapping[str, int]) -> Iterator[str]:

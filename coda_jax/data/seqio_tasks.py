@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import tqdm
 
+from coda_jax import checks
 from coda_jax.data import jsonl
-from coda_jax.data.batches import FEATURES, check_feature_lengths, check_positive
+from coda_jax.data.batches import FEATURES, check_feature_lengths
 from coda_jax.data.cache import write_cache
 from coda_jax.data.scores import accuracy, strip_text
 from coda_jax.data.seqio_vocabularies import plain_vocabulary, seqio_vocabulary
@@ -97,8 +98,7 @@ def seqio_examples(
             not positive.
     """
     check_feature_lengths(feature_lengths)
-    if num_epochs is not None:
-        check_positive(num_epochs=num_epochs)
+    checks.Maybe(checks.COUNT)("num_epochs", num_epochs)
     found = provider(task_or_mixture)
     if split not in found.splits:
         raise ValueError(f"{found.name} has no split {split!r}, only {sorted(found.splits)}")
@@ -291,7 +291,8 @@ def cache_task(
     Raises:
         ValueError: as for `seqio_examples`; no examples.
     """
-    check_positive(num_epochs=num_epochs)
+    checks.COUNT("num_epochs", num_epochs)
+    checks.SEED("seed", seed)
     found = provider(task_or_mixture)
     examples = seqio_examples(
         found,

@@ -8,15 +8,26 @@ of other tasks are looked at as they come.
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import hashlib
+import json
 import os
+import re
 from typing import Any
 
+from coda_jax import checks
 from coda_jax.data import jsonl
-from coda_jax.data.batches import FEATURES, Batches, Example, batch_examples, check_positive, epochs
+from coda_jax.data.batches import (
+    FEATURES,
+    Batches,
+    Example,
+    batch_examples,
+    check_feature_lengths,
+    epochs,
+)
 from coda_jax.data.cache import CachedExamples, read_cache
 from coda_jax.data.examples import Chosen, Expected, Scan, Writing, problem, scan, writing
 from coda_jax.data.labels import LabelTask
-from coda_jax.data.reports import binding, of_scan, say
+from coda_jax.data.reports import News, cut_in_all, cut_so_far, of_scan, say
 from coda_jax.data.vocabularies import Identity, Vocabulary, check_vocabulary, identity
 
 LONGEST = 512  # inputs, or targets, that are texts, where nobody says another limit
@@ -52,12 +63,18 @@ class Data:
     leave_out: bool = False
 
     def __post_init__(self):
+        checks.fields(
+            self,
+            **dict.fromkeys(("task", "cache"), checks.Maybe(checks.text)),
+            split=checks.text,
+            batch_size=checks.COUNT,
+            **dict.fromkeys(("pack", "shuffle", "leave_out"), checks.flag),
+            seed=checks.SEED,
+        )
         if self.task is not None and self.cache is not None:
             raise ValueError(f"give a task or a cache file, not both: {self.task=}, {self.cache=}")
-        given = self.feature_lengths or {}
-        if unknown := sorted(given.keys() - set(FEATURES)):
-            raise ValueError(f"TASK_FEATURE_LENGTHS has the keys {FEATURES}, not {unknown}")
-        check_positive(**{f"TASK_FEATURE_LENGTHS[{k!r}]": v for k, v in given.items()})
+        if self.feature_lengths is not None:
+            check_feature_lengths(self.feature_lengths, may_lack=FEATURES)
 
     @property
     def exists(self) -> bool:
@@ -130,12 +147,8 @@ class Data:
         """How the vocabulary writes what it has no pieces for."""
         if self.cache is None:
             return writing(self.vocabulary)
-        unknown_id, eos_id = (self._cached[1].get(name) for name in ("unk_id", "eos_id"))
-        return (
-            Writing()
-            if unknown_id is None
-            else Writing(unknown_id, frozenset([unknown_id, eos_id]))
-        )
+        ids = [self._cached[1].get(name) for name in ("unk_id", "eos_id")]
+        return Writing() if ids[0] is None else Writing(ids[0], frozenset(ids))
 
     @functools.cached_property
     def _scans(self) -> dict[Expected, Scan]:
@@ -217,15 +230,9 @@ class Data:
         found = self.scan(expected).longest["targets"]
         return limits | {"targets": min(limits["targets"], found)}
 
-    def shared_with(self, other: "Data", expected: Expected) -> int:
-        """How many of these examples are among another's; both are in memory."""
-
-        def keys(data):
-            examples = Chosen(data._all(), data.scan(expected).kept)
-            return (hash(tuple(example[key].tobytes() for key in FEATURES)) for example in examples)
-
-        theirs = set(keys(other))
-        return sum(key in theirs for key in keys(self))
+    def chosen(self, expected: Expected) -> Sequence[Example]:
+        """The examples that are taken, of those in memory; errors are those of `scan`."""
+        return Chosen(self._all(), self.scan(expected).kept)
 
     def batches(
         self,
@@ -255,8 +262,7 @@ class Data:
         if self.in_memory:
             examples = self._all()
             if expected is not None:
-                found = self.scan(expected)
-                examples = Chosen(examples, found.kept)
+                found, examples = self.scan(expected), self.chosen(expected)
                 marks = bool(found.num_cut["targets"] or found.num_unknown["targets"])
             arguments = {"seed": self.seed, "num_epochs": num_epochs, "shuffle": self.shuffle}
             examples = epochs(examples, **arguments)
@@ -310,57 +316,52 @@ class Data:
             if not self.leave_out:
                 raise ValueError(f"{named} cannot be learned: {why}\n({_LEAVE_OUT})")
             left_out += 1
-            if self._is_news("left out", left_out):
+            if self._news.has("left out", left_out):
                 say(f"{named} is left out, number {left_out:,} of such: {why}")
 
     def _said_now_and_then(self, batches: Batches, lengths: Mapping[str, int]) -> None:
-        if self._is_news("cut", batches.num_truncated):
-            limits = self.limited().feature_lengths
-            say(
-                f"{self.place}: {batches.num_truncated:,} of {batches.num_examples:,} examples so "
-                f"far are cut, the last has {lengths['inputs']:,} inputs and "
-                f"{lengths['targets']:,} targets; {binding(limits, batches.longest)} keeps them"
-            )
+        if self._news.has("cut", batches.num_truncated):
+            say(f"{self.place}: {cut_so_far(batches, lengths, self.limited().feature_lengths)}")
 
     @functools.cached_property
-    def _told(self) -> dict[str, int]:
-        return {}
-
-    def _is_news(self, kind: str, count: int) -> bool:
-        """Whether a count is 1, 10, 100, ... for the first time, in whichever pass."""
-        if 10 ** (len(str(count)) - 1) != count or count <= self._told.get(kind, 0):
-            return False
-        self._told[kind] = count
-        return True
+    def _news(self) -> News:
+        return News()
 
     def report(self, batches: Batches) -> None:
         """Prints how many examples of a task of seqio were cut, in the end."""
         if batches.num_truncated and not self.in_memory:
-            say(
-                f"{self.place}: {batches.num_truncated:,} of {batches.num_examples:,} examples "
-                f"were cut; {binding(self.limited().feature_lengths, batches.longest)} keeps all"
-            )
+            say(f"{self.place}: {cut_in_all(batches, self.limited().feature_lengths)}")
+
+    def description(self) -> dict[str, Any]:
+        """What the examples and their batches are, as JSON: contents, not paths.
+
+        Of a task that seqio reads, its name, without the hash of its arguments.
+        """
+        fields = {name: value for name, value in dataclasses.asdict(self).items()
+                  if name not in ("task", "cache")}  # fmt: skip
+        fields["feature_lengths"] = dict(self.limited().feature_lengths)
+        if self.cache is not None:
+            with open(self.cache, "rb") as file:
+                return {**fields, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        if self.task in jsonl.TASKS:
+            text = json.dumps(jsonl.TASKS[self.task].columns[self.split], sort_keys=True)
+            return {**fields, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return {**fields, "task": re.sub(r"_[0-9a-f]{12}$", "", str(self.task))}
 
     def check_vocabulary(
-        self,
-        vocab_size: int,
-        directory: str | os.PathLike | None = None,
-        *,
-        eos_id: int | None = None,
-        pad_id: int | None = None,
+        self, vocab_size: int, directory: str | os.PathLike | None = None, **model: Any
     ) -> None:
         """Checks that the data's token ids are those of a model; see `check_vocabulary`.
 
         Args:
             vocab_size: the model's number of embeddings.
             directory: where the model's vocabulary may lie.
-            eos_id: the model's token that ends a text, if it is known.
-            pad_id: the model's token that fills up a row, if it is known.
+            **model: what else is known of the model: the other arguments of `check_vocabulary`.
 
         Raises:
             ValueError: they are not, or the cache file does not say what its ids are.
         """
-        check_vocabulary(self._identity(), vocab_size, directory, eos_id=eos_id, pad_id=pad_id)
+        check_vocabulary(self._identity(), vocab_size, directory, **model)
 
     def _identity(self) -> Identity:
         """What of the vocabulary a model must agree with."""

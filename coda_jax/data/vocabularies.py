@@ -224,6 +224,7 @@ def check_vocabulary(
     *,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    adapter: Mapping[str, str] | None = None,
 ) -> None:
     """Checks that the ids of a vocabulary are those that a model was trained with.
 
@@ -233,10 +234,11 @@ def check_vocabulary(
         directory: where the model's own vocabulary may lie.
         eos_id: the model's token that ends a text, if it is known.
         pad_id: the model's token that fills up a row, if it is known.
+        adapter: {its folder: the fingerprint of the vocabulary that it was trained with}.
 
     Raises:
         ValueError: the vocabulary has more ids than the model, another end or padding, or differs
-            from the checkpoint's.
+            from the checkpoint's or the adapter's.
     """
     if found.vocab_size > vocab_size:
         raise ValueError(f"The vocabulary has {found.vocab_size} ids, the model only {vocab_size}")
@@ -249,6 +251,12 @@ def check_vocabulary(
             f"The vocabulary of the data differs from that of {os.fspath(directory)!r} "
             f"(SHA-256 {found.fingerprint}, {theirs})"
         )
+    for path, trained in (adapter or {}).items():
+        if found.fingerprint != trained:
+            raise ValueError(
+                f"{path} was trained with another vocabulary than the one that is used "
+                f"(SHA-256 {trained}, {found.fingerprint})"
+            )
 
 
 def find_files(directory: str | os.PathLike) -> dict[str, str]:

@@ -27,6 +27,7 @@ from coda_jax.inference import Decoding
 from coda_jax.methods.comparisons import BASELINE, name_of
 from coda_jax.objectives import model_for
 from coda_jax.profiling import timing
+from coda_jax.training.schedules import warmup_cosine
 from coda_jax.training.trainer import TrainOptions
 
 TIMED_POSITIONS = 4096  # the most tokens, patches or frames in a timed batch
@@ -113,7 +114,7 @@ def adapt(demo: Demo, model: LoadedModel, directory: pathlib.Path) -> LoadedMode
         data=demo.train_data,
         options=TrainOptions(demo.steps, save_every=demo.steps),
         optimizer=optax.adam,
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, peak, WARM_UP_STEPS, demo.steps),
+        learning_rate=warmup_cosine(peak, demo.steps, WARM_UP_STEPS),
     )
     return result
 

@@ -17,8 +17,9 @@ first, and in which a config keeps them. A new method is a file, and an import a
 
 from collections.abc import Iterable
 
+from coda_jax import checks
 from coda_jax.methods.base import Method, created, finish, merge, partition, trained
-from coda_jax.methods.coda import Coda, max_segments, unrouted, with_reduction
+from coda_jax.methods.coda import REDUCTION, Coda, max_segments, unrouted, with_reduction
 from coda_jax.methods.full import Full
 from coda_jax.methods.lora import Lora
 from coda_jax.methods.parallel_adapter import ParallelAdapter
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "METHODS",
+    "REDUCTION",
     "Method",
     "created",
     "find",
@@ -56,7 +58,7 @@ def find(name: str) -> type[Method]:
     Raises:
         ValueError: there is none; the names are listed.
     """
-    if name not in METHODS:
+    if name not in [*METHODS]:
         raise ValueError(f"method {name!r} is unknown; it must be one of {[*METHODS]}")
     return METHODS[name]
 
@@ -65,13 +67,12 @@ def ordered(methods: Iterable[Method]) -> tuple[Method, ...]:
     """The methods in the order of `METHODS`, which is that in which they wrap a layer.
 
     Raises:
-        TypeError: something is not a method.
-        ValueError: there are two of one kind.
+        ValueError: something is not a method, or there are two of one kind.
     """
-    methods = tuple(methods)
+    methods = tuple(methods) if isinstance(methods, Iterable) else (methods,)
     for method in methods:
         if not isinstance(method, Method):
-            raise TypeError(f"methods must be methods such as those of METHODS, got {method!r}")
+            raise checks.wrong("methods", "methods such as those of METHODS", method)
     names = [method.name for method in methods]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

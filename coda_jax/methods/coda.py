@@ -20,8 +20,11 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from coda_jax import checks
 from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
 from coda_jax.methods.soft_topk import (
+    EPSILON,
+    ITERATIONS,
     SOLVERS,
     above_and_at_kth_largest,
     one_row_per_constraint,
@@ -32,6 +35,7 @@ from coda_jax.nn.tokens import Selection, Tokens, kept_first
 
 ROUTINGS = ("soft_topk", "sigmoid", "truncation")
 ATTENTIONS = ("k_to_k", "k_to_all")
+REDUCTION = checks.Number(least=1, most=1_000_000)  # as a ratio it is to fit into int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +85,17 @@ class Coda(Method):
         )
 
     def __post_init__(self):
-        if isinstance(self.reduction, list):
-            object.__setattr__(self, "reduction", tuple(self.reduction))
-        for reduction in self.reductions(1):
-            if not 1 <= reduction < float("inf"):
-                raise ValueError(f"Coda.reduction must be a finite number >= 1, got {reduction}")
-        for name, value, allowed in (
-            ("solver", self.solver, SOLVERS),
-            ("attention", self.attention, ATTENTIONS),
-            ("routing", self.routing, ROUTINGS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Coda.{name} must be one of {allowed}, got {value!r}")
-        for name in ("epsilon", "num_iterations", "max_segments"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Coda.{name} must be above 0, got {getattr(self, name)}")
+        by_layer = isinstance(self.reduction, tuple | list)
+        checks.fields(
+            self,
+            reduction=checks.Each(REDUCTION, least=1) if by_layer else REDUCTION,
+            epsilon=EPSILON,
+            solver=checks.OneOf(SOLVERS),
+            num_iterations=ITERATIONS,
+            attention=checks.OneOf(ATTENTIONS),
+            routing=checks.OneOf(ROUTINGS),
+            max_segments=checks.COUNT,
+        )
 
     def reductions(self, num_layers: int) -> tuple[float, ...]:
         """The reduction of each layer; one number stands for `num_layers` equal ones."""

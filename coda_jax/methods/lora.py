@@ -13,7 +13,7 @@ from flax.linen import partitioning
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from coda_jax import trees
+from coda_jax import checks, trees
 from coda_jax.methods.base import Call, LayerFlops, Method, Place
 from coda_jax.nn.layers import Dense
 
@@ -46,12 +46,12 @@ class Lora(Method):
         return cls(), cls(targets=(r"(attention|mlp|convolution)/\w+$",))
 
     def __post_init__(self):
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 1:
-            raise ValueError(f"Lora.rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"Lora.alpha must be above 0, got {self.alpha}")
+        checks.fields(
+            self,
+            rank=checks.COUNT,
+            alpha=checks.Number(above=0),
+            targets=checks.Each(checks.pattern, least=1),
+        )
 
     def validate(self, config: Any) -> None:
         """Raises ValueError where a target is no projection of the model."""
@@ -65,7 +65,7 @@ class Lora(Method):
             for projection in config.projections(stack)
         ]
         idle = [t for t in self.targets if not any(trees.matches(path, (t,)) for path in paths)]
-        if idle or not self.targets:
+        if idle:
             kinds = sorted({path.split("/", 2)[2] for path in paths})
             raise ValueError(f"Lora.targets {idle} match no projection; there are {kinds}")
 

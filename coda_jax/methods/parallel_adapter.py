@@ -11,8 +11,9 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from coda_jax import checks
 from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
-from coda_jax.nn.layers import Dense, Dtype, activation_function
+from coda_jax.nn.layers import ACTIVATIONS, Dense, Dtype, activation_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ParallelAdapter(Method):
 
     Attributes:
         bottleneck: width between the two projections.
-        activation: name of a function in `flax.linen`, or "linear".
+        activation: one of `nn.layers.ACTIVATIONS`.
     """
 
     name: ClassVar[str] = "parallel_adapter"
@@ -33,11 +34,7 @@ class ParallelAdapter(Method):
     activation: str = "relu"
 
     def __post_init__(self):
-        if self.bottleneck < 1:
-            raise ValueError(
-                f"ParallelAdapter.bottleneck must be at least 1, got {self.bottleneck}"
-            )
-        activation_function(self.activation)
+        checks.fields(self, bottleneck=checks.COUNT, activation=checks.OneOf(ACTIVATIONS))
 
     def wrap_layer(self, layer: Layer, place: Place) -> Layer:
         """The layer, plus the adapter on all of its tokens."""
@@ -61,7 +58,7 @@ class Adapter(nn.Module):
 
     Attributes:
         bottleneck: width between the two projections.
-        activation: name of a function in `flax.linen`, or "linear".
+        activation: one of `nn.layers.ACTIVATIONS`.
         dtype: of the computation.
     """
 

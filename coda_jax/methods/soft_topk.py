@@ -20,11 +20,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from coda_jax import checks
+
 # Stands for a masked score: far below every real score, and finite, so that no `inf - inf` arises.
 _MASKED = -1e9
 _TOP_BIT = np.uint32(1 << 31)  # a float32's sign
 
 SOLVERS = ("exact", "iterative")
+ITERATIONS = checks.Whole(1, 10_000)
+EPSILON = checks.Number(least=1e-6, most=1e6)  # beyond, gradients leave float32
 
 
 def soft_topk(
@@ -64,12 +68,16 @@ def soft_topk(
         [..., N] float32.
 
     Raises:
-        ValueError: k below 1, epsilon not above 0, an unknown solver, or `segment_ids` with a
-            scalar k.
+        ValueError: an argument is out of its range; `segment_ids` with a scalar k.
 
     Reference: Lei et al. 2023, Conditional Adapters, section 3.3 and appendix (soft top-k).
     """
-    _check(k, epsilon, solver, num_iterations, segment_ids)
+    _check(k, segment_ids)
+    EPSILON("epsilon", epsilon)
+    EPSILON("epsilon_init", epsilon_init)
+    checks.Number(above=0, most=1)("epsilon_decay", epsilon_decay)
+    checks.OneOf(SOLVERS)("solver", solver)
+    ITERATIONS("num_iterations", num_iterations)
     scores, k, mask = one_row_per_constraint(scores, k, mask, segment_ids)
     if solver == "exact":
         weights = _exact(scores, k, mask, epsilon)
@@ -103,15 +111,9 @@ def one_row_per_constraint(
     return scores, k, mask & (k > 0)
 
 
-def _check(k, epsilon, solver, num_iterations, segment_ids):
-    if isinstance(k, int) and k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be above 0, got {epsilon}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
+def _check(k, segment_ids):
+    if not isinstance(k, np.ndarray | jax.Array):
+        checks.COUNT("k", k)
     if segment_ids is not None and jnp.ndim(k) == 0:
         raise ValueError(f"with segment_ids, k must have one entry per segment, got the scalar {k}")
 

@@ -6,6 +6,7 @@ in `__init__` its `FAMILY`. `FAMILIES` holds them all by name; a new family is a
 import and an entry here. `hf_fields` is what all checkpoints of Hugging Face share.
 """
 
+import dataclasses
 import difflib
 
 from coda_jax.models.base import Family, ModelConfig, init_params, param_shapes
@@ -64,10 +65,16 @@ def preset(name: str, **changes) -> ModelConfig:
     """The config of a published size, with other values for some fields.
 
     Raises:
-        ValueError: there is no such size; the nearest names are listed.
+        ValueError: there is no such size or field, the nearest names are listed; a value is out of
+            its range.
     """
     known = presets()
-    if name not in known:
+    if name not in [*known]:
         near = difflib.get_close_matches(str(name), known, n=3) or sorted(known)
         raise ValueError(f"preset {name!r} is unknown; did you mean one of {near}?")
+    names = [field.name for field in dataclasses.fields(known[name])]
+    for field in changes:
+        if field not in names:
+            near = difflib.get_close_matches(field, names, n=3) or names
+            raise ValueError(f"preset {name!r} has no field {field!r}; did you mean one of {near}?")
     return known[name].replace(**changes)

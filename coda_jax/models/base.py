@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
-from coda_jax import trees
+from coda_jax import checks, trees
 from coda_jax.methods import Method, ordered
 from coda_jax.models import hf_fields
 
@@ -50,14 +50,15 @@ class ModelConfig:
         heads: patterns of the leaves that a base may lack: they are then created, and trained and
             saved with what the methods create.
         head_fields: what such a base, which `lacks_head`, does not say.
+        field_checks: what the value of each field must be, but for `methods`.
         vocab_size: V.
-        dtype: of the computation.
+        dtype: of the computation, float32 or bfloat16.
         emb_dim: D.
         num_encoder_layers: layers of the encoder.
         num_decoder_layers: layers of the decoder.
         dropout_rate: used where `enable_dropout` is set.
         pad_id: the token that fills up a row.
-        eos_id: the token that ends a target.
+        eos_id: the token that ends a target; -1 where none does.
         decoder_start_id: the token from which a decoder starts.
         methods: how the model is adapted, in the order of `methods.METHODS`; () for a dense model.
     """
@@ -65,6 +66,13 @@ class ModelConfig:
     family: ClassVar[str]
     heads: ClassVar[tuple[str, ...]] = ()
     head_fields: ClassVar[tuple[str, ...]] = ()
+    field_checks: ClassVar[Mapping[str, checks.Check]] = {
+        **dict.fromkeys(("vocab_size", "emb_dim", "num_encoder_layers"), checks.COUNT),
+        **dict.fromkeys(("num_decoder_layers", "pad_id", "decoder_start_id"), checks.Whole(0)),
+        "eos_id": checks.Whole(-1),
+        "dropout_rate": checks.Number(least=0, below=1),
+        "dtype": checks.dtype,
+    }
 
     vocab_size: int
     dtype: Any = jnp.float32
@@ -78,9 +86,13 @@ class ModelConfig:
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):  # a config is a key of caches
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
+        checks.fields(self, **self.field_checks)
+        for name in ("pad_id", "eos_id", "decoder_start_id"):
+            if (token := getattr(self, name)) >= self.vocab_size > 0:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} must be below vocab_size={self.vocab_size}, "
+                    f"got {token}"
+                )
         object.__setattr__(self, "methods", ordered(self.methods))
         for method in self.methods:
             method.validate(self)

@@ -15,7 +15,7 @@
 import inspect
 
 from coda_jax.models import ModelConfig, family_of
-from coda_jax.objectives.base import Batch, Model, Sums
+from coda_jax.objectives.base import NOT_FINITE, Batch, Model, Sums
 from coda_jax.objectives.best_rq import BestRQ, BestRQConfig
 from coda_jax.objectives.ctc import CTC
 from coda_jax.objectives.generation import Generation
@@ -35,6 +35,7 @@ OBJECTIVES: dict[str, type[Model]] = {
 }
 
 __all__ = [
+    "NOT_FINITE",
     "OBJECTIVES",
     "Batch",
     "BestRQConfig",
@@ -58,7 +59,7 @@ def model_for(config: ModelConfig, objective: str | None = None, **options) -> M
         ValueError: the objective or an option is unknown, or not for such a config.
     """
     name = family_of(config).objectives(config)[0] if objective is None else objective
-    if name not in OBJECTIVES:
+    if name not in [*OBJECTIVES]:
         raise ValueError(f"objective {name!r} is unknown; it must be one of {[*OBJECTIVES]}")
     given = {key: value for key, value in options.items() if value is not None}
     unknown = sorted(given.keys() - inspect.signature(OBJECTIVES[name]).parameters.keys())

@@ -5,7 +5,7 @@ The encoder's inputs are [B, N] token ids, or [B, N, C] vectors: whatever the co
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from coda_jax.nn.tokens import selections
 from coda_jax.objectives.generation import Generation
 
 Batch = dict[str, Array]
+NOT_FINITE = -1  # every token of an output that was made of a logit that is not finite
 
 
 @flax.struct.dataclass
@@ -39,14 +40,33 @@ class Sums:
     exact: Float[Array, ""]
     examples: Float[Array, ""]
 
-    def metrics(self) -> dict[str, float]:
-        """Means: loss and accuracy per token, exact match per example."""
-        weight, examples = jnp.maximum(self.weight, 1), jnp.maximum(self.examples, 1)
-        return {
-            "loss": float(self.loss / weight),
-            "token_accuracy": float(self.correct / weight),
-            "exact_match": float(self.exact / examples),
-        }
+
+class Metric(NamedTuple):
+    """A mean that is reported of sums.
+
+    Attributes:
+        total: the field of `Sums` that is divided.
+        count: the one by which.
+        better: "max" where more is better, or "min".
+    """
+
+    total: str
+    count: str
+    better: str
+
+    def of(self, sums: Sums) -> float:
+        """The mean."""
+        return float(getattr(sums, self.total) / jnp.maximum(getattr(sums, self.count), 1))
+
+
+LOSS = Metric("loss", "weight", "min")
+
+
+def unanswered(
+    tokens: Int[Array, "*b l"], scores: Float[Array, "*b"]
+) -> tuple[Int[Array, "*b l"], Float[Array, "*b"]]:
+    """Outputs and scores, without the tokens of those whose score is NaN; see `Model.generate`."""
+    return jnp.where(jnp.isnan(scores)[..., None], NOT_FINITE, tokens), scores
 
 
 class Model:
@@ -58,6 +78,7 @@ class Model:
             and in no checkpoint that is exported.
         describes: whether its outputs are described as labels or numbers, not generated as tokens.
         reads_targets: whether the loss reads a batch's targets.
+        metrics: what is reported of sums, by name.
         config: the model's configuration; it decides the family.
         module: its network.
 
@@ -69,6 +90,11 @@ class Model:
     creates: ClassVar[tuple[str, ...]] = ()
     describes: ClassVar[bool] = False
     reads_targets: ClassVar[bool] = True
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "loss": LOSS,
+        "token_accuracy": Metric("correct", "weight", "max"),
+        "exact_match": Metric("exact", "examples", "max"),
+    }
 
     def __init__(self, config: ModelConfig):
         allowed = family_of(config).objectives(config)
@@ -134,9 +160,9 @@ class Model:
         """The sum of the weighted losses, and the sums; with dropout where an RNG is given."""
         raise NotImplementedError
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
-        """What is reported of sums; by default the means of `Sums.metrics`."""
-        return sums.metrics()
+    def report(self, sums: Sums) -> dict[str, float]:
+        """The metrics of sums."""
+        return {name: metric.of(sums) for name, metric in self.metrics.items()}
 
     def check_generation(self, options: Generation) -> None:
         """Checks that the model can generate so.
@@ -153,6 +179,9 @@ class Model:
         self, params: Mapping[str, Any], encoder_input_tokens, generation: Generation
     ) -> tuple[Int[Array, "b n l"], Float[Array, "b n"]]:
         """Outputs [B, n, L], the best first, and their scores [B, n].
+
+        Where a logit is not finite there is no answer: the score is NaN, and every token is
+        `NOT_FINITE`, which is in no vocabulary.
 
         Args:
             params: the parameter tree.

@@ -121,6 +121,7 @@ class _Beams(NamedTuple):
         scores: [B, M] theirs.
         occupied: [B, M], False where `finished` has no beam yet.
         open: [B, 1], whether the search of a row goes on.
+        finite: [B, 1], whether all logits were, of a search that went on.
         cache: of the live beams.
     """
 
@@ -132,6 +133,7 @@ class _Beams(NamedTuple):
     scores: Float[Array, "b m"]
     occupied: Bool[Array, "b m"]
     open: Bool[Array, "b 1"]
+    finite: Bool[Array, "b 1"]
     cache: Cache
 
 
@@ -160,7 +162,7 @@ def beam_search(
     Returns:
         tokens [B, M, L] int32, best first, the end token included and padding after it; scores
         [B, M] float32, by which they are ranked: log-probabilities, processed as the options say,
-        under the length penalty.
+        under the length penalty; NaN where a logit of the row was not finite.
     """
     longest, prefix_length = options.max_decode_length, given.shape[1] - 1
     if options.length_penalty is None:
@@ -180,7 +182,8 @@ def beam_search(
     beams = lax.while_loop(unfinished, grow, _first_beams(rows, options.num_beams))
     any_finished = beams.occupied.any(axis=1, keepdims=True)
     tokens = jnp.where(any_finished[..., None], beams.finished, beams.live)
-    return tokens[..., 1:], jnp.where(any_finished, beams.scores, beams.live_log_probs)
+    scores = jnp.where(any_finished, beams.scores, beams.live_log_probs)
+    return tokens[..., 1:], jnp.where(beams.finite, scores, jnp.nan)
 
 
 def _first_beams(rows: decoding.Rows, num_beams: int) -> _Beams:
@@ -196,6 +199,7 @@ def _first_beams(rows: decoding.Rows, num_beams: int) -> _Beams:
         scores=no_scores,
         occupied=jnp.zeros(tokens.shape[:2], bool),
         open=jnp.ones((tokens.shape[0], 1), bool),
+        finite=jnp.ones((tokens.shape[0], 1), bool),
         cache=rows.cache,
     )
 
@@ -210,7 +214,7 @@ def _grown(
 ) -> _Beams:
     """The beams after one more token."""
     config, length, num_beams = model.config, beams.length, options.num_beams
-    log_probs, cache = _continuations(model, beams, step, options, rules)
+    log_probs, finite, cache = _continuations(model, beams, step, options, rules)
     vocab_size = log_probs.shape[1] // num_beams
     # Twice as many as live on: if M of them end, M are left.
     log_probs, chosen = lax.top_k(log_probs, 2 * num_beams)
@@ -240,14 +244,15 @@ def _grown(
         scores=scores,
         occupied=occupied,
         open=beams.open & can_improve & alive & ~rules.settled(occupied),
+        finite=beams.finite & (finite | ~beams.open),
         cache=cache,
     )
 
 
 def _continuations(
     model: nn.Module, beams: _Beams, step: Step, options: Generation, rules: Rules
-) -> tuple[Float[Array, "b mv"], Cache]:
-    """The log-probabilities of each beam with each next token, [B, M * V]."""
+) -> tuple[Float[Array, "b mv"], Bool[Array, "b 1"], Cache]:
+    """The log-probabilities of each beam with each next token, [B, M * V]; see `_Beams.finite`."""
     tokens = beams.live.reshape(-1, beams.live.shape[-1])
     previous = lax.dynamic_index_in_dim(tokens, beams.length - 1, axis=1, keepdims=False)
     logits, cache = step(beams.cache, previous)
@@ -260,7 +265,9 @@ def _continuations(
         model.config.eos_id,
     )
     log_probs = log_probs.reshape(*beams.live.shape[:2], -1) + beams.live_log_probs[..., None]
-    return log_probs.reshape(beams.live.shape[0], -1), cache
+    batch = beams.live.shape[0]
+    finite = jnp.isfinite(logits).reshape(batch, -1).all(1, keepdims=True)
+    return log_probs.reshape(batch, -1), finite, cache
 
 
 def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import optax
 
+from coda_jax import checks
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import join_frames, split_frames
 from coda_jax.objectives.base import Batch, Model, Sums
@@ -50,13 +51,15 @@ class BestRQConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_codes", "code_dim", "span"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"BestRQConfig.{name} must be at least 1: {getattr(self, name)}")
-        if not 0 < self.start_probability <= 1:
-            raise ValueError(
-                f"BestRQConfig.start_probability must be in (0, 1]: {self.start_probability}"
-            )
+        checks.fields(
+            self,
+            num_codes=checks.Whole(2),
+            code_dim=checks.COUNT,
+            start_probability=checks.Number(above=0, most=1),
+            span=checks.COUNT,
+            noise=checks.Number(least=0),
+            seed=checks.SEED,
+        )
 
 
 def quantizer(
@@ -128,7 +131,7 @@ class BestRQ(Model):
 
     def __init__(self, config: ModelConfig, targets: BestRQConfig = BestRQConfig()):
         super().__init__(config)
-        self.targets = targets
+        self.targets = checks.InstanceOf(BestRQConfig)("targets", targets)
         quantizer_rng, self._head_rng, self._eval_rng = jax.random.split(
             jax.random.key(targets.seed), 3
         )

@@ -16,7 +16,7 @@ import optax
 from coda_jax.data.batches import INCOMPLETE
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import kept_first, split_frames, take
-from coda_jax.objectives.base import Batch, Model, Sums
+from coda_jax.objectives.base import Batch, Model, Sums, unanswered
 from coda_jax.objectives.generation import Generation
 
 _OPTIONS = ("max_decode_length", "num_beams")
@@ -267,7 +267,8 @@ class CTC(Model):
         """The most probable transcript found, [B, 1, max_decode_length] tokens, then `blank_id`.
 
         One beam is the most probable alignment, more are a prefix beam search; the score is the
-        log-probability of the alignment, or of the transcript. Longer ones are cut.
+        log-probability of the alignment, or of the transcript. Longer ones are cut. Where a logit
+        is not finite: see `Model.generate`.
 
         Raises:
             ValueError: another option than these is given.
@@ -283,7 +284,10 @@ class CTC(Model):
         else:
             tokens, scores = ctc_beam_search(logits, mask, options.num_beams, blank_id)
             tokens, scores = tokens[:, 0], scores[:, 0]
-        return _padded(tokens, options.max_decode_length, blank_id)[:, None], scores[:, None]
+        finite = (jnp.isfinite(logits).all(-1) | ~mask).all(-1)
+        scores = jnp.where(finite, scores, jnp.nan)
+        tokens = _padded(tokens, options.max_decode_length, blank_id)
+        return unanswered(tokens[:, None], scores[:, None])
 
 
 def _padded(tokens: Array, length: int, value: int) -> Array:

@@ -36,7 +36,8 @@ class Rows(NamedTuple):
         length: how many tokens each has, the start token among them.
         num_given: how many of them were given.
         tokens: [R, 1 + L], the start token first, padding behind the end.
-        log_probs: [R] of the tokens that were chosen, by the model alone.
+        log_probs: [R] of the tokens that were chosen, by the model alone; NaN from the first logit
+            on that is not finite.
         ended: [R].
         keys: [R] random keys, where tokens are drawn; else None.
         matched: [R] states of the stop texts; None without any.
@@ -75,7 +76,8 @@ def decode(
 
     Returns:
         tokens [R, L] int32, the end token included and padding after it; and the log-probabilities
-        [R] float32 that the model gives the tokens up to there, those that were given apart.
+        [R] float32 that the model gives the tokens up to there, those that were given apart; NaN
+        where a logit was not finite.
     """
     _, step, rows = begin(model, params, encoder_input_tokens, given, options, keys, stops)
 
@@ -167,6 +169,7 @@ def grown(
         scores += noise(jax.vmap(jax.random.fold_in, (0, None))(rows.keys, length))
     token = scores.argmax(-1).astype(jnp.int32)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    log_prob = jnp.where(jnp.isfinite(logits).all(-1), log_prob, jnp.nan)
     token = jnp.where(rows.ended, config.pad_id, token)
     ended, matched = after(rows.matched, token, stops, config.eos_id)
     return rows._replace(

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from coda_jax import checks
+
 _DEFAULTS = {
     "max_decode_length": 64,
     "num_beams": 1,
@@ -22,17 +24,22 @@ _DEFAULTS = {
 }
 _OF_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 _ALPHA, _LENGTH_PENALTY = 0.6, 1.0  # of T5X and of transformers
-_EARLY_STOPPING = (False, True, "never")
-_LEAST = {  # what each number must be at least, or above
-    "at least 1": ("max_decode_length", "num_beams", "num_return_sequences"),
-    "at least 0": ("min_new_tokens", "no_repeat_ngram_size", "top_k", "top_p", "seed"),
-    "above 0": ("temperature", "repetition_penalty"),
+_EXPONENT = checks.Number(least=-10, most=10)  # of a length, whose power must be a float32
+_CHECKS = {
+    **dict.fromkeys(("max_decode_length", "num_beams", "num_return_sequences"), checks.COUNT),
+    **dict.fromkeys(("min_new_tokens", "no_repeat_ngram_size", "top_k"), checks.Whole(0)),
+    "forced_bos_token_id": checks.Whole(0),
+    "decoder_prefix": checks.Each(checks.Whole(0)),
+    "stop_strings": checks.Each(checks.text),
+    "alpha": _EXPONENT,
+    "length_penalty": _EXPONENT,
+    "early_stopping": checks.OneOf((False, True, "never")),
+    "do_sample": checks.flag,
+    "temperature": checks.Number(least=1e-6),
+    "top_p": checks.Number(least=0, most=1),
+    "repetition_penalty": checks.Number(least=1e-3, most=1e3),
+    "seed": checks.SEED,
 }
-_MOST = {"top_p": 1, "seed": 2**32 - 1}
-_WHOLE = (
-    *["max_decode_length", "num_beams", "num_return_sequences", "min_new_tokens"],
-    *["no_repeat_ngram_size", "top_k", "seed"],
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,37 +98,7 @@ class Generation:
     def __post_init__(self):
         if isinstance(self.stop_strings, str):
             object.__setattr__(self, "stop_strings", (self.stop_strings,))
-        for name in ("stop_strings", "decoder_prefix"):  # options are a key of caches
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-        for bound, names in _LEAST.items():
-            for name in names:
-                self._check_number(name, bound)
-        for name, most in _MOST.items():
-            if (value := getattr(self, name)) is not None and value > most:
-                raise ValueError(f"{self._called(name)} must be at most {most}, got {value!r}")
-        if self.do_sample not in (None, False, True):
-            raise ValueError(
-                f"{self._called('do_sample')} must be True or False, got {self.do_sample!r}"
-            )
-        if self.early_stopping not in (None, *_EARLY_STOPPING):
-            raise ValueError(
-                f"{self._called('early_stopping')} must be one of {_EARLY_STOPPING}, "
-                f"got {self.early_stopping!r}"
-            )
-        if self.stop_strings is not None and not all(self.stop_strings):
-            raise ValueError(f"{self._called('stop_strings')} holds an empty text")
-
-    def _check_number(self, name: str, bound: str) -> None:
-        """Raises ValueError where an option is given and is no number, or none within a bound."""
-        value, least = getattr(self, name), int(bound[-1])
-        kind = "whole number" if name in _WHOLE else "number"
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int if name in _WHOLE else int | float):
-            raise ValueError(f"{self._called(name)} must be a {kind}, got {value!r}")
-        if value < least or (value == least and bound.startswith("above")):
-            raise ValueError(f"{self._called(name)} must be {bound}, got {value!r}")
+        checks.fields(self, **{name: _CHECKS[name] for name in self.said})
 
     def _called(self, name: str) -> str:
         return f"{type(self).__name__}.{name}"

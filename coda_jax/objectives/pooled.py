@@ -5,6 +5,7 @@ A target is one number: that of the class among the config's `labels`, or the va
 Axis letters: B batch, N input tokens, C classes.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 
 from coda_jax.models import ModelConfig
-from coda_jax.objectives.base import Batch, Model, Sums
+from coda_jax.objectives.base import LOSS, Batch, Metric, Model, Sums
 from coda_jax.objectives.generation import Generation
 
 
@@ -40,6 +41,8 @@ class Pooled(Model):
     ) -> tuple[Float[Array, ""], Sums]:
         """The sum of the examples' losses, and the sums; an example's target is one number.
 
+        The loss is NaN where anything that the head gives is not finite.
+
         Args:
             params: the parameter tree.
             batch: encoder_input_tokens [B, N]; decoder_target_tokens and decoder_loss_weights
@@ -54,6 +57,7 @@ class Pooled(Model):
         outputs = self.logits(params, batch, dropout_rng)
         weights = batch["decoder_loss_weights"][:, 0].astype(jnp.float32)
         losses, right = self._scores(outputs, batch["decoder_target_tokens"][:, 0])
+        losses = jnp.where(jnp.isfinite(outputs).all(-1), losses, jnp.nan)
         count, correct = weights.sum(), (right * weights).sum()
         sums = Sums((losses * weights).sum(), count, correct, correct, count)
         return sums.loss, sums
@@ -81,15 +85,14 @@ class Classification(Pooled):
     """The cross-entropy of the labels."""
 
     name: ClassVar[str] = "classification"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "loss": LOSS,
+        "accuracy": Metric("exact", "examples", "max"),
+    }
 
     def _scores(self, outputs, targets):
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
         return losses, outputs.argmax(-1) == targets
-
-    def metrics(self, sums: Sums) -> dict[str, float]:
-        """Mean loss, and the share of the examples whose class is right."""
-        found = sums.metrics()
-        return {"loss": found["loss"], "accuracy": found["exact_match"]}
 
     def describe(self, outputs: Float[np.ndarray, "c"]) -> dict[str, Any]:
         """The label as "prediction", and the probabilities of all as "scores"."""
@@ -103,15 +106,14 @@ class Regression(Pooled):
     """The squared error of one number."""
 
     name: ClassVar[str] = "regression"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "loss": LOSS,
+        "mean_absolute_error": Metric("exact", "examples", "min"),
+    }
 
     def _scores(self, outputs, targets):
         errors = outputs[:, 0] - targets
         return errors**2, jnp.abs(errors)
-
-    def metrics(self, sums: Sums) -> dict[str, float]:
-        """Means over the examples: the loss, which is the squared error, and the absolute error."""
-        found = sums.metrics()
-        return {"loss": found["loss"], "mean_absolute_error": found["exact_match"]}
 
     def describe(self, outputs: Float[np.ndarray, "c"]) -> dict[str, Any]:
         """The number as "prediction"."""

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 import optax
 
+from coda_jax import checks
 from coda_jax.data.batches import INCOMPLETE
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import take
 from coda_jax.objectives import beams, decoding
-from coda_jax.objectives.base import Batch, Model, Sums
+from coda_jax.objectives.base import Batch, Model, Sums, unanswered
 from coda_jax.objectives.generation import Generation
 
+Z_LOSS = checks.Number(least=0)
 _PACKING = (
     "encoder_segment_ids",
     "decoder_segment_ids",
@@ -37,7 +39,7 @@ class Seq2Seq(Model):
 
     def __init__(self, config: ModelConfig, z_loss: float = 0.0):
         super().__init__(config)
-        self.z_loss = z_loss
+        self.z_loss = Z_LOSS("Z_LOSS", z_loss)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class Seq2Seq(Model):
             tokens [B, n, L] int32, the best first, the end token included and padding after it; and
             scores [B, n] float32. Without beams these are sums of the model's log-probabilities of
             the tokens behind the prefix, whatever an option made of them; with beams, what the
-            outputs are ranked by: see `beams`.
+            outputs are ranked by: see `beams`. Where a logit is not finite: see `Model.generate`.
 
         Raises:
             ValueError: options contradict each other or the vocabulary; stop texts lack `stops`.
@@ -130,15 +132,15 @@ class Seq2Seq(Model):
         if options.num_beams > 1:
             tokens, scores = beams.beam_search(*inputs, stops)
             count = options.num_return_sequences
-            return tokens[:, :count], scores[:, :count]
+            return unanswered(tokens[:, :count], scores[:, :count])
         keys = self._keys(options, batch, seed, numbers)
         tokens, scores = decoding.decode(*inputs, keys, stops)
         shape = -1, options.num_return_sequences
         tokens, scores = tokens.reshape(*shape, tokens.shape[-1]), scores.reshape(shape)
-        if options.num_return_sequences == 1:
-            return tokens, scores
-        order = jnp.argsort(-scores, axis=1)
-        return take(tokens, order), take(scores, order)
+        if options.num_return_sequences > 1:
+            order = jnp.argsort(-scores, axis=1)
+            tokens, scores = take(tokens, order), take(scores, order)
+        return unanswered(tokens, scores)
 
     def stepwise(self, generation: Generation) -> tuple[Callable, Callable]:
         """Generation token by token, for one output of each input.

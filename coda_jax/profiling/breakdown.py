@@ -11,6 +11,7 @@ import tempfile
 
 import jax
 
+from coda_jax import checks
 from coda_jax.models import ModelConfig, family_of
 
 OTHER = "other"  # norms before the attention, embedding, residual connections
@@ -46,6 +47,7 @@ def shares(
     Raises:
         ValueError: the profile holds no operation of the program.
     """
+    checks.COUNT("rounds", rounds)
     belongs = {name: part_of(path, parts) for name, path in _op_names(compiled).items()}
     seconds = dict.fromkeys([*parts, OTHER], 0.0)
     jax.block_until_ready(call())

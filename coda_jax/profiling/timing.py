@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from coda_jax import checks
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -36,8 +38,7 @@ def time_interleaved(
         rounds: runs of each that are counted.
         warm_up: runs of each before that.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    rounds, warm_up = checks.COUNT("rounds", rounds), checks.Whole(0)("warm_up", warm_up)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in tqdm(range(-warm_up, rounds), desc="timing", unit="round", leave=False):
         for name, function in functions.items():

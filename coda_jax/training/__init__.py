@@ -3,6 +3,10 @@
 | file | holds |
 |---|---|
 | `trainer` | the compiled step, the loop, evaluation by the loss |
+| `progress` | the progress bar, and the check that losses are finite |
 | `schedules` | learning rates over a run |
-| `run_directory` | what a run keeps on disk: checkpoints, logs, what it is; how it stops |
+| `optimizers` | those of optax that run files name, with their numbers checked |
+| `run_identity` | what decides a run's result, and how another run differs |
+| `run_checkpoints` | checkpoints: whole, checked, finite |
+| `run_directory` | who may write in a run's folder, its logs; how a run is asked to stop |
 """

@@ -1,38 +1,115 @@
-"""What a training run keeps on disk and how it stops: checkpoints, logs, SIGTERM."""
+"""A run's folder: who may write there, its logs, and how a run is asked to stop."""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import fcntl
 import importlib.util
-import json
 import os
 import pathlib
+import shlex
 import signal
-from typing import Any
+import sys
+import threading
 
-import jax
-import orbax.checkpoint as ocp
-
-from coda_jax import files, trees
 from coda_jax.optional import needs
 
 RUN_FILE = "run.json"  # in a run's folder: what the run is
-FORMAT_VERSION = 2  # of that file
+FORMAT_VERSION = 3  # of that file
 CHECKPOINTS = "checkpoints"  # in a run's folder: one folder for each step that is kept
+EXPORT = "export"  # in a run's folder: what came out
+_CLI = "coda_jax.cli"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interruption(Exception):
-    """The run was asked to stop; its state is saved and the same command continues it."""
+    """The run was asked to stop; its state is saved and the same command continues it.
+
+    Attributes:
+        exit_code: of the process, as shells have it.
+    """
+
+    def __init__(self, message: str, signum: int = signal.SIGTERM):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class Requests:
+    """The signals that asked a run to stop."""
+
+    def __init__(self):
+        self._first: signal.Signals | None = None
+
+    def __call__(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self._first is not None
+
+    def receive(self, signum: int, frame: object) -> None:
+        """Notes a signal; a second Ctrl-C does not wait for the state to be saved."""
+        del frame
+        if self._first is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._first is None:
+            self._first = signal.Signals(signum)
+            if signum == signal.SIGINT:
+                print("\nstopping after this step; Ctrl-C again does not save", file=sys.stderr)
+
+    def stop(self, text: str) -> None:
+        """Raises Interruption if the run was asked to stop."""
+        if self._first is not None:
+            message = f"stopped by {self._first.name}: {text}{_go_on()}"
+            raise Interruption(message, self._first)
+
+
+def _go_on() -> str:
+    """The command that continues a run, where a command is what runs."""
+    if getattr(sys.modules["__main__"].__spec__, "name", None) == _CLI:
+        command = sys.orig_argv
+    elif _CLI in sys.modules:
+        command = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+    else:
+        return ""
+    return f"; this goes on: {shlex.join(command)}"
 
 
 @contextlib.contextmanager
-def interruption() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM only sets the flag that the yielded function returns."""
-    received = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+def interruption() -> Iterator[Requests]:
+    """While open, SIGTERM, SIGHUP and Ctrl-C are only noted in what is yielded.
+
+    Those that are ignored stay so, as under nohup. Outside the main thread none is noted.
+    """
+    requests, previous = Requests(), {}
     try:
-        yield lambda: bool(received)
+        if threading.current_thread() is threading.main_thread():
+            for signum in _SIGNALS:
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    previous[signum] = signal.signal(signum, requests.receive)
+        yield requests
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def owned(directory: pathlib.Path) -> Iterator[None]:
+    """While open, no other process may train in the folder, which is made if there is none.
+
+    Raises:
+        ValueError: one does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is training in {directory}: wait, or name another"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -49,92 +126,3 @@ def metric_writer(directory: str | pathlib.Path) -> Iterator[Callable[[int, Mapp
         yield writer.write_scalars
     finally:
         writer.close()
-
-
-def claim_directory(directory: str | pathlib.Path, run: Mapping[str, Any]) -> pathlib.Path:
-    """Makes the directory a run's own: its description is in its `RUN_FILE`.
-
-    Raises:
-        ValueError: the directory holds another run; the differences are listed.
-    """
-    directory = pathlib.Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    run = json.loads(json.dumps({"format_version": FORMAT_VERSION, **run}))
-    path = directory / RUN_FILE
-    if not path.exists():
-        files.write_json(path, run)
-        return directory
-    found = files.read_json(path)
-    if found.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{directory} holds a run of format_version={found.get('format_version', 1)}, which "
-            f"this version ({FORMAT_VERSION}) cannot continue: `coda convert` turns it into a "
-            "checkpoint or an adapter to start from, in another directory"
-        )
-    there, here = trees.flatten(found), trees.flatten(run)
-    differences = [
-        f"  {key}: there {there.get(key)!r}, here {here.get(key)!r}"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-    if differences:
-        raise ValueError(
-            f"{directory} holds another run; choose another directory:\n" + "\n".join(differences)
-        )
-    return directory
-
-
-class RunCheckpoints:
-    """The checkpoints of one run, written in the background, through orbax."""
-
-    def __init__(
-        self,
-        directory: str | pathlib.Path,
-        run: Mapping[str, Any],
-        keep: int,
-        best_metric: str | None = None,
-        best_mode: str = "max",
-    ):
-        directory = claim_directory(directory, run)
-        self._manager = ocp.CheckpointManager(
-            directory / CHECKPOINTS,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                best_fn=None if best_metric is None else lambda metrics: metrics[best_metric],
-                best_mode=best_mode,
-                cleanup_tmp_directories=True,
-            ),
-        )
-        self._by_metric = best_metric is not None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._manager.close()
-
-    def save(self, state, metrics: Mapping[str, float] | None) -> None:
-        """Saves the state under its step; returns before the files are complete."""
-        metrics = dict(metrics or {})
-        items = {"state": ocp.args.StandardSave(state), "evaluation": ocp.args.JsonSave(metrics)}
-        self._manager.save(
-            int(state.step), args=ocp.args.Composite(**items), metrics=metrics or None
-        )
-
-    def restore(self, state, step: int | None = None) -> tuple[Any, dict[str, float]]:
-        """The newest checkpoint, or that of `step`, in the place of `state`; and its metrics.
-
-        Without any checkpoint, `state` itself and no metrics.
-        """
-        step = self._manager.latest_step() if step is None else step
-        if step is None:
-            return state, {}
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = {"state": ocp.args.StandardRestore(abstract), "evaluation": ocp.args.JsonRestore()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return restored["state"], restored["evaluation"]
-
-    def best(self, state) -> tuple[Any, dict[str, float]]:
-        """The best checkpoint where a metric chooses, else the newest; and its metrics."""
-        self._manager.wait_until_finished()
-        return self.restore(state, self._manager.best_step() if self._by_metric else None)

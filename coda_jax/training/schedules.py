@@ -1,15 +1,59 @@
 """Learning rates over a run."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
+from coda_jax import checks
 
-def warmup_cosine(peak_value: float, total_steps: int, warmup_steps: int = 20) -> optax.Schedule:
-    """Linearly from 0 to a peak, then along a cosine to 0 at the end of the run.
+RATE = checks.Number(above=0)
+
+
+def warmup_cosine(
+    peak_value: float, total_steps: int, warmup_steps: int = 20, end_value: float = 0.0
+) -> optax.Schedule:
+    """Linearly from 0 to a peak, then along a cosine to the end of the run.
 
     Args:
         peak_value: the greatest rate.
         total_steps: of the run.
         warmup_steps: up to the peak; at most a quarter of the run.
+        end_value: the rate at the end.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
+    peak_value = RATE("warmup_cosine.peak_value", peak_value)
+    total_steps = checks.COUNT("warmup_cosine.total_steps", total_steps)
+    warmup_steps = checks.Whole(0)("warmup_cosine.warmup_steps", warmup_steps)
+    end_value = checks.Number(least=0, most=peak_value)("warmup_cosine.end_value", end_value)
     warmup_steps = min(warmup_steps, total_steps // 4)
-    return optax.warmup_cosine_decay_schedule(0.0, peak_value, warmup_steps, total_steps)
+    return optax.warmup_cosine_decay_schedule(0.0, peak_value, warmup_steps, total_steps, end_value)
+
+
+def rate_or_schedule(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """A constant rate, which must be above 0, or a schedule as it is; a check as in `checks`."""
+    return value if callable(value) else RATE(name, value)
+
+
+def checked(learning_rate: optax.ScalarOrSchedule, total_steps: int) -> optax.Schedule:
+    """The learning rate as a schedule, whose rates of a run are all numbers of at least 0.
+
+    Args:
+        learning_rate: a number, above 0, or an optax schedule.
+        total_steps: of the run.
+
+    Raises:
+        ValueError: a rate is another one; its step is named.
+    """
+    if not callable(learning_rate):
+        rate = RATE("learning_rate", learning_rate)
+        return lambda step: rate
+    steps = np.unique(np.linspace(0, total_steps - 1, min(total_steps, 10_000)).astype(np.int32))
+    rates = np.broadcast_to(jax.vmap(learning_rate)(jnp.asarray(steps)), steps.shape)
+    for step, rate in zip(steps, rates, strict=True):
+        checks.Number(least=0)(f"learning_rate of step {step + 1}", rate)
+    if not rates.any():
+        raise ValueError(f"learning_rate is 0 in all {total_steps} steps")
+    return learning_rate

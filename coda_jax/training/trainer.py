@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
 import itertools
-import math
+import os
 import pathlib
-import time
 from typing import Any
 
 import flax.struct
@@ -22,19 +21,17 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from coda_jax import methods, trees
+from coda_jax import checks, methods, trees
 from coda_jax.objectives import Model, Sums
 from coda_jax.sharding import Placement
-from coda_jax.training.run_directory import (
-    Interruption,
-    RunCheckpoints,
-    interruption,
-    metric_writer,
-)
+from coda_jax.training import run_identity, schedules
+from coda_jax.training.progress import Progress
+from coda_jax.training.run_checkpoints import RunCheckpoints
+from coda_jax.training.run_directory import Requests, interruption, metric_writer, owned
 
 Batch = dict[str, np.ndarray]
+_NORM = checks.Number(above=0)
 
 
 @flax.struct.dataclass
@@ -64,8 +61,8 @@ class TrainOptions:
         log_every: steps between log entries.
         save_every: steps between checkpoints, each with an evaluation before it.
         keep: checkpoints kept.
-        best_metric: name of the evaluation metric by which the kept ones are chosen; None: by age.
-        best_mode: "max" or "min".
+        best_metric: the metric of an evaluation, one of the model's `metrics`, by which the kept
+            ones are chosen; None: by age.
     """
 
     total_steps: int
@@ -76,14 +73,35 @@ class TrainOptions:
     save_every: int = 500
     keep: int = 3
     best_metric: str | None = None
-    best_mode: str = "max"
 
     def __post_init__(self):
-        for name in ("total_steps", "accumulation", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainOptions.{name} must be at least 1: {getattr(self, name)}")
-        if self.best_mode not in ("max", "min"):
-            raise ValueError(f"TrainOptions.best_mode must be 'max' or 'min': {self.best_mode!r}")
+        counts = ("total_steps", "accumulation", "log_every", "save_every", "keep")
+        checks.fields(
+            self,
+            **dict.fromkeys(counts, checks.COUNT),
+            max_grad_norm=checks.Maybe(_NORM),
+            seed=checks.SEED,
+            best_metric=checks.Maybe(checks.text),
+        )
+
+    def best_mode(self, model: Model, evaluates: bool) -> str:
+        """Whether more of the best metric is better, "max", or less, "min".
+
+        Args:
+            model: that is trained.
+            evaluates: whether there is something to evaluate it on.
+
+        Raises:
+            ValueError: the model has no such metric, or is not evaluated.
+        """
+        if self.best_metric is None:
+            return "max"
+        name = f"TrainOptions.best_metric={self.best_metric!r}"
+        if self.best_metric not in model.metrics:
+            raise ValueError(f"{name} must be one of {[*model.metrics]} of {model.name!r}")
+        if not evaluates:
+            raise ValueError(f"{name} needs data to evaluate on, a split 'validation'")
+        return model.metrics[self.best_metric].better
 
 
 def make_train_step(
@@ -129,16 +147,22 @@ def make_train_step(
 
 
 def evaluate(
-    model: Model, params: Mapping, batches: Iterable[Batch], placement: Placement
-) -> dict[str, float]:
-    """The model's metrics over all batches."""
+    model: Model,
+    params: Mapping,
+    batches: Iterable[Batch],
+    placement: Placement,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The model's metrics over all batches; None where `stop` said so between two of them."""
     total = None
     for batch in batches:
+        if stop():
+            return None
         sums = _sums(model)(params, placement.batch(batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
         raise ValueError("there is no batch to evaluate on")
-    return model.metrics(total)
+    return model.report(total)
 
 
 @functools.cache
@@ -174,6 +198,8 @@ def make_optimizer(
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer with clipping, and each method's own part of a step around it."""
+    learning_rate = schedules.rate_or_schedule("learning_rate", learning_rate)
+    max_grad_norm = checks.Maybe(_NORM)("max_grad_norm", max_grad_norm)
     transform = optimizer(learning_rate=learning_rate)
     if max_grad_norm is not None:
         transform = optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
@@ -200,7 +226,7 @@ def train(
     options: TrainOptions,
     optimizer: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
-    directory: str | pathlib.Path,
+    directory: str | os.PathLike,
     run: Mapping[str, Any],
     eval_batches: Callable[[], Iterable[Batch]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -214,123 +240,125 @@ def train(
         optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
         learning_rate: a number or an optax schedule.
         directory: of the run's checkpoints and logs.
-        run: what identifies the run, as JSON.
+        run: what identifies the data, as JSON; see `run_identity` for the rest.
         eval_batches: makes a pass over the evaluation data.
 
     Returns:
         The parameters at the end, or the best where `best_metric` is set, and their metrics.
 
     Raises:
-        ValueError: the directory holds another run, or the batches end before the last step.
-        FloatingPointError: a loss was not finite; the last checkpoint is from before that.
-        Interruption: SIGTERM came; the state is saved.
+        ValueError: the directory holds another run, the batches end before the last step, or an
+            option, a learning rate among them, is out of its range.
+        FloatingPointError: a loss, a metric or what would be saved was not finite; the last
+            checkpoint is from before that.
+        Interruption: SIGTERM, SIGHUP or Ctrl-C came; the state is saved.
     """
+    best_mode = options.best_mode(model, eval_batches is not None)
+    rate = schedules.checked(learning_rate, options.total_steps)
     print(describe(model, params), flush=True)
-    transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
+    first, batches = _peek(batches, options)
+    known = run_identity.identify(model, params, options, optimizer, learning_rate, first)
+    run, directory = run_identity.run_file({**known, **run}), pathlib.Path(directory).absolute()
     placement = Placement()
-    state, frozen = _start(model, params, transform, placement)
-    step = make_train_step(model, transform, options.accumulation, options.seed)
-    rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
-
-    def take_step(state, batch):
-        return step(state, frozen, placement.batch(batch))
-
-    def evaluation(state):
-        merged = trees.merge(state.trained, frozen)
-        return eval_batches and evaluate(model, merged, eval_batches(), placement)
-
     with (
-        RunCheckpoints(
-            directory, run, options.keep, options.best_metric, options.best_mode
-        ) as checkpoints,
+        owned(directory),
+        interruption() as requests,
+        _checkpoints(directory, run, options, best_mode) as checkpoints,
         metric_writer(directory) as write,
     ):
-        state, _ = checkpoints.restore(state)
-        batches = itertools.islice(batches, int(state.step), options.total_steps)
-        state = _loop(
-            state, batches, take_step, evaluation, model.metrics, options, rate, checkpoints, write
-        )
-        state, metrics = checkpoints.best(state)
+        transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
+        state, frozen = _start(model, params, transform, placement)
+        state, metrics = checkpoints.restore(state)
+        loop = _Loop(
+            model, frozen, placement, options, eval_batches, checkpoints, write, requests, rate,
+            step=make_train_step(model, transform, options.accumulation, options.seed),
+        )  # fmt: skip
+        if int(state.step) and (line := run_identity.machine_differs(directory, run)):
+            print(line, flush=True)
+        state, metrics = checkpoints.best(loop.run(state, batches, evaluated=bool(metrics)))
     return trees.merge(jax.device_get(state.trained), jax.device_get(frozen)), metrics
 
 
-def _loop(
-    state: TrainState,
-    batches: Iterable[Batch],
-    take_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
-    evaluation: Callable[[TrainState], dict[str, float] | None],
-    metrics_of: Callable[[Sums], dict[str, float]],
-    options: TrainOptions,
-    rate: Callable[[int], float],
-    checkpoints: RunCheckpoints,
-    write: Callable[[int, Mapping[str, float]], None],
-) -> TrainState:
+def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Iterator[Batch]]:
+    """The first batch, and all of them."""
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(f"the data ended after 0 of {options.total_steps} batches")
+    return first, itertools.chain([first], batches)
+
+
+def _checkpoints(
+    directory: pathlib.Path, run: Mapping, options: TrainOptions, best_mode: str
+) -> RunCheckpoints:
+    """Those of a folder, which must be of this run or of none."""
+    run_identity.check_run(directory, run)
+    return RunCheckpoints(directory, run, options.keep, options.best_metric, best_mode)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
     """Takes a step for each batch; logs, evaluates and saves as often as the options say."""
-    number = int(state.step)
-    with (
-        interruption() as interrupted,
-        _Progress(options.total_steps, number, metrics_of) as progress,
-    ):
-        for batch in batches:
-            state, sums = take_step(state, batch)
-            number += 1
-            progress.add(number, sums)
-            saving = number % options.save_every == 0 or number == options.total_steps
-            if saving or number % options.log_every == 0 or interrupted():
-                write(number, progress.flush() | {"learning_rate": float(rate(number - 1))})
-            metrics = evaluation(state) if saving else None
-            if metrics is not None:
-                write(number, {f"eval/{name}": value for name, value in metrics.items()})
-                progress.show(metrics)
-            if saving or interrupted():
-                checkpoints.save(state, metrics)
-            if interrupted() and number < options.total_steps:
-                raise Interruption(f"stopped by SIGTERM after step {number}; the state is saved")
-    if number < options.total_steps:
-        raise ValueError(f"the data ended after {number} of {options.total_steps} batches")
-    return state
 
+    model: Model
+    frozen: Mapping[str, Any]
+    placement: Placement
+    options: TrainOptions
+    eval_batches: Callable[[], Iterable[Batch]] | None
+    checkpoints: RunCheckpoints
+    write: Callable[[int, Mapping[str, float]], None]
+    requests: Requests
+    rate: Callable[[int], float]
+    step: Callable[[TrainState, Mapping, Batch], tuple[TrainState, Sums]]
 
-class _Progress:
-    """The progress bar, and the check that no loss was missed that is not finite."""
+    def _saves_at(self, number: int) -> bool:
+        """Whether a checkpoint, with an evaluation, is due after a step."""
+        return number % self.options.save_every == 0 or number == self.options.total_steps
 
-    def __init__(
-        self, total_steps: int, start: int, metrics_of: Callable[[Sums], dict[str, float]]
-    ):
-        self._metrics_of = metrics_of
-        self._bar = tqdm(total=total_steps, initial=start, unit="step", mininterval=1.0)
-        self._pending: list[tuple[int, Sums]] = []
-        self._since = time.monotonic()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._bar.close()
-
-    def add(self, step: int, sums: Sums) -> None:
-        """Notes a step's sums without waiting for the device."""
-        self._pending.append((step, sums))
-        self._bar.update()
-
-    def flush(self) -> dict[str, float]:
-        """Metrics since the last call; FloatingPointError names the first step without a loss."""
-        pending, self._pending = jax.device_get(self._pending), []
-        for step, sums in pending:
-            if not math.isfinite(sums.loss):
-                raise FloatingPointError(
-                    f"the loss of step {step} is {sums.loss}; the last checkpoint is from before it"
-                )
-        total = jax.tree.map(lambda *x: np.sum(x), *[sums for _, sums in pending])
-        seconds, self._since = time.monotonic() - self._since, time.monotonic()
-        metrics = self._metrics_of(total) | {"examples_per_second": float(total.examples) / seconds}
-        self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, {metrics['examples_per_second']:.1f} examples/s"
-        )
+    def _evaluated(self, state: TrainState) -> dict[str, float] | None:
+        """The metrics; None where there are no data, or the run is to stop."""
+        if self.eval_batches is None:
+            return None
+        params = trees.merge(state.trained, self.frozen)
+        batches = self.eval_batches()
+        metrics = evaluate(self.model, params, batches, self.placement, self.requests)
+        if metrics is not None:
+            self.write(int(state.step), {f"eval/{name}": x for name, x in metrics.items()})
         return metrics
 
-    def show(self, metrics: Mapping[str, float]) -> None:
-        """Prints an evaluation's metrics above the bar."""
-        self._since = time.monotonic()
-        values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._bar.write(f"step {self._bar.n}: {values}")
+    def _stop(self, number: int) -> None:
+        of = f"of {self.options.total_steps}"
+        self.requests.stop(f"step {number} {of} is saved" if number else f"before step 1 {of}")
+
+    def run(self, state: TrainState, batches: Iterator[Batch], evaluated: bool) -> TrainState:
+        """The state after the last step.
+
+        Args:
+            state: the first one, or that of a checkpoint.
+            batches: of the whole run.
+            evaluated: whether the checkpoint has an evaluation.
+        """
+        number, total = int(state.step), self.options.total_steps
+        if 0 < number < total:
+            print(f"continuing at step {number} of {total}", flush=True)
+        cut_off = number and not evaluated and self._saves_at(number)
+        if cut_off and (metrics := self._evaluated(state)) is not None:
+            self.checkpoints.replace(state, metrics)
+        self._stop(number)
+        with Progress(total, number, self.model.report) as progress:
+            for batch in itertools.islice(batches, number, total):
+                state, sums = self.step(state, self.frozen, self.placement.batch(batch))
+                number += 1
+                progress.add(number, sums)
+                saving = self._saves_at(number)
+                if saving or number % self.options.log_every == 0 or self.requests():
+                    rate = float(self.rate(number - 1))
+                    self.write(number, progress.flush() | {"learning_rate": rate})
+                metrics = self._evaluated(state) if saving else None
+                if metrics is not None:
+                    progress.show(metrics)
+                if saving or self.requests():
+                    self.checkpoints.save(state, metrics)
+                    self._stop(number)
+        if number < total:
+            raise ValueError(f"the data ended after {number} of {total} batches")
+        return state

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import shutil
 
 from helpers import (
@@ -249,6 +250,43 @@ def test_the_leaf_of_a_flipped_bit_is_named(saved, base):
     (saved / "adapter.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match=r"corrupt.*SHA-256 differs for \['[\w/]+'\]"):
         load_adapter(saved, DENSE, base)
+
+
+def check_flip(directory, base, params, file, place):
+    """A flipped bit is an error, or changes nothing that is loaded."""
+    data = bytearray((directory / file).read_bytes())
+    place %= len(data) * 8
+    data[place // 8] ^= 1 << place % 8
+    (directory / file).write_bytes(data)
+    try:
+        loaded_config, loaded = load_adapter(directory, DENSE, base)
+    except ValueError as error:
+        assert str(directory) in str(error)
+    else:
+        assert loaded_config == CONFIG.replace(dropout_rate=DENSE.dropout_rate)
+        assert file != "adapter.json"
+        assert_same_tree(loaded, params)
+
+
+def test_flipped_bits_are_errors_or_change_nothing(saved_once, base, params, tmp_path):
+    rng = random.Random(0)
+    for number in range(60):
+        directory = shutil.copytree(saved_once, tmp_path / str(number))
+        file = FILES[number % 2]
+        # In tensors the header first: it is small beside the data.
+        check_flip(
+            directory, base, params, file, rng.randrange(2**14 if number % 4 == 1 else 2**20)
+        )
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("file", FILES)
+def test_many_flipped_bits_are_errors_or_change_nothing(saved_once, base, params, tmp_path, file):
+    rng = random.Random(1)
+    for _ in range(1500):
+        directory = shutil.copytree(saved_once, tmp_path / "flipped")
+        check_flip(directory, base, params, file, rng.randrange(2**20))
+        shutil.rmtree(directory)
 
 
 def test_all_corrupt_leaves_are_named(saved, base):

@@ -25,7 +25,9 @@ def other_value(field):
         return value + value[:1]
     if isinstance(value, bool):
         return not value
-    return value + 1 if isinstance(value, int | float) else value
+    if isinstance(value, float):
+        return value / 2
+    return value + 1 if isinstance(value, int) else value
 
 
 def changed(method):
@@ -41,7 +43,7 @@ def test_every_preset_comes_back_as_it_was(name):
     assert type(through_json(config)) is type(config)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_are_written_by_name(dtype):
     config = TINY.replace(dtype=dtype)
     assert to_json(config)["dtype"] == jnp.dtype(dtype).name
@@ -68,10 +70,10 @@ def test_methods_come_back_together_and_in_their_order():
 
 def test_every_field_of_a_config_comes_back():
     fields = [f for f in dataclasses.fields(TINY_SPEECH) if f.name not in ("methods", "dtype")]
-    others = {field.name: getattr(TINY_SPEECH, field.name) for field in fields}
-    config = TINY_SPEECH.replace(
-        **{name: value + 1 for name, value in others.items() if type(value) in (int, float)}
-    )
+    values = {field.name: getattr(TINY_SPEECH, field.name) for field in fields}
+    others = {name: value + 1 for name, value in values.items() if type(value) is int}
+    others |= {name: value / 2 for name, value in values.items() if type(value) is float}
+    config = TINY_SPEECH.replace(**others)
     assert through_json(config) == config
 
 
@@ -98,7 +100,7 @@ def test_a_field_that_was_not_written_has_its_default():
         ({**FIELDS, "logits_via_embedding": 1}, "logits_via_embedding=1 of a wrong type"),
         ({**FIELDS, "mlp_activations": "relu"}, "mlp_activations='relu' of a wrong type"),
         ({**FIELDS, "mlp_activations": [3]}, r"mlp_activations=\(3,\) of a wrong type"),
-        ({**FIELDS, "dtype": "complex64"}, "dtype='complex64', which is no known dtype"),
+        ({**FIELDS, "dtype": "complex64"}, "not valid: T5Config.dtype .*'complex64'"),
         ({**FIELDS, "methods": {}}, "methods={} is not a list"),
         ({**FIELDS, "methods": ["coda"]}, "the method 'coda' is not an object"),
         ({**FIELDS, "methods": [{}]}, "a file: method None is unknown"),

@@ -1,11 +1,13 @@
 """--gin.NAME=VALUE: what gin can read is read as in a gin file, all else is a text."""
 
+import re
+
 from gin import config_parser
 from hypothesis import example, given
 from hypothesis import strategies as st
 import pytest
 
-from coda_jax import cli
+from coda_jax.commands import gin_files
 
 
 class AsWritten(config_parser.ParserDelegate):
@@ -25,7 +27,7 @@ def statements(line):
 
 def bound(text):
     """The value that gin reads for a binding of NAME; nothing else may be bound."""
-    (statement,) = statements(cli.as_binding(text))
+    (statement,) = statements(gin_files.as_binding(text))
     assert isinstance(statement, config_parser.BindingStatement)
     assert (statement.scope, statement.selector, statement.arg_name) == ("", "NAME", "")
     return statement.value
@@ -46,15 +48,9 @@ TEXTS = [
     "a=b",
     "1=b",
     "a text with spaces",
-    "'unbalanced",
     'unbalanced"',
-    '"""',
     "it's",
-    "(1, 2",
     "1, 2)",
-    "{'inputs': 5",
-    "[[1]",
-    "{[1]: 2}",  # no key of a dict
     "50%",
     "%",
     "@",
@@ -77,6 +73,17 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_what_gin_cannot_read_is_a_text(text):
     assert bound(f"NAME={text}") == text
+
+
+UNCLOSED = ["'unbalanced", '"""', "(1, 2", "{'inputs: 5}", " {'inputs': 5", "[[1]", "{[1]: 2}"]
+
+
+@pytest.mark.parametrize("text", UNCLOSED)
+def test_what_begins_as_a_value_of_gins_must_be_one(text):
+    """A path may begin with a bracket, in quotes."""
+    message = f"--gin.NAME={text}: this is no value of gin's. A quote or a bracket may"
+    with pytest.raises(gin_files.UsageError, match=re.escape(message)):
+        bound(f"NAME={text}")
 
 
 LITERALS = {
@@ -122,6 +129,10 @@ def test_any_value_is_a_literal_or_the_same_text(text):
         (statement,) = statements(f"NAME={text}")
         config_parser.ConfigParser(text.strip(), AsWritten()).parse_value()
     except Exception:
+        if text.lstrip().startswith(("'", '"', "(", "[", "{")):
+            with pytest.raises(gin_files.UsageError):
+                bound(f"NAME={text}")
+            return
         expected = text
     else:
         expected = statement.value
@@ -149,7 +160,7 @@ def test_paths_and_names_are_texts(text):
 
 @pytest.mark.parametrize("name", ["scope/module.function.argument", "module.function.argument"])
 def test_the_name_may_be_a_parameter_with_its_scope(name):
-    (statement,) = statements(cli.as_binding(f"{name}=my_run"))
+    (statement,) = statements(gin_files.as_binding(f"{name}=my_run"))
     scope, _, path = name.rpartition("/")
     assert (statement.scope, statement.value) == (scope, "my_run")
     assert f"{statement.selector}.{statement.arg_name}" == path

@@ -131,7 +131,8 @@ def test_predict_answers_what_the_task_gives(trained, checkpoint, files, tmp_pat
 
 def test_a_cache_gives_the_batches_of_the_task(files, shared, tmp_path):
     path = str(tmp_path / "train.npz")
-    coda("cache", ["runs/cache.gin"], shared | {"OUTPUT": path})
+    given = {name: shared[name] for name in ("MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS")}
+    coda("cache", ["runs/cache.gin"], given | {"OUTPUT": path})
     examples, metadata = read_cache(path)
     assert len(examples) == 12 and metadata["vocabulary"] == "bytes"
     cached, direct = (

@@ -150,7 +150,8 @@ def test_outputs_of_the_encoder_are_written_as_safetensors(base, tmp_path):
         coda("predict", ["runs/predict.gin"], {**given, **asked})
 
 
-@pytest.mark.parametrize("embed", [None, pytest.param("mean", marks=pytest.mark.all)])
+@pytest.mark.all
+@pytest.mark.parametrize("embed", [None, "mean"])
 def test_an_exported_encoder_gives_the_same(trained, embed, tmp_path):
     folder, given = trained
     adapter = folder / "export" / "adapter"

@@ -94,7 +94,8 @@ def test_predict_answers_in_order(trained, checkpoint, tmp_path):
 
 
 def test_a_cache_gives_the_batches_of_the_task(checkpoint, shared, tmp_path):
-    given = shared | {"OUTPUT": tmp_path / "train.npz"}
+    read = ("TRAIN_FILE", "VALIDATION_FILE", "VOCABULARY", "TASK_FEATURE_LENGTHS")
+    given = {name: shared[name] for name in read} | {"OUTPUT": tmp_path / "train.npz"}
     coda("cache", ["runs/cache.gin", "tasks/jsonl.gin"], given)
     examples, metadata = read_cache(tmp_path / "train.npz")
     assert len(examples) == 24

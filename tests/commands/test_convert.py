@@ -12,6 +12,7 @@ import pytest
 from coda_jax import checkpoints, cli, methods, trees
 from coda_jax.checkpoints.adapter import read_manifest
 from coda_jax.commands.convert import convert
+from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.data.vocabulary_files import SPIECE
 from coda_jax.methods import Coda, Full
 from coda_jax.models.t5.config import infer_config
@@ -82,11 +83,12 @@ def test_adapters_make_the_round_trip(tmp_path, name):
 
 def test_an_adapter_file_keeps_its_vocabulary(base, tmp_path):
     config, params = checkpoints.load_hf(base)
+    found = find_fingerprint(base)
     config = config.replace(methods=METHODS)
     params = adapted_params(config, params)
-    checkpoints.save_adapter(tmp_path / "adapter", config, params, vocabulary="pieces")
+    checkpoints.save_adapter(tmp_path / "adapter", config, params, vocabulary=found)
     convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=base)
-    assert read_manifest(tmp_path / "hf" / "adapter")["vocabulary"] == "pieces"
+    assert read_manifest(tmp_path / "hf" / "adapter")["vocabulary"] == found
     assert (tmp_path / "hf" / SPIECE).read_text() == "pieces"
 
 
@@ -189,7 +191,7 @@ def test_the_command_takes_a_recipe_after_its_own_file(t5x_run, base, tmp_path, 
     with pytest.raises(
         ValueError, match=r"with the methods \[\], (.*\n)+  extra: .*adapter/wi/kernel"
     ):
-        cli.main(arguments)
+        cli.run(arguments)
     recipe = ["--gin_file=methods/coda.gin", "--gin.ParallelAdapter.bottleneck=4"]
     recipe += ["--gin.REDUCTION=(1, 2.5)", "--gin.Coda.epsilon=0.1"]
     assert cli.main([*arguments, *recipe, "--gin.Coda.attention=k_to_all"]) == 0
@@ -202,7 +204,7 @@ def test_the_command_takes_a_recipe_after_its_own_file(t5x_run, base, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"layout": "pytorch"}, r"layout='pytorch' is unknown.*'hf', 't5x', 'adapter'"),
+        ({"layout": "pytorch"}, "LAYOUT must be one of .*'hf', 't5x', 'adapter'.* got 'pytorch'"),
         ({"layout": "adapter"}, "nothing to save"),
         ({"layout": "t5x", "step": 3}, r"Hugging Face checkpoint, for which \['step'\]"),
         ({"layout": "t5x", "methods": METHODS}, r"\['methods'\] cannot"),

@@ -1,5 +1,6 @@
 """`coda convert` of runs of `coda train`: of this version, and of version 1."""
 
+import hashlib
 import json
 import shutil
 
@@ -21,6 +22,7 @@ from coda_jax.data.vocabulary_files import SPIECE
 from coda_jax.methods import Coda, Full, ParallelAdapter
 from coda_jax.training.trainer import TrainOptions
 
+PIECES = hashlib.sha256(b"pieces").hexdigest()  # of the vocabulary beside the base
 METHODS = (Coda(reduction=2.5, routing="sigmoid"), ADAPTER)
 
 
@@ -29,7 +31,7 @@ def trained(folder, checkpoint, adaptation, steps=4, save_every=2):
     rng = np.random.default_rng(0)
     cache = folder.parent / "cache.npz"
     examples = [{k: rng.integers(2, 20, 6) for k in ("inputs", "targets")} for _ in range(8)]
-    write_cache(cache, examples, {"vocabulary": "bytes", "vocab_size": 20})
+    write_cache(cache, examples, {"vocabulary": PIECES, "vocab_size": 20})
     return train(
         str(folder),
         loading.load_model(str(checkpoint), methods=adaptation),
@@ -56,7 +58,7 @@ def fixture_base(old, tmp_path_factory):
 
 @pytest.fixture(name="run", scope="module")
 def fixture_run(old, tmp_path_factory):
-    """The folder of a run that trained adapters and routers, on bytes."""
+    """The folder of a run that trained adapters and routers."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     trained(folder, old / "base", METHODS)
     return folder
@@ -67,7 +69,7 @@ def test_the_adapter_of_a_run_is_what_the_run_exported(run, base, tmp_path):
     for name in ("adapter.json", "adapter.safetensors"):
         exported = (run / "export" / "adapter" / name).read_bytes()
         assert (tmp_path / "adapter" / name).read_bytes() == exported
-    assert read_manifest(tmp_path / "adapter")["vocabulary"] == "bytes"
+    assert read_manifest(tmp_path / "adapter")["vocabulary"] == PIECES
     convert(run, tmp_path / "earlier", "adapter", base=base, step=2)
     earlier, last = (load_file(tmp_path / name / "adapter.safetensors")
                      for name in ("earlier", "adapter"))  # fmt: skip
@@ -101,6 +103,35 @@ def test_a_run_needs_its_own_base_and_a_step_that_it_has(run, base, old, tmp_pat
     assert not (tmp_path / "x").exists()
 
 
+def test_a_damaged_checkpoint_of_a_run_is_refused(run, base, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    checkpoints = folder / "checkpoints"
+    shutil.rmtree(checkpoints / "4" / "state")
+    shutil.copytree(checkpoints / "2" / "state", checkpoints / "4" / "state")  # other leaves
+    sentence = r"checkpoints/4 is damaged: the leaf trained/\S+ and \d+ more is not what was saved"
+    with pytest.raises(ValueError, match=sentence):
+        convert(folder, tmp_path / "x", "adapter", base=base)
+    convert(folder, tmp_path / "x", "adapter", base=base, step=2)
+
+
+def test_what_is_converted_goes_with_the_vocabulary_that_it_was_trained_with(run, base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    (other / SPIECE).write_text("other pieces")
+    for layout in ("hf", "adapter", "t5x"):
+        with pytest.raises(ValueError, match=f"another vocabulary than that of {other} .*{PIECES}"):
+            convert(run, tmp_path / "x", layout, base=other)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_holds_something_is_not_written(run, base, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    for layout in ("hf", "adapter"):
+        with pytest.raises(FileExistsError, match="x is not empty; name a new folder"):
+            convert(run, tmp_path / "x", layout, base=base)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["notes.txt"]
+
+
 def test_leaves_that_are_no_models_are_refused(run, base, tmp_path):
     """A run whose description was changed does not lose what it trained."""
     folder = shutil.copytree(run, tmp_path / "run")
@@ -127,9 +158,9 @@ def test_a_run_of_all_leaves_needs_no_base(old, base, tmp_path):
         {"model": {"vocab_size": 3}, "trained": "all"},
         {"model": {"family": "t5", "vocab_size": 3, "depth": 3}, "trained": "all"},
         {"model": {"family": "t5", "vocab_size": 3}},
-        {"format_version": 2},
-        {"format_version": 2, "config": {"family": "t5"}},
-        {"format_version": 3, "config": {"family": "t5", "vocab_size": 3}},
+        {"format_version": 3},
+        {"format_version": 3, "config": {"family": "t5"}},
+        {"format_version": 2, "config": {"family": "t5", "vocab_size": 3}},
     ],
 )
 def test_a_run_whose_description_is_damaged_is_named(tmp_path, description):

@@ -23,7 +23,9 @@ CONFIG = config(coda={"reduction": 2.0})
 DECODING = Decoding(max_input_length=40, max_decode_length=4, num_beams=2, batch_size=4)
 
 
-@pytest.fixture(scope="module", params=[jnp.float32, jnp.bfloat16])
+@pytest.fixture(
+    scope="module", params=[jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.all)]
+)
 def model(request):
     params = jax.tree.map(lambda x: jnp.asarray(x, request.param), random_params(CONFIG))
     return LoadedModel(CONFIG.replace(dtype=request.param), params, None)
@@ -75,13 +77,32 @@ def test_the_manifest_lists_a_program_for_each_bucket(model, folder):
     assert (manifest["arguments"], manifest["results"]) == (["weights", "inputs"], ["tokens"])
 
 
+def test_a_program_has_no_answer_where_a_logit_is_not_finite(model, folder):
+    manifest = json.loads((folder / command.MANIFEST_NAME).read_text())
+    program = jax.export.deserialize((folder / "predict_4x32.jax_export").read_bytes())
+    flat = trees.flatten(model.params)
+    embedding = flat["token_embedder/embedding"]
+    broken = flat | {"token_embedder/embedding": embedding.at[19].set(jnp.nan)}
+    inputs = np.full((4, 32), 3, np.int32)
+    inputs[2, 5] = 19
+    expected, found = (
+        np.array(program.call([leaves[path] for path in manifest["weights"]], inputs))
+        for leaves in (flat, broken)
+    )
+    assert (found[2] == manifest["not_finite"]["tokens"]).all()
+    np.testing.assert_array_equal(np.delete(found, 2, 0), np.delete(expected, 2, 0))
+
+
 def test_bad_requests_are_refused(model, folder, tmp_path):
     with pytest.raises(FileExistsError, match="is not empty"):
         export(model, str(folder), DECODING)
-    with pytest.raises(ValueError, match=r"BATCH_SIZES\[1\] must be .* at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"BATCH_SIZES\[1\] must be .* at least 1, got 0"):
         export(model, str(tmp_path), DECODING, batch_sizes=[2, 0])
+    with pytest.raises(ValueError, match=r"PLATFORMS\[0\] must be one of .* got 'gpu'"):
+        export(model, str(tmp_path), DECODING, platforms=["gpu"])
 
 
+@pytest.mark.all
 def test_drawn_outputs_are_those_of_the_predictor(tmp_path, rng):
     """A program takes the seed and the inputs' numbers, and follows stop texts."""
     cfg = CONFIG.replace(vocab_size=384)

@@ -6,21 +6,22 @@ import json
 import pathlib
 import re
 import sys
-import types
 
 import gin
-from helpers import TINY
+from helpers import T5X_SCRIPT, TINY
 import optax
 import pytest
 
 from coda_jax import checkpoints, cli, hub, trees
 from coda_jax.commands import COMMANDS, loading
+from coda_jax.commands.gin_files import package_folder
 from coda_jax.methods import METHODS, Coda, Full, ParallelAdapter
 from coda_jax.models import param_shapes, preset, presets
 from coda_jax.objectives import BestRQ, model_for
+from coda_jax.training import schedules
 
 shapes = functools.cache(param_shapes)
-FOLDER = cli.package_folder()
+FOLDER = package_folder()
 FOLDERS = ("methods", "runs", "tasks", "t5x")
 
 
@@ -165,7 +166,12 @@ def bindings_of_run(name, monkeypatch, *more):
     monkeypatch.setattr(checkpoints, "swap_in", lambda config, *_: shapes(config))
     monkeypatch.setattr(loading, "init_params", lambda config, _: shapes(config))
     text = including(name)
-    needed = [f"{x}={value}" for x, value in REQUIRED.items() if f"{x} = %gin.REQUIRED" in text]
+    given = {binding.partition("=")[0] for binding in more}
+    needed = [
+        f"{x}={value}"
+        for x, value in REQUIRED.items()
+        if f"{x} = %gin.REQUIRED" in text and x not in given
+    ]
     if name == "runs/train.gin":  # which others include, with a checkpoint or a preset
         needed.append("INITIAL_CHECKPOINT_PATH=unused")
     command = re.findall(r"^(\w+)\.(\1):", text, re.MULTILINE)[-1][0]
@@ -196,6 +202,36 @@ def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
     config = arguments["model"].config
     assert config.methods == pretrained_methods(name)
     arguments["objective"](config)
+
+
+@pytest.mark.parametrize("name", [name for name in files("runs") if "pretrain" in name])
+@pytest.mark.parametrize("steps", [1, 10, 20])
+def test_the_warm_up_follows_the_length_of_the_run(name, steps, monkeypatch):
+    bindings_of_run(name, monkeypatch, f"TRAIN_STEPS={steps}")
+    rate = gin.get_configurable(schedules.warmup_cosine)()
+    rates = [float(rate(step)) for step in range(steps + 1)]
+    assert max(rates) == rates[steps // 4] and 0 < rates[-1] < max(rates)
+
+
+def test_the_numbers_of_a_run_are_checked_through_its_macros(monkeypatch):
+    for binding, message in {
+        "TRAIN_STEPS=0": "total_steps must be a whole number of at least 1, got 0",
+        "BATCH_SIZE=0": "Data.batch_size must be a whole number of at least 1, got 0",
+        "DROPOUT_RATE=1": "DROPOUT_RATE must be a number of at least 0 and below 1, got 1",
+        "DTYPE=float16": "DTYPE must be 'float32' or 'bfloat16', got 'float16': values",
+        "SEED=-1": "seed must be a whole number from 0 to 4294967295, got -1",
+        "REDUCTION=0.5": "Coda.reduction must be a number from 1 to 1000000, got 0.5",
+        "TrainOptions.max_grad_norm=-1": "max_grad_norm must be a number above 0, got -1",
+        "TASK_FEATURE_LENGTHS=64": "feature_lengths must be lengths such as .* got 64",
+        "PRESET_CHANGES=64": "PRESET_CHANGES must be a dictionary such as .* got 64",
+    }.items():
+        gin.clear_config()
+        with pytest.raises(ValueError, match=f"(?i){message}"):
+            bindings_of_run("runs/finetune.gin", monkeypatch, binding)
+    gin.clear_config()
+    bindings_of_run("runs/finetune.gin", monkeypatch, "PEAK_LEARNING_RATE=-1")
+    with pytest.raises(ValueError, match="peak_value must be a number above 0, got -1"):
+        gin.get_configurable(schedules.warmup_cosine)()
 
 
 def pretrained_methods(name):
@@ -258,9 +294,7 @@ def test_files_of_t5x_are_parsed(monkeypatch):
     """On top of a run's file, where they are not one; tests/t5x makes what they configure."""
     reason = "T5X is not installed: make test-t5x T5X_PATH=..."
     pytest.importorskip("t5x.models", reason=reason, exc_type=ImportError)
-    script = types.ModuleType("__main__")  # T5X's files configure the program that is run
-    script.train, script.evaluate, script.infer = (lambda **kwargs: kwargs for _ in range(3))
-    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setitem(sys.modules, "__main__", T5X_SCRIPT)
     for name in files("t5x"):
         own_run = "include 't5x/configs/runs" in including(name)
         names = [name] if own_run else ["t5x/finetune.gin", name]

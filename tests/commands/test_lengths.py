@@ -1,5 +1,6 @@
 """How long inputs and outputs may be, and that whatever is cut is said."""
 
+import dataclasses
 import json
 
 from helpers import TINY_SPEECH, config, random_params
@@ -31,7 +32,8 @@ def lengths_of(decoding):
 
 
 def test_lengths_are_those_said_or_of_the_training_or_of_the_checkpoint(tmp_path):
-    plain, trained = LoadedModel(CONFIG, {}, tmp_path), LoadedModel(CONFIG, {}, tmp_path, TRAINED)
+    plain = LoadedModel(CONFIG, {}, tmp_path)
+    trained = dataclasses.replace(plain, lengths=TRAINED)
     assert lengths_of(completed(Decoding(), plain)) == (512, 64)
     assert lengths_of(completed(Decoding(), trained)) == (40, 16)  # 9, rounded up
     said = Decoding(max_input_length=7, max_decode_length=5)
@@ -42,13 +44,13 @@ def test_lengths_are_those_said_or_of_the_training_or_of_the_checkpoint(tmp_path
     (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 20}')
     assert lengths_of(completed(Decoding(), plain)) == (512, 20)
     assert lengths_of(completed(Decoding(), trained)) == (40, 16)
-    speech = LoadedModel(TINY_SPEECH, {}, None, {"inputs": 90, "targets": 9})
+    speech = LoadedModel(TINY_SPEECH, {}, None, lengths={"inputs": 90, "targets": 9})
     assert lengths_of(completed(Decoding(), speech)) == (90, 90)  # a token a frame at most
 
 
 def test_predict_says_what_it_cut(model, tmp_path, capsys):
     (tmp_path / "in.txt").write_text("a\n" + "b" * 50 + "\n")
-    trained = LoadedModel(CONFIG, model.params, None, TRAINED)
+    trained = LoadedModel(CONFIG, model.params, None, lengths=TRAINED)
     output = tmp_path / "new" / "folder" / "out.jsonl"
     predict(trained, str(tmp_path / "in.txt"), str(output), Decoding(batch_size=2), "bytes")
     assert len(output.read_text().splitlines()) == 2

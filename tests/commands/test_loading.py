@@ -244,13 +244,13 @@ def test_an_adapter_file_brings_the_head_that_the_base_lacks(tmp_path):
 
 def test_an_adapter_of_another_vocabulary_than_the_bases_is_refused(tmp_path):
     base = tmp_path / "base"
+    vocabulary_of = {"same": find_fingerprint(bundled.VOCABULARY), "other": "0" * 64}.get
     for name in ("same", "other", "unknown"):
-        vocabulary = {"same": find_fingerprint(bundled.VOCABULARY), "other": "0" * 64}.get(name)
-        save(base, ROUTED, adapter=tmp_path / name, vocabulary=vocabulary)
+        save(base, ROUTED, adapter=tmp_path / name, vocabulary=vocabulary_of(name))
     folders = {name: str(tmp_path / name) for name in ("same", "other", "unknown")}
     load_model(str(base), adapter_checkpoint=folders["other"])  # the base does not know its own
     (base / "spiece.model").write_bytes((bundled.VOCABULARY / "spiece.model").read_bytes())
-    for name in ("same", "unknown"):
-        load_model(str(base), adapter_checkpoint=folders[name])
+    for name, known in (("same", {folders["same"]: vocabulary_of("same")}), ("unknown", None)):
+        assert load_model(str(base), adapter_checkpoint=folders[name]).adapter == known
     with pytest.raises(ValueError, match=f"another vocabulary than that of {base} .*0000, "):
         load_model(str(base), adapter_checkpoint=folders["other"])

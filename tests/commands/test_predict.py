@@ -68,6 +68,7 @@ def test_draws_are_the_same_in_chunks_of_any_size(model, inputs):
     assert lines != written(model, inputs, options | {"seed": 5})
 
 
+@pytest.mark.all
 def test_a_text_ends_with_its_stop_text_also_behind_a_prefix_that_has_it(model, inputs):
     free = written(model, inputs, {})[0]["prediction"]
     stopped = written(model, inputs, {"stop_strings": free[2]})[0]["prediction"]

@@ -8,6 +8,7 @@ import pytest
 
 from coda_jax import cli
 from coda_jax.commands import loading
+from coda_jax.commands.gin_files import package_folder
 from coda_jax.methods import METHODS, Coda, Full, Method, ParallelAdapter
 
 RUN = ["runs/check.gin"]
@@ -27,7 +28,6 @@ def methods_of(files, *bindings, search_paths=()):
         (["methods/coda.gin", "methods/full.gin"], ["coda", "full"]),
         (["coda_jax/gin_configs/methods/full.gin", "methods/coda.gin"], ["full", "coda"]),
         (["methods/coda_sigmoid.gin", "methods/coda.gin"], ["coda_sigmoid", "coda"]),
-        (["runs/pretrain_stdlib.gin", "methods/coda.gin"], ["full", "coda"]),
         (["{folder}/own.gin", "methods/full.gin"], ["coda_sigmoid", "full"]),
         (["own.gin", "methods/full.gin"], ["coda_sigmoid", "full"]),
         (["{folder}/outer.gin", "methods/full.gin"], ["coda_sigmoid", "full"]),
@@ -38,11 +38,16 @@ def test_two_recipes_in_one_command_are_refused(files, found, tmp_path):
     """Also where a file includes one, of the package or one's own, found by path or by search."""
     (tmp_path / "own.gin").write_text(OWN)
     (tmp_path / "outer.gin").write_text("include 'own.gin'\n")
-    places = {"folder": tmp_path, "package": cli.package_folder().resolve()}
+    places = {"folder": tmp_path, "package": package_folder().resolve()}
     files = [file.format(**places) for file in files]
     named = [f"methods/{name}.gin" for name in found]
     with pytest.raises(ValueError, match=re.escape(f"two recipes in one command: {named}; give")):
         methods_of(files, search_paths=[tmp_path])
+
+
+def test_a_recipe_beside_a_run_that_brings_one_is_refused():
+    with pytest.raises(ValueError, match=r"two recipes in one command: .*full\.gin.*coda\.gin"):
+        cli.configure(["runs/pretrain_stdlib.gin", "methods/coda.gin"], [], [])
 
 
 @pytest.mark.parametrize("files", [["methods/coda_sigmoid.gin"] * 2, ["own.gin"], ["outer.gin"]])

@@ -11,6 +11,7 @@ from tokenizer_folders import FOLDER
 from coda_jax.commands import evaluate as evaluate_module
 from coda_jax.commands.convert import convert
 from coda_jax.commands.evaluate import evaluate
+from coda_jax.commands.export import export as write_programs
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.commands.predict import predict
 from coda_jax.commands.train import export
@@ -66,6 +67,25 @@ def test_predict_takes_and_checks_the_vocabulary_beside_the_checkpoint(model, tm
         predict(beside, *files, decoding, vocabulary=str(FOLDER / "llama_5"))
     with pytest.raises(ValueError, match="The vocabulary has eos_id=1, the model eos_id=2"):
         predict(model, *files, decoding, vocabulary=str(FOLDER / "unigram_4"))
+
+
+def test_the_vocabulary_that_is_used_is_the_one_of_the_adapter(model, task, tmp_path):
+    """Also where it is given beside a base that has none."""
+    (tmp_path / "inputs.txt").write_text("the file\n")
+    used = find_fingerprint(FOLDER / "byte_bpe")
+    trained = LoadedModel(model.config, model.params, None, {"my_run/adapter": "0" * 64})
+    decoding = Decoding(max_input_length=16, max_decode_length=4, stop_strings=("x",))
+    given = {"vocabulary": str(FOLDER / "byte_bpe")}
+    named = f"my_run/adapter was trained with another .* used .SHA-256 0{{64}}, {used}"
+    with pytest.raises(ValueError, match=named):
+        predict(trained, str(tmp_path / "inputs.txt"), str(tmp_path / "x"), decoding, **given)
+    with pytest.raises(ValueError, match=named):
+        write_programs(trained, str(tmp_path / "x"), decoding, **given)
+    with pytest.raises(ValueError, match=named):
+        evaluate(trained, task("byte_bpe"), LENGTHS, decoding)
+    assert not (tmp_path / "x").exists()
+    known = LoadedModel(model.config, model.params, None, {"my_run/adapter": used})
+    Data(LENGTHS, task("byte_bpe")).check_vocabulary(**known.vocabulary)
 
 
 @pytest.mark.parametrize(("name", "pad_id"), [("llama_5", 1), ("byte_bpe", 0)])

@@ -79,7 +79,7 @@ def test_methods_that_are_not_in_the_table_are_refused():
 
     with pytest.raises(ValueError, match="method 'unknown' is unknown; it must be one of"):
         tiny.replace(methods=(Unknown(),))
-    with pytest.raises(TypeError, match="must be methods such as those of METHODS, got 'a name'"):
+    with pytest.raises(ValueError, match="must be methods such as those of METHODS, got 'a name'"):
         tiny.replace(methods=("a name",))
     with pytest.raises(ValueError, match="no_such_method"):
         methods.find("no_such_method")

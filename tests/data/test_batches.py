@@ -151,11 +151,11 @@ def test_a_batch_is_as_long_as_its_longest_example_rounded_up():
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"batch_size": 0}, "batch_size .* not 0"),
-        ({"batch_size": 2.0}, "batch_size .* not 2.0"),
-        ({"feature_lengths": {"inputs": 0, "targets": 3}}, r"feature_lengths\['inputs'\] .* not 0"),
-        ({"feature_lengths": {"inputs": 3}}, "must have the keys"),
-        ({"pack": True, "max_segments": 0}, "max_segments .* not 0"),
+        ({"batch_size": 0}, "batch_size .* got 0"),
+        ({"batch_size": 2.0}, "batch_size .* got 2.0"),
+        ({"feature_lengths": {"inputs": 0, "targets": 3}}, r"feature_lengths\['inputs'\] .* got 0"),
+        ({"feature_lengths": {"inputs": 3}}, "must be lengths such as"),
+        ({"pack": True, "max_segments": 0}, "max_segments .* got 0"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(changed, named):

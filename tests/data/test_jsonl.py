@@ -59,7 +59,7 @@ def test_a_jsonl_task_reads_its_files(write):
         test='{"inputs": "ü ", "targets": "", "id": 3}',  # So are other fields and no line end.
     )
     name = jsonl.jsonl_task(**files, vocabulary="bytes")
-    assert name.startswith("jsonl_") and len(name) == 18
+    assert name == "jsonl_train_test"
     task = jsonl.TASKS[name]
     assert as_lists(task.examples("train")) == [([100, 1], [101, 1]), ([102, 1], [103, 13, 1])]
     assert as_lists(task.examples("test")) == [([198, 191, 35, 1], [1])]

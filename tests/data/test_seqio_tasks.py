@@ -49,6 +49,7 @@ def test_a_shuffled_mixture_repeats_with_its_seed_only():
     assert first != other
 
 
+@pytest.mark.all
 def test_a_mixture_holds_its_tasks_at_their_rates(vocabulary):
     found = read("stdlib_pretrain", "validation", shuffle=True, num_epochs=None, limit=800)
     starts = [vocabulary.decode(inputs[:8]).split(":")[0] for inputs, _ in found]

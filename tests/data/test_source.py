@@ -1,6 +1,7 @@
 """`Data`: the batches of JSONL tasks, cache files and seqio tasks, and whose token ids they are."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from coda_jax import bundled
 from coda_jax.data import jsonl, seqio_tasks
 from coda_jax.data.batches import INCOMPLETE, batch_examples, epochs
 from coda_jax.data.cache import write_cache
-from coda_jax.data.examples import Expected
+from coda_jax.data.examples import Expected, num_shared
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.tasks import offline  # noqa: F401 (registers the tasks)
@@ -130,8 +131,8 @@ def fixture_files(tmp_path):
         files = {}
         for split, pairs in splits.items():
             lines = [json.dumps({"inputs": i, "targets": t}) for i, t in pairs]
-            (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-            files[f"{split}_file"] = str(tmp_path / f"{split}.jsonl")
+            (tmp_path / f"my_{split}.jsonl").write_text("\n".join(lines))
+            files[f"{split}_file"] = str(tmp_path / f"my_{split}.jsonl")
         return jsonl.jsonl_task(vocabulary="bytes", **files)
 
     return make
@@ -143,7 +144,7 @@ def test_limits_are_those_given_or_of_the_cache_or_defaults(task, cache, tmp_pat
     assert Data({"inputs": 7}, task).limited(9).feature_lengths == {"inputs": 7, "targets": 512}
     assert Data(None, cache=cache).limited().feature_lengths == LENGTHS
     assert Data({"targets": 3}, cache=cache).limited().feature_lengths == LENGTHS | {"targets": 3}
-    for wrong, named in (({"input": 3}, "not \\['input'\\]"), ({"inputs": 0}, "not 0")):
+    for wrong, named in (({"input": 3}, "got {'input': 3}"), ({"inputs": 0}, "got 0")):
         with pytest.raises(ValueError, match=named):
             Data(wrong, task)
 
@@ -222,8 +223,8 @@ def test_a_split_is_the_validation_or_the_only_one(files):
 
 def test_examples_of_both_splits_are_counted(files):
     task = files(train=[("a", "b"), ("c", "d")], validation=[("c", "d"), ("c", "e"), ("a", "b")])
-    validation = Data(LENGTHS, task, split="validation")
-    assert validation.shared_with(Data(LENGTHS, task), BYTES) == 2
+    read = [Data(LENGTHS, task, split=split).chosen(BYTES) for split in ("validation", "train")]
+    assert num_shared(*read) == 2
 
 
 def test_examples_of_a_stream_are_looked_at_and_counted_as_they_come(capsys):
@@ -274,3 +275,29 @@ for found in (data, source.Data({LENGTHS!r}, cache="cache.npz", batch_size=1)):
     result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["some text"] * 2
+
+
+def test_data_are_described_by_their_contents(tmp_path, cache):
+    """Not by where they lie."""
+
+    def described(folder, targets, **others):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "train.jsonl"
+        lines = [{"inputs": "a", "targets": text} for text in targets]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        task = jsonl.jsonl_task(train_file=str(path), vocabulary="bytes")
+        return Data(LENGTHS, task, **others).description()
+
+    first = described("first", "bc")
+    json.dumps(first)
+    assert first == described("moved", "bc") and str(tmp_path) not in str(first)
+    assert first.keys() >= {"sha256", "feature_lengths", "batch_size", "pack", "split", "seed"}
+    for other in (described("edited", "bd"), described("first", "bc", seed=1)):
+        assert other != first
+    copied = tmp_path / "copied.npz"
+    shutil.copy(cache, copied)
+    assert (
+        Data(LENGTHS, cache=cache).description() == Data(LENGTHS, cache=str(copied)).description()
+    )
+    seqio = Data(LENGTHS, "image_folder_0123456789ab").description()
+    assert seqio["task"] == "image_folder"  # the hash is one of paths, too

@@ -63,18 +63,17 @@ def test_a_token_that_is_not_routed_gets_no_update(rng):
     config = TINY.replace(methods=(Coda(reduction=4), Lora(rank=2)))
     params = random_params(config)
     tokens = random_tokens(rng, [12], 12)
-    model = model_for(config)
     without = {p: leaf * ("lora_b" not in p) for p, leaf in trees.flatten(params).items()}
     # One layer, so that what is not selected is the embedding as it came.
-    one = config.replace(num_encoder_layers=1)
+    model = model_for(config.replace(num_encoder_layers=1))
     keep = {p: x for p, x in trees.flatten(params).items() if "encoder/layers_1" not in p}
     bare = {p: x for p, x in without.items() if "encoder/layers_1" not in p}
-    routed = model_for(one).routing(trees.unflatten(keep), tokens)[0, 0] > 0
-    found = model_for(one).encode(trees.unflatten(keep), tokens)
-    plain = model_for(one).encode(trees.unflatten(bare), tokens)
+    routed = jax.jit(model.routing)(trees.unflatten(keep), tokens)[0, 0] > 0
+    encode = jax.jit(model.encode)
+    found = encode(trees.unflatten(keep), tokens)
+    plain = encode(trees.unflatten(bare), tokens)
     changed = np.abs(np.asarray(found - plain))[0].max(-1) > 1e-6
     assert changed.tolist() == np.asarray(routed).tolist() and routed.sum() == 3
-    assert model.encode(params, tokens).shape == (1, 12, TINY.emb_dim)
 
 
 def test_merge_keeps_the_dtype_of_the_base_and_the_other_methods(rng):
@@ -91,10 +90,10 @@ def test_merge_keeps_the_dtype_of_the_base_and_the_other_methods(rng):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 0}, r"Lora\.rank must be at least 1, got 0"),
-        ({"alpha": 0.0}, r"Lora\.alpha must be above 0, got 0\.0"),
+        ({"rank": 0}, r"Lora\.rank must be .* at least 1, got 0"),
+        ({"alpha": 0.0}, r"Lora\.alpha must be .* above 0, got 0\.0"),
         ({"targets": ("atention/query",)}, r"\['atention/query'\] match no projection; there are"),
-        ({"targets": ()}, r"match no projection"),
+        ({"targets": ()}, r"Lora\.targets must be a tuple that is not empty"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -33,7 +33,9 @@ def test_new_adapter_adds_nothing_but_can_learn(rng):
 
 
 def test_unknown_activation_and_empty_bottleneck_are_refused():
-    with pytest.raises(ValueError, match="unknown activation 'swoosh'"):
+    with pytest.raises(
+        ValueError, match=r"ParallelAdapter\.activation must be one of .* got 'swoosh'"
+    ):
         ParallelAdapter(activation="swoosh")
-    with pytest.raises(ValueError, match=r"ParallelAdapter\.bottleneck must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"ParallelAdapter\.bottleneck must be .* 1, got 0"):
         ParallelAdapter(bottleneck=0)

@@ -94,7 +94,7 @@ def test_a_config_keeps_its_methods_in_the_order_of_the_table():
 def test_methods_that_do_not_go_together_or_are_none_are_refused():
     with pytest.raises(ValueError, match=r"different kinds, got two of \['coda'\]"):
         TINY.replace(methods=(Coda(2), ADAPTER, Coda(3)))
-    with pytest.raises(TypeError, match="must be methods such as those of METHODS, got 'coda'"):
+    with pytest.raises(ValueError, match="must be methods such as those of METHODS, got 'coda'"):
         TINY.replace(methods=("coda",))
     with pytest.raises(ValueError, match=r"method 'adaptor' is unknown; .*'parallel_adapter'"):
         methods.find("adaptor")

@@ -71,9 +71,10 @@ def first_by_score(scores, length):
     return np.isin(np.arange(len(scores)), order)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.all)])
 @pytest.mark.parametrize(
-    ("attention", "emb_dim", "router_scale"), [("k_to_k", 192, 1), ("k_to_all", 36, 1000)]
+    ("attention", "emb_dim", "router_scale"),
+    [pytest.param("k_to_k", 192, 1, marks=pytest.mark.all), ("k_to_all", 36, 1000)],
 )
 def test_equal_tokens_have_equal_scores_in_the_first_layer(
     rng, attention, emb_dim, router_scale, dtype
@@ -118,6 +119,7 @@ def test_outputs_agree_but_for_near_ties_in_deeper_layers(rng, record_property):
     assert np.abs(difference).max() < 1e-4 * np.abs(expected[real]).max()
 
 
+@pytest.mark.all
 def test_how_often_bfloat16_picks_otherwise(rng, record_property):
     """In the first layer never; deeper the hidden states differ by themselves, and this counts."""
     cfg, params = make_model(num_encoder_layers=2, vocab_size=200, dtype=jnp.bfloat16)

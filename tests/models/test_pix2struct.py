@@ -49,6 +49,7 @@ def test_a_small_and_a_large_image_give_what_each_gives_alone(rng):
     np.testing.assert_allclose(answer(noisy), together, atol=1e-5)
 
 
+@pytest.mark.all
 def test_packed_batches_have_the_loss_of_single_rows(rng):
     """Invariant 3, the whole network, on the batches that the trainer gets."""
     images, targets = random_patches(rng, [(1, 3), (2, 2), (1, 1)], 4), [[5, 1], [7, 8, 1], [1]]
@@ -97,7 +98,9 @@ def test_an_image_with_more_rows_than_positions_is_not_read_in_silence(rng):
     assert np.isnan(encode(DENSE, random_params(DENSE), patches)[0][0, -1]).all()
 
 
-@pytest.mark.parametrize("cfg", [DENSE, ROUTED], ids=["dense", "routed"])
+@pytest.mark.parametrize(
+    "cfg", [pytest.param(DENSE, marks=pytest.mark.all), ROUTED], ids=["dense", "routed"]
+)
 def test_cached_decoding_gives_the_tokens_of_the_uncached_network(cfg, rng):
     params = random_params(cfg)
     patches = random_patches(rng, SIZES[:3], 12)
@@ -109,6 +112,7 @@ def test_cached_decoding_gives_the_tokens_of_the_uncached_network(cfg, rng):
     np.testing.assert_array_equal(np.asarray(tokens)[before_end], np.asarray(found)[before_end])
 
 
+@pytest.mark.all
 def test_beam_search_takes_patches(rng):
     patches = random_patches(rng, SIZES[:3], 12)
     model = Seq2Seq(ROUTED)
@@ -127,5 +131,5 @@ def test_routing_has_the_weights_of_the_patches_that_a_layer_takes(rng):
 
 @pytest.mark.parametrize("name", ["patch_size", "num_positions"])
 def test_sizes_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"Pix2StructConfig.{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"Pix2StructConfig.{name} must be .* at least 1, got 0"):
         Pix2StructConfig(vocab_size=4, **{name: 0})

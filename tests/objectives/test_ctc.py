@@ -145,6 +145,7 @@ def test_search_finds_what_that_of_tensorflow_does(num_beams, rng):
     np.testing.assert_allclose(scores[:, 0], their_scores.numpy()[:, 0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.all
 def test_beams_find_transcripts_at_least_as_probable_as_the_best_alignment_has(rng):
     params = random_params(CONFIG)
     frames = random_frames(rng, [12, 6, 9], 12)

@@ -283,6 +283,7 @@ def test_beam_search_equals_t5x(num_beams, strength, prefix, rng):
     np.testing.assert_allclose(np.asarray(scores)[found], expected_scores[found], atol=1e-5)
 
 
+@pytest.mark.all
 def test_results_do_not_depend_on_padding_and_other_rows(rng):
     """Invariant 2, in the shapes of the tests above."""
     cfg = CONFIGS["coda, untied"]

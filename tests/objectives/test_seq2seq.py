@@ -10,6 +10,7 @@ import pytest
 
 from coda_jax.data.batches import INCOMPLETE
 from coda_jax.objectives import Seq2Seq
+from coda_jax.objectives.base import LOSS
 
 CONFIG = config(coda={"reduction": 2.0}, num_encoder_layers=1)
 
@@ -44,7 +45,7 @@ def test_loss_is_the_weighted_cross_entropy(batch, z_loss):
         total += z_loss * np.log(np.exp(found[row, column]).sum()) ** 2
     np.testing.assert_allclose(loss, total, rtol=1e-5)
     assert (sums.weight, sums.examples) == (6, 2)
-    np.testing.assert_allclose(sums.metrics()["loss"], total / 6, rtol=1e-5)
+    np.testing.assert_allclose(LOSS.of(sums), total / 6, rtol=1e-5)
 
 
 def test_exact_counts_rows_whose_every_token_is_the_most_probable(batch):

@@ -30,5 +30,5 @@ def test_flops_of_a_matrix_product():
 
 
 def test_no_rounds_are_refused():
-    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rounds must be a whole number of at least 1, got 0"):
         timing.time_interleaved({}, rounds=0)

@@ -3,10 +3,10 @@
 import importlib
 import re
 import sys
-import types
 
 import gin
 from helpers import (
+    T5X_SCRIPT,
     TINY_SPEECH,
     config,
     random_frames,
@@ -23,6 +23,7 @@ import pytest
 import seqio
 
 from coda_jax import checkpoints, cli, gin_configs, methods, trees
+from coda_jax.commands import gin_files
 from coda_jax.methods import Coda, Full, Lora, ParallelAdapter
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.w2v_bert.config import W2vBertConfig
@@ -198,17 +199,13 @@ REQUIRED = {
 }
 
 
-RECIPES = sorted(path.name for path in (cli.package_folder() / "methods").glob("*.gin"))
-
-# T5X's run files configure the script that runs; here that is a module of its own.
-SCRIPT = types.ModuleType("__main__")
-SCRIPT.train, SCRIPT.evaluate, SCRIPT.infer = (lambda **kwargs: kwargs for _ in range(3))
+RECIPES = sorted(path.name for path in (gin_files.package_folder() / "methods").glob("*.gin"))
 
 
 @pytest.fixture(name="make_model")
 def fixture_make_model(monkeypatch):
     """Returns a function that makes the model of gin files and a checkpoint."""
-    monkeypatch.setitem(sys.modules, "__main__", SCRIPT)
+    monkeypatch.setitem(sys.modules, "__main__", T5X_SCRIPT)
 
     def make(files, checkpoint, **changes):
         paths = dict.fromkeys(("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH"), f"'{checkpoint}'")

@@ -223,7 +223,7 @@ def test_a_task_is_registered_once_for_its_arguments(tmp_path):
         language.task("clinc150", offline.VOCABULARY_FILE),
     ]
     assert len(set(names)) == 3
-    assert all(re.fullmatch("clinc150_[0-9a-f]{12}", name) for name in names)
+    assert all(re.fullmatch(r"clinc150(_\d+)?", name) for name in names)
     task = seqio.TaskRegistry.get(names[0])
     assert language.task("clinc150", "bytes") == names[0]
     assert seqio.TaskRegistry.get(names[0]) is task

@@ -124,6 +124,7 @@ def test_passages_are_whole_lines_of_at_least_a_size_and_together_the_text(corpu
     assert offline.passages("", 5) == []
 
 
+@pytest.mark.all
 def test_no_held_out_source_is_in_the_span_corruption(corpus, vocabulary):
     lengths = {"inputs": 1024, "targets": 256}
     noised = examples("stdlib_span_corruption", "train", lengths=lengths)
@@ -149,6 +150,7 @@ def test_pretraining_has_no_test_split_and_its_validation_no_test_functions(corp
             assert any(record["inputs"].removeprefix("summary: ") in text for text in validation)
 
 
+@pytest.mark.all
 def test_siblings_and_summaries_name_no_held_out_function_and_not_the_module(corpus):
     by_masked = {offline.mask_name(f.source, f.name): f for f in corpus.functions}
     names = collections.defaultdict(set)

@@ -15,7 +15,8 @@ TASKS = tuple(offline_speech.RECIPES)
 LENGTHS = {"spoken_digits": (400, 10), "spoken_digits_clean": (200, 6)}  # as in gin_configs/tasks
 
 
-@pytest.mark.parametrize("name", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.all)])
+@pytest.mark.all
+@pytest.mark.parametrize("name", TASKS)
 def test_a_recording_depends_on_its_split_and_number_alone(name):
     made = {
         (split, i): offline_speech.spoken_digits(name, split, i)
@@ -161,6 +162,7 @@ def test_no_target_is_cut():
         assert longest == LENGTHS[name][1]
 
 
+@pytest.mark.all
 def test_the_most_digits_of_the_slowest_speakers_fit():
     """Also those of captcha's clips, the longest of which lasts 0.58 s."""
     slowest = min(offline_speech.PITCHES) * min(offline_speech.SPEEDS)

@@ -56,6 +56,7 @@ def test_speed_and_pitch_are_heard():
     assert period(0.7) > 1.2 * period(1.3)
 
 
+@pytest.mark.all
 @synthesised
 def test_clips_depend_neither_on_the_process_nor_on_what_was_said_before():
     """The synthesiser alone would read whatever its memory held: another allocator, other bits."""

@@ -1,21 +1,31 @@
 """What a run keeps on disk: a cut run ends like an uncut one, and a directory has one run."""
 
+import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from training_runs import make_batches, run
+import training_runs
+from training_runs import Quick, make_batches
 
 from coda_jax.data.cache import write_cache
 from coda_jax.training import run_directory
-from coda_jax.training.run_directory import Interruption, claim_directory
+from coda_jax.training.run_directory import Interruption, interruption, owned
+
+run = functools.partial(training_runs.run, model=Quick)
 
 
 @pytest.fixture(name="finished", scope="module")
@@ -32,7 +42,8 @@ def test_the_directory_tells_what_was_done(finished):
     directory, _, _, metrics = finished
     assert {"loss", "token_accuracy", "exact_match"} <= metrics.keys()
     described = json.loads((directory / "run.json").read_text())
-    assert described == {"format_version": 2, "name": "test"}
+    assert described["format_version"] == 3 and described["name"] == "test"
+    assert described["learning_rate"] == {"name": "constant", "value": 0.01}
     assert list(directory.glob("events.out.tfevents*"))
     assert sorted(int(p.name) for p in (directory / "checkpoints").iterdir()) == [3, 6]
 
@@ -45,42 +56,28 @@ def test_a_finished_run_returns_the_same_again(finished):
 
 
 def test_another_run_may_not_use_the_directory(finished):
-    with pytest.raises(ValueError, match=r"holds another run(.|\n)*name: there 'test', here 'b'"):
+    with pytest.raises(ValueError, match=r"other settings:\n  name: there 'test', here 'b'\n"):
         run(finished[0], run={"name": "b"})
 
 
-def test_every_difference_of_a_run_is_listed(tmp_path):
-    first = {"config": {"emb_dim": 8, "methods": [{"name": "coda"}]}, "seed": 0, "gone": 1}
-    claim_directory(tmp_path, first)
-    claim_directory(tmp_path, {**first, "seed": 0})  # the same
-    second = {"config": {"emb_dim": 9, "methods": []}, "seed": 0, "new": (1, 2)}
-    with pytest.raises(ValueError, match="another run") as error:
-        claim_directory(tmp_path, second)
-    assert str(error.value).splitlines()[1:] == [
-        "  config/emb_dim: there 8, here 9",
-        "  config/methods: there [{'name': 'coda'}], here []",
-        "  gone: there 1, here None",
-        "  new: there None, here [1, 2]",
-    ]
-    assert json.loads((tmp_path / "run.json").read_text()) == {"format_version": 2, **first}
+def test_a_first_step_that_fails_claims_nothing(tmp_path):
+    class TooLarge(Quick):
+        """Whose step needs more memory than there is."""
+
+        def loss(self, params, batch, rng=None):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(tmp_path, batches=make_batches(rows=8), model=TooLarge)
+    run(tmp_path, batches=make_batches(rows=4), options=training_runs.OPTIONS)
 
 
-@pytest.mark.parametrize(("version", "found"), [({}, "1"), ({"format_version": 3}, "3")])
-def test_a_run_of_another_version_is_not_continued(tmp_path, version, found):
-    (tmp_path / "run.json").write_text(json.dumps({**version, "name": "test"}))
-    sentence = (
-        f"holds a run of format_version={found}, which this version .2. cannot continue: "
-        "`coda convert` turns it into a checkpoint or an adapter"
-    )
-    with pytest.raises(ValueError, match=sentence):
-        claim_directory(tmp_path, {"name": "test"})
-    assert json.loads((tmp_path / "run.json").read_text()) == {**version, "name": "test"}
-
-
-def test_a_damaged_description_is_named(tmp_path):
-    (tmp_path / "run.json").write_text('{"format_version": 2, "na')
-    with pytest.raises(ValueError, match=r"run\.json is not valid JSON"):
-        claim_directory(tmp_path, {"name": "test"})
+def test_two_processes_do_not_train_in_one_directory(tmp_path):
+    another = pytest.raises(ValueError, match="another process is training in")
+    with owned(tmp_path), another, owned(tmp_path):
+        pass
+    with owned(tmp_path):
+        pass
 
 
 def test_metrics_are_dropped_where_there_is_no_tensorboard(tmp_path, monkeypatch):
@@ -93,20 +90,140 @@ def test_metrics_are_dropped_where_there_is_no_tensorboard(tmp_path, monkeypatch
 # --- Runs that are cut off ---
 
 
-def test_a_run_cut_by_sigterm_ends_like_an_uncut_one(tmp_path, finished):
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_run_that_is_asked_to_stop_ends_like_an_uncut_one(tmp_path, finished, signum, capsys):
     def batches():
         for number, batch in enumerate(make_batches(), start=1):
             if number == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signum)
             yield batch
 
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interruption, match="after step 2"):
+    handlers = list(map(signal.getsignal, SIGNALS))
+    sentence = f"stopped by {signum.name}: step 2 of 6 is saved"
+    with pytest.raises(Interruption, match=sentence) as error:
         run(tmp_path, batches=batches())
+    assert error.value.exit_code == 128 + signum
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert list(map(signal.getsignal, SIGNALS)) == handlers
+    capsys.readouterr()
     _, after, _ = run(tmp_path)
+    assert "continuing at step 2 of 6" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, after, finished[2])
+
+
+def test_an_evaluation_is_cut_off_and_made_up_for(tmp_path, finished, capsys):
+    """So that a stop need not wait for its end; the run's metrics stay what they are."""
+    evaluated = []
+
+    def stopping():
+        for number, batch in enumerate(make_batches(2)):
+            yield batch
+            evaluated.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interruption, match="step 3 of 6 is saved"):
+        run(tmp_path, eval_batches=stopping)
+    assert evaluated == [0]
+    contents = tmp_path / "checkpoints" / "3" / "contents" / "metadata"
+    assert json.loads(contents.read_text())["evaluation"] == {}
+    _, after, metrics = run(tmp_path)
+    assert json.loads(contents.read_text())["evaluation"].keys() == metrics.keys()
+    jax.tree.map(np.testing.assert_array_equal, after, finished[2])
+    assert metrics == finished[3]
+    assert not (tmp_path / ".replaced").exists()
+
+
+def test_a_stop_before_a_step_was_taken_ends_at_once(tmp_path):
+    def stopping(learning_rate):
+        if learning_rate == 1e-2:  # the run's own, after the signals are watched
+            os.kill(os.getpid(), signal.SIGTERM)
+        return optax.adamw(learning_rate)
+
+    with pytest.raises(Interruption, match="stopped by SIGTERM: before step 1 of 6"):
+        run(tmp_path, optimizer=stopping)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As SIGHUP is under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruption() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not requests()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize(
+    ("module", "loaded", "command"),
+    [
+        ("pytest", True, "; this goes on: coda "),
+        ("coda_jax.cli", True, "; this goes on: python -m coda_jax.cli "),
+        ("my_script", False, ""),
+    ],
+)
+def test_the_command_that_goes_on_is_told(monkeypatch, module, loaded, command):
+    main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setitem(sys.modules, "coda_jax.cli", main)
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "coda_jax.cli")
+    monkeypatch.setattr("sys.argv", ["/venv/bin/coda", "--gin.A='b c'"])
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "coda_jax.cli", "--gin.A='b c'"])
+    requests = run_directory.Requests()
+    requests.receive(signal.SIGTERM, None)
+    with pytest.raises(Interruption) as error:
+        requests.stop("step 1 is saved")
+    quoted = command and command + shlex.quote("--gin.A='b c'")
+    assert str(error.value) == f"stopped by SIGTERM: step 1 is saved{quoted}"
+
+
+def test_a_ruined_run_is_an_error_and_keeps_the_last_good_checkpoint(tmp_path):
+    """Invariant 6."""
+    with pytest.raises(FloatingPointError, match="the loss of step 2 is"):
+        run(tmp_path / "loss", learning_rate=1e30)
+    options = dataclasses.replace(training_runs.OPTIONS, total_steps=2, save_every=1)
+
+    def schedule(step):
+        return jnp.where(step < 1, 1e-3, 1e30)  # the update of the second step ruins the run
+
+    sentence = "the evaluation after step 2: .* holds .*; the last good checkpoint is of step 1"
+    with pytest.raises(FloatingPointError, match=sentence):
+        run(tmp_path / "evaluation", options=options, learning_rate=schedule)
+    with pytest.raises(FloatingPointError, match=r"after step 2: trained/.* holds .*inf"):
+        run(tmp_path / "leaves", options=options, learning_rate=schedule, eval_batches=None,
+            optimizer=lambda learning_rate: optax.scale_by_learning_rate(
+                lambda step: learning_rate(step) ** 2))  # fmt: skip
+    for name in ("evaluation", "leaves"):
+        assert [p.name for p in (tmp_path / name / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_second_ctrl_c_does_not_wait(capsys):
+    handlers = list(map(signal.getsignal, SIGNALS))
+    with pytest.raises(KeyboardInterrupt), interruption() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests() and "Ctrl-C again does not save" in capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGTERM)  # only noted
+        os.kill(os.getpid(), signal.SIGINT)
+    assert list(map(signal.getsignal, SIGNALS)) == handlers
+
+
+def test_a_run_in_another_thread_takes_no_signals():
+    seen = []
+
+    def work():
+        with interruption() as requests:
+            seen.append(requests())
+
+    handlers = list(map(signal.getsignal, SIGNALS))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False] and list(map(signal.getsignal, SIGNALS)) == handlers
 
 
 # A run in a process of its own, on a host that has neither TensorFlow nor seqio.

@@ -13,7 +13,7 @@ from training_runs import CONFIG, OPTIONS, make_batches, run
 
 from coda_jax import methods, trees
 from coda_jax.methods import Full
-from coda_jax.objectives import Seq2Seq
+from coda_jax.objectives import OBJECTIVES, Seq2Seq
 from coda_jax.sharding import Placement
 from coda_jax.training import trainer
 
@@ -45,6 +45,7 @@ def test_frozen_leaves_keep_their_bits_and_trained_ones_change(finished):
         assert same != trees.matches(path, methods.trained(CONFIG)), path
 
 
+@pytest.mark.all
 def test_only_trained_leaves_have_gradients_and_optimizer_state():
     params, optimizer = random_params(CONFIG), optax.adamw(1e-3)
     trained, frozen = trainer.partition(Seq2Seq(CONFIG), params)
@@ -152,9 +153,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path)
     """Invariant 6."""
 
     def schedule(step):
-        return jnp.where(step < 3, 1e-3, jnp.nan)  # the update of the fourth step is NaN
+        return jnp.where(step < 3, 1e-3, 1e38)  # the update of the fourth step is no number
 
-    with pytest.raises(FloatingPointError, match="the loss of step 5 is nan"):
+    with pytest.raises(FloatingPointError, match=r"the loss of step 5 is (nan|inf)"):
         run(tmp_path, learning_rate=schedule)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
@@ -165,18 +166,42 @@ def test_data_that_ends_early_is_an_error(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_returned(tmp_path):
-    options = dataclasses.replace(
-        OPTIONS, total_steps=8, save_every=2, keep=1, best_metric="loss", best_mode="min"
-    )
+    options = dataclasses.replace(OPTIONS, total_steps=8, save_every=2, keep=1, best_metric="loss")
 
     def schedule(step):
         return jnp.where(step < 4, 1e-2, 0.5)  # good steps first, then wild ones
 
     _, _, metrics = run(tmp_path, options=options, learning_rate=schedule)
-    (kept,) = (tmp_path / "checkpoints").iterdir()
-    assert int(kept.name) < 8
-    losses = json.loads((kept / "evaluation" / "metadata").read_text())
-    assert losses == metrics
+    best, newest = sorted((tmp_path / "checkpoints").iterdir())
+    assert int(best.name) < 8 and newest.name == "8"
+    contents = json.loads((best / "contents" / "metadata").read_text())
+    assert contents["evaluation"] == metrics
+
+
+@pytest.mark.parametrize("model", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_direction_follows_the_metric(model):
+    better = {"loss": "min", "mean_absolute_error": "min"}
+    for name, metric in model.metrics.items():
+        assert metric.better == better.get(name, "max")
+        options = dataclasses.replace(OPTIONS, best_metric=name)
+        assert options.best_mode(model, evaluates=True) == metric.better
+
+
+def test_a_metric_that_will_not_be_there_is_refused_before_training(tmp_path):
+    options = dataclasses.replace(OPTIONS, best_metric="acuracy")
+    with pytest.raises(ValueError, match=r"best_metric='acuracy' must be one of \['loss', 'token_"):
+        run(tmp_path, options=options)
+    options = dataclasses.replace(OPTIONS, best_metric="loss")
+    with pytest.raises(ValueError, match="best_metric='loss' needs data to evaluate on"):
+        run(tmp_path, options=options, eval_batches=None)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("rate", [-1, 0, float("nan"), "0.1", lambda step: -step, lambda step: 0.0])
+def test_a_learning_rate_that_is_none_is_refused_before_training(tmp_path, rate):
+    with pytest.raises(ValueError, match="learning_rate"):
+        run(tmp_path, learning_rate=rate)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_nothing_to_evaluate_on_is_an_error():
@@ -185,7 +210,7 @@ def test_nothing_to_evaluate_on_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"total_steps": 0}, {"accumulation": 0}, {"save_every": 0}, {"best_mode": "best"}]
+    "changes", [{"total_steps": 0}, {"accumulation": 0}, {"save_every": 0}, {"best_metric": 1}]
 )
 def test_bad_options_are_named(changes):
     ((name, value),) = changes.items()

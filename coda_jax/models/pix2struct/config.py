@@ -3,6 +3,7 @@
 Axis letters: B batch, N patches, C = 2 + 3 * patch_size ** 2 channels.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from flax import linen as nn
@@ -10,6 +11,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from coda_jax import checks
 from coda_jax.models.t5.config import T5Config, sizes
 
 
@@ -25,18 +27,15 @@ class Pix2StructConfig(T5Config):
 
     family: ClassVar[str] = "pix2struct"
     head_kinds: ClassVar[tuple[str, ...]] = ()
+    field_checks: ClassVar[Mapping[str, checks.Check]] = {
+        **T5Config.field_checks,
+        "patch_size": checks.COUNT,
+        "num_positions": checks.COUNT,
+    }
 
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     patch_size: int = 16
     num_positions: int = 4096
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("patch_size", "num_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"Pix2StructConfig.{name} must be at least 1, got {getattr(self, name)}"
-                )
 
     @property
     def patch_dim(self) -> int:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from coda_jax import trees
+from coda_jax import checks, trees
 from coda_jax.models.base import ModelConfig, Projection
+from coda_jax.nn.layers import ACTIVATIONS
 from coda_jax.nn.tokens import POOLINGS
 
 
@@ -42,6 +43,20 @@ class T5Config(ModelConfig):
     heads: ClassVar[tuple[str, ...]] = (r"^head/",)
     head_fields: ClassVar[tuple[str, ...]] = ("head", "labels", "pooling")
     head_kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
+    field_checks: ClassVar[Mapping[str, checks.Check]] = {
+        **ModelConfig.field_checks,
+        **dict.fromkeys(("num_heads", "head_dim", "mlp_dim"), checks.COUNT),
+        "mlp_activations": checks.Each(checks.OneOf(ACTIVATIONS), least=1),
+        "relpos_num_buckets": checks.Whole(4),  # half of them for each direction
+        "relpos_max_distance": checks.Whole(1, 1_000_000),
+        "layer_norm_epsilon": checks.Number(above=0, most=1),
+        **dict.fromkeys(
+            ("logits_via_embedding", "float32_attention_logits", "shared_relpos_bias"), checks.flag
+        ),
+        "head": checks.Maybe(checks.text),
+        "labels": checks.Each(checks.text),
+        "pooling": checks.OneOf(POOLINGS),
+    }
 
     num_heads: int = 8
     head_dim: int = 64
@@ -69,8 +84,11 @@ class T5Config(ModelConfig):
                 f"a head for classification, and no other, has labels, two or more: "
                 f"head={self.head!r}, labels={self.labels!r}"
             )
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling={self.pooling!r} must be one of {POOLINGS}")
+        if self.relpos_max_distance <= self.relpos_num_buckets // 2:
+            raise ValueError(
+                f"{type(self).__name__}.relpos_max_distance must be above half of "
+                f"relpos_num_buckets={self.relpos_num_buckets}, got {self.relpos_max_distance}"
+            )
 
     @property
     def lacks_head(self) -> bool:

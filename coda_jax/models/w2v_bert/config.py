@@ -3,6 +3,7 @@
 Axis letters: B batch, N frames, F features of a frame, C = 1 + F, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from flax import linen as nn
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from coda_jax import checks
 from coda_jax.models.base import Projection
 from coda_jax.models.t5.config import T5Config
 from coda_jax.nn.tokens import split_frames
@@ -37,6 +39,12 @@ class W2vBertConfig(T5Config):
     heads: ClassVar[tuple[str, ...]] = (r"^ctc_head/",)
     head_fields: ClassVar[tuple[str, ...]] = ("vocab_size", "blank_id")
     head_kinds: ClassVar[tuple[str, ...]] = ()
+    field_checks: ClassVar[Mapping[str, checks.Check]] = {
+        **T5Config.field_checks,
+        **dict.fromkeys(("feature_dim", "conv_width"), checks.COUNT),
+        **dict.fromkeys(("max_left_distance", "max_right_distance", "blank_id"), checks.Whole(0)),
+        "vocab_size": checks.Whole(0),
+    }
 
     emb_dim: int = 1024
     num_heads: int = 16
@@ -52,18 +60,9 @@ class W2vBertConfig(T5Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (
-            ("feature_dim", 1),
-            ("conv_width", 1),
-            ("max_left_distance", 0),
-            ("max_right_distance", 0),
-            ("vocab_size", 1 if self.num_decoder_layers else 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"W2vBertConfig.{name} must be at least {least}, got {getattr(self, name)}"
-                )
-        if not 0 <= self.blank_id < max(self.vocab_size, 1):
+        if self.num_decoder_layers:
+            checks.fields(self, vocab_size=checks.COUNT)
+        if self.blank_id >= max(self.vocab_size, 1):
             raise ValueError(
                 f"W2vBertConfig.blank_id must be below vocab_size={self.vocab_size}, "
                 f"got {self.blank_id}"

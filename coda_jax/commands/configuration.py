@@ -1,0 +1,256 @@
+"""From gin files and bindings to a configured command: what is given has an effect, or is an error.
+
+After the checks of `gin_macros`, which look at text alone, gin reads the files. The bindings that
+the command can reach are then followed from its function, through references and scopes; a binding
+of one's own beyond them is an error too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import inspect
+import re
+from typing import Any
+
+from coda_jax.commands import COMMANDS
+from coda_jax.commands.gin_files import (
+    Binding,
+    GinFile,
+    UsageError,
+    in_order,
+    nearest,
+    read,
+    read_bindings,
+    refuse,
+    suggested,
+)
+from coda_jax.commands.gin_macros import check_kinds, check_macros, check_order_of_t5x, unread
+from coda_jax.optional import needs
+
+Key = tuple[str, str, str]  # scope, full name of the configurable, parameter
+_BY_NAME = "coda_jax.commands.loading.configured_methods"  # calls methods that it is given by name
+
+
+def configure(
+    gin_files: Sequence[str],
+    search_paths: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    command: str | None = None,
+) -> None:
+    """Reads gin files and bindings.
+
+    Args:
+        gin_files: paths, or short names of the package's own files, such as methods/coda.gin; in
+            any order, see `gin_files`.
+        search_paths: folders in which files are looked for first.
+        bindings: as on a line of a gin file, or with texts that lack their quotes.
+        command: what is configured; without one, it is not asked what is missing or unused.
+
+    Raises:
+        UsageError: a file or a name does not exist, something is missing, or what is given would
+            have no effect.
+    """
+    given = read_bindings(bindings)
+    named = [read(name, search_paths) for name in gin_files]
+    files = in_order(named)
+    if command is not None:
+        check_kinds(command, named, files)
+        check_macros(command, files, given)
+    keys = _parse(files, given)
+    if command is not None:
+        _check_reached(command, keys)
+
+
+def _parse(files: Sequence[GinFile], given: Sequence[Binding]) -> dict[Key, str]:
+    """Lets gin read the files and the bindings.
+
+    Returns:
+        {key: place} of one's own bindings.
+    """
+    with needs():  # Here: `coda bench` runs where gin is not installed.
+        import gin
+
+    from coda_jax.methods import METHODS
+
+    gin.clear_config()
+    for method in METHODS.values():  # so that any field can be bound, whichever recipe is given
+        gin.external_configurable(method, module="coda_jax.methods")
+    keys: dict[Key, str] = {}
+    sources = [(file.text(), file.name, file.kind is None) for file in files]
+    sources += [(binding.line, binding.place, True) for binding in given]
+    for text, place, own in sources:
+        with _recorded(keys, place if own else None), _explained(place):
+            gin.parse_config(text)
+    with _explained("gin"):
+        gin.finalize()
+    return keys
+
+
+@contextlib.contextmanager
+def _recorded(keys: dict[Key, str], place: str | None) -> Iterator[None]:
+    """While open, notes the place of what gin binds, in the context in which it finds the names."""
+    from gin import config
+
+    bind = config.bind_parameter
+
+    def bind_and_note(key, value):
+        bind(key, value)
+        whole = config.ParsedBindingKey.parse(key).scope_selector_arg
+        keys.pop(whole, None)
+        if place is not None:
+            keys[whole] = place
+
+    config.bind_parameter = bind_and_note
+    try:
+        yield
+    finally:
+        config.bind_parameter = bind
+
+
+@contextlib.contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """What gin does not understand becomes a UsageError; other errors pass."""
+    try:
+        yield
+    except (ValueError, NameError, AttributeError, SyntaxError, KeyError) as error:
+        if not _raised_by(error).startswith("gin."):
+            raise
+        said = str(error).split("\n")[0]
+        raise UsageError(f"{place}: {_with_names(said)}") from None
+    except ModuleNotFoundError as error:
+        if not _raised_by(error).startswith(("gin.", "importlib")):
+            raise
+        said = str(error).split("\n")[0]
+        raise UsageError(f"{place}: {said}: what a gin file imports must be installed") from None
+
+
+def _raised_by(error: BaseException) -> str:
+    """The name of the module that raised an error."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__") or ""
+
+
+def _with_names(said: str) -> str:
+    """What gin says, in other words, and with the names that may be meant."""
+    from gin import config
+
+    if found := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.*)'", said):
+        selector, parameter = found.groups()
+        names = inspect.signature(config._REGISTRY.get_match(selector).wrapped).parameters
+        return f"{selector} has no parameter {parameter!r}{suggested(nearest(parameter, names))}"
+    if found := re.match(r"No configurable matching '(.*)'", said):
+        name = found[1]
+        if (name, "gin.macro") in config._CONFIG:
+            return f"{name} is a macro: bind all of it, --gin.{name}=VALUE"
+        short = {selector.rpartition(".")[2] for _, selector in config._CONFIG} - {"macro"}
+        near = nearest(name.rpartition(".")[2], short)
+        return f"there is nothing called {name!r} to configure{suggested(near)}"
+    return said
+
+
+def _check_reached(command: str, keys: Mapping[Key, str]) -> None:
+    """Raises UsageError where a binding of one's own has no effect."""
+    from gin import config
+
+    reached = reachable(COMMANDS[command].load())
+    problems = []
+    for key, place in keys.items():
+        scope, selector, parameter = key
+        if key in reached or _configured_from_code(config._REGISTRY[selector]):
+            continue
+        what = scope if selector == "gin.macro" else selector.rpartition(".")[2]
+        others = [other for other in reached if other[1:] == key[1:] and selector != "gin.macro"]
+        if others:
+            bound = " and ".join(sorted(f"{o[0]}/{what}.{parameter}" for o in others))
+            problems.append(f"{place} has no effect: it goes behind {bound}")
+        else:
+            problems.append(f"{place} has no effect: nothing that this run uses reads {what}")
+    refuse(problems)
+
+
+def reachable(function: Callable[..., Any]) -> set[Key]:
+    """The keys of gin's bindings that count when a function is called, and no scope is active."""
+    from gin import config
+
+    start = config._inverse_lookup(function)
+    todo = [(start.selector, ())] if start else []
+    todo += [
+        (selector, tuple(scope.split("/")) if scope else ())
+        for scope, selector in config._CONFIG
+        if _configured_from_code(config._REGISTRY[selector])
+    ]
+    found, seen = set(), set()
+    while todo:
+        selector, scopes = call = todo.pop()
+        if call in seen:
+            continue
+        seen.add(call)
+        bound = {}
+        for depth in range(len(scopes) + 1):
+            scope = "/".join(scopes[:depth])
+            here = config._CONFIG.get((scope, selector), {})
+            bound |= {parameter: (scope, value) for parameter, value in here.items()}
+        for parameter, (scope, value) in bound.items():
+            found.add((scope, selector, parameter))
+            todo += [
+                (reference.configurable.selector, tuple(reference.scopes) or scopes)
+                for reference in config.iterate_references(value)
+            ]
+        if selector == _BY_NAME:
+            todo += [(method, scopes) for method in _named_methods(bound.get("names"))]
+    return found
+
+
+def _configured_from_code(configurable: Any) -> bool:
+    """Whether a decorator of gin's made it configurable: code calls it without a reference."""
+    from coda_jax.methods import METHODS
+
+    known = configurable.import_source or configurable.module == "gin"
+    return not known and configurable.wrapped not in METHODS.values()
+
+
+def _named_methods(bound: tuple[str, Any] | None) -> list[str]:
+    """The selectors of the methods that `configured_methods` makes."""
+    from gin import config
+    from gin.config import ConfigurableReference as Reference
+
+    from coda_jax.methods import METHODS
+
+    value = bound and bound[1]
+    while isinstance(value, Reference):  # a macro
+        key = "/".join(value.scopes), value.configurable.selector
+        value = config._CONFIG.get(key, {}).get("value")
+    names = value if isinstance(value, list | tuple) else ()
+    return [config._inverse_lookup(METHODS[name]).selector for name in names if name in METHODS]
+
+
+def check_flags_of_t5x() -> None:
+    """The same for T5X's programs, which have read their gin files: what was given is read.
+
+    Raises:
+        UsageError: a macro of one's own is read by nothing; a file that is given before the run's
+            is overwritten by it. Nothing is checked where T5X's flags are not in use.
+    """
+    with needs():
+        from absl import flags
+        from gin import config
+
+    if not flags.FLAGS.is_parsed() or "gin_bindings" not in flags.FLAGS:
+        return
+    files = []
+    for name in flags.FLAGS.gin_file:
+        with contextlib.suppress(UsageError):  # a file that only T5X can read, as in a bucket
+            files.append(read(name, flags.FLAGS.gin_search_paths))
+    check_order_of_t5x(files)
+    own = [
+        binding
+        for file in files
+        for member in file.members()
+        if member.kind is None and not member.installed
+        for binding in member.bindings
+    ]
+    given = {b.macro: b for b in [*own, *read_bindings(flags.FLAGS.gin_bindings)] if b.macro}
+    macros = {"/".join(r.scopes) for r in config.iterate_references(config._CONFIG)}
+    known = {name: Binding("", name, "", None, "") for name in macros}
+    refuse([unread(binding, known) for name, binding in given.items() if name not in macros])

@@ -1,0 +1,162 @@
+"""What gin files and a command line say as text: is anything missing, is every macro read?
+
+Nothing is imported, so that these mistakes are found at once. Macros of the package's own files may
+be read by nothing: another choice can replace what they are for.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import re
+from typing import Any
+
+from coda_jax.commands import COMMANDS
+from coda_jax.commands.gin_files import (
+    Binding,
+    GinFile,
+    Macro,
+    UsageError,
+    nearest,
+    package_folder,
+    package_names,
+    refuse,
+    suggested,
+)
+
+REQUIRED = Macro("gin.REQUIRED")
+_METHODS, _TASK = "METHODS", "MIXTURE_OR_TASK_NAME"  # the macros of recipes and of tasks
+_FEW = 3  # files that are worth naming
+_RUNS_OF_T5X = "t5x/configs/runs/"
+
+
+def check_kinds(command: str, named: Sequence[GinFile], files: Sequence[GinFile]) -> None:
+    """Raises UsageError unless there is a run, and the files are for its command."""
+    example = f"for example: coda {command} {COMMANDS[command].example}"
+    for file in files:
+        if file.kind == "t5x":
+            raise UsageError(f"{file.name} is for the programs of T5X, see docs/t5x.md")
+    configured = {name for file in files for name in commands_of(file)}
+    if command in configured:
+        return
+    if configured:
+        run = next(file.name for file in named if any(map(commands_of, file.members())))
+        raise UsageError(f"{run} is for `coda {min(configured)}`; {example}")
+    raise UsageError(f"a file of runs/ is missing; {example}")
+
+
+def commands_of(file: GinFile) -> set[str]:
+    """The commands whose functions a gin file binds, not counting what it includes."""
+    return {
+        name
+        for name, row in COMMANDS.items()
+        if f"coda_jax.commands.{row.module}.{row.function}" in file.configures
+    }
+
+
+def check_macros(command: str, files: Sequence[GinFile], given: Sequence[Binding]) -> None:
+    """Raises UsageError where macros are missing, or of one's own are read by nothing."""
+    bound = {b.name: b for b in [*(b for file in files for b in file.bindings), *given]}
+    macros = {name: binding for name, binding in bound.items() if binding.macro}
+    read_by = _readers(bound)
+    for kind, macro, what in (("methods", _METHODS, "recipe"), ("tasks", _TASK, "task")):
+        of_kind = [file.name for file in files if file.kind == kind]
+        if of_kind and macro not in read_by:
+            raise UsageError(f"this run takes no {what}: leave out {of_kind[-1]}")
+    own = [b for file in files if file.kind is None for b in file.bindings if b.macro]
+    beyond = [b for b in [*given, *own] if b.macro and b.macro not in read_by]
+    known = {name: macros[name] for name in read_by if name in macros}
+    refuse([unread(binding, known) for binding in beyond])
+    _check_missing(command, macros, read_by)
+
+
+def _readers(bound: Mapping[str, Binding]) -> dict[str, Binding]:
+    """{macro: a binding that reads it}, followed from the parameters."""
+    found: dict[str, Binding] = {}
+    todo = [binding for binding in bound.values() if not binding.macro]
+    while todo:
+        binding = todo.pop()
+        for value in _flat(binding.value):
+            if isinstance(value, Macro) and value.name not in found:
+                found[value.name] = binding
+                if value.name in bound:
+                    todo.append(bound[value.name])
+    return found
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The values in nested containers."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def unread(binding: Binding, known: Mapping[str, Binding]) -> str:
+    """What is wrong with a macro that nothing reads, and which ones are meant."""
+    name = binding.macro
+    homes = _homes(name)
+    if 0 < len(homes) <= _FEW:
+        end = f"; it is of {' and '.join(homes)}"
+    else:
+        end = suggested([_shown(known[other]) for other in nearest(name, known)])
+    return f"{binding.place}: nothing reads {name}{end}"
+
+
+def _shown(binding: Binding) -> str:
+    """A macro with its value, or its line, which may have a comment."""
+    if not binding.line.startswith(binding.name):
+        return binding.name
+    line = re.sub(r"\s+", " ", binding.line.replace("%gin.REQUIRED", "..."))
+    return line if len(line) <= 80 else binding.name
+
+
+def _homes(name: str) -> list[str]:
+    """The recipes and tasks of the package that bind a macro."""
+    start = re.compile(rf"^{re.escape(name)} *=", re.MULTILINE)
+    files = [*package_names("methods"), *package_names("tasks")]
+    return [file for file in files if start.search((package_folder() / file).read_text())]
+
+
+def _check_missing(
+    command: str, macros: Mapping[str, Binding], read_by: Mapping[str, Binding]
+) -> None:
+    """Raises UsageError where a macro has no value."""
+    row = COMMANDS[command]
+    example = f"for example: coda {command} {row.example}"
+    if _METHODS in read_by and _METHODS not in macros:
+        recipes = ", ".join(package_names("methods"))
+        raise UsageError(
+            "a recipe, which says what is trained, is missing: --gin_file=FILE with one of "
+            f"{recipes}"
+        )
+    # A name with a dot is a constant of gin's, which text does not tell.
+    unknown = [name for name in read_by if name not in macros and "." not in name]
+    if unknown:
+        places = [f"{read_by[x].place} reads %{x}, which has no value" for x in unknown]
+        refuse([p + suggested(nearest(x, macros)) for p, x in zip(places, unknown, strict=True)])
+    missing = [name for name, binding in macros.items() if binding.value == REQUIRED]
+    if missing:
+        flags = " ".join(f"--gin.{name}=..." for name in missing)
+        raise UsageError(f"{', '.join(missing)} must be given: {flags}; {example}")
+    for names in row.one_of:
+        if all(name in macros and macros[name].value is None for name in names):
+            raise UsageError(
+                f"{' or '.join(names)} must be given: by a file of tasks/, such as "
+                "--gin_file=tasks/jsonl.gin, or with --gin.NAME=VALUE"
+            )
+
+
+def check_order_of_t5x(files: Sequence[GinFile]) -> None:
+    """Raises UsageError where a later run file of T5X binds what an earlier file does."""
+
+    def names(file):
+        return {binding.name for member in file.members() for binding in member.bindings}
+
+    for place, file in enumerate(files):
+        if any(f"/{_RUNS_OF_T5X}" in member.path.as_posix() for member in file.members()):
+            for earlier in files[:place]:
+                if both := sorted(names(earlier) & names(file)):
+                    raise UsageError(
+                        f"{file.name} overwrites {both[0]} of {earlier.name}: give it first"
+                    )

@@ -1,0 +1,71 @@
+"""Which errors are a user's mistakes, and what is printed of them.
+
+A mistake is told by its type: a value, a file, numbers that are not finite, a missing package, too
+little memory. An error of another type, or one that JAX or Flax raise themselves, is one of the
+program and keeps its traceback.
+"""
+
+import re
+
+_TYPES = (ValueError, OSError, FloatingPointError, MemoryError, EOFError)
+_INNER = (
+    "jax",
+    "jaxlib",
+    "flax",
+)  # a ValueError from there is about shapes, not about what was given
+_LINES, _WIDTH = 3, 600
+# What gin puts behind a message: the functions through which the error came.
+_ADDED = re.compile(
+    r"\n  (?:In call to configurable '.*|No values supplied by Gin.*|Gin had values bound for.*|"
+    r"Caller supplied values for.*|In file .* line \d+\n.*|In bindings string line \d+\n.*)"
+)
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ([^:]+)(?:: (.*))?$", re.DOTALL)
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process ends with."""
+    return getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def told(error: BaseException) -> str | None:
+    """A mistake in a line or a few, None for an error of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    message = _ADDED.sub("", str(error)).strip()
+    if exit_code(error) > 2:  # stopped on request: the command that goes on stays whole
+        return message
+    message = _shortened(message)
+    if getattr(error, "exit_code", None) is not None:
+        return message
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in message:
+        return f"out of memory: {message.splitlines()[0]}\nA smaller BATCH_SIZE needs less"
+    if isinstance(error, ModuleNotFoundError) and "pip install" in message:
+        return message
+    home = _raised_in(error)
+    if home != "gin" and (not isinstance(error, _TYPES) or home in _INNER):
+        return None
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' * bool(message)}{message}"
+    if isinstance(error, OSError) and (found := _ERRNO.match(message)):
+        what, path = found.groups()
+        return f"{path}: {what[0].lower()}{what[1:]}" if path else what
+    return message or type(error).__name__
+
+
+def _shortened(message: str) -> str:
+    """At most three lines beside lists, whose lines are indented, and none very long."""
+    message = message.encode("utf-8", "backslashreplace").decode()  # so that it can be printed
+    lines = [x if len(x) <= _WIDTH else f"{x[:_WIDTH]} ..." for x in message.split("\n")]
+    plain = [number for number, line in enumerate(lines) if not line.startswith(" ")]
+    if len(plain) > _LINES:
+        lines = [*lines[: plain[_LINES - 1]], "... (--traceback shows the rest)"]
+    return "\n".join(lines)
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised an error."""
+    trace, name = error.__traceback__, ""
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__") or ""
+        trace = trace.tb_next
+    return name.partition(".")[0]

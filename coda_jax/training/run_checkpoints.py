@@ -1,0 +1,271 @@
+"""The checkpoints of a run: saved whole or not at all, and checked when they are read.
+
+Each step has a folder, written by orbax: the state, and `CONTENTS`, which says in JSON what the
+state's leaves must be (a SHA-256 each) and how it was evaluated.
+"""
+
+from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from coda_jax import files
+from coda_jax.checkpoints.adapter import leaf_sha256
+from coda_jax.training.run_directory import CHECKPOINTS, RUN_FILE
+from coda_jax.training.run_identity import saved_steps
+
+STATE, CONTENTS = "state", "contents"  # in the folder of a step
+DAMAGED = "damaged"  # in a run's folder: checkpoints that were set aside
+_REPLACED = ".replaced"  # likewise: a checkpoint whose evaluation is being added
+_REMOVED = ".removed"  # likewise: checkpoints that are being deleted
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was saved."""
+
+
+def _by_path(state: Any) -> dict[str, Any]:
+    """The leaves of a state by their paths, named as in orbax's own table."""
+
+    def name(key):
+        return str(next(getattr(key, x) for x in ("key", "name", "idx") if hasattr(key, x)))
+
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {"/".join(map(name, path)): leaf for path, leaf in leaves}
+
+
+def _sha256(contents: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in contents.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_contents(folder: pathlib.Path) -> dict[str, Any]:
+    """What the checkpoint in a step's folder must hold: "step", "leaves" and "evaluation".
+
+    Raises:
+        DamagedError: it is missing or was changed.
+    """
+    try:
+        contents = dict(files.read_json(folder / CONTENTS / "metadata"))
+        sound = _sha256(contents) == contents["sha256"] and str(contents["step"]) == folder.name
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise DamagedError(f"{CONTENTS} cannot be read: {_first_line(error)}") from error
+    if not sound:
+        raise DamagedError(f"{CONTENTS} is not what was saved")
+    return contents
+
+
+def check_leaves(contents: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Raises DamagedError unless the leaves {path: array} are those that were saved."""
+    wrong = [path for path, leaf in leaves.items()
+             if leaf_sha256(leaf) != contents["leaves"].get(path)]  # fmt: skip
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise DamagedError(f"the leaf {wrong[0]}{more} is not what was saved")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def check_finite(values: Mapping[str, Any], what: str, kept: str = "") -> None:
+    """Raises FloatingPointError, naming the first, where values {name: array} are not finite.
+
+    A scalar of an optimizer may be infinite, such as the best loss so far.
+
+    Args:
+        values: to check.
+        what: they are.
+        kept: what is left, for the error.
+    """
+    for name, value in values.items():
+        array = np.asarray(value)
+        if not jax.dtypes.issubdtype(array.dtype, np.inexact):
+            continue
+        if array.ndim == 0 and name.startswith("optimizer/"):
+            finite = not np.isnan(array)
+        else:
+            finite = np.isfinite(array).all()
+        if not finite:
+            found = array[~np.isfinite(array)].flat[0]
+            raise FloatingPointError(f"{what}: {name} holds {found}" + (kept and f"; {kept}"))
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, written in the background.
+
+    The newest is always kept: it is where the run goes on.
+
+    Args:
+        directory: the run's folder.
+        run: what the run is; it is written when the first checkpoint is.
+        keep: checkpoints kept.
+        best_metric: name of the metric that chooses them; None: the newest.
+        best_mode: "max" or "min".
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        run: Mapping[str, Any],
+        keep: int,
+        best_metric: str | None = None,
+        best_mode: str = "max",
+    ):
+        self._directory, self._run, self._keep = directory.absolute(), run, keep
+        self._folder = self._directory / CHECKPOINTS
+        self._metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self._recover()
+        handlers = {STATE: ocp.StandardCheckpointHandler(), CONTENTS: ocp.JsonCheckpointHandler()}
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        if kind is not KeyboardInterrupt:  # which does not wait for what is being written
+            self._checkpointer.wait_until_finished()
+            self._checkpointer.close()
+            self._remove_surplus()
+
+    def _recover(self) -> None:
+        """Clears away what a kill left, and undoes a `replace` that was cut off."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
+        for torn in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(torn)
+        for old in (self._directory / _REPLACED).glob("*"):
+            if not (self._folder / old.name).exists():
+                os.replace(old, self._folder / old.name)
+        shutil.rmtree(self._directory / _REPLACED, ignore_errors=True)
+
+    def save(self, state: Any, metrics: Mapping[str, float] | None) -> None:
+        """Saves the state under its step; returns before the files are complete.
+
+        Raises:
+            FloatingPointError: a leaf or a metric is not finite; nothing is saved.
+        """
+        self._checkpointer.wait_until_finished()
+        self._remove_surplus()
+        step, metrics = int(state.step), dict(metrics or {})
+        leaves = _by_path(jax.device_get(state))
+        self._check_finite(step, leaves, metrics)
+        contents = {
+            "step": step,
+            "evaluation": metrics,
+            "leaves": {path: leaf_sha256(leaf) for path, leaf in leaves.items()},
+        }
+        contents["sha256"] = _sha256(contents)
+        if not saved_steps(self._directory):
+            files.write_json(self._directory / RUN_FILE, self._run)
+        items = {STATE: ocp.args.StandardSave(state), CONTENTS: ocp.args.JsonSave(contents)}
+        self._checkpointer.save(self._folder / str(step), args=ocp.args.Composite(**items))
+
+    def _check_finite(self, step: int, leaves: Mapping, metrics: Mapping[str, float]) -> None:
+        steps = saved_steps(self._directory)
+        kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "nothing is saved"
+        check_finite(leaves, f"after step {step}", kept)
+        check_finite(metrics, f"the evaluation after step {step}", kept)
+
+    def replace(self, state: Any, metrics: Mapping[str, float]) -> None:
+        """Saves a state again, with its evaluation; a kill leaves one of the two."""
+        self._checkpointer.wait_until_finished()
+        self._check_finite(int(state.step), {}, metrics)
+        self._move(int(state.step), _REPLACED)
+        self.save(state, metrics)
+        self._checkpointer.wait_until_finished()
+        shutil.rmtree(self._directory / _REPLACED)
+
+    def restore(self, state: Any) -> tuple[Any, dict[str, float]]:
+        """The newest sound checkpoint in the place of `state`, and its metrics.
+
+        Newer ones that are damaged are named and set aside. Without any checkpoint, `state` itself
+        and no metrics.
+
+        Raises:
+            ValueError: no checkpoint is sound; each is named.
+        """
+        return self._first_sound(state, saved_steps(self._directory)[::-1])
+
+    def best(self, state: Any) -> tuple[Any, dict[str, float]]:
+        """The best checkpoint where a metric chooses, else the newest; and its metrics.
+
+        Raises:
+            ValueError: as for `restore`.
+        """
+        self._checkpointer.wait_until_finished()
+        return self._first_sound(state, self._ranked())
+
+    def _ranked(self) -> list[int]:
+        """The steps, the best first; of equals the newest."""
+
+        def rank(step):
+            if self._metric is None:
+                return 0.0
+            try:
+                evaluation = read_contents(self._folder / str(step))["evaluation"]
+            except DamagedError:
+                return math.inf  # first, so that it is named
+            # Without the metric, it was saved before it was evaluated.
+            return self._sign * evaluation.get(self._metric, -self._sign * math.inf)
+
+        steps = saved_steps(self._directory)
+        return sorted(steps, key=lambda step: (rank(step), step), reverse=True)
+
+    def _first_sound(self, state: Any, steps: Sequence[int]) -> tuple[Any, dict[str, float]]:
+        damaged: dict[int, str] = {}
+        for step in steps:
+            try:
+                found = self._read(step, state)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for number, reason in damaged.items():
+                self._move(number, DAMAGED)
+                print(
+                    f"the checkpoint of step {number} is damaged ({reason}) and is now in "
+                    f"{self._directory / DAMAGED}; that of step {step} is taken",
+                    flush=True,
+                )
+            return found
+        if damaged:
+            raise ValueError(
+                f"all checkpoints in {self._folder} are damaged; start anew in another folder:"
+                + "".join(f"\n  step {step}: {reason}" for step, reason in damaged.items())
+            )
+        return state, {}
+
+    def _read(self, step: int, state: Any) -> tuple[Any, dict[str, float]]:
+        folder = self._folder / str(step)
+        contents = read_contents(folder)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
+        try:
+            restored = self._checkpointer.restore(folder, args=items)[STATE]
+        except Exception as error:  # whatever orbax and its libraries raise for damaged files
+            raise DamagedError(f"it cannot be read: {_first_line(error)}") from error
+        check_leaves(contents, _by_path(jax.device_get(restored)))
+        return restored, dict(contents["evaluation"])
+
+    def _remove_surplus(self) -> None:
+        """Removes what is not to be kept of the checkpoints that are complete."""
+        steps = saved_steps(self._directory)
+        for step in {*self._ranked()[self._keep :]} - {*steps[-1:]}:
+            self._move(step, _REMOVED)
+        shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
+
+    def _move(self, step: int, place: str) -> None:
+        """Moves a checkpoint into another folder of the run, in the place of an older one."""
+        target = self._directory / place / str(step)
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(self._folder / str(step), target)

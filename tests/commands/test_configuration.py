@@ -1,0 +1,232 @@
+"""What is given has an effect, or is an error: macros, bindings and files of every command."""
+
+import itertools
+import re
+import sys
+import types
+
+from absl import flags
+import gin
+import pytest
+
+from coda_jax.commands import COMMANDS, configuration, manual
+from coda_jax.commands.configuration import check_flags_of_t5x, configure
+from coda_jax.commands.gin_files import UsageError, package_names, read
+from coda_jax.commands.gin_macros import _readers
+
+MODEL = "INITIAL_CHECKPOINT_PATH=unused"
+TRAIN = ["runs/finetune.gin", "methods/coda.gin", "tasks/labels.gin"]
+CHECK = ["runs/check.gin", "methods/coda.gin"]
+GIVEN = {
+    "train": (["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"], [MODEL, "MODEL_DIR=x"]),
+    "evaluate": (["runs/evaluate.gin", "tasks/jsonl.gin"], [MODEL]),
+    "predict": (["runs/predict.gin"], [MODEL, "INPUT=x"]),
+    "check": (CHECK, [MODEL]),
+    "convert": (["runs/convert.gin"], ["INPUT=x", "OUTPUT=y", "LAYOUT=hf"]),
+    "export": (["runs/export.gin"], [MODEL, "OUTPUT=y"]),
+    "cache": (["runs/cache.gin", "tasks/jsonl.gin"], ["OUTPUT=y", "VOCABULARY=bytes"]),
+}
+
+
+@pytest.mark.parametrize("command", GIVEN)
+def test_every_command_is_configured_and_knows_what_has_no_effect(command):
+    files, bindings = GIVEN[command]
+    configure(files, [], bindings, command)
+    with pytest.raises(UsageError, match=r"--gin\.NO_SUCH=3: nothing reads NO_SUCH"):
+        configure(files, [], [*bindings, "NO_SUCH=3"], command)
+    for macro in manual.macros(files[0]):
+        with pytest.raises(UsageError, match=f"nothing reads {macro}Q"):
+            configure(files, [], [*bindings, f"{macro}Q=3"], command)
+
+
+@pytest.mark.parametrize(
+    ("command", "binding", "message"),
+    [
+        ("train", "TRAIN_STEP=50", "nothing reads TRAIN_STEP; did you mean TRAIN_STEPS = 1000?"),
+        ("evaluate", "REDUCTON=5", "nothing reads REDUCTON; did you mean REDUCTION = None?"),
+        ("train", "BATCHSIZE=5", "nothing reads BATCHSIZE; did you mean BATCH_SIZE = 32?"),
+        ("train", "batch_size=5", "did you mean BATCH_SIZE"),
+        ("train", "RANK=4", "nothing reads RANK; it is of methods/lora.gin"),
+        ("predict", "TRAIN_FILE=x", "it is of tasks/jsonl.gin and tasks/labels.gin"),
+        ("predict", "Decoding.num_beam=4", "no parameter 'num_beam'; did you mean num_beams"),
+        ("predict", "Decodin.num_beams=4", "nothing called 'Decodin' to configure; did you mean"),
+        ("predict", "BATCH_SIZE.x=4", "BATCH_SIZE is a macro: bind all of it"),
+        ("check", "Lora.rank=3", "--gin.Lora.rank=3 has no effect: nothing that this run uses"),
+        (
+            "train",
+            "Data.seed=3",
+            "it goes behind eval/Data.seed and train/Data.seed",
+        ),
+        ("train", "test/Data.seed=3", "test/Data.seed=3 has no effect"),
+        ("check", "A=%B", "nothing reads A"),
+        ("check", "READ_VALUES=%B", "reads %B, which has no value"),
+        ("check", "READ_VALUES=@nothing()", "--gin.READ_VALUES=@nothing(): "),
+    ],
+)
+def test_what_would_have_no_effect_is_told_with_what_may_be_meant(command, binding, message):
+    files, bindings = GIVEN[command]
+    with pytest.raises(UsageError, match=re.escape(message)):
+        configure(files, [], [*bindings, binding], command)
+
+
+def test_a_macro_of_a_method_that_is_left_out_has_no_effect():
+    configure(CHECK, [], [MODEL, "REDUCTION=5", "Coda.epsilon=2"], "check")
+    for binding in ("REDUCTION=5", "Coda.epsilon=2", "ParallelAdapter.bottleneck=3"):
+        with pytest.raises(UsageError, match="has no effect"):
+            configure(CHECK, [], [MODEL, binding, "METHODS=('full',)"], "check")
+
+
+def test_bindings_count_through_scopes_macros_and_functions():
+    for binding in ("train/Data.pack=True", "Data.pack=True", "adamw.b1=0.8", "SEED=3"):
+        configure(TRAIN, [], [MODEL, "MODEL_DIR=x", binding], "train")
+    lora = ["runs/check.gin"], [], [MODEL, "METHODS=('lora',)", "Lora.rank=3"]
+    configure(*lora, "check")
+
+
+def test_a_file_of_ones_own_is_held_to_the_same(tmp_path):
+    own = tmp_path / "own.gin"
+    head = "from __gin__ import dynamic_registration\nfrom coda_jax import methods\n"
+    own.write_text(head + "HERE = 7\nREDUCTION = %HERE\n")
+    configure([*CHECK, str(own)], [], [MODEL], "check")
+    assert gin.query_parameter("methods.Coda.reduction").scopes == ["REDUCTION"]
+    for line, message in (
+        ("THERE = 3", "own.gin:5: nothing reads THERE"),
+        ("methods.Lora.rank = 3", "own.gin has no effect: nothing that this run uses reads Lora"),
+        ("methods.Lora.rnak = 3", "Lora has no parameter 'rnak'; did you mean rank"),
+        ("method.Lora.rank = 3", "'method' was not provided by an import statement"),
+        ("methods.Lroa.rank = 3", "has no attribute Lroa"),
+    ):
+        own.write_text(head + f"HERE = 7\nREDUCTION = %HERE\n{line}\n")
+        with pytest.raises(UsageError, match=re.escape(message)):
+            configure([*CHECK, str(own)], [], [MODEL], "check")
+    own.write_text("import no_such_module\n")
+    with pytest.raises(UsageError, match="No module named 'no_such_module': what a gin"):
+        configure([*CHECK, str(own)], [], [MODEL], "check")
+
+
+def test_an_error_in_a_module_of_ones_own_is_not_taken_for_a_mistake_in_a_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_module.py").write_text("raise ValueError('from within')\n")
+    (tmp_path / "own.gin").write_text("import broken_module\n")
+    with pytest.raises(ValueError, match="from within") as raised:
+        configure([*CHECK, str(tmp_path / "own.gin")], [], [MODEL], "check")
+    assert not isinstance(raised.value, UsageError)
+
+
+def test_what_code_configures_by_a_decorator_is_not_followed(tmp_path, monkeypatch):
+    module = types.ModuleType("configured_here")
+
+    @gin.configurable("configured_here_rate")
+    def rate(value=1):
+        return value
+
+    module.rate = rate
+    monkeypatch.setitem(sys.modules, "configured_here", module)
+    own = tmp_path / "own.gin"
+    own.write_text("import configured_here\nconfigured_here_rate.value = %RATE\nRATE = 3\n")
+    configure([*CHECK, str(own)], [], [MODEL], "check")
+    assert module.rate() == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "files", "bindings", "message"),
+    [
+        ("train", [], [], "a file of runs/ is missing; for example: coda train "),
+        ("train", ["methods/coda.gin"], [], "a file of runs/ is missing"),
+        ("train", ["runs/predict.gin"], [], "runs/predict.gin is for `coda predict`; for example"),
+        ("train", ["t5x/finetune.gin"], [], "t5x/"),
+        ("train", ["runs/finetune.gin"], [], "a recipe, which says what is trained, is missing"),
+        ("train", TRAIN[:2], [MODEL, "MODEL_DIR=x"], "MIXTURE_OR_TASK_NAME or CACHE must be given"),
+        ("train", TRAIN, [MODEL], "MODEL_DIR must be given: --gin.MODEL_DIR=...; for example"),
+        ("evaluate", ["runs/evaluate.gin", "methods/coda.gin"], [], "takes no recipe: leave out"),
+        ("predict", ["runs/predict.gin", "tasks/jsonl.gin"], [], "takes no task: leave out"),
+    ],
+)
+def test_what_is_missing_or_out_of_place_is_told(command, files, bindings, message):
+    with pytest.raises(UsageError, match=re.escape(message)) as told:
+        configure(files, [], bindings, command)
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("files", itertools.permutations(TRAIN))
+def test_files_in_any_order_configure_the_same(files):
+    configure(TRAIN, [], [MODEL, "MODEL_DIR=x"], "train")
+    expected = gin.config_str()
+    configure(files, [], [MODEL, "MODEL_DIR=x"], "train")
+    assert gin.config_str() == expected
+    assert gin.query_parameter("TASK_FEATURE_LENGTHS/macro.value")["targets"] == 1
+
+
+@pytest.mark.parametrize("files", itertools.permutations([*CHECK, "{own}"]))
+def test_what_is_written_in_ones_own_file_counts_wherever_it_stands(files, tmp_path):
+    (tmp_path / "own.gin").write_text("REDUCTION = 7\n")
+    files = [file.format(own=tmp_path / "own.gin") for file in files]
+    configure(files, [], [MODEL], "check")
+    assert gin.query_parameter("REDUCTION/macro.value") == 7
+    assert gin.query_parameter("METHODS/macro.value") == ("coda", "parallel_adapter")
+
+
+def test_no_macro_of_the_package_is_read_nowhere():
+    """By its own file, or by one of those that it is given beside or that include it."""
+    names = [name for name in package_names() if not name.startswith("t5x/")]
+    members = {name: list(read(name).members()) for name in names}
+    bound = {
+        name: {b.name: b for f in files for b in f.bindings} for name, files in members.items()
+    }
+    together = [
+        {**bound[run], **bound[name]} for run in names if run.startswith("runs/") for name in names
+    ]
+    read_by = {macro for bindings in together for macro in _readers(bindings)}
+    unread = {
+        f"{name}: {binding.macro}"
+        for name in names
+        for binding in bound[name].values()
+        if binding.macro and binding.macro not in read_by
+    }
+    assert not unread
+
+
+@pytest.fixture
+def t5x_flags(monkeypatch):
+    """Sets T5X's flags as its programs have them."""
+
+    def given(files, bindings, search_paths=()):
+        values = flags.FlagValues()
+        flags.DEFINE_multi_string("gin_file", list(files), "", flag_values=values)
+        flags.DEFINE_multi_string("gin_bindings", list(bindings), "", flag_values=values)
+        flags.DEFINE_list("gin_search_paths", list(search_paths), "", flag_values=values)
+        values.mark_as_parsed()
+        monkeypatch.setattr(flags, "FLAGS", values)
+
+    return given
+
+
+def test_macros_of_t5xs_command_line_are_read_by_something(t5x_flags, tmp_path):
+    (tmp_path / "own.gin").write_text("include 'preset.gin'\nMODL = 3\n")
+    configure(CHECK, [], [MODEL, "REDUCTION=4"])
+    t5x_flags(CHECK, ["REDUCTION = 4", "Coda.epsilon = 1.0"])
+    check_flags_of_t5x()
+    t5x_flags([*CHECK, "gs://bucket/other.gin"], ["REDUCTON = 4"])
+    with pytest.raises(UsageError, match="nothing reads REDUCTON; did you mean REDUCTION"):
+        check_flags_of_t5x()
+    t5x_flags([*CHECK, str(tmp_path / "own.gin")], [])
+    with pytest.raises(UsageError, match=r"own\.gin:2: nothing reads MODL"):
+        check_flags_of_t5x()
+
+
+def test_a_file_before_t5xs_run_that_it_would_overwrite_is_refused(t5x_flags, tmp_path):
+    runs = tmp_path / "t5x" / "configs" / "runs"
+    runs.mkdir(parents=True)
+    (runs / "own.gin").write_text("TASK_FEATURE_LENGTHS = None\n")
+    configure(CHECK, [], [MODEL])
+    run = str(runs / "own.gin")
+    t5x_flags(["tasks/mnli.gin", run], [])
+    with pytest.raises(UsageError, match=r"overwrites TASK_FEATURE_LENGTHS of tasks/mnli\.gin"):
+        check_flags_of_t5x()
+
+
+def test_every_command_that_reads_gin_files_is_tried_here():
+    assert {name for name, row in COMMANDS.items() if row.reads_gin} == set(GIVEN)
+    assert callable(configuration.reachable)
