@@ -34,6 +34,24 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
+def prepare(path: str | os.PathLike) -> None:
+    """Makes the folder of a file that is to be written later.
+
+    Raises:
+        ValueError: there can be no such file: the path is a folder, or its folder cannot be made or
+            written to.
+    """
+    path = pathlib.Path(path).absolute()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: no permission for {path.parent}")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `path`, which takes its place when the block ends well.

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from coda_jax import checks, trees
+from coda_jax.data.batches import bucket, cut
+from coda_jax.data.examples import input_problem
 from coda_jax.data.stop_texts import stop_table
 from coda_jax.data.vocabularies import Vocabulary
-from coda_jax.models import ModelConfig
+from coda_jax.models import ModelConfig, family_of
 from coda_jax.nn.tokens import pool
 from coda_jax.objectives import Generation, Model, model_for
 from coda_jax.sharding import Placement
 
 EMBEDDINGS = ("mean", "tokens")
-_SHORTEST_BUCKET = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +28,17 @@ class Decoding(Generation):
     """How outputs are made, and of which inputs at once.
 
     Attributes:
-        max_input_length: the most tokens of an input, the end marker included, or patches.
+        max_input_length: the most tokens of an input, the end marker included, or vectors; None for
+            the family's.
         batch_size: inputs decoded at once; a multiple of the number of devices.
     """
 
-    max_input_length: int = 512
+    max_input_length: int | None = None
     batch_size: int = 32
 
     def __post_init__(self):
         super().__post_init__()
-        checks.fields(self, max_input_length=checks.COUNT, batch_size=checks.COUNT)
-
-
-def bucket(length: int, longest: int) -> int:
-    """The padded length of an input: the next power of two, at least 32 and at most `longest`."""
-    return min(longest, max(_SHORTEST_BUCKET, 1 << (max(length, 1) - 1).bit_length()))
+        checks.fields(self, max_input_length=checks.Maybe(checks.COUNT), batch_size=checks.COUNT)
 
 
 def generate_function(model: Model, decoding: Decoding) -> Callable[..., tuple[Array, Array]]:
@@ -86,35 +83,56 @@ class _Bucketed:
     """Batches of inputs of similar lengths for a model whose parameters are in place.
 
     Attributes:
-        num_truncated: inputs that were too long so far.
+        num_inputs: inputs so far.
+        num_truncated: those that were too long.
+        longest: the longest of them, before it was cut.
     """
 
-    def __init__(
-        self, config: ModelConfig, params: Mapping[str, Any], batch_size: int, longest: int
-    ):
-        self.num_truncated = 0
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], decoding: Decoding):
+        self.num_inputs = self.num_truncated = self.longest = 0
         self._model = model_for(config)
         self._placement = Placement()
         self._params = self._placement.params(params)
-        self._batch_size, self._longest = batch_size, longest
-        self._placement.check_rows("Decoding.batch_size", batch_size)
+        self._batch_size = decoding.batch_size
+        self._placement.check_rows("Decoding.batch_size", decoding.batch_size)
+        self._limit = decoding.max_input_length or family_of(config).inputs.longest
 
-    def _batches(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[list[int], Array]]:
-        """(indices of some inputs, the batch of them)."""
+    def _batches(
+        self, inputs: Sequence[np.ndarray], first: int = 0
+    ) -> Iterator[tuple[list[int], Array]]:
+        """(indices of some inputs, the batch of them); `first` is the number of the first.
+
+        Raises:
+            ValueError: an input is none of the model; its number is named.
+        """
         size = self._batch_size
+        for number, values in enumerate(inputs, start=first):
+            self._check(values, number)
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         for start in range(0, len(order), size):
             indices = order[start : start + size]
             yield indices, self._batch([inputs[index] for index in indices], size)
 
-    def _refuse(self, number: int, tokens: np.ndarray) -> None:
+    def cuts(self) -> list[str]:
+        """Sentences on what was cut so far."""
+        if not self.num_truncated:
+            return []
+        return [
+            f"{self.num_truncated:,} of {self.num_inputs:,} inputs were longer than "
+            f"{self._limit:,} {family_of(self._model.config).inputs.unit} and were cut: "
+            f"--gin.Decoding.max_input_length={self.longest} keeps all"
+        ]
+
+    def _check(self, values: np.ndarray, number: int) -> None:
+        if (why := input_problem(values, self._model.expects)) is not None:
+            raise ValueError(f"input {number} (the first is 0): {why}")
+
+    def _refuse(self, number: int) -> None:
         """Raises FloatingPointError: what the model gives for an input is not finite."""
         leaves = trees.flatten(self._params).items()
         wrong = [path for path, leaf in leaves if not jnp.isfinite(leaf).all()]
         if wrong:
             reason = f"{len(wrong)} parameters are not finite themselves, such as {wrong[0]}"
-        elif not np.isfinite(tokens).all():
-            reason = "the input holds values that are not finite"
         else:
             reason = f"values leave the range of {jnp.dtype(self._model.config.dtype).name}"
         raise FloatingPointError(
@@ -124,15 +142,17 @@ class _Bucketed:
 
     def _batch(self, inputs: Sequence[np.ndarray], size: int) -> Array:
         """Some inputs in a batch of a size, cut to the longest bucket and filled up."""
-        longest = self._longest
-        self.num_truncated += sum(len(tokens) > longest for tokens in inputs)
-        length = bucket(max(map(len, inputs)), longest)
+        self.num_inputs += len(inputs)
+        self.num_truncated += sum(len(values) > self._limit for values in inputs)
+        self.longest = max(self.longest, *map(len, inputs))
+        length = bucket(max(map(len, inputs)), self._limit)
         config = self._model.config
         spec = config.input_spec(size, length)
         fill = config.pad_id if np.issubdtype(spec.dtype, np.integer) else 0
         batch = np.full(spec.shape, fill, spec.dtype)
-        for row, tokens in zip(batch, inputs, strict=False):
-            row[: len(tokens)] = tokens[:length]
+        for row, values in zip(batch, inputs, strict=False):
+            kept = cut(values, length, config.eos_id)
+            row[: len(kept)] = kept
         return self._placement.batch({"tokens": batch})["tokens"]
 
 
@@ -146,7 +166,8 @@ class Encodings(_Bucketed):
         embed: see `encode_function`.
 
     Attributes:
-        num_truncated: inputs that were too long so far.
+        num_inputs, num_truncated, longest: of the inputs so far: how many, how many were too long,
+            and the longest.
 
     Raises:
         ValueError: see `encode_function`.
@@ -159,7 +180,7 @@ class Encodings(_Bucketed):
         decoding: Decoding = Decoding(),
         embed: str | None = None,
     ):
-        super().__init__(config, params, decoding.batch_size, decoding.max_input_length)
+        super().__init__(config, params, decoding)
         self._embed = embed
         self._encode = jax.jit(encode_function(self._model, embed))
 
@@ -175,12 +196,12 @@ class Encodings(_Bucketed):
         Raises:
             FloatingPointError: an output is not finite; the number of its input is named.
         """
-        for indices, batch in self._batches(inputs):
+        for indices, batch in self._batches(inputs, first):
             outputs = np.asarray(self._encode(self._params, batch))
             for index, found in zip(indices, outputs, strict=False):  # the last batch has spares
                 real = len(inputs[index]) if self._embed == "tokens" else len(found)
                 if not np.isfinite(found[:real]).all():
-                    self._refuse(first + index, inputs[index])
+                    self._refuse(first + index)
                 yield index, found[:real]
 
 
@@ -194,8 +215,10 @@ class Predictor(_Bucketed):
         vocabulary: of its outputs; needed where there are stop texts.
 
     Attributes:
-        decoding: the same, with nothing left open.
-        num_truncated: inputs that were too long so far.
+        decoding: the same, with no option of generation left open.
+        num_inputs, num_truncated, longest: of the inputs so far: how many, how many were too long,
+            and the longest.
+        num_cut: outputs so far, the best of each input, that reached the limit without an end.
 
     Raises:
         ValueError: options contradict each other, or a vocabulary is missing.
@@ -209,13 +232,25 @@ class Predictor(_Bucketed):
         vocabulary: Vocabulary | None = None,
     ):
         self.decoding = decoding = decoding.resolved()
-        super().__init__(config, params, decoding.batch_size, decoding.max_input_length)
+        super().__init__(config, params, decoding)
         self._model.check_generation(decoding)
+        self.num_cut = 0
         self._generate = jax.jit(generate_function(self._model, decoding))
         self._stops = {}
         if decoding.stop_strings:
             table = stops_of(decoding, vocabulary, config)
             self._stops["stops"] = jax.device_put(table, self._placement.replicated)
+
+    def cuts(self) -> list[str]:
+        """Sentences on what was cut so far, inputs and outputs."""
+        if not self.num_cut:
+            return super().cuts()
+        limit = self.decoding.max_decode_length
+        return [
+            *super().cuts(),
+            f"{self.num_cut:,} of {self.num_inputs:,} outputs were cut at {limit:,} tokens: "
+            f"--gin.Decoding.max_decode_length={2 * limit} leaves them more",
+        ]
 
     @property
     def num_programs(self) -> int:
@@ -251,15 +286,16 @@ class Predictor(_Bucketed):
         Raises:
             FloatingPointError: a logit is not finite; the number of its input is named.
         """
-        for indices, batch in self._batches(inputs):
+        for indices, batch in self._batches(inputs, first):
             numbers = [first + index for index in indices]
             arguments = self._arguments(numbers, self._batch_size)
             found = self._generate(self._params, batch, **arguments)
-            # The last batch has spares.
-            for index, outputs, scores in zip(indices, *map(np.asarray, found), strict=False):
-                if np.isnan(scores).any():
-                    self._refuse(first + index, inputs[index])
-                yield index, outputs, scores
+            tokens, scores = (np.asarray(x)[: len(indices)] for x in found)  # without spares
+            self.num_cut += int(self._model.is_cut(tokens[:, 0], self.decoding).sum())
+            for index, outputs, ranks in zip(indices, tokens, scores, strict=True):
+                if np.isnan(ranks).any():
+                    self._refuse(first + index)
+                yield index, outputs, ranks
 
     def stream(self, tokens: np.ndarray, number: int = 0) -> Iterator[int]:
         """The tokens of an output as they come: what `__call__` gives, up to the end marker.
@@ -272,11 +308,12 @@ class Predictor(_Bucketed):
             ValueError: beams, which may yet take back what they have chosen; several outputs.
             FloatingPointError: a logit is not finite.
         """
+        self._check(tokens, number)
         begin, grow = self._stepwise
         size = self._placement.mesh.size  # one input, and a spare row for each other device
         batch = self._batch([tokens], size)
         encoded, rows = begin(self._params, batch, **self._arguments([number], size))
-        refuse = functools.partial(self._refuse, number, tokens)
+        refuse = functools.partial(self._refuse, number)
         return self._streamed(batch, encoded, rows, grow, refuse)
 
     def _streamed(self, batch, encoded, rows, grow, refuse) -> Iterator[int]:
@@ -288,6 +325,7 @@ class Predictor(_Bucketed):
             yield int(rows.tokens[0, place])
             if rows.ended[0]:
                 return
+        self.num_cut += 1
 
     @functools.cached_property
     def _stepwise(self) -> tuple[Callable, Callable]:

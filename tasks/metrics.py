@@ -1,7 +1,7 @@
 """Metrics of the tasks, in per cent: exact match and F1, ROUGE, ANLS, errors of transcripts.
 
 They are seqio metric functions, of all targets and predictions, which the postprocessors here make
-of texts. Accuracy is `coda_jax.data.seqio_tasks.accuracy`.
+of texts. Accuracy is `coda_jax.data.scores.accuracy`.
 """
 
 from collections import Counter

@@ -1,6 +1,7 @@
 """What the modules share that have a table `SPECS` and a `task` for gin files."""
 
 from collections.abc import Callable, Mapping, Sequence
+import os
 from typing import Any
 
 import seqio
@@ -19,6 +20,12 @@ def find(kind: str, name: str, specs: Mapping[str, Any]) -> Any:
     if name not in specs:
         raise ValueError(f"There is no {kind} task {name!r}, only {sorted(specs)}")
     return specs[name]
+
+
+def splits_of(directory: str, splits: Sequence[str], ending: str) -> tuple[str, ...]:
+    """Returns the splits that have a file, named after them, in a folder; all if none has."""
+    found = [s for s in splits if os.path.exists(os.path.join(directory, s + ending))]
+    return tuple(found or splits)
 
 
 def once(name: str, arguments: Sequence, add: Callable[[str], seqio.Task]) -> str:

@@ -97,7 +97,8 @@ def _tfds(directory, splits):
 
 
 def _folder(directory):
-    return seqio_tasks.MemorySource(functools.partial(read_folder, directory), SPLITS)
+    splits = registry.splits_of(directory, SPLITS, ".tsv")
+    return seqio_tasks.MemorySource(functools.partial(read_folder, directory), splits)
 
 
 SPECS = {

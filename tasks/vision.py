@@ -224,9 +224,12 @@ def task(
     spec = registry.find("image", name, SPECS)
 
     def add(registered: str) -> seqio.Task:
+        splits = spec.splits
+        if spec.read is read_image_folder:
+            splits = registry.splits_of(directory, splits, ".jsonl")
         return images.add_task(
             registered,
-            MemorySource(functools.partial(spec.read, directory), spec.splits),
+            MemorySource(functools.partial(spec.read, directory), splits),
             images.load_images(font),
             seqio_vocabulary(vocabulary),
             patch_size=patch_size,

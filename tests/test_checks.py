@@ -140,7 +140,7 @@ REFUSED = [
     (TINY["t5"].replace, {"relpos_max_distance": 4}, "above half of relpos_num_buckets=8, got 4"),
     (TINY["t5"].replace, {"mlp_activations": ("gleu",)}, r"mlp_activations\[0\] must be one of"),
     (Decoding, {"temperature": NAN}, "Decoding.temperature must be a finite number of at least"),
-    (Data, {"feature_lengths": {"inputs": 8}}, "feature_lengths must be lengths such as"),
+    (Data, {"feature_lengths": {"input": 8}}, "feature_lengths must be lengths such as"),
     (preset, {"name": "t5_1_1_small", "vocab_szie": 9}, r"did you mean one of \['vocab_size'\]"),
     (loading.configured_preset, {"name": "x", "changes": 3}, "PRESET_CHANGES must be a dictionary"),
     (loading.load_model, {"config": TINY["t5"], "seed": -1}, "SEED must be a whole number from 0"),

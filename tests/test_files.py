@@ -104,6 +104,18 @@ def test_only_an_empty_folder_is_new(tmp_path):
             files.check_new(path)
 
 
+def test_the_folder_of_a_file_is_made_before_or_the_file_refused(tmp_path):
+    files.prepare(tmp_path / "a" / "b" / "c.json")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for path, text in (
+        (tmp_path / "a", "is a folder"),
+        (tmp_path / "file" / "x", "Not a directory|exists"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            files.prepare(path)
+
+
 def test_a_relative_path_is_written_where_it_was_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "other"

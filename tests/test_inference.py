@@ -10,7 +10,7 @@ import pytest
 from coda_jax import trees
 from coda_jax.commands import evaluate
 from coda_jax.commands.loading import LoadedModel
-from coda_jax.inference import Decoding, Encodings, Predictor, bucket
+from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.objectives import NOT_FINITE, model_for
 
 CONFIG = config(coda={"reduction": 2.0}, num_encoder_layers=1)
@@ -20,12 +20,6 @@ SMALL = config(num_encoder_layers=1, num_decoder_layers=1)
 def inputs(rng, lengths):
     """Random token arrays of these lengths."""
     return [rng.integers(2, 20, length) for length in lengths]
-
-
-def test_buckets_are_powers_of_two_up_to_the_longest():
-    assert [bucket(n, 100) for n in (0, 1, 32, 33, 64, 65, 100, 500)] == [
-        *(32, 32, 32, 64, 64, 100, 100, 100)
-    ]
 
 
 @pytest.mark.parametrize("num_beams", [1, pytest.param(2, marks=pytest.mark.all)])
@@ -51,9 +45,48 @@ def test_long_inputs_are_cut_and_counted(rng):
     (text,) = inputs(rng, [50])
     (cut,) = dict(predictor([text])).values()
     assert predictor.num_truncated == 1
+    assert predictor.cuts()[0] == (
+        "1 of 1 inputs were longer than 32 tokens and were cut: "
+        "--gin.Decoding.max_input_length=50 keeps all"
+    )
     (short,) = dict(predictor([text[:32]])).values()
     np.testing.assert_array_equal(cut, short)
     assert predictor.num_truncated == 1
+    (ended,) = dict(predictor([np.append(text, CONFIG.eos_id)])).values()
+    (short,) = dict(predictor([np.append(text[:31], CONFIG.eos_id)])).values()
+    np.testing.assert_array_equal(ended, short)
+
+
+def test_outputs_that_reach_the_limit_without_an_end_are_counted(rng):
+    cfg, params = SMALL.replace(eos_id=11), random_params(SMALL, seed=2)
+    texts = inputs(rng, [3, 7, 5, 9, 2, 8])
+    drawn = {"do_sample": True, "temperature": 5.0, "top_k": 0}
+    predictor = Predictor(cfg, params, Decoding(max_decode_length=5, batch_size=4, **drawn))
+    cut = sum(11 not in tokens for _, tokens in predictor(texts))
+    assert 0 < cut < 6 and predictor.num_cut == cut
+    assert predictor.cuts() == [
+        f"{cut} of 6 outputs were cut at 5 tokens: --gin.Decoding.max_decode_length=10 leaves them "
+        "more"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (
+            np.array([4, 20]),
+            "input 7 .*: its inputs have the id 20, the model's are 0 to 19",
+        ),
+        (np.array([4.0, 5.0]), "input 7 .*: its inputs are float64 values"),
+        (np.array([], int), "input 7 .*: its inputs are empty"),
+    ],
+)
+def test_inputs_that_are_none_of_the_model_are_refused_by_number(values, named):
+    predictor = Predictor(SMALL, random_params(SMALL), Decoding())
+    with pytest.raises(ValueError, match=named):
+        next(predictor([np.array([3]), values], first=6))
+    with pytest.raises(ValueError, match=named):
+        next(predictor.stream(values, 7))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +262,7 @@ def test_a_transcript_of_frames_that_are_not_finite_is_none(rng):
     frames[1][3, 2] = np.inf
     for beams in (1, 2):
         options = dataclasses.replace(decoding, num_beams=beams)
-        with pytest.raises(FloatingPointError, match=r"input 1 .*the input holds values"):
+        with pytest.raises(ValueError, match=r"input 1 .*its inputs hold values"):
             list(Predictor(cfg, params, options)(frames))
 
 
@@ -251,6 +284,9 @@ def test_metrics_of_a_head_that_are_not_finite_name_the_input():
         """Two batches of two."""
 
         task, batch_size = "task", 2
+
+        def check(self, expected):
+            """As of `Data`."""
 
         def batches(self, **layout):
             """As of `Data`."""

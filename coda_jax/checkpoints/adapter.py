@@ -7,6 +7,8 @@ and `adapter.json`. The manifest of version 2 has
 - `config`: family, fields and methods, see `config_json`;
 - `base`: {path: SHA-256} of the frozen leaves that the adapter belongs to;
 - `vocabulary`: the vocabulary's fingerprint, None where it is not known;
+- `lengths`: {"inputs", "targets"}, where they are known: how many were kept of an example in
+  training, and the longest there was;
 - `quantization`: how the base was quantised in training, None for not at all;
 - `leaves`: {path: shape, dtype, SHA-256} of the leaves in the safetensors file;
 - `manifest_sha256`: of all the rest.
@@ -40,6 +42,9 @@ _KEYS = {
     2: {"format_version", "package_version", "config", "base", "vocabulary", "quantization",
         "leaves", "manifest_sha256"},
 }  # fmt: skip
+
+
+_MAY_HAVE = {"lengths"}
 
 
 def _add_leaf(digest: Any, leaf: Any, prefix: str = "") -> None:
@@ -90,6 +95,7 @@ def save_adapter(
     params: Mapping[str, Any],
     *,
     vocabulary: str | None = None,
+    lengths: Mapping[str, int] | None = None,
 ) -> None:
     """Saves what an adaptation trained: the leaves of its methods, norms and heads.
 
@@ -99,6 +105,8 @@ def save_adapter(
         params: the whole parameter tree of the model. Its frozen leaves are only fingerprinted:
             they must be the base's own, in the base's dtype.
         vocabulary: fingerprint of the vocabulary, where it is known.
+        lengths: the most "inputs" that were kept in training, and the longest "targets", where they
+            are known.
 
     Raises:
         ValueError: there is nothing to save: the config has no methods, or leaves none of the base
@@ -119,6 +127,7 @@ def save_adapter(
         "base": base_fingerprints(config, params),
         "vocabulary": vocabulary,
         "quantization": None,
+        **({} if lengths is None else {"lengths": dict(lengths)}),
         "leaves": {
             name: {**_describe(leaf), "sha256": leaf_sha256(leaf)} for name, leaf in tensors.items()
         },
@@ -142,9 +151,9 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version not in _KEYS:
         raise ValueError(f"{file} has format_version={version!r}; this version reads {[*_KEYS]}")
-    if manifest.keys() != _KEYS[version]:
-        missing = sorted(_KEYS[version] - manifest.keys())
-        unknown = sorted(manifest.keys() - _KEYS[version])
+    missing = sorted(_KEYS[version] - manifest.keys())
+    unknown = sorted(manifest.keys() - _KEYS[version] - _MAY_HAVE)
+    if missing or unknown:
         raise ValueError(f"{file} lacks the keys {missing} and has the unknown keys {unknown}")
     if version == 2 and _manifest_sha256(manifest) != manifest["manifest_sha256"]:
         raise ValueError(f"{file} is corrupt, or was changed by hand: its SHA-256 differs")
@@ -153,12 +162,31 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{file} has no table of leaves: {leaves!r}")
     if version == 2 and not isinstance(manifest["base"], dict):
         raise ValueError(f"{file} has no fingerprints of its base: {manifest['base']!r}")
+    _check_lengths(manifest.get("lengths", {}), file)
     if manifest.get("quantization") is not None:
         raise ValueError(
             f"{file} belongs to a base quantised as {manifest['quantization']!r}, which this "
             "version does not know"
         )
     return manifest
+
+
+def _check_lengths(lengths: Any, file: Path) -> None:
+    good = isinstance(lengths, dict) and lengths.keys() in ({"inputs", "targets"}, set())
+    if not good or not all(type(n) is int and n > 0 for n in lengths.values()):
+        raise ValueError(f"{file} has senseless lengths: {lengths!r}")
+
+
+def read_lengths(path: str | os.PathLike | None) -> dict[str, int]:
+    """{"inputs", "targets"} of an adapter's training, as `save_adapter` takes them.
+
+    Args:
+        path: the directory; None for no adapter.
+
+    Returns:
+        The lengths, {} where they are unknown; errors are those of `read_manifest`.
+    """
+    return {} if path is None else read_manifest(path).get("lengths", {})
 
 
 def _config(manifest: Mapping[str, Any], file: Path) -> ModelConfig:

@@ -51,12 +51,14 @@ class Source:
         params: its whole parameter tree.
         step: the training step, 0 where none is known.
         vocabulary: fingerprint of the vocabulary of what was trained, None where it is not known.
+        lengths: of the training's examples; see `save_adapter`.
     """
 
     config: ModelConfig
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     step: int = 0
     vocabulary: str | None = None
+    lengths: Mapping[str, int] | None = None
 
 
 def convert(
@@ -142,7 +144,8 @@ def _read_adapter(folder: Path, base: str | None = None) -> Source:
     if config is None:
         config = _infer_config(params, base)
     config, params = checkpoints.load_adapter(folder, config, params)
-    return Source(config, params, vocabulary=manifest.get("vocabulary"))
+    said = {name: manifest.get(name) for name in ("vocabulary", "lengths")}
+    return Source(config, params, **said)
 
 
 def _load_base(base: str | None, source: Path) -> tuple[ModelConfig | None, Mapping[str, Any]]:
@@ -205,7 +208,9 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     elif base is not None:
         raise ValueError(f"{folder} holds all leaves: base={base!r} is not used")
     trees.check_tree(param_shapes(config), params, what=f"the leaves of {item} do")
-    return Source(*methods_lib.finish(config, params), step, run.get("vocabulary"))
+    return Source(
+        *methods_lib.finish(config, params), step, run.get("vocabulary"), run.get("lengths")
+    )
 
 
 def _check_leaves(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
@@ -296,7 +301,8 @@ def _write_t5x(output: Path, read: Source) -> None:
 
 
 def _write_adapter(output: Path, read: Source) -> None:
-    checkpoints.save_adapter(output, read.config, read.params, vocabulary=read.vocabulary)
+    said = {"vocabulary": read.vocabulary, "lengths": read.lengths}
+    checkpoints.save_adapter(output, read.config, read.params, **said)
 
 
 def _find_vocabulary(read: Source, folders: list[Path]) -> dict[str, str]:

@@ -5,7 +5,6 @@ import json
 import pathlib
 import sys
 
-from absl import logging
 import numpy as np
 from tqdm import tqdm
 
@@ -84,9 +83,5 @@ def _encoded(
                 progress.update()
             yield from ((record, outputs[index]) for index, record in enumerate(chunk))
             done += len(chunk)
-    if encodings.num_truncated:
-        logging.warning(
-            "%d inputs were longer than %d tokens and were cut",
-            encodings.num_truncated,
-            decoding.max_input_length,
-        )
+    for line in encodings.cuts():
+        print(line, file=sys.stderr)

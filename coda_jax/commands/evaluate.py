@@ -1,21 +1,22 @@
 """`coda evaluate`: the metrics of a task, from decoded outputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import itertools
+import functools
 import json
 import math
+import sys
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from coda_jax import files
 from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
+from coda_jax.data import jsonl
 from coda_jax.data.source import Data
 from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.models import family_of
 from coda_jax.objectives import model_for
-from coda_jax.optional import needs
 from coda_jax.sharding import Placement
 
 
@@ -27,31 +28,39 @@ def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
 def evaluate(
     model: LoadedModel,
     task: str,
-    feature_lengths: Mapping[str, int],
+    feature_lengths: Mapping[str, int] | None,
     decoding: Decoding,
-    split: str = "validation",
+    split: str | None = None,
     output: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Decodes the inputs of a seqio task and compares the best outputs with its targets.
+    """Decodes the inputs of a task and compares the best outputs with its targets.
 
-    A model with a head for labels or numbers is compared with those of a task of `data.labels`.
+    Outputs may be as long as the longest target needs. Inputs and outputs that are cut are counted
+    and said. A model with a head for labels or numbers is compared with those of a task of
+    `data.labels`.
 
     Args:
         model: what to evaluate.
-        task: name of a registered seqio task or mixture.
-        feature_lengths: the most tokens of "inputs" and of "targets".
+        task: name of a JSONL task, or of a registered seqio task or mixture.
+        feature_lengths: the most "inputs" that are kept, unless `decoding` says it.
         decoding: how outputs are made; what it leaves open, generation_config.json may say.
-        split: of the task.
+        split: of the task; None for "validation" or else the only one.
         output: JSON file for the metrics.
 
     Returns:
         {task: {metric: value}}.
 
     Raises:
+        ValueError: the task has no such split, no metrics, or examples that the model cannot take.
         FloatingPointError: what the model gives for an input is not finite; its number is named.
     """
-    data = Data(feature_lengths, task, split=split, batch_size=decoding.batch_size, shuffle=False)
+    if output is not None:
+        files.prepare(output)
+    data = Data(feature_lengths, task, batch_size=decoding.batch_size, shuffle=False)
+    data = data.with_split(split).limited(model.longest_inputs)
+    print(f"evaluating {data.place}", file=sys.stderr)
     data.check_vocabulary(**model.vocabulary)
+    data.check_labels(model_for(model.config).describes)
     if model_for(model.config).describes:
         found = _of_head(model, data, decoding)
     else:
@@ -66,60 +75,68 @@ def _of_head(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, di
     """{task: metrics} of a head."""
     from coda_jax.training import trainer  # Here: it imports orbax, which nothing else needs.
 
-    batches = data.batches(repeat=False, **model.layout)
-    placement = Placement()
-    params = placement.params(model.params)
-    metrics = trainer.evaluate(model_for(model.config), params, batches, placement)
+    objective, placement = model_for(model.config), Placement()
+    data.check(objective.expects)
+    made = functools.partial(data.batches, repeat=False, **model.layout, expected=objective.expects)
+    metrics = trainer.evaluate(objective, placement.params(model.params), made(), placement)
     if not all(map(math.isfinite, metrics.values())):
         encodings = Encodings(model.config, model.params, decoding)
-        for number, batch in enumerate(data.batches(repeat=False, **model.layout)):
+        for number, batch in enumerate(made()):
             list(encodings(list(batch["encoder_input_tokens"]), number * data.batch_size))  # raises
         raise FloatingPointError(f"metrics are not finite: {metrics}")
     return {data.task: metrics}
 
 
+@dataclasses.dataclass
+class _Scored:
+    """A task: its examples, and (outputs of each) -> metrics."""
+
+    name: str
+    examples: Sequence[Mapping[str, Any]]
+    score: Callable[[Sequence[Sequence[int]]], dict[str, float]]
+
+
 def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:
     """{task: metrics} of generated texts."""
-    with needs():
-        import seqio
+    longest = decoding.max_input_length or data.feature_lengths["inputs"]
+    tasks = _tasks(data, longest)
+    targets = max(len(example["targets"]) for task in tasks for example in task.examples)
+    decoding = dataclasses.replace(decoding, max_input_length=longest)
+    predictor = Predictor(
+        model.config,
+        model.params,
+        with_checkpoint_defaults(decoding, model, targets),
+        data.vocabulary,
+    )
+    held = held_at_once(model, predictor.decoding)
+    found = {task.name: task.score(_outputs(predictor, task, held)) for task in tasks}
+    for line in predictor.cuts():
+        print(line, file=sys.stderr)
+    return found
 
+
+def _tasks(data: Data, longest: int) -> list[_Scored]:
+    """The tasks of a mixture, or the one, whole."""
+    if data.task in jsonl.TASKS:
+        task = jsonl.TASKS[data.task]
+        score = functools.partial(task.metrics, data.split)
+        return [_Scored(task.name, task.examples(data.split), score)]
     from coda_jax.data import seqio_tasks
 
-    task, feature_lengths = data.task, data.feature_lengths
-    decoding = dataclasses.replace(decoding, max_input_length=feature_lengths["inputs"])
-    decoding = with_checkpoint_defaults(decoding, model)
-    predictor = Predictor(model.config, model.params, decoding, data.vocabulary)
-    evaluator = seqio.Evaluator(
-        seqio_tasks.provider(task).name,
-        seqio_tasks.feature_converter(task),
-        eval_split=data.split,
-        sequence_length=dict(feature_lengths),
-    )
-    metrics, _ = evaluator.evaluate(
-        compute_metrics=True, predict_fn=_answers(predictor, model, task)
-    )
-    return {
-        name: {metric: float(value) for metric, value in values.items()}
-        for name, values in metrics.result().items()
-    }
+    limits = {**data.feature_lengths, "inputs": longest}
+    return [
+        _Scored(task.name, examples, functools.partial(seqio_tasks.metrics_of, task, examples))
+        for task, examples in seqio_tasks.evaluated(data.task, data.split, limits)
+    ]
 
 
-def _answers(predictor: Predictor, model: LoadedModel, task: str) -> Callable:
-    """(seqio's examples with their numbers) -> [(number, tokens of the best output)]."""
-
-    def unpadded(inputs):  # seqio fills up with zeros, whatever the model's padding is
-        filled = inputs.reshape(len(inputs), -1).any(axis=1)
-        return inputs[: np.flatnonzero(filled).max(initial=-1) + 1]
-
-    def answer(dataset):
-        examples, answers = dataset.as_numpy_iterator(), []
-        size = held_at_once(model, predictor.decoding)
-        with tqdm(desc=task, unit="example") as progress:
-            while chunk := list(itertools.islice(examples, size)):
-                inputs = [unpadded(example["encoder_input_tokens"]) for _, example in chunk]
-                for place, tokens in predictor(inputs, first=len(answers)):
-                    answers.append((int(chunk[place][0]), tokens.tolist()))
-                    progress.update()
-        return answers
-
-    return answer
+def _outputs(predictor: Predictor, task: _Scored, size: int) -> list[list[int]]:
+    """The tokens of the best output of each example."""
+    outputs: list[list[int]] = [[]] * len(task.examples)
+    with tqdm(total=len(outputs), desc=task.name, unit="example") as progress:
+        for start in range(0, len(outputs), size):
+            inputs = [example["inputs"] for example in task.examples[start : start + size]]
+            for place, tokens in predictor(inputs, first=start):
+                outputs[start + place] = tokens.tolist()
+                progress.update()
+    return outputs

@@ -4,9 +4,9 @@ They are `jax.export` programs beside the weights, which they share. A program t
 and one length of inputs. Where outputs are drawn, it takes two more arguments, a uint32 seed and
 the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
 outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. An
-encoder's gives what `inference.encode_function` says. The manifest lists arguments and results.
-Where a logit of an input is not finite there is no answer: all its tokens are -1, and its score is
-NaN. To load them:
+output ends with the token in which a stop text is complete. An encoder's gives what
+`inference.encode_function` says. The manifest lists arguments and results. Where a logit of an
+input is not finite there is no answer: all its tokens are -1, and its score is NaN. To load them:
 
     manifest = json.load(open(f"{folder}/manifest.json"))
     arrays = np.load(f"{folder}/weights.npz")
@@ -26,9 +26,10 @@ import numpy as np
 from tqdm import tqdm
 
 from coda_jax import checks, files, methods, trees
-from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
+from coda_jax.commands.loading import LoadedModel, sized, with_checkpoint_defaults
+from coda_jax.data.batches import bucket
 from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
-from coda_jax.inference import Decoding, bucket, encode_function, generate_function, stops_of
+from coda_jax.inference import Decoding, encode_function, generate_function, stops_of
 from coda_jax.models import ModelConfig
 from coda_jax.objectives import NOT_FINITE, Model, model_for
 
@@ -60,14 +61,12 @@ def export(
 ) -> None:
     """Writes programs (weights, inputs) -> output tokens [B, L]; see the module for other ones.
 
-    The inputs are token ids [B, N] int32, or patches [B, N, C] float32. An output ends with the
-    token in which a stop text is complete.
+    The inputs are token ids [B, N] int32, or patches [B, N, C] float32.
 
     Args:
         model: what answers.
         output: the folder to write; it must not exist yet or be empty.
-        decoding: how outputs are made, and the longest input; what it leaves open,
-            generation_config.json may say.
+        decoding: how outputs are made, and the longest input; see `completed` for what is open.
         batch_sizes: B of the programs; None for that of `decoding`.
         platforms: some of `PLATFORMS`; each program holds all of them.
         vocabulary: of stop texts, its folder or file, or "bytes"; None: beside the checkpoint.
@@ -81,6 +80,7 @@ def export(
     sizes = checks.Maybe(checks.Each(checks.COUNT, least=1))("BATCH_SIZES", batch_sizes)
     sizes = sizes or (decoding.batch_size,)
     platforms = checks.Each(checks.OneOf(PLATFORMS), least=1)("PLATFORMS", platforms)
+    decoding = sized(decoding, model)
     config, params = methods.merge(model.config, model.params)
     if embed is not None or model_for(config).describes:
         answer, described = encode_function(model_for(config), embed), _ENCODES
@@ -120,6 +120,7 @@ def _write(
         "jax": jax.__version__,
     }
     files.write_json(directory / MANIFEST_NAME, manifest)
+    print(_limits(decoding, described))
 
 
 def _generates(
@@ -145,6 +146,18 @@ def _generates(
         "not_finite": {"tokens": NOT_FINITE},
         "decoding": decoding.given_options,
     }
+
+
+def _limits(decoding: Decoding, described: Mapping[str, Any]) -> str:
+    """A sentence on what does not fit into the programs."""
+    inputs = f"the programs take inputs of at most {decoding.max_input_length:,}"
+    if "decoding" not in described:
+        return f"{inputs}; longer ones must be cut before"
+    limit = described["decoding"]["max_decode_length"]
+    return (
+        f"{inputs} and give outputs of at most {limit:,} tokens: one whose last token is neither "
+        "the end marker nor padding was cut"
+    )
 
 
 def _uint32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -12,14 +12,16 @@ from absl import logging
 import jax
 
 from coda_jax import checkpoints, checks, hub, methods, trees
-from coda_jax.checkpoints.adapter import read_config, read_manifest
+from coda_jax.checkpoints.adapter import read_config, read_lengths, read_manifest
 from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE, read_generation_config
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
+from coda_jax.data.batches import SHORTEST, rounded_up
 from coda_jax.data.labels import read_labels
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.inference import Decoding
 from coda_jax.methods import max_segments, with_reduction
-from coda_jax.models import ModelConfig, init_params, param_shapes, preset
+from coda_jax.models import ModelConfig, family_of, init_params, param_shapes, preset
+from coda_jax.objectives import model_for
 from coda_jax.optional import needs
 
 DROPOUT = ModelConfig.field_checks["dropout_rate"]
@@ -35,12 +37,14 @@ class LoadedModel:
         directory: the checkpoint's folder, or None for a model that starts at random.
         adapter: {the adapter's folder: the fingerprint of the vocabulary that it was trained with},
             where it has one.
+        lengths: {"inputs", "targets"} of the adapter's training: see `save_adapter`; {} if unknown.
     """
 
     config: ModelConfig
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     directory: pathlib.Path | None
     adapter: Mapping[str, str] | None = None
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def vocabulary(self) -> dict[str, Any]:
@@ -55,7 +59,13 @@ class LoadedModel:
             "max_segments": max_segments(self.config.methods),
             "pad_id": self.config.pad_id,
             "start_id": self.config.decoder_start_id,
+            "eos_id": self.config.eos_id,
         }
+
+    @property
+    def longest_inputs(self) -> int:
+        """The most inputs that are kept where nobody says another limit."""
+        return self.lengths.get("inputs") or family_of(self.config).inputs.longest
 
 
 def configured_preset(
@@ -191,15 +201,27 @@ def load_model(
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
     adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
-    return LoadedModel(config, params, directory, adapter)
+    return LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
 
 
-def with_checkpoint_defaults(decoding: Decoding, model: LoadedModel) -> Decoding:
-    """What the checkpoint's generation_config.json asks for, where nothing is said; it is logged.
+def sized(decoding: Decoding, model: LoadedModel) -> Decoding:
+    """With the longest input of the adapter's training, or the family's, where none is said."""
+    longest = decoding.max_input_length or model.longest_inputs
+    return dataclasses.replace(decoding, max_input_length=longest)
+
+
+def with_checkpoint_defaults(
+    decoding: Decoding, model: LoadedModel, targets: int | None = None
+) -> Decoding:
+    """Lengths, and what generation_config.json asks for, where nothing is said; that is logged.
+
+    Outputs may be as long as the model's can be, if that has a limit; or else as the longest
+    target, rounded up; or as generation_config.json says.
 
     Args:
         decoding: what is asked for.
         model: what decodes.
+        targets: the longest target, where it is known; otherwise that of the adapter's training.
 
     Returns:
         The options, with nothing left open.
@@ -207,10 +229,17 @@ def with_checkpoint_defaults(decoding: Decoding, model: LoadedModel) -> Decoding
     Raises:
         ValueError: the file is not for this model; options contradict each other.
     """
+    prefix_length = len(decoding.decoder_prefix or ())
+    decoding = sized(decoding, model)
+    if decoding.max_decode_length is None:
+        longest = model_for(model.config).longest_output(decoding.max_input_length)
+        targets = targets or model.lengths.get("targets")
+        if longest is None and targets is not None:
+            longest = rounded_up(targets + prefix_length, SHORTEST["targets"])
+        decoding = dataclasses.replace(decoding, max_decode_length=longest)
     if model.directory is None:
         return decoding.resolved()
     file = model.directory / GENERATION_CONFIG_FILE
-    prefix_length = len(decoding.decoder_prefix or ())
     defaults = read_generation_config(model.directory, model.config, prefix_length)
     taken = defaults
     try:

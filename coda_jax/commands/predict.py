@@ -6,13 +6,12 @@ import itertools
 import json
 import sys
 
-from absl import logging
 from tqdm import tqdm
 
-from coda_jax import checks
+from coda_jax import checks, files
 from coda_jax.commands.encodings import write_descriptions, write_embeddings
 from coda_jax.commands.evaluate import held_at_once
-from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
+from coda_jax.commands.loading import LoadedModel, sized, with_checkpoint_defaults
 from coda_jax.data.stop_texts import cut
 from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
@@ -47,7 +46,8 @@ def predict(
             standard input. An input is a text or the file of an image or a recording; lines of JSON
             have "inputs", or "image" and, as models for questions need it, "header".
         output: the JSONL file to write, or "-" for standard output.
-        decoding: how outputs are made; what it leaves open, generation_config.json may say.
+        decoding: how outputs are made; what it leaves open, the adapter's training or
+            generation_config.json may say. What is cut, inputs or outputs, is counted and said.
         vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
         chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images or audio.
         font: file of the font of headers; None for that of `data.images`.
@@ -63,6 +63,9 @@ def predict(
     checks.flag("SCORES", scores)
     checks.flag("STREAM", stream)
     checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
+    if output != "-":
+        files.prepare(output)
+    decoding = sized(decoding, model)
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
     requests = family_of(model.config).inputs
@@ -88,12 +91,8 @@ def _generate(model, decoding, vocabulary, chunks, encode, output, scores, strea
         _print_growing(predictor, vocabulary, inputs)
     else:
         _write(predictor, vocabulary, encode, chunks, output, scores)
-    if predictor.num_truncated:
-        logging.warning(
-            "%d inputs were longer than %d tokens and were cut",
-            predictor.num_truncated,
-            decoding.max_input_length,
-        )
+    for line in predictor.cuts():
+        print(line, file=sys.stderr)
 
 
 def _chunks(records: Iterator, size: int) -> Iterator[list]:

@@ -10,6 +10,8 @@ import optax
 
 from coda_jax import checkpoints, checks, files, methods, trees
 from coda_jax.commands.loading import LoadedModel
+from coda_jax.data.examples import num_shared
+from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.models import ModelConfig, family_of
@@ -48,35 +50,35 @@ def train(
         export_dtype: of the leaves, where all were trained: float32 or bfloat16.
 
     Returns:
-        The trained model, as it is exported, and the metrics of its evaluation.
+        The trained model, as it is exported, and its evaluation.
 
     Raises:
-        ValueError: there is nothing to train on, or to train; data do not fit; see `trainer.train`.
+        ValueError: there is nothing to train, or data do not fit; see `trainer.train`.
     """
-    if not data.exists:
-        raise ValueError("there is nothing to train on: name a task or a cache file")
     export_dtype = checks.Maybe(checks.dtype)("export_dtype", export_dtype)
-    _check_rows(data, options)
-    eval_data = eval_data if eval_data and eval_data.exists else None
     trained = objective(model.config)
-    _check(model, trained, [read for read in (data, eval_data) if read is not None])
+    data, eval_data = _checked(model, trained, options, data, eval_data)
     vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
+    layout = {**model.layout, "expected": trained.expects}
+    batches = data.batches(repeat=True, **layout)
+    said = {"vocabulary": vocabulary, "lengths": data.lengths(trained.expects)}
     params, metrics = trainer.train(
         trained,
         trained.add_leaves(model.params),
-        data.batches(repeat=True, **model.layout),
+        batches,
         options=options,
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
-        run=_identity(data, eval_data if options.best_metric else None, vocabulary),
-        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **model.layout)),
+        run=_identity(data, eval_data if options.best_metric else None, said),
+        eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
     )
+    data.report(batches)
     _, params = trees.split(params, trained.creates)
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
         params = jax.tree.map(lambda x: x.astype(export_dtype), params)
     folder = pathlib.Path(directory) / EXPORT
-    model = export(folder, model.config, params, model.directory, data, vocabulary)
+    model = export(folder, model.config, params, model.directory, data, **said)
     files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
     return model, metrics
@@ -92,22 +94,49 @@ def _check_rows(data: Data, options: trainer.TrainOptions) -> None:
         )
 
 
-def _check(model: LoadedModel, trained: Model, sources: list[Data]) -> None:
-    """Raises ValueError where data do not fit the model, or a base would come out that has no place
-    in Hugging Face's layout."""
+def _checked(
+    model: LoadedModel,
+    trained: Model,
+    options: trainer.TrainOptions,
+    data: Data,
+    eval_data: Data | None,
+) -> tuple[Data, Data | None]:
+    """The data with their limits, looked at; what there is to say of them is printed.
+
+    Raises:
+        ValueError: there is nothing to train on, data do not fit the model, or a base would come
+            out that has no place in Hugging Face's layout.
+    """
+    if data.task is None and data.cache is None:
+        raise ValueError("there is nothing to train on: name a task or a cache file")
+    _check_rows(data, options)
     if not methods.partition(model.config, model.params)[1]:
         family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
-    for data in sources:
+    if data.cache is None:
+        data = data.with_split(data.split)
+    if eval_data is not None and not eval_data.exists:
+        say(f"no evaluation during training: there is no {eval_data.place}")
+        eval_data = None
+    sources = [read.limited(model.longest_inputs) for read in (data, eval_data) if read is not None]
+    for read in sources:
         if trained.reads_targets:
-            data.check_vocabulary(**model.vocabulary)
+            read.check_vocabulary(**model.vocabulary)
+            read.check_labels(trained.describes)
         apart = [method.name for method in model.config.methods if not method.packs]
-        if data.pack and apart:
+        if read.pack and apart:
             raise ValueError(f"{apart} cannot keep packed examples apart: pack=False")
+        read.check(trained.expects)
+    data, *rest = sources
+    if rest and data.in_memory and rest[0].in_memory:
+        shared = num_shared(*(read.chosen(trained.expects) for read in (rest[0], data)))
+        if shared:
+            say(f"{rest[0].place}: {shared:,} examples are among those trained on, too")
+    return data, rest[0] if rest else None
 
 
-def _identity(data: Data, deciding: Data | None, vocabulary: str | None) -> dict[str, Any]:
+def _identity(data: Data, deciding: Data | None, said: dict[str, Any]) -> dict[str, Any]:
     """What of the data decides the result: those that choose the best checkpoint, too."""
-    found = {"data": data.description(), "vocabulary": vocabulary}
+    found = {"data": data.description(), **said}
     return found if deciding is None else {**found, "eval_data": deciding.description()}
 
 
@@ -118,6 +147,7 @@ def export(
     base_directory: pathlib.Path | None,
     data: Data,
     vocabulary: str | None,
+    lengths: dict[str, int],
 ) -> LoadedModel:
     """Writes what was trained: the base, where its leaves were; what the methods leave behind.
 
@@ -129,6 +159,7 @@ def export(
             of the data.
         data: that it was trained on.
         vocabulary: the fingerprint of their vocabulary.
+        lengths: of the training; see `checkpoints.save_adapter`.
 
     Returns:
         The model as it is exported.
@@ -146,5 +177,6 @@ def export(
             beside = find_files(base_directory) if base_directory else {}
             copy_files(beside or data.vocabulary_files(), new)
         if finished.methods:
-            checkpoints.save_adapter(new / "adapter", finished, params, vocabulary=vocabulary)
-    return LoadedModel(finished, params, base_directory)
+            said = {"vocabulary": vocabulary, "lengths": lengths}
+            checkpoints.save_adapter(new / "adapter", finished, params, **said)
+    return LoadedModel(finished, params, base_directory, lengths=lengths)

@@ -2,7 +2,8 @@
 
 Without seqio and TensorFlow:
 
-- `batches`: examples to batches, padded or packed; epochs of examples.
+- `batches`: examples to batches, padded or packed, as long as they are; epochs of examples.
+- `examples`: what examples a model can take; what is found in all of a file.
 - `cache`: the file that holds a task's tokenised examples.
 - `vocabularies`: a folder's vocabulary, whatever its kind; bytes; whether it is a model's.
 - `sentencepiece_vocabulary`, `tokenizers_vocabulary`: spiece.model; tokenizer.json and others.
@@ -11,11 +12,13 @@ Without seqio and TensorFlow:
 - `stop_texts`: the table by which a compiled program finds the texts that end an output.
 - `jsonl`: JSONL files and tasks over them.
 - `labels`: JSONL files of texts with a class or a number.
+- `scores`: how texts are compared.
 - `source`: `Data`, which finds the examples of a task's name or of a cache file.
+- `reports`: what is said of them.
 
 With them:
 
-- `seqio_tasks`: what is built on seqio; the only one of these that imports it at the top.
+- `seqio_tasks`, `seqio_vocabularies`: what is built on seqio; they import it at the top.
 - `images`: image files to patches. TensorFlow is imported when patches are made.
 - `audio`: recordings to frames. TensorFlow is imported when frames are made.
 """

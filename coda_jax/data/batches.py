@@ -6,11 +6,13 @@ seqio's EncDecFeatureConverter: `encoder_input_tokens`, `decoder_input_tokens`,
 0 is padding) and positions of both sides. All are int32 [batch_size, length], rows filled up with
 the model's padding token. Inputs may be vectors instead, such as patches: float arrays [n, C]
 become float32 [batch_size, length, C].
+
+The lengths of a batch are those of its longest examples, rounded up by `bucket`: few lengths, so
+that few programs are compiled. Packed rows have the full lengths.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 import itertools
-import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +23,36 @@ FEATURES = ("inputs", "targets")
 
 Example = Mapping[str, np.ndarray]
 
-_logger = logging.getLogger(__name__)
+SHORTEST = {"inputs": 32, "targets": 8}  # buckets
+INCOMPLETE = "decoder_targets_incomplete"  # rows whose targets no output can equal
 
 
-def check_feature_lengths(feature_lengths: Mapping[str, int]) -> None:
-    """Raises ValueError unless there is one positive length for inputs and one for targets."""
-    if not isinstance(feature_lengths, Mapping) or set(feature_lengths) != set(FEATURES):
+def rounded_up(length: int, shortest: int) -> int:
+    """The next power of two, at least `shortest`."""
+    return max(shortest, 1 << (max(length, 1) - 1).bit_length())
+
+
+def bucket(length: int, longest: int, shortest: int = SHORTEST["inputs"]) -> int:
+    """The next power of two, at least `shortest` and at most `longest`."""
+    return min(longest, rounded_up(length, shortest))
+
+
+def cut(values: np.ndarray, longest: int, eos_id: int) -> np.ndarray:
+    """At most so many tokens or vectors; where the tokens end with EOS, those kept do, too."""
+    if len(values) <= longest:
+        return values
+    kept = np.array(values[:longest])
+    if kept.ndim == 1 and values[-1] == eos_id:
+        kept[-1] = eos_id
+    return kept
+
+
+def check_feature_lengths(
+    feature_lengths: Mapping[str, int], may_lack: Collection[str] = ()
+) -> None:
+    """Raises ValueError unless there is a positive length for each feature, but for some."""
+    given = set(feature_lengths) if isinstance(feature_lengths, Mapping) else {None}
+    if given - set(FEATURES) or set(FEATURES) - given - set(may_lack):
         example = dict.fromkeys(FEATURES, 64)
         raise checks.wrong("feature_lengths", f"lengths such as {example}", feature_lengths)
     for feature, length in feature_lengths.items():
@@ -34,26 +60,31 @@ def check_feature_lengths(feature_lengths: Mapping[str, int]) -> None:
 
 
 class _Layout(NamedTuple):
-    """Sizes of a batch, and the tokens that no example holds."""
+    """Sizes of a batch, the tokens that stand for no text, and whether rows are marked."""
 
     batch_size: int
     lengths: dict[str, int]
     pad_id: int
     start_id: int
+    eos_id: int
+    unknown_id: int | None
+    marks: bool
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
     """The iterator that `batch_examples` returns.
 
     Attributes:
-        num_truncated: how many examples so far were longer than the limit.
         num_examples: how many examples were read so far.
+        num_truncated: how many of them were longer than the limits.
+        longest: the longest "inputs" and "targets" so far, before they were cut.
     """
 
-    def __init__(self, examples, layout, pack, max_segments, drop_remainder):
-        self.num_truncated = 0
+    def __init__(self, examples, layout, pack, max_segments, drop_remainder, on_cut):
         self.num_examples = 0
-        self._lengths = layout.lengths
+        self.num_truncated = 0
+        self.longest = dict.fromkeys(FEATURES, 0)
+        self._layout, self._on_cut = layout, on_cut
         rows = _packed_rows if pack else _single_rows
         self._batches = _batches(
             rows(self._trimmed(examples), layout.lengths, max_segments),
@@ -66,24 +97,23 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return next(self._batches)
 
     def _trimmed(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """Examples of at most the limits, with "complete": whether an output may equal targets."""
+        limits, eos_id, unknown_id = self._layout.lengths, *self._layout[4:6]
         for example in examples:
             self.num_examples += 1
-            if any(len(example[key]) > self._lengths[key] for key in FEATURES):
-                self._count_truncated(example)
-            # As seqio does: the end is cut off, EOS included.
-            yield {key: np.asarray(example[key])[: self._lengths[key]] for key in FEATURES}
-
-    def _count_truncated(self, example: Example) -> None:
-        self.num_truncated += 1
-        if 10 ** (len(str(self.num_truncated)) - 1) == self.num_truncated:  # 1, 10, 100, ...
-            _logger.warning(
-                "%d of %d examples truncated so far; the last: %d inputs, %d targets, limits %s.",
-                self.num_truncated,
-                self.num_examples,
-                len(example["inputs"]),
-                len(example["targets"]),
-                dict(self._lengths),
-            )
+            example = {key: np.asarray(example[key]) for key in FEATURES}
+            lengths = {key: len(values) for key, values in example.items()}
+            for key in FEATURES:
+                self.longest[key] = max(self.longest[key], lengths[key])
+            if any(lengths[key] > limits[key] for key in FEATURES):
+                self.num_truncated += 1
+                if self._on_cut is not None:
+                    self._on_cut(self, lengths)
+            known = unknown_id is None or not (example["targets"] == unknown_id).any()
+            yield {
+                **{key: cut(example[key], limits[key], eos_id) for key in FEATURES},
+                "complete": known and lengths["targets"] <= limits["targets"],
+            }
 
 
 def batch_examples(
@@ -96,23 +126,33 @@ def batch_examples(
     drop_remainder: bool = True,
     pad_id: int = 0,
     start_id: int = 0,
+    eos_id: int = 1,
+    unknown_id: int | None = None,
+    marks: bool = False,
+    on_cut: Callable[["Batches", Mapping[str, int]], None] | None = None,
 ) -> Batches:
     """Pads or packs examples into batches.
 
     Args:
-        examples: dicts of "inputs" and "targets", tokens or vectors; longer ones are truncated,
-            with a warning at 1, 10, 100, ... of them.
+        examples: dicts of "inputs" and "targets", tokens or vectors; longer ones are cut and
+            counted, and tokens that end with EOS still do.
         batch_size: rows of a batch.
-        feature_lengths: the lengths of "inputs" and "targets", in tokens.
+        feature_lengths: the most tokens, or vectors, of "inputs" and "targets"; of packed rows, the
+            lengths.
         pack: puts several examples into one row, in order, as long as both sides fit.
         max_segments: at most so many examples in a row, with `pack`; None for no limit.
         drop_remainder: leaves out the last batch if it is not full; otherwise it is filled up with
             empty rows, whose loss weights are 0.
         pad_id: the token that fills up rows.
         start_id: the token from which a decoder starts.
+        eos_id: the token that ends a text.
+        unknown_id: the token of what the vocabulary cannot write.
+        marks: whether batches have `INCOMPLETE`, [batch_size]: which rows have targets that were
+            cut or have unknown tokens, so that no output is right.
+        on_cut: called for each example that is cut, with the iterator and its whole lengths.
 
     Returns:
-        An iterator of batches, with the attribute `num_truncated`.
+        An iterator of batches, which counts.
 
     Raises:
         ValueError: a size or a length that is not positive.
@@ -120,8 +160,9 @@ def batch_examples(
     checks.COUNT("batch_size", batch_size)
     check_feature_lengths(feature_lengths)
     checks.Maybe(checks.COUNT)("max_segments", max_segments)
-    layout = _Layout(batch_size, dict(feature_lengths), pad_id, start_id)
-    return Batches(examples, layout, pack, max_segments, drop_remainder)
+    tokens = pad_id, start_id, eos_id, unknown_id
+    layout = _Layout(batch_size, dict(feature_lengths), *tokens, marks)
+    return Batches(examples, layout, pack, max_segments, drop_remainder, on_cut)
 
 
 def _single_rows(examples, unused_lengths, unused_max_segments) -> Iterator[list[Example]]:
@@ -155,8 +196,8 @@ def _batches(rows, layout, pack, drop_remainder) -> Iterator[dict[str, np.ndarra
 
 
 def _convert(rows, layout, pack) -> dict[str, np.ndarray]:
-    inputs, inputs_segments, inputs_positions = _fill(rows, "inputs", layout)
-    targets, targets_segments, targets_positions = _fill(rows, "targets", layout)
+    inputs, inputs_segments, inputs_positions = _fill(rows, "inputs", layout, pack)
+    targets, targets_segments, targets_positions = _fill(rows, "targets", layout, pack)
     starts = targets_segments[:, 1:] != targets_segments[:, :-1] if pack else False
     decoder_inputs = np.full_like(targets, layout.start_id)
     decoder_inputs[:, 1:] = np.where(starts, layout.start_id, targets[:, :-1])
@@ -166,6 +207,9 @@ def _convert(rows, layout, pack) -> dict[str, np.ndarray]:
         "decoder_input_tokens": decoder_inputs,
         "decoder_loss_weights": (targets_segments > 0).astype(np.int32),
     }
+    if layout.marks:
+        incomplete = [not all(example["complete"] for example in row) for row in rows]
+        batch[INCOMPLETE] = np.pad(incomplete, (0, layout.batch_size - len(rows)))
     if pack:
         batch["encoder_segment_ids"] = inputs_segments
         batch["decoder_segment_ids"] = targets_segments
@@ -174,10 +218,12 @@ def _convert(rows, layout, pack) -> dict[str, np.ndarray]:
     return batch
 
 
-def _fill(rows, key, layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fill(rows, key, layout, pack) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the tokens, segment ids and positions of one side, each [batch_size, length, ...]."""
-    first = as_feature(rows[0][0][key])
-    shape = (layout.batch_size, layout.lengths[key])
+    first, length = as_feature(rows[0][0][key]), layout.lengths[key]
+    if not pack:
+        length = bucket(max(len(row[0][key]) for row in rows), length, SHORTEST[key])
+    shape = (layout.batch_size, length)
     padding = layout.pad_id if np.issubdtype(first.dtype, np.integer) else 0
     tokens = np.full((*shape, *first.shape[1:]), padding, first.dtype)
     segments, positions = np.zeros((2, *shape), np.int32)

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from coda_jax.data.batches import FEATURES
+from coda_jax.data.scores import accuracy
 from coda_jax.data.vocabularies import Vocabulary, load_vocabulary
 
 Columns = Mapping[str, Sequence[str]]
+SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +33,13 @@ class TextTask:
         name: of the task.
         columns: for each split, lists by the name of a field.
         vocabulary_path: a path, or "bytes", for `load_vocabulary`.
+        files: the file of each split.
     """
 
     name: str
     columns: Mapping[str, Mapping[str, Sequence]] = dataclasses.field(repr=False)
     vocabulary_path: str
+    files: Mapping[str, str]
 
     @property
     def splits(self) -> list[str]:
@@ -56,29 +60,54 @@ class TextTask:
         """The ids of a text with EOS at the end, int32."""
         return np.array([*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32)
 
-
-@dataclasses.dataclass(frozen=True)
-class JsonlTask(TextTask):
-    """Pairs of texts: the fields "inputs" and "targets"."""
-
     @functools.cached_property
     def _examples(self) -> dict[str, list[dict[str, np.ndarray]]]:
         return {}
 
     def examples(self, split: str) -> list[dict[str, np.ndarray]]:
-        """Returns {"inputs", "targets"} of each line, int32 tokens with EOS at the end.
+        """{"inputs", "targets"} of each line; the inputs are int32 tokens with EOS at the end.
 
         Raises:
             ValueError: there is no such split.
         """
         self.check_split(split)
         if split not in self._examples:
-            pairs = zip(*(self.columns[split][key] for key in FEATURES), strict=True)
-            self._examples[split] = [
-                {key: self.tokens(text) for key, text in zip(FEATURES, pair, strict=True)}
-                for pair in pairs
-            ]
+            self._examples[split] = self._read(self.columns[split])
         return self._examples[split]
+
+    def _read(self, columns: Mapping[str, Sequence]) -> list[dict[str, np.ndarray]]:
+        """The examples of a split's columns."""
+        raise NotImplementedError
+
+    def changed_targets(self, split: str) -> list[int]:
+        """The lines, from 0, whose targets the vocabulary gives back as another text."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlTask(TextTask):
+    """Pairs of texts: the fields "inputs" and "targets"; both are tokens with EOS at the end."""
+
+    def _read(self, columns: Mapping[str, Sequence]) -> list[dict[str, np.ndarray]]:
+        pairs = zip(*(columns[key] for key in FEATURES), strict=True)
+        return [
+            {key: self.tokens(text) for key, text in zip(FEATURES, pair, strict=True)}
+            for pair in pairs
+        ]
+
+    def metrics(self, split: str, outputs: Sequence[Sequence[int]]) -> dict[str, float]:
+        """The accuracy of the outputs, tokens, for all lines of a split."""
+        texts = [self.vocabulary.decode(tokens).strip() for tokens in outputs]
+        return accuracy([text.strip() for text in self.columns[split]["targets"]], texts)
+
+    def changed_targets(self, split: str) -> list[int]:
+        """The lines, from 0, whose targets the vocabulary gives back as another text."""
+        pairs = zip(self.columns[split]["targets"], self.examples(split), strict=True)
+        return [
+            line
+            for line, (text, example) in enumerate(pairs)
+            if self.vocabulary.decode(example["targets"].tolist()).strip() != text.strip()
+        ]
 
 
 TASKS: dict[str, TextTask] = {}  # by name
@@ -111,7 +140,9 @@ def jsonl_task(
     """
     files = (train_file, validation_file, test_file)
     name = task_name("jsonl", files, (files, vocabulary))
-    task = TASKS.get(name) or JsonlTask(name, read_splits(name, *files), vocabulary)
+    if (task := TASKS.get(name)) is None:
+        given = {s: os.fspath(f) for s, f in zip(SPLITS, files, strict=True) if f is not None}
+        task = JsonlTask(name, read_splits(name, *files), vocabulary, given)
     # T5X finds tasks in seqio's registry. Only seqio reads a vocabulary in a bucket.
     if sys.modules.get("seqio"):
         from coda_jax.data import seqio_tasks
@@ -174,7 +205,7 @@ def read_splits(
         FileNotFoundError: there is no such file.
         ValueError: no file, an empty file, or a bad line (file and line are named).
     """
-    files = {"train": train_file, "validation": validation_file, "test": test_file}
+    files = dict(zip(SPLITS, (train_file, validation_file, test_file), strict=True))
     columns = {
         split: read_jsonl(path, FEATURES) for split, path in files.items() if path is not None
     }
@@ -255,7 +286,10 @@ def read_inputs(path: str | os.PathLike) -> list[str]:
         lines = [line.rstrip("\r\n") for line in sys.stdin]
     else:
         with open(path, encoding="utf-8") as f:
-            lines = [line.rstrip("\n") for line in f]
+            try:
+                lines = [line.rstrip("\n") for line in f]
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path}: not UTF-8: {e}") from e
     if not lines:
         raise ValueError(f"{path}: there are no inputs")
     return lines

@@ -3,7 +3,7 @@
 A label is a target of one number: that of its class among all, or the value itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 from typing import Any
@@ -23,17 +23,16 @@ class LabelTask(jsonl.TextTask):
 
     labels: tuple[str, ...]
 
-    def examples(self, split: str) -> list[dict[str, np.ndarray]]:
-        """{"inputs", "targets"} of each line: int32 tokens with EOS at the end, and one number.
-
-        Raises:
-            ValueError: there is no such split.
-        """
-        self.check_split(split)
-        pairs = zip(*(self.columns[split][key] for key in ("inputs", "label")), strict=True)
+    def _read(self, columns: Mapping[str, Sequence]) -> list[dict[str, np.ndarray]]:
+        pairs = zip(*(columns[key] for key in ("inputs", "label")), strict=True)
         return [
             {"inputs": self.tokens(text), "targets": self._target(label)} for text, label in pairs
         ]
+
+    def changed_targets(self, split: str) -> list[int]:
+        """None: a label is not written."""
+        del split
+        return []
 
     def _target(self, label: Any) -> np.ndarray:
         if not self.labels:
@@ -72,17 +71,16 @@ def labelled_task(
         FileNotFoundError: there is no such file.
         ValueError: no file, or a bad line; file and line are named.
     """
-    files = {"train": train_file, "validation": validation_file, "test": test_file}
-    given = {split: path for split, path in files.items() if path is not None}
+    files = train_file, validation_file, test_file
+    given = {s: os.fspath(f) for s, f in zip(jsonl.SPLITS, files, strict=True) if f is not None}
     labels = tuple(labels)
-    arguments = (*files.values(), vocabulary, labels)
-    name = jsonl.task_name("labels", given.values(), arguments)
+    name = jsonl.task_name("labels", given.values(), (*files, vocabulary, labels))
     if not given:
         raise ValueError(
-            f"Task {name!r} needs at least one of {[f'{split}_file' for split in files]}"
+            f"Task {name!r} needs at least one of {[f'{s}_file' for s in jsonl.SPLITS]}"
         )
     columns = {split: _columns(path, labels) for split, path in given.items()}
-    task = LabelTask(name, columns, vocabulary, labels)
+    task = LabelTask(name, columns, vocabulary, given, labels)
     _ = task.vocabulary  # which is loaded, or refused, here
     jsonl.TASKS[name] = task
     return name

@@ -102,6 +102,11 @@ class SentencePieceVocabulary:
         """The id of the token that fills up a row, None where no file says one."""
         return self._special_ids.pad
 
+    @property
+    def unk_id(self) -> int:
+        """The id of what it has no pieces for."""
+        return self.processor.unk_id()
+
     @functools.cached_property
     def sentinel_ids(self) -> list[int]:
         """The ids of the sentinels, the first one first."""

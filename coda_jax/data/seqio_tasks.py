@@ -4,9 +4,10 @@ The only module of this folder that imports seqio and TensorFlow when it is impo
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import difflib
 import importlib.metadata
 import os
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tqdm
@@ -15,26 +16,13 @@ from coda_jax import checks
 from coda_jax.data import jsonl
 from coda_jax.data.batches import FEATURES, check_feature_lengths
 from coda_jax.data.cache import write_cache
-from coda_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
-from coda_jax.data.tokenizers_vocabulary import TokenizersVocabulary
-from coda_jax.data.vocabularies import ByteVocabulary, Vocabulary, load_vocabulary
-from coda_jax.data.vocabulary_files import FileSystem
+from coda_jax.data.scores import accuracy, strip_text
+from coda_jax.data.seqio_vocabularies import plain_vocabulary, seqio_vocabulary
 from coda_jax.optional import needs
 
 with needs():
     import seqio
     import tensorflow as tf
-
-
-def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Returns {"accuracy": the percentage of the predictions that equal their targets}."""
-    matches = sum(t == p for t, p in zip(targets, predictions, strict=True))
-    return {"accuracy": 100.0 * matches / max(len(targets), 1)}
-
-
-def strip_text(text: str, **unused_kwargs) -> str:
-    """Returns the text without white space around it: the postprocessor of the text tasks."""
-    return text.strip()
 
 
 class MemorySource(seqio.FunctionDataSource):
@@ -70,6 +58,10 @@ class MemorySource(seqio.FunctionDataSource):
         return self._dataset_fn(split=split, shuffle_files=shuffle, seed=seed)
 
 
+_EVALUATION_SEED = 42  # that of `seqio.Evaluator`
+_IDS = ("vocab_size", "eos_id", "pad_id", "unk_id")  # of a vocabulary, that a cache file says
+
+
 def output_features(vocabulary: seqio.Vocabulary, vectors: bool = False) -> dict:
     """Returns the features of a task: texts that end with EOS; "inputs" may be vectors."""
     text = seqio.Feature(vocabulary=vocabulary, add_eos=True)
@@ -95,43 +87,171 @@ def seqio_examples(
             make examples of the length; the others may give longer ones.
         seed: the same seed gives the same examples in the same order.
         shuffle: whether to shuffle.
-        num_epochs: how often; None for ever.
+        num_epochs: how often, every example of every task of a mixture, one task after the other;
+            None for ever, a mixture's tasks drawn at their rates.
 
     Returns:
         An iterator of {"inputs", "targets"}, arrays of tokens or of vectors.
 
     Raises:
-        ValueError: an unknown task or split, or a length that is not positive.
+        ValueError: an unknown task or split, a task that lacks one of the two, or a length that is
+            not positive.
     """
     check_feature_lengths(feature_lengths)
     checks.Maybe(checks.COUNT)("num_epochs", num_epochs)
     found = provider(task_or_mixture)
     if split not in found.splits:
         raise ValueError(f"{found.name} has no split {split!r}, only {sorted(found.splits)}")
-    dataset = found.get_dataset(
-        sequence_length=dict(feature_lengths),
-        split=split,
-        shuffle=shuffle,
-        seed=seed,
-        num_epochs=num_epochs,
-        trim_output_features=False,
-    )
-    dataset = dataset.map(lambda x: {key: x[key] for key in FEATURES})
+    reading = {
+        "sequence_length": dict(feature_lengths),
+        "split": split,
+        "shuffle": shuffle,
+        "seed": seed,
+        "num_epochs": num_epochs,
+        "trim_output_features": False,
+    }
+    if num_epochs is None:
+        dataset = whole(found).get_dataset(**reading).map(_pair)
+    else:
+        dataset = None
+        for task in seqio.get_subtasks(found):
+            if split in task.splits:
+                more = whole(task).get_dataset(**reading).map(_pair)
+                dataset = more if dataset is None else dataset.concatenate(more)
     return dataset.as_numpy_iterator()
 
 
-def provider(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
-    """Returns the task or mixture of a name; a JSONL task is registered with seqio here."""
-    if not isinstance(task_or_mixture, str):
+def _pair(example):
+    return {key: example[key] for key in FEATURES}
+
+
+def whole(task_or_mixture: seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
+    """The same without the cutting of `append_eos_after_trim`, which would not be counted."""
+    if isinstance(task_or_mixture, seqio.Task):
+        steps = task_or_mixture.preprocessors
+        if seqio.preprocessors.append_eos_after_trim not in steps:
+            return task_or_mixture
+        swapped = {seqio.preprocessors.append_eos_after_trim: seqio.preprocessors.append_eos}
+        steps = [swapped.get(step, step) for step in steps]
+        return task_or_mixture.replace(preprocessors=steps)
+    tasks = [(task, whole(task)) for task in task_or_mixture.tasks]
+    if all(ours is theirs for theirs, ours in tasks):
         return task_or_mixture
-    if task_or_mixture in jsonl.TASKS:
-        add_loaded_task(jsonl.TASKS[task_or_mixture])
-    return seqio.get_mixture_or_task(task_or_mixture)
+    rates = [(ours, task_or_mixture.get_rate(theirs)) for theirs, ours in tasks]
+    return seqio.Mixture(task_or_mixture.name, rates)
+
+
+def provider(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
+    """Returns the task or mixture of a name; a JSONL task is registered with seqio here.
+
+    Raises:
+        ValueError: there is none; or it lacks "inputs" or "targets".
+    """
+    found = task_or_mixture
+    if isinstance(found, str):
+        if found in jsonl.TASKS:
+            add_loaded_task(jsonl.TASKS[found])
+        known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+        if found not in known:
+            near = difflib.get_close_matches(found, known) or sorted(known)[:3]
+            raise ValueError(
+                f"no task or mixture {found!r} is registered; the nearest are {near}. Does a gin "
+                "file import the module that registers it?"
+            )
+        found = seqio.get_mixture_or_task(found)
+    missing = [key for key in FEATURES if key not in found.output_features]
+    if missing:
+        has = sorted(found.output_features)
+        raise ValueError(f"{found.name} has the features {has}: {missing} are missing")
+    return found
+
+
+def is_mixture(task_or_mixture: seqio.Task | seqio.Mixture) -> bool:
+    """Whether it draws from several tasks."""
+    return isinstance(task_or_mixture, seqio.Mixture)
 
 
 def task_vocabulary(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Vocabulary:
     """Returns the vocabulary of a task's targets, which is that of textual inputs too."""
     return provider(task_or_mixture).output_features["targets"].vocabulary
+
+
+def evaluated(
+    task_or_mixture: str, split: str, feature_lengths: Mapping[str, int]
+) -> Iterator[tuple[seqio.Task, list[dict[str, Any]]]]:
+    """The tasks of a mixture, or the one, that have the split and metrics, with their examples.
+
+    Args:
+        task_or_mixture: the registered name.
+        split: "validation", "test", ...
+        feature_lengths: for tasks that make examples of the length; nothing is cut.
+
+    Raises:
+        ValueError: there is none; or a metric is not of outputs alone.
+    """
+    found = seqio.get_subtasks(provider(task_or_mixture))
+    tasks = [task for task in found if split in task.splits and task.metric_objs]
+    if not tasks:
+        raise ValueError(f"{task_or_mixture}, split {split!r}: no task has metrics")
+    for task in tasks:
+        kinds = {metric.model_output_type.name for metric in task.metric_objs}
+        if kinds != {seqio.metrics.ModelOutputType.PREDICTION.name}:
+            raise ValueError(f"{task.name} has metrics of {sorted(kinds)}, not of PREDICTION alone")
+        dataset = whole(task).get_dataset(
+            sequence_length=dict(feature_lengths),
+            split=split,
+            shuffle=False,
+            seed=_EVALUATION_SEED,
+            num_epochs=1,
+            trim_output_features=False,
+        )
+        yield task, list(dataset.as_numpy_iterator())
+
+
+def metrics_of(
+    task: seqio.Task, examples: Sequence[Mapping], outputs: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """A task's metrics, as `seqio.Evaluator` has them.
+
+    Args:
+        task: of seqio.
+        examples: of the task, whole; "inputs" are not read.
+        outputs: the tokens of each one's output, all of one length.
+    """
+    values: dict = {}
+    for metric in task.metric_objs:
+        found = metric.from_model_output(examples, np.array(outputs), task.output_features)
+        if isinstance(found, seqio.metrics.CollectingMetric):
+            computed, _ = found.actual_compute(examples, task.output_features)
+        else:
+            computed = found.compute()
+        values |= computed
+    return {name: float(getattr(value, "value", value)) for name, value in values.items()}
+
+
+class EndedTask(seqio.Task):
+    """A task whose texts, where seqio or T5X cuts them, still end with EOS."""
+
+    def get_dataset(self, sequence_length=None, *args, trim_output_features=True, **kwargs):
+        """Returns a tf.data.Dataset; see `seqio.Task.get_dataset`."""
+        dataset = super().get_dataset(sequence_length, *args, trim_output_features=False, **kwargs)
+        if not trim_output_features or not sequence_length:
+            return dataset
+
+        def trim(example):
+            return {key: self._trimmed(key, x, sequence_length) for key, x in example.items()}
+
+        return dataset.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def _trimmed(self, key: str, values: tf.Tensor, limits: Mapping[str, int]) -> tf.Tensor:
+        feature, limit = self.output_features.get(key), limits.get(key)
+        if feature is None or limit is None:
+            return values
+        kept = values[:limit]
+        if not feature.add_eos:
+            return kept
+        ended = tf.concat([kept[:-1], tf.constant([feature.vocabulary.eos_id], kept.dtype)], axis=0)
+        return tf.cond(tf.size(values) <= limit, lambda: kept, lambda: ended)
 
 
 class VectorsFeatureConverter(seqio.EncDecFeatureConverter):
@@ -145,14 +265,6 @@ class VectorsFeatureConverter(seqio.EncDecFeatureConverter):
         **seqio.EncDecFeatureConverter.MODEL_FEATURES,
         "encoder_input_tokens": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32, rank=2),
     }
-
-
-def feature_converter(
-    task_or_mixture: str | seqio.Task | seqio.Mixture,
-) -> seqio.EncDecFeatureConverter:
-    """Returns the converter of a task's examples to unpacked batches."""
-    vectors = provider(task_or_mixture).output_features["inputs"].rank == 2
-    return (VectorsFeatureConverter if vectors else seqio.EncDecFeatureConverter)(pack=False)
 
 
 def cache_task(
@@ -187,9 +299,7 @@ def cache_task(
         split,
         feature_lengths=feature_lengths,
         seed=seed,
-        # A mixture draws from its tasks as long as all have examples left: unshuffled, the tasks
-        # that are not exhausted would give their first examples only.
-        shuffle=isinstance(found, seqio.Mixture),
+        shuffle=False,
         num_epochs=num_epochs,
     )
     vocabulary = plain_vocabulary(task_vocabulary(found))
@@ -197,7 +307,7 @@ def cache_task(
         "task": found.name,
         "split": split,
         "vocabulary": vocabulary.fingerprint,
-        **{name: getattr(vocabulary, name) for name in ("vocab_size", "eos_id", "pad_id")},
+        **{name: getattr(vocabulary, name) for name in _IDS},
         "feature_lengths": dict(feature_lengths),
         "seed": seed,
         "num_epochs": num_epochs,
@@ -240,6 +350,7 @@ def add_task(
     """
     return seqio.TaskRegistry.add(
         name,
+        task_cls=EndedTask,
         source=source,
         preprocessors=[*steps, seqio.preprocessors.append_eos],
         output_features=output_features(vocabulary, vectors),
@@ -265,103 +376,3 @@ def add_loaded_task(task: jsonl.JsonlTask) -> None:
     source = MemorySource(task.columns.__getitem__, tuple(task.columns), counts)
     vocabulary = seqio_vocabulary(task.vocabulary_path)
     add_task(task.name, source, [seqio.preprocessors.tokenize], vocabulary)
-
-
-class TokenizersSeqioVocabulary(seqio.Vocabulary):
-    """A vocabulary of the library `tokenizers` for seqio: the same ids and texts.
-
-    seqio and T5X fill up rows with 0, whatever its padding is.
-
-    Attributes:
-        plain: the vocabulary.
-    """
-
-    def __init__(self, plain: TokenizersVocabulary):
-        super().__init__()  # its sentinels are ids like others
-        self.plain = plain
-
-    @property
-    def bos_id(self) -> int | None:
-        return self.plain.bos_id
-
-    @property
-    def eos_id(self) -> int:
-        return self.plain.eos_id
-
-    @property
-    def unk_id(self) -> int | None:
-        return self.plain.unk_id
-
-    @property
-    def _base_vocab_size(self) -> int:
-        return self.plain.vocab_size
-
-    def _encode(self, s: str | bytes) -> list[int]:
-        return self.plain.encode(s.decode() if isinstance(s, bytes) else s)
-
-    def _decode(self, ids) -> str:
-        return self.plain.decode(ids)
-
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(text):
-            return np.array(self._encode(text), np.int32)
-
-        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
-        return tf.ensure_shape(ids, [None])
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        def decode(ids):
-            rows = ids.reshape(-1, ids.shape[-1]).tolist()
-            texts = np.array([self.plain.decode(row).encode() for row in rows], object)
-            return texts.reshape(ids.shape[:-1])
-
-        texts = tf.numpy_function(decode, [ids], tf.string, stateful=False)
-        return tf.ensure_shape(texts, ids.shape[:-1])
-
-    def __eq__(self, other):
-        return isinstance(other, TokenizersSeqioVocabulary) and self.plain == other.plain
-
-    def __hash__(self):
-        return hash(self.plain)
-
-    def __str__(self):
-        return str(self.plain)
-
-
-_BUCKETS = FileSystem(
-    isdir=tf.io.gfile.isdir,
-    exists=tf.io.gfile.exists,
-    size=lambda path: tf.io.gfile.stat(path).length,
-    open=lambda path: tf.io.gfile.GFile(path, "rb"),
-)
-
-
-def seqio_vocabulary(path: str | os.PathLike) -> seqio.Vocabulary:
-    """Loads a vocabulary for seqio, also from a bucket; see `vocabularies.load_vocabulary`.
-
-    Args:
-        path: as `load_vocabulary` takes it.
-
-    Returns:
-        seqio's vocabulary of SentencePiece or bytes, or one over the library `tokenizers`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as for `load_vocabulary`.
-    """
-    plain = load_vocabulary(path, _BUCKETS)
-    if isinstance(plain, TokenizersVocabulary):
-        return TokenizersSeqioVocabulary(plain)
-    if isinstance(plain, ByteVocabulary):
-        return seqio.ByteVocabulary(extra_ids=plain.extra_ids)
-    return seqio.SentencePieceVocabulary(plain.file, extra_ids=plain.added_ids)
-
-
-def plain_vocabulary(vocabulary: seqio.Vocabulary) -> Vocabulary:
-    """The vocabulary without seqio that has the same ids."""
-    if isinstance(vocabulary, TokenizersSeqioVocabulary):
-        return vocabulary.plain
-    if isinstance(vocabulary, seqio.ByteVocabulary):
-        return ByteVocabulary(vocabulary.extra_ids)
-    file = vocabulary.sentencepiece_model_file
-    return SentencePieceVocabulary(file, vocabulary.extra_ids, _BUCKETS)

@@ -1,10 +1,13 @@
 """Where examples come from: a JSONL task, a cache file, or any other task or mixture of seqio.
 
-seqio and TensorFlow are imported for the last only.
+seqio and TensorFlow are imported for the last only. JSONL tasks and cache files are in memory: what
+is wrong with their examples, and what is cut, is known and said before they are used. The examples
+of other tasks are looked at as they come.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -13,9 +16,22 @@ from typing import Any
 
 from coda_jax import checks
 from coda_jax.data import jsonl
-from coda_jax.data.batches import Batches, batch_examples, check_feature_lengths, epochs
-from coda_jax.data.cache import read_cache
+from coda_jax.data.batches import (
+    FEATURES,
+    Batches,
+    Example,
+    batch_examples,
+    check_feature_lengths,
+    epochs,
+)
+from coda_jax.data.cache import CachedExamples, read_cache
+from coda_jax.data.examples import Chosen, Expected, Scan, Writing, problem, scan, writing
+from coda_jax.data.labels import LabelTask
+from coda_jax.data.reports import News, cut_in_all, cut_so_far, of_scan, say
 from coda_jax.data.vocabularies import Identity, Vocabulary, check_vocabulary, identity
+
+LONGEST = 512  # inputs, or targets, that are texts, where nobody says another limit
+_LEAVE_OUT = "--gin.LEAVE_OUT=True leaves such examples out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +39,8 @@ class Data:
     """Where examples come from: a task or mixture, a file of `coda cache`, or nothing.
 
     Attributes:
-        feature_lengths: the most tokens, or patches, of "inputs" and tokens of "targets".
+        feature_lengths: the most tokens, or vectors, of "inputs" and "targets"; what it does not
+            say is the cache file's, or a default: see `limited`.
         task: name of a JSONL task, or of a registered seqio task or mixture.
         cache: path of the file instead.
         split: the task's split.
@@ -31,9 +48,11 @@ class Data:
         pack: whether several examples share a row.
         shuffle: whether the order is random, anew in each epoch.
         seed: of the order and of random preprocessing.
+        leave_out: whether examples that a model cannot learn are left out, counted; otherwise they
+            are errors.
     """
 
-    feature_lengths: Mapping[str, int]
+    feature_lengths: Mapping[str, int] | None = None
     task: str | None = None
     cache: str | None = None
     split: str = "train"
@@ -41,30 +60,188 @@ class Data:
     pack: bool = False
     shuffle: bool = True
     seed: int = 0
+    leave_out: bool = False
 
     def __post_init__(self):
-        check_feature_lengths(self.feature_lengths)
         checks.fields(
             self,
             **dict.fromkeys(("task", "cache"), checks.Maybe(checks.text)),
             split=checks.text,
             batch_size=checks.COUNT,
-            pack=checks.flag,
-            shuffle=checks.flag,
+            **dict.fromkeys(("pack", "shuffle", "leave_out"), checks.flag),
             seed=checks.SEED,
         )
         if self.task is not None and self.cache is not None:
             raise ValueError(f"give a task or a cache file, not both: {self.task=}, {self.cache=}")
+        if self.feature_lengths is not None:
+            check_feature_lengths(self.feature_lengths, may_lack=FEATURES)
 
     @property
     def exists(self) -> bool:
-        """Whether a task or a file is named at all; a JSONL task must have a file of the split."""
+        """Whether a task that has the split, or a file, is named."""
+        return self.cache is not None or (self.task is not None and self.split in self._splits)
+
+    @property
+    def _splits(self) -> Sequence[str]:
         if self.task in jsonl.TASKS:
-            return self.split in jsonl.TASKS[self.task].splits
-        return self.task is not None or self.cache is not None
+            return jsonl.TASKS[self.task].splits
+        from coda_jax.data import seqio_tasks
+
+        return sorted(seqio_tasks.provider(self.task).splits)
+
+    def with_split(self, split: str | None) -> "Data":
+        """The task's data of a split; None for "validation" or else the only one, which is said.
+
+        Raises:
+            ValueError: there is no such split, or several to choose from.
+        """
+        found = self._splits
+        if split is None and "validation" not in found and len(found) != 1:
+            raise ValueError(f"{self.task} has the splits {found}: give one as SPLIT")
+        if split is None:
+            split = "validation" if "validation" in found else found[0]
+        if split not in found:
+            if self.task in jsonl.TASKS:
+                flag = f"--gin.{split.upper()}_FILE"
+                raise ValueError(
+                    f"there is no file of the split {split!r}, only of {found}: {flag}"
+                )
+            raise ValueError(f"{self.task} has no split {split!r}, only {found}")
+        return dataclasses.replace(self, split=split)
+
+    @property
+    def place(self) -> str:
+        """The file, or the task and its split, in words."""
+        if self.task in jsonl.TASKS:
+            return jsonl.TASKS[self.task].files.get(self.split, f"{self.split.upper()}_FILE")
+        return self.cache or (self.task and f"{self.task}, split {self.split!r}") or "task for it"
+
+    def limited(self, longest_inputs: int = LONGEST) -> "Data":
+        """The same with a limit of both sides: the one given, the cache file's or a default.
+
+        Args:
+            longest_inputs: the most inputs where nothing else is said; of targets it is `LONGEST`.
+        """
+        lengths = {"inputs": longest_inputs, "targets": LONGEST}
+        if self.cache is not None:
+            lengths |= self._cached[1].get("feature_lengths") or {}
+        return dataclasses.replace(self, feature_lengths=lengths | dict(self.feature_lengths or {}))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all examples are at hand."""
+        return self.cache is not None or self.task in jsonl.TASKS
+
+    @functools.cached_property
+    def _cached(self) -> tuple[CachedExamples, dict[str, Any]]:
+        return read_cache(self.cache)
+
+    def _all(self) -> Sequence[Example]:
+        """The examples that are in memory."""
+        if self.cache is not None:
+            return self._cached[0]
+        return jsonl.TASKS[self.task].examples(self.split)
+
+    @functools.cached_property
+    def _written(self) -> Writing:
+        """How the vocabulary writes what it has no pieces for."""
+        if self.cache is None:
+            return writing(self.vocabulary)
+        ids = [self._cached[1].get(name) for name in ("unk_id", "eos_id")]
+        return Writing() if ids[0] is None else Writing(ids[0], frozenset(ids))
+
+    @functools.cached_property
+    def _scans(self) -> dict[Expected, Scan]:
+        return {}
+
+    def scan(self, expected: Expected) -> Scan:
+        """Looks at all examples, which are in memory, once.
+
+        Args:
+            expected: what a model takes.
+
+        Raises:
+            ValueError: an example that it cannot learn, unless such are left out; none is left.
+        """
+        if expected not in self._scans:
+            limits = self.limited().feature_lengths
+            found = scan(self._all(), expected, self._written, limits)
+            if found.problems and not self.leave_out:
+                raise ValueError(self._refused(found))
+            if not found.kept:
+                raise ValueError(f"{self.place}: there is no example that can be learned")
+            if found.num_empty == len(found.kept):
+                raise ValueError(f"{self.place}: all {len(found.kept)} targets are empty")
+            self._scans[expected] = found
+        return self._scans[expected]
+
+    def _refused(self, found: Scan) -> str:
+        """The first example that cannot be learned, and how many there are."""
+        (place, why), count = found.problems[0], len(found.problems) + len(found.kept)
+        return (
+            f"{self._numbered(place)}: the example cannot be learned: {why}\n"
+            f"({len(found.problems)} of {count} cannot; {_LEAVE_OUT})"
+        )
+
+    def _numbered(self, place: int) -> str:
+        """An example's file and line, or its number from 1."""
+        colon = ":" if self.task in jsonl.TASKS else ": example "
+        return f"{self.place}{colon}{place + 1}"
+
+    def check(self, expected: Expected) -> None:
+        """Looks at the examples before they are used, and prints what is known of them.
+
+        Of what is in memory all are looked at, of another task the first.
+
+        Args:
+            expected: what a model takes.
+
+        Raises:
+            ValueError: see `scan`; the task lacks features that are needed.
+        """
+        limits = self.limited().feature_lengths
+        if not self.in_memory:
+            next(self._streamed(1, shuffle=False, expected=expected), None)
+            say(
+                f"{self.place}: at most {limits['inputs']:,} inputs and {limits['targets']:,} "
+                "targets of an example are kept; what is longer is cut and counted"
+            )
+            return
+        for line in of_scan(self.scan(expected), expected, limits):
+            say(f"{self.place}: {line}")
+        if expected.targets == "tokens" and self.task in jsonl.TASKS:
+            kept = set(self.scan(expected).kept)
+            changed = jsonl.TASKS[self.task].changed_targets(self.split)
+            if changed := [line for line in changed if line in kept]:
+                say(
+                    f"{self.place}: {len(changed):,} targets are other texts in the vocabulary, "
+                    f"which no output equals; the first: line {changed[0] + 1:,}"
+                )
+
+    def lengths(self, expected: Expected) -> dict[str, int]:
+        """What an adapter says of its training: see `checkpoints.save_adapter`.
+
+        Predictions cut inputs where training did, and may be as long as the longest target that is
+        known of.
+        """
+        limits = dict(self.limited().feature_lengths)
+        if not self.in_memory or expected.targets is None:
+            return limits
+        found = self.scan(expected).longest["targets"]
+        return limits | {"targets": min(limits["targets"], found)}
+
+    def chosen(self, expected: Expected) -> Sequence[Example]:
+        """The examples that are taken, of those in memory; errors are those of `scan`."""
+        return Chosen(self._all(), self.scan(expected).kept)
 
     def batches(
-        self, repeat: bool, max_segments: int | None = None, pad_id: int = 0, start_id: int = 0
+        self,
+        repeat: bool,
+        max_segments: int | None = None,
+        pad_id: int = 0,
+        start_id: int = 0,
+        eos_id: int = 1,
+        expected: Expected | None = None,
     ) -> Batches:
         """Batches: for ever in full, or one pass whose last is filled up with empty rows.
 
@@ -73,39 +250,87 @@ class Data:
             max_segments: at most so many examples in a row, with `pack`; None for no limit.
             pad_id: the token that fills up rows.
             start_id: the token from which a decoder starts.
+            eos_id: the token that ends a text.
+            expected: what the model takes: the examples are looked at, and batches say which rows
+                no output can equal.
 
         Raises:
             FileNotFoundError: there is no such cache file.
             ValueError: an unknown task or split, no examples, or a damaged cache file.
         """
+        num_epochs, marks, on_cut = None if repeat else 1, expected is not None, None
+        if self.in_memory:
+            examples = self._all()
+            if expected is not None:
+                found, examples = self.scan(expected), self.chosen(expected)
+                marks = bool(found.num_cut["targets"] or found.num_unknown["targets"])
+            arguments = {"seed": self.seed, "num_epochs": num_epochs, "shuffle": self.shuffle}
+            examples = epochs(examples, **arguments)
+        else:
+            examples = self._streamed(num_epochs, self.shuffle, expected)
+            on_cut = self._said_now_and_then
         return batch_examples(
-            self._examples(None if repeat else 1),
+            examples,
             batch_size=self.batch_size,
-            feature_lengths=self.feature_lengths,
+            feature_lengths=self.limited().feature_lengths,
             pack=self.pack,
             max_segments=max_segments if self.pack else None,
             drop_remainder=repeat,
             pad_id=pad_id,
             start_id=start_id,
+            eos_id=eos_id,
+            unknown_id=self._written.unknown_id if marks else None,
+            marks=marks,
+            on_cut=on_cut,
         )
 
-    def _examples(self, num_epochs: int | None):
-        if self.cache is not None:
-            examples, _ = read_cache(self.cache)
-        elif self.task in jsonl.TASKS:
-            examples = jsonl.TASKS[self.task].examples(self.split)
-        else:
-            from coda_jax.data import seqio_tasks
+    def _streamed(
+        self, num_epochs: int | None, shuffle: bool, expected: Expected | None
+    ) -> Iterator[Example]:
+        """The examples of a task of seqio, each looked at."""
+        from coda_jax.data import seqio_tasks
 
-            return seqio_tasks.seqio_examples(
-                self.task,
-                self.split,
-                feature_lengths=self.feature_lengths,
-                seed=self.seed,
-                shuffle=self.shuffle,
-                num_epochs=num_epochs,
-            )
-        return epochs(examples, seed=self.seed, num_epochs=num_epochs, shuffle=self.shuffle)
+        limits = self.limited().feature_lengths
+        examples = seqio_tasks.seqio_examples(
+            self.task,
+            self.split,
+            feature_lengths=limits,
+            seed=self.seed,
+            shuffle=shuffle,
+            num_epochs=num_epochs,
+        )
+        if expected is None:
+            return examples
+        return self._checked(examples, expected, limits)
+
+    def _checked(self, examples, expected, limits) -> Iterator[Example]:
+        left_out = 0
+        written = Writing() if expected.targets is None else self._written
+        for number, example in enumerate(examples, start=1):
+            if (why := problem(example, expected, written, limits)) is None:
+                yield example
+                continue
+            named = f"{self.place}: example {number}"
+            if expected.targets == "tokens":
+                named += f" ({self.vocabulary.decode(example['targets'].tolist())!r:.60})"
+            if not self.leave_out:
+                raise ValueError(f"{named} cannot be learned: {why}\n({_LEAVE_OUT})")
+            left_out += 1
+            if self._news.has("left out", left_out):
+                say(f"{named} is left out, number {left_out:,} of such: {why}")
+
+    def _said_now_and_then(self, batches: Batches, lengths: Mapping[str, int]) -> None:
+        if self._news.has("cut", batches.num_truncated):
+            say(f"{self.place}: {cut_so_far(batches, lengths, self.limited().feature_lengths)}")
+
+    @functools.cached_property
+    def _news(self) -> News:
+        return News()
+
+    def report(self, batches: Batches) -> None:
+        """Prints how many examples of a task of seqio were cut, in the end."""
+        if batches.num_truncated and not self.in_memory:
+            say(f"{self.place}: {cut_in_all(batches, self.limited().feature_lengths)}")
 
     def description(self) -> dict[str, Any]:
         """What the examples and their batches are, as JSON: contents, not paths.
@@ -114,7 +339,7 @@ class Data:
         """
         fields = {name: value for name, value in dataclasses.asdict(self).items()
                   if name not in ("task", "cache")}  # fmt: skip
-        fields["feature_lengths"] = dict(self.feature_lengths)
+        fields["feature_lengths"] = dict(self.limited().feature_lengths)
         if self.cache is not None:
             with open(self.cache, "rb") as file:
                 return {**fields, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -142,7 +367,7 @@ class Data:
         """What of the vocabulary a model must agree with."""
         if self.cache is None:
             return identity(self.vocabulary)
-        _, metadata = read_cache(self.cache)
+        metadata = self._cached[1]
         missing = {"vocabulary", "vocab_size"} - metadata.keys()
         if missing:
             raise ValueError(f"{self.cache} does not say its {sorted(missing)}")
@@ -157,6 +382,13 @@ class Data:
         from coda_jax.data import seqio_tasks
 
         return seqio_tasks.plain_vocabulary(seqio_tasks.task_vocabulary(self.task))
+
+    def check_labels(self, described: bool) -> None:
+        """Raises ValueError where a model with a head for labels is given texts, or the reverse."""
+        if described != isinstance(jsonl.TASKS.get(self.task), LabelTask):
+            fits = "tasks/labels.gin" if described else "one whose targets are texts"
+            what = "labels or numbers" if described else "texts"
+            raise ValueError(f"the model answers with {what}: {self.place} is no such task; {fits}")
 
     def vocabulary_fingerprint(self) -> str:
         """The vocabulary's fingerprint; a cache file must say it."""

@@ -42,6 +42,7 @@ class Vocabulary(Protocol):
         vocab_size: the number of ids, with the extra ids.
         eos_id: of the token that ends a text.
         pad_id: of what fills up a row; None where no file says one.
+        unk_id: of what it has no pieces for; None where there is no such thing.
         sentinel_ids: of the sentinels of span corruption, the first one first.
         fingerprint: the SHA-256 of what says the ids, or "bytes".
         files: what to copy beside a checkpoint, {name: path}; none for bytes.
@@ -50,6 +51,7 @@ class Vocabulary(Protocol):
     vocab_size: int
     eos_id: int
     pad_id: int | None
+    unk_id: int | None
     sentinel_ids: list[int]
     fingerprint: str
     files: Mapping[str, str]
@@ -81,6 +83,7 @@ class ByteVocabulary:
 
     pad_id: ClassVar[int] = 0
     eos_id: ClassVar[int] = 1
+    unk_id: ClassVar[None] = None
     fingerprint: ClassVar[str] = "bytes"
     files: ClassVar[Mapping[str, str]] = {}
 

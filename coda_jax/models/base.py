@@ -173,6 +173,7 @@ class Inputs:
         read: (file) -> the requests in it, records that `coda predict` writes out again.
         encoder: (config, vocabulary, N, font) -> (request -> its inputs [n, ...]), n at most N
             where what is longer cannot be cut.
+        longest: the most of them that are kept where nobody says another limit.
         held: requests that are held at once, to be sorted by length; None for a few batches.
     """
 
@@ -180,6 +181,7 @@ class Inputs:
     random: Callable[[Any, np.random.Generator, int, int], np.ndarray]
     read: Callable[[str], Iterable[dict[str, str]]]
     encoder: Callable[..., Callable[[Mapping[str, str]], np.ndarray]]
+    longest: int = 512
     held: int | None = None
 
 

@@ -9,8 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
+from coda_jax.data.examples import Expected
 from coda_jax.models import ModelConfig, family_of, init_params
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives.generation import Generation
@@ -112,6 +114,37 @@ class Model:
     def needs_rng(self) -> bool:
         """Whether the loss draws random numbers in training."""
         return self.config.dropout_rate > 0
+
+    @property
+    def expects(self) -> Expected:
+        """What examples it can learn."""
+        _, _, *channels = self.config.input_spec(1, 1).shape
+        targets = "numbers" if self.describes else "tokens"
+        return Expected(
+            vocab_size=self.config.vocab_size,
+            channels=channels[0] if channels else None,
+            targets=targets if self.reads_targets else None,
+            eos_id=self.config.eos_id,
+            misfit=self.misfit,
+        )
+
+    def misfit(self, inputs: np.ndarray, targets: np.ndarray) -> str | None:
+        """Why an example cannot be learned, one by one [N, ...] and [T]; None where it can."""
+        del inputs, targets
+
+    def longest_output(self, inputs: int) -> int | None:
+        """The most tokens that so many inputs can give; by default there is no such limit."""
+        del inputs
+
+    def is_cut(
+        self, tokens: Int[np.ndarray, "b l"], generation: Generation
+    ) -> Bool[np.ndarray, "b"]:
+        """Which outputs [B, L] reach the limit without an end, [B]."""
+        written = tokens[:, len(generation.decoder_prefix or ()) :]
+        unended = (written != self.config.eos_id).all(-1)
+        if generation.stop_strings:  # behind which there is padding
+            unended &= written[:, -1] != self.config.pad_id
+        return unended
 
     def init(self, rng: Array) -> dict[str, Any]:
         """Random parameters."""

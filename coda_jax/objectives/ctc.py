@@ -10,8 +10,10 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 import optax
 
+from coda_jax.data.batches import INCOMPLETE
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import kept_first, split_frames, take
 from coda_jax.objectives.base import Batch, Model, Sums, unanswered
@@ -183,6 +185,26 @@ class CTC(Model):
         if not config.vocab_size:
             raise ValueError(f"CTC needs a head: vocab_size={config.vocab_size} must be above 0")
 
+    def misfit(self, inputs: np.ndarray, targets: np.ndarray) -> str | None:
+        """Says where there are fewer frames than a transcript needs: one for each token and one
+        between two equal ones."""
+        written = targets[targets != self.config.eos_id]
+        needed = len(written) + int((written[1:] == written[:-1]).sum())
+        if needed > len(inputs):
+            return f"its {len(inputs)} frames are too few for its {len(written)} target tokens"
+        return None
+
+    def longest_output(self, inputs: int) -> int:
+        """A frame gives one token at most."""
+        return inputs
+
+    def is_cut(
+        self, tokens: Int[np.ndarray, "b l"], generation: Generation
+    ) -> Bool[np.ndarray, "b"]:
+        """Which outputs [B, L] fill their length, [B]."""
+        del generation
+        return tokens[:, -1] != self.config.blank_id
+
     def logits(self, params, batch: Batch, dropout_rng: Array | None = None):
         """Logits of the frames, [B, N, V] float32; with dropout where an RNG is given."""
         return self._apply(params, split_frames(batch["encoder_input_tokens"]), dropout_rng)
@@ -199,7 +221,8 @@ class CTC(Model):
         Args:
             params: the parameter tree.
             batch: encoder_input_tokens [B, N, C]; decoder_target_tokens and decoder_loss_weights
-                [B, T], whose weights say only what is padding. Rows without frames do not count.
+                [B, T], whose weights say only what is padding. Rows without frames do not count,
+                those that are marked as incomplete are never exact.
             dropout_rng: enables dropout.
 
         Raises:
@@ -217,11 +240,12 @@ class CTC(Model):
         found = _padded(ctc_greedy(logits, mask, blank_id), length, blank_id)
         right = found == _padded(targets, length, blank_id)
         real = mask.any(-1)
+        exact = right.all(-1) & real & jnp.logical_not(batch.get(INCOMPLETE, False))
         sums = Sums(
             loss=losses.sum(),
             weight=target_mask.sum(dtype=jnp.float32),
             correct=(right[:, : targets.shape[1]] & target_mask).sum(dtype=jnp.float32),
-            exact=(right.all(-1) & real).sum(dtype=jnp.float32),
+            exact=exact.sum(dtype=jnp.float32),
             examples=real.sum(dtype=jnp.float32),
         )
         return sums.loss, sums

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, UInt
 import optax
 
 from coda_jax import checks
+from coda_jax.data.batches import INCOMPLETE
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import take
 from coda_jax.objectives import beams, decoding
@@ -60,7 +61,7 @@ class Seq2Seq(Model):
             params: the parameter tree.
             batch: encoder_input_tokens [B, N] or [B, N, C]; decoder_input_tokens,
                 decoder_target_tokens and decoder_loss_weights [B, T]; segment ids and positions too
-                where packed.
+                where packed. Rows that are marked as incomplete are never exact.
             dropout_rng: enables dropout.
         """
         logits = self.logits(params, batch, dropout_rng)
@@ -74,11 +75,12 @@ class Seq2Seq(Model):
             examples = batch["decoder_segment_ids"].max(-1)
         else:
             examples = (weights > 0).any(-1)
+        exact = (right | (weights == 0)).all(-1) & (weights > 0).any(-1)
         sums = Sums(
             loss=(losses * weights).sum(),
             weight=weights.sum(),
             correct=(right * weights).sum(),
-            exact=((right | (weights == 0)).all(-1) & (weights > 0).any(-1)).sum(dtype=jnp.float32),
+            exact=(exact & jnp.logical_not(batch.get(INCOMPLETE, False))).sum(dtype=jnp.float32),
             examples=examples.sum(dtype=jnp.float32),
         )
         return sums.loss, sums

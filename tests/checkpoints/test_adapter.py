@@ -22,7 +22,12 @@ from safetensors.numpy import load_file, save_file
 import coda_jax
 from coda_jax import methods, trees
 from coda_jax.checkpoints import load_adapter, save_adapter
-from coda_jax.checkpoints.adapter import base_fingerprints, leaf_sha256, read_manifest
+from coda_jax.checkpoints.adapter import (
+    base_fingerprints,
+    leaf_sha256,
+    read_lengths,
+    read_manifest,
+)
 from coda_jax.methods import Full, ParallelAdapter
 from coda_jax.models import param_shapes
 
@@ -321,6 +326,12 @@ def test_leaves_that_differ_from_the_manifest_are_all_listed(saved, base):
         assert path in str(error.value)
 
 
+def test_the_lengths_of_the_training_are_there_where_they_are_known(saved, params):
+    assert read_lengths(saved) == read_lengths(None) == {}
+    save_adapter(saved, CONFIG, params, lengths={"inputs": 300, "targets": 7})
+    assert read_lengths(saved) == {"inputs": 300, "targets": 7}
+
+
 NORM = "encoder/encoder_norm/scale"
 
 
@@ -341,6 +352,9 @@ NORM = "encoder/encoder_norm/scale"
         (lambda m: m["base"].pop("token_embedder/embedding"), "differ:\n  token_embedder/emb"),
         (lambda m: m["base"].update(new="0"), "differ:\n  new"),
         (lambda m: m.update(quantization="int8"), "quantised as 'int8'"),
+        (lambda m: m.update(lengths={"inputs": 0, "targets": 3}), "senseless lengths: .*0"),
+        (lambda m: m.update(lengths={"inputs": 3}), "senseless lengths"),
+        (lambda m: m.update(lengths=[3, 3]), "senseless lengths"),
         (lambda m: m.update(config=[3]), r"\[3\] is not an object"),
         (lambda m: m["config"].update(family="conformer"), "family='conformer' is unknown"),
         (lambda m: m["config"].update(family="pix2struct"), "belongs to a 'pix2struct'"),

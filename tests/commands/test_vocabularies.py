@@ -44,11 +44,11 @@ def fixture_task(tmp_path):
 def test_all_files_of_a_vocabulary_go_with_the_checkpoint(model, task, tmp_path):
     config = model.config.replace(methods=(Full(),))
     data = Data(LENGTHS, task("byte_bpe"))
-    export(tmp_path / "new", config, model.params, None, data, "unused")
+    export(tmp_path / "new", config, model.params, None, data, "unused", LENGTHS)
     assert find_fingerprint(tmp_path / "new") == find_fingerprint(FOLDER / "byte_bpe")
     # A vocabulary beside the base goes before that of the data.
     other = Data(LENGTHS, task("llama_5"))
-    export(tmp_path / "next", config, model.params, tmp_path / "new", other, "unused")
+    export(tmp_path / "next", config, model.params, tmp_path / "new", other, "unused", LENGTHS)
     assert find_fingerprint(tmp_path / "next") == find_fingerprint(FOLDER / "byte_bpe")
     convert(tmp_path / "new", tmp_path / "t5x", "t5x")
     assert load_vocabulary(tmp_path / "t5x") == load_vocabulary(FOLDER / "byte_bpe")
@@ -89,8 +89,8 @@ def test_the_vocabulary_that_is_used_is_the_one_of_the_adapter(model, task, tmp_
 
 
 @pytest.mark.parametrize(("name", "pad_id"), [("llama_5", 1), ("byte_bpe", 0)])
-def test_evaluate_undoes_the_padding_of_seqio(model, task, monkeypatch, name, pad_id):
-    """Which is 0, whatever the model's padding is."""
+def test_evaluate_leaves_it_to_the_model_to_pad_and_cut(model, task, monkeypatch, name, pad_id):
+    """Whatever its padding is."""
     seen = []
 
     class Recorder:
@@ -99,13 +99,18 @@ def test_evaluate_undoes_the_padding_of_seqio(model, task, monkeypatch, name, pa
 
         def __call__(self, inputs, first):
             seen.extend(x.tolist() for x in inputs)
-            return ((i, np.resize(x, 8)) for i, x in enumerate(inputs))
+            length = self.decoding.max_decode_length  # the longest target's, rounded up
+            assert length / 2 < max(map(len, inputs)) <= length
+            return ((i, np.resize(x, length)) for i, x in enumerate(inputs))
+
+        def cuts(self):
+            return []
 
     monkeypatch.setattr(evaluate_module, "Predictor", Recorder)
     config = model.config.replace(pad_id=pad_id)
     loaded = LoadedModel(config, model.params, None)
     metrics = evaluate(loaded, task(name), LENGTHS, Decoding())
     examples = jsonl.TASKS[task(name)].examples("validation")
-    assert seen == [x["inputs"][:16].tolist() for x in examples]
+    assert seen == [x["inputs"].tolist() for x in examples]
     (values,) = metrics.values()
-    assert values["accuracy"] > 50  # the targets are what the inputs are
+    assert values["accuracy"] == 100  # the targets are what the inputs are

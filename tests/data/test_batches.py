@@ -1,7 +1,5 @@
 """Batches: the same as seqio's, and epochs of examples."""
 
-import logging
-
 import numpy as np
 import pytest
 import seqio
@@ -24,19 +22,28 @@ def random_examples(count, seed=0, max_inputs=24, max_targets=9):
 
 def seqio_batches(examples, batch_size, pack):
     signature = dict.fromkeys(batches.FEATURES, tf.TensorSpec([None], tf.int32))
-    dataset = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=signature)
-    dataset = seqio.utils.trim_dataset(dataset, LENGTHS, LENGTHS)
+    trimmed = [{k: ended(x[k], LENGTHS[k]) for k in LENGTHS} for x in examples]
+    dataset = tf.data.Dataset.from_generator(lambda: iter(trimmed), output_signature=signature)
     dataset = seqio.EncDecFeatureConverter(pack=pack)(dataset, LENGTHS)
     return list(dataset.batch(batch_size, drop_remainder=True).as_numpy_iterator())
 
 
+def ended(tokens, limit):
+    """The tokens up to a limit, the last of them EOS."""
+    return tokens if len(tokens) <= limit else np.append(tokens[: limit - 1], 1)
+
+
 def assert_same_batches(actual, expected):
+    """The same, but for columns of padding that seqio has at the end."""
     assert len(actual) == len(expected) > 0
     for a, b in zip(actual, expected, strict=True):
         assert a.keys() == b.keys()
         for key in b:
             assert a[key].dtype == b[key].dtype, key
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+            length = a[key].shape[1]
+            np.testing.assert_array_equal(a[key], b[key][:, :length], err_msg=key)
+            if key != "decoder_input_tokens":  # where the end of the targets may stand there
+                assert not b[key][:, length:].any(), key
 
 
 # seqio packs in windows of max(LENGTHS) examples, so no more than that here; the small examples
@@ -90,22 +97,55 @@ def test_the_last_batch_is_dropped_or_filled_with_empty_rows(pack):
     full, last = batches.batch_examples(examples, drop_remainder=False, **kwargs)
     assert full["decoder_loss_weights"].any(axis=1).tolist() == [True, True, True]
     for key, value in last.items():
-        assert value.shape == full[key].shape
+        assert value.shape[0] == 3
         assert not value[2].any(), key
     assert last["decoder_loss_weights"].any(axis=1).tolist() == [True, True, False]
 
 
-def test_truncated_examples_are_counted_and_warned_of_rarely(caplog):
-    long = {"inputs": np.arange(2, 40), "targets": np.array([5, 1])}
+def test_examples_that_are_cut_are_counted_and_still_end_with_eos():
+    long = {"inputs": np.append(np.arange(2, 40), 1), "targets": np.array([5, 1])}
     short = {"inputs": np.array([4, 1]), "targets": np.array([5, 1])}
-    examples = [long, short] * 12
-    with caplog.at_level(logging.WARNING, logger="coda_jax.data.batches"):
-        iterator = batches.batch_examples(examples, batch_size=2, feature_lengths=LENGTHS)
-        rows = list(iterator)
-    assert iterator.num_truncated == 12
-    assert iterator.num_examples == 24
-    assert [r.args[0] for r in caplog.records] == [1, 10]
-    np.testing.assert_array_equal(rows[0]["encoder_input_tokens"][0], np.arange(2, 26))
+    open_end = {"inputs": np.arange(2, 40), "targets": np.append(np.arange(2, 20), 1)}
+    seen = []
+    iterator = batches.batch_examples(
+        [long, short, open_end, short],
+        batch_size=2,
+        feature_lengths=LENGTHS,
+        marks=True,
+        on_cut=lambda found, lengths: seen.append((found.num_truncated, lengths)),
+    )
+    first, second = iterator
+    assert (iterator.num_truncated, iterator.num_examples) == (2, 4)
+    assert iterator.longest == {"inputs": 39, "targets": 19}
+    assert seen == [(1, {"inputs": 39, "targets": 2}), (2, {"inputs": 38, "targets": 19})]
+    np.testing.assert_array_equal(first["encoder_input_tokens"][0], [*range(2, 25), 1])
+    np.testing.assert_array_equal(second["encoder_input_tokens"][0], np.arange(2, 26))
+    np.testing.assert_array_equal(second["decoder_target_tokens"][0], [*range(2, 10), 1])
+    assert first[batches.INCOMPLETE].tolist() == [False, False]
+    assert second[batches.INCOMPLETE].tolist() == [True, False]
+
+
+def test_rows_with_unknown_tokens_and_spare_rows_are_marked_so():
+    examples = [{"inputs": np.array([4, 1]), "targets": np.array([t, 1])} for t in (2, 5, 2)]
+    marked = {"unknown_id": 2, "marks": True, "drop_remainder": False}
+    for pack, expected in ((False, [[True, False], [True, False]]), (True, [[True, False]])):
+        found = batches.batch_examples(
+            examples, batch_size=2, feature_lengths=LENGTHS, pack=pack, **marked
+        )
+        assert [batch[batches.INCOMPLETE].tolist() for batch in found] == expected
+
+
+def test_a_batch_is_as_long_as_its_longest_example_rounded_up():
+    lengths = {"inputs": 100, "targets": 20}
+    sizes = [(3, 2), (33, 9), (64, 8), (65, 17), (500, 21)]
+    examples = [{"inputs": np.ones(n, int), "targets": np.ones(t, int)} for n, t in sizes]
+    found = batches.batch_examples(examples, batch_size=1, feature_lengths=lengths)
+    shapes = [
+        (x["encoder_input_tokens"].shape[1], x["decoder_target_tokens"].shape[1]) for x in found
+    ]
+    assert shapes == [(32, 8), (64, 16), (64, 8), (100, 20), (100, 20)]
+    packed = batches.batch_examples(examples, batch_size=1, feature_lengths=lengths, pack=True)
+    assert next(packed)["encoder_input_tokens"].shape == (1, 100)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from coda_jax.data.vocabularies import load_vocabulary
 from coda_jax.tasks import offline, preprocessors
 
 LENGTHS = {"inputs": 128, "targets": 64}
+AFTER_TRIM = seqio.preprocessors.append_eos_after_trim
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,88 @@ def test_an_epoch_is_a_permutation_that_follows_the_seed():
     assert twice[len(plain) :] != shuffled
 
 
+@seqio.map_over_dataset
+def twice(example):
+    """One text as inputs and targets."""
+    return {"inputs": example["text"], "targets": example["text"]}
+
+
+@pytest.fixture(scope="module")
+def small_and_large(vocabulary):
+    """A mixture of tasks of 10 and 100 examples, one of which cuts by itself."""
+    for count, ending in ((10, seqio.preprocessors.append_eos), (100, AFTER_TRIM)):
+        texts = [f"{count} return {i} " + "and so on " * 60 for i in range(count)]
+        seqio.TaskRegistry.add(
+            f"of_{count}",
+            source=seqio_tasks.MemorySource(lambda _, t=texts: {"text": t}, ("test",)),
+            preprocessors=[
+                twice,
+                seqio.preprocessors.tokenize,
+                ending,
+            ],
+            output_features=seqio_tasks.output_features(vocabulary),
+            metric_fns=[seqio_tasks.accuracy],
+            shuffle_buffer_size=100,
+        )
+    return seqio.MixtureRegistry.add("of_10_and_100", ["of_10", "of_100"], default_rate=1.0)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_pass_of_a_mixture_is_every_example_of_every_task_once(
+    small_and_large, vocabulary, shuffle
+):
+    found = read("of_10_and_100", "test", shuffle=shuffle)
+    assert len(found) == len({tuple(inputs) for inputs, _ in found}) == 110
+    assert all(len(inputs) > LENGTHS["inputs"] for inputs, _ in found)  # none was cut by its task
+    many = read("of_10_and_100", "test", shuffle=shuffle, num_epochs=None, limit=60)
+    small = sum(vocabulary.decode(inputs).startswith("10 ") for inputs, _ in many)
+    assert 15 < small < 45  # at equal rates
+
+
+def test_a_mixture_is_evaluated_task_by_task(small_and_large):
+    found = dict(seqio_tasks.evaluated("of_10_and_100", "test", LENGTHS))
+    assert {task.name: len(x) for task, x in found.items()} == {"of_10": 10, "of_100": 100}
+    for task, examples in found.items():
+        targets = [x["targets"].tolist() for x in examples]
+        longest = max(map(len, targets))
+        assert longest > LENGTHS["targets"]
+        outputs = [x + [0] * (longest - len(x)) for x in targets]
+        assert seqio_tasks.metrics_of(task, examples, outputs) == {"accuracy": 100}
+        outputs = [x[: LENGTHS["targets"]] for x in outputs]  # cut ones are never right
+        assert seqio_tasks.metrics_of(task, examples, outputs) == {"accuracy": 0}
+
+
+def test_tasks_without_inputs_or_metrics_are_refused(vocabulary):
+    source = seqio_tasks.MemorySource(lambda _: {"targets": ["a"]}, ("test",))
+    features = {"targets": seqio.Feature(vocabulary)}
+    steps = [seqio.preprocessors.tokenize]
+    seqio.TaskRegistry.add("no_inputs", source, features, steps)
+    with pytest.raises(
+        ValueError, match=r"no_inputs has .*\['targets'\]: \['inputs'\] are missing"
+    ):
+        read("no_inputs", "test")
+    with pytest.raises(ValueError, match="stdlib_span_corruption, split 'train': no task has metr"):
+        list(seqio_tasks.evaluated("stdlib_span_corruption", "train", LENGTHS))
+
+
+def test_texts_that_seqio_cuts_still_end_with_eos(vocabulary):
+    """As T5X reads our tasks."""
+    task = seqio.get_mixture_or_task("stdlib_exception")
+    cut, whole = (
+        list(task.get_dataset(LENGTHS, "test", shuffle=False, **trimmed).take(60))
+        for trimmed in ({}, {"trim_output_features": False})
+    )
+    long = 0
+    for ours, theirs in zip(cut, whole, strict=True):
+        inputs, expected = ours["inputs"].numpy(), theirs["inputs"].numpy()
+        if len(expected) > LENGTHS["inputs"]:
+            long += 1
+            expected = np.append(expected[: LENGTHS["inputs"] - 1], vocabulary.eos_id)
+        np.testing.assert_array_equal(inputs, expected)
+        assert ours.keys() == theirs.keys()
+    assert 0 < long < len(cut)
+
+
 def test_long_examples_arrive_whole_so_that_they_can_be_counted():
     assert max(len(inputs) for inputs, _ in read("stdlib_module", "test")) > LENGTHS["inputs"]
 
@@ -80,8 +163,8 @@ def test_long_examples_arrive_whole_so_that_they_can_be_counted():
     [
         ({"split": "nowhere"}, "no split 'nowhere'.*validation"),
         ({"task_or_mixture": "no_such_task"}, "no_such_task"),
-        ({"feature_lengths": {"inputs": 0, "targets": 4}}, "not 0"),
-        ({"num_epochs": 0}, "num_epochs .* not 0"),
+        ({"feature_lengths": {"inputs": 0, "targets": 4}}, "got 0"),
+        ({"num_epochs": 0}, "num_epochs .* got 0"),
     ],
 )
 def test_what_cannot_be_read_is_refused(changed, message):
@@ -137,8 +220,9 @@ def test_batches_of_a_task_equal_those_of_seqio():
     assert len(pairs) > 5
     for a, b in pairs:
         assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
+        for key in a:  # seqio's have more columns of padding
+            np.testing.assert_array_equal(a[key], b[key][:, : a[key].shape[1]])
+            assert key == "decoder_input_tokens" or not b[key][:, a[key].shape[1] :].any()
     assert ours.num_truncated > 0
 
 

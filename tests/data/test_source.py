@@ -7,11 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from tokenizer_folders import FOLDER
 
 from coda_jax import bundled
 from coda_jax.data import jsonl, seqio_tasks
-from coda_jax.data.batches import batch_examples, epochs
+from coda_jax.data.batches import INCOMPLETE, batch_examples, epochs
 from coda_jax.data.cache import write_cache
+from coda_jax.data.examples import Expected, num_shared
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.tasks import offline  # noqa: F401 (registers the tasks)
@@ -110,9 +112,146 @@ def test_the_vocabularys_files_are_known_for_tasks(task):
 
 def test_one_source_at_most():
     assert not Data(LENGTHS).exists
-    assert Data(LENGTHS, "a").exists and Data(LENGTHS, cache="a").exists
+    assert Data(LENGTHS, "stdlib_module").exists and Data(LENGTHS, cache="a").exists
+    assert not Data(LENGTHS, "stdlib_module", split="nowhere").exists
+    with pytest.raises(ValueError, match=r"nearest are \['stdlib_module"):
+        _ = Data(LENGTHS, "stdlib_modul").exists
     with pytest.raises(ValueError, match="a task or a cache file, not both"):
         Data(LENGTHS, "a", "b")
+
+
+BYTES = Expected(vocab_size=384)
+
+
+@pytest.fixture(name="files")
+def fixture_files(tmp_path):
+    """A function that makes a JSONL task of bytes of {split: pairs}."""
+
+    def make(**splits):
+        files = {}
+        for split, pairs in splits.items():
+            lines = [json.dumps({"inputs": i, "targets": t}) for i, t in pairs]
+            (tmp_path / f"my_{split}.jsonl").write_text("\n".join(lines))
+            files[f"{split}_file"] = str(tmp_path / f"my_{split}.jsonl")
+        return jsonl.jsonl_task(vocabulary="bytes", **files)
+
+    return make
+
+
+def test_limits_are_those_given_or_of_the_cache_or_defaults(task, cache, tmp_path):
+    assert Data(None, task).limited().feature_lengths == {"inputs": 512, "targets": 512}
+    assert Data(None, task).limited(2048).feature_lengths == {"inputs": 2048, "targets": 512}
+    assert Data({"inputs": 7}, task).limited(9).feature_lengths == {"inputs": 7, "targets": 512}
+    assert Data(None, cache=cache).limited().feature_lengths == LENGTHS
+    assert Data({"targets": 3}, cache=cache).limited().feature_lengths == LENGTHS | {"targets": 3}
+    for wrong, named in (({"input": 3}, "got {'input': 3}"), ({"inputs": 0}, "got 0")):
+        with pytest.raises(ValueError, match=named):
+            Data(wrong, task)
+
+
+def test_what_is_cut_is_said_before_with_the_flag_that_keeps_all(files, capsys):
+    name = files(train=[("a" * 40, "b"), ("c", "d" * 9)])
+    data = Data({"inputs": 20}, name, batch_size=2, shuffle=False)
+    data.check(BYTES)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("2 examples of at most 41 inputs (limit 20) and 10 targets (limit 512)")
+    assert "1 inputs and 0 targets of 2 are cut" in second
+    assert "--gin.TASK_FEATURE_LENGTHS=\"{'inputs': 41, 'targets': 512}\" keeps all" in second
+    assert data.lengths(BYTES) == {"inputs": 20, "targets": 10}
+    (batch,) = data.batches(repeat=False, expected=BYTES)
+    assert batch["encoder_input_tokens"].shape == (2, 20)
+    assert batch["encoder_input_tokens"][0, -1] == 1  # EOS
+    assert INCOMPLETE not in batch  # no target is cut
+    (batch,) = Data({"targets": 4}, name, batch_size=2, shuffle=False).batches(
+        False, expected=BYTES
+    )
+    assert batch[INCOMPLETE].tolist() == [False, True]
+
+
+def test_examples_that_cannot_be_learned_are_named_or_left_out(tmp_path, capsys):
+    good = {"inputs": np.array([5, 1]), "targets": np.array([6, 1])}
+    write_cache(tmp_path / "x.npz", [good, good | {"inputs": np.array([5, 999])}, good], {})
+    data = Data(LENGTHS, cache=str(tmp_path / "x.npz"), batch_size=2, shuffle=False)
+    with pytest.raises(ValueError, match=r"x.npz: example 2: .* id 999") as e:
+        data.check(BYTES)
+    assert "(1 of 3 cannot; --gin.LEAVE_OUT=True leaves such examples out)" in str(e.value)
+    kept = Data(LENGTHS, cache=str(tmp_path / "x.npz"), batch_size=2, leave_out=True)
+    kept.check(BYTES)
+    assert "1 examples are left out; the first is number 2" in capsys.readouterr().err
+    (batch,) = kept.batches(repeat=False, expected=BYTES)
+    assert batch["decoder_loss_weights"].any(1).all()
+    write_cache(tmp_path / "y.npz", [good | {"targets": np.array([], int)}], {})
+    with pytest.raises(ValueError, match="there is no example that can be learned"):
+        Data(cache=str(tmp_path / "y.npz"), leave_out=True).check(BYTES)
+
+
+def test_a_file_without_any_target_is_refused(files):
+    with pytest.raises(ValueError, match="all 2 targets are empty"):
+        Data(LENGTHS, files(train=[("a", ""), ("b", "")])).check(BYTES)
+
+
+def test_targets_that_the_vocabulary_changes_are_counted(tmp_path, capsys):
+    lines = [{"inputs": "a", "targets": text} for text in ("the file", "the   file", "x")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    name = jsonl.jsonl_task(
+        train_file=str(tmp_path / "train.jsonl"), vocabulary=str(FOLDER / "unigram")
+    )
+    Data(LENGTHS, name).check(Expected(vocab_size=143))
+    assert (
+        "1 targets are other texts in the vocabulary, which no output equals; the first: line 2"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_three_examples_fill_a_batch_of_eight_for_ever(files):
+    data = Data(LENGTHS, files(train=[("a", "b"), ("c", "d"), ("e", "f")]), batch_size=8)
+    batches = data.batches(repeat=True, expected=BYTES)
+    assert all(next(batches)["decoder_loss_weights"].any(1).all() for _ in range(3))
+
+
+def test_a_split_is_the_validation_or_the_only_one(files):
+    task = files(test=[("a", "b")])
+    assert Data(LENGTHS, task).with_split(None).split == "test"
+    several = files(train=[("a", "b")], test=[("a", "b")])
+    with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\]: give one as SPLIT"):
+        Data(LENGTHS, several).with_split(None)
+    with pytest.raises(ValueError, match=r"no file of the split 'validation', .*VALIDATION_FILE"):
+        Data(LENGTHS, several).with_split("validation")
+    both = files(train=[("a", "b")], validation=[("a", "b")])
+    assert Data(LENGTHS, both).with_split(None).split == "validation"
+
+
+def test_examples_of_both_splits_are_counted(files):
+    task = files(train=[("a", "b"), ("c", "d")], validation=[("c", "d"), ("c", "e"), ("a", "b")])
+    read = [Data(LENGTHS, task, split=split).chosen(BYTES) for split in ("validation", "train")]
+    assert num_shared(*read) == 2
+
+
+def test_examples_of_a_stream_are_looked_at_and_counted_as_they_come(capsys):
+    expected = Expected(vocab_size=4096)
+    data = Data({"inputs": 16, "targets": 16}, "stdlib_exception", split="test", batch_size=8)
+    for _ in range(2):  # what is said once is not said in the next pass
+        batches = data.batches(repeat=False, expected=expected)
+        batch, *_ = batches
+        assert batch[INCOMPLETE].tolist() == [False] * 8
+    said = capsys.readouterr().err.splitlines()
+    assert batches.num_truncated > 10
+    assert len(said) == len(str(batches.num_truncated))  # at 1, 10, 100, ...
+    assert all("stdlib_exception, split 'test'" in line and "keeps them" in line for line in said)
+    data.report(batches)
+    assert f"{batches.num_truncated:,} of {batches.num_examples:,} examples" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match=r"example 1 \('.*'\) cannot be learned: its inputs have"):
+        next(data.batches(repeat=False, expected=Expected(vocab_size=10)))
+    some = Data(data.feature_lengths, data.task, split="test", batch_size=8, leave_out=True)
+    passed = some.batches(repeat=False, expected=Expected(4096, misfit=odd))
+    assert sum(1 for _ in passed) and 0 < passed.num_examples < batches.num_examples
+    assert "is left out, number 1 of such: it is odd" in capsys.readouterr().err
+
+
+def odd(inputs, targets):
+    return "it is odd" if targets[0] % 2 else None
 
 
 def test_jsonl_and_cache_files_need_neither_tensorflow_nor_seqio(tmp_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coda_jax.data.batches import INCOMPLETE
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.objectives import CTC, Seq2Seq, model_for
 from coda_jax.objectives.ctc import ctc_beam_search, ctc_greedy, ctc_loss
@@ -183,6 +184,20 @@ def test_sums_count_target_tokens_and_exact_transcripts(rng):
     assert sums.weight == (targets > 0).sum() and sums.examples == 2
     right = ((own == targets) & (targets > 0)).sum()
     assert sums.correct == right and sums.exact == 1 + (own[1] == targets[1]).all()
+    _, marked = compiled("loss")(params, {**batch, INCOMPLETE: np.array([True, False, False])})
+    assert marked.exact == sums.exact - 1 and marked.correct == right
+
+
+@pytest.mark.parametrize(("targets", "frames"), [([5, 6, 1], 2), ([5, 5, 1], 3), ([1], 1)])
+def test_an_example_with_too_few_frames_cannot_be_learned(targets, frames, rng):
+    """It is known before: the loss would be infinite."""
+    model, targets = CTC(CONFIG), np.array(targets)
+    assert model.misfit(random_frames(rng, [frames], frames)[0], targets) is None
+    few = random_frames(rng, [frames - 1], frames)
+    expected = f"its {frames - 1} frames are too few for its {len(targets) - 1} target tokens"
+    assert (model.misfit(few[0, :-1], targets) == expected) == (len(targets) > 1)
+    loss, _ = compiled("loss")(random_params(CONFIG), batch_of(few, targets[None]))
+    assert np.isinf(loss) == (len(targets) > 1)
 
 
 def test_eos_at_the_end_of_a_target_is_not_learned(rng):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coda_jax.data.batches import INCOMPLETE
 from coda_jax.objectives import Seq2Seq
 from coda_jax.objectives.base import LOSS
 
@@ -63,6 +64,10 @@ def test_exact_counts_rows_whose_every_token_is_the_most_probable(batch):
     assert sums.correct == right.sum()
     assert sums.exact == sum(right[i].sum() == (targets[i] > 0).sum() > 0 for i in range(3))
     assert sums.exact >= 1
+    cut = {**batch, INCOMPLETE: np.array([True, False, False])}
+    _, marked = jax.jit(model.loss)(params, cut)
+    assert marked.exact == sums.exact - 1
+    assert (marked.loss, marked.correct) == (sums.loss, sums.correct)
 
 
 def test_routing_has_the_weights_of_the_tokens_that_a_layer_takes(batch):

@@ -42,4 +42,4 @@ def encoder(
     return encode
 
 
-INPUTS = Inputs("patches", random_patches, read_images, encoder)
+INPUTS = Inputs("patches", random_patches, read_images, encoder, longest=2048)

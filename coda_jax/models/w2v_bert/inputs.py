@@ -34,4 +34,4 @@ def encoder(
     return lambda record: np.asarray(audio.frames(audio.read_audio(record["audio"])))
 
 
-INPUTS = Inputs("frames", random_frames, read_recordings, encoder)
+INPUTS = Inputs("frames", random_frames, read_recordings, encoder, longest=1500)  # 30 seconds
