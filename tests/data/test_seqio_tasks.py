@@ -163,8 +163,8 @@ def test_long_examples_arrive_whole_so_that_they_can_be_counted():
     [
         ({"split": "nowhere"}, "no split 'nowhere'.*validation"),
         ({"task_or_mixture": "no_such_task"}, "no_such_task"),
-        ({"feature_lengths": {"inputs": 0, "targets": 4}}, "not 0"),
-        ({"num_epochs": 0}, "num_epochs .* not 0"),
+        ({"feature_lengths": {"inputs": 0, "targets": 4}}, "got 0"),
+        ({"num_epochs": 0}, "num_epochs .* got 0"),
     ],
 )
 def test_what_cannot_be_read_is_refused(changed, message):
