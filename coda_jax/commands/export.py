@@ -120,7 +120,7 @@ def _write(
         "jax": jax.__version__,
     }
     files.write_json(directory / MANIFEST_NAME, manifest)
-    print(_limits(decoding, described))
+    print(_limits(shapes, described))
 
 
 def _generates(
@@ -148,9 +148,9 @@ def _generates(
     }
 
 
-def _limits(decoding: Decoding, described: Mapping[str, Any]) -> str:
-    """A sentence on what does not fit into the programs."""
-    inputs = f"the programs take inputs of at most {decoding.max_input_length:,}"
+def _limits(shapes: Sequence[tuple[int, int]], described: Mapping[str, Any]) -> str:
+    """A sentence on what does not fit into the programs of some shapes (B, N)."""
+    inputs = f"the programs take inputs of at most {max(length for _, length in shapes):,}"
     if "decoding" not in described:
         return f"{inputs}; longer ones must be cut before"
     limit = described["decoding"]["max_decode_length"]

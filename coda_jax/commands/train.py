@@ -112,6 +112,9 @@ def _checked(
     _check_rows(data, options)
     if not methods.partition(model.config, model.params)[1]:
         family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
+    apart = [method.name for method in model.config.methods if not method.packs]
+    if apart and (data.pack or (eval_data is not None and eval_data.pack)):
+        raise ValueError(f"{apart} cannot keep packed examples apart: pack=False")
     if data.cache is None:
         data = data.with_split(data.split)
     if eval_data is not None and not eval_data.exists:
@@ -122,9 +125,6 @@ def _checked(
         if trained.reads_targets:
             read.check_vocabulary(**model.vocabulary)
             read.check_labels(trained.describes)
-        apart = [method.name for method in model.config.methods if not method.packs]
-        if read.pack and apart:
-            raise ValueError(f"{apart} cannot keep packed examples apart: pack=False")
         read.check(trained.expects)
     data, *rest = sources
     if rest and data.in_memory and rest[0].in_memory:
