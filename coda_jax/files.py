@@ -111,16 +111,22 @@ def write_json(path: str | os.PathLike, value: Any, sort_keys: bool = False) -> 
     write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Mapping[str, Any]:
+def read_json(path: str | os.PathLike, most: int | None = None) -> Mapping[str, Any]:
     """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have, where anyone may have written it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not an object; the file is named.
+        ValueError: it is not JSON, not an object, or larger; the file is named.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    if most is not None and (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes; such a file has at most {most:,}")
     return parse_json(path.read_bytes(), path)
 
 

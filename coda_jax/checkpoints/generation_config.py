@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import logging
 
-from coda_jax import files
+from coda_jax import files, hub
 from coda_jax.models import ModelConfig
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -70,7 +70,11 @@ def read_generation_config(
     path = Path(directory) / GENERATION_CONFIG_FILE
     if not path.is_file():
         return {}
-    fields = {name: value for name, value in files.read_json(path).items() if value is not None}
+    fields = {
+        name: value
+        for name, value in files.read_json(path, hub.MAX_JSON_BYTES).items()
+        if value is not None
+    }
     _check_ids(fields, config, path)
     for name in _TYPES.keys() & fields.keys():
         if type(fields[name]) not in _TYPES[name]:

@@ -70,7 +70,7 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
 
 def _read_shards(directory: Path, form: Format) -> dict[str, np.ndarray]:
     index = directory / form.index
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, hub.MAX_JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map.")
     unsafe = sorted({str(f) for f in weight_map.values() if Path(str(f)).name != f})

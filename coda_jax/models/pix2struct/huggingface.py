@@ -41,7 +41,7 @@ SIZES = {
     },
 }
 EPSILONS = {"text_config": "layer_norm_epsilon", "vision_config": "layer_norm_eps"}
-LIMITS = {"dropout_rate": 1.0, **dict.fromkeys(EPSILONS.values(), math.inf)}
+LIMITS = {"dropout_rate": 1.0, **dict.fromkeys(EPSILONS.values(), 1.0)}
 # Fields that change the computation, with the values for which they do not.
 FIXED = {
     "": {

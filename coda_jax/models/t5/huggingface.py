@@ -190,7 +190,7 @@ def _size_problems(raw: Mapping[str, Any]) -> list[str]:
     counts = [*SIZES, "relative_attention_num_buckets", "relative_attention_max_distance"]
     if raw.get("num_decoder_layers") is not None:
         counts.append("num_decoder_layers")
-    limits = {"dropout_rate": 1.0, "layer_norm_epsilon": float("inf")}
+    limits = {"dropout_rate": 1.0, "layer_norm_epsilon": 1.0}
     problems = [f"missing field {name}" for name in SIZES if name not in raw]
     size = raw.get("vocab_size")
     ids = {name: _special_id(raw, name) for name in SPECIAL_IDS}
