@@ -13,7 +13,8 @@ IGNORED_FIELDS = """
     n_positions initializer_factor gradient_checkpointing classifier_dropout problem_type
     finetuning_task task_specific_params id2label label2id num_labels return_dict torchscript
     use_return_dict output_hidden_states output_attentions use_bfloat16 tf_legacy_loss
-    chunk_size_feed_forward _attn_implementation_autoset
+    chunk_size_feed_forward _attn_implementation _attn_implementation_autoset
+    _commit_hash auto_map model_max_length transformers.js_config
     tokenizer_class prefix bos_token_id eos_token_id sep_token_id bad_words_ids
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
     num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
@@ -43,6 +44,7 @@ def field_problems(
         fixed: names that may be there with one of some values.
         prefix: of the names in what is returned.
     """
+    fixed = {"quantization_config": (None,), **fixed}
     problems = [f"unknown field {prefix}{name}={value!r:.80}" for name, value in raw.items()
                 if name not in known and name not in fixed]  # fmt: skip
     return problems + [

@@ -340,6 +340,8 @@ def test_fields_that_do_not_change_the_computation_are_accepted(copy):
         n_positions=512, output_past=True, task_specific_params={"a": {}}, eos_token_id=[1],
         torch_dtype="bfloat16", dtype="float32", num_decoder_layers=None, pruned_heads={},
         max_length=20, _name_or_path="x", tokenizer_class="T5Tokenizer", initializer_factor=0.05,
+        auto_map={"a": "b"}, quantization_config=None, _attn_implementation="sdpa",
+        _commit_hash="1", model_max_length=512, **{"transformers.js_config": {"dtype": "q8"}},
     )  # fmt: skip
     config, params = load_hf(folder)
     assert config == load_hf(GOLDEN / "v1_1")[0]
@@ -372,6 +374,14 @@ def test_copies_must_equal_the_embedding(copy):
     assert {UNUSED, *COPIES} <= load_file(GOLDEN / "v1_0" / "model.safetensors").keys()
     with pytest.raises(ValueError, match=r"decoder.embed_tokens.weight.*must equal shared.weight"):
         load_hf(copy("v1_0", tensors=lambda t: t.update({COPIES[1]: t["shared.weight"] * 2})))
+
+
+def test_a_copy_of_the_embedding_may_have_another_dtype(copy):
+    def round_copies(tensors):
+        tensors[COPIES[0]] = tensors["shared.weight"].astype(np.float16)
+        tensors[COPIES[1]] = tensors["shared.weight"].astype(ml_dtypes.bfloat16)
+
+    assert_same_tree(load_hf(copy("v1_0", round_copies))[1], load_hf(GOLDEN / "v1_0")[1])
 
 
 def test_equal_lm_head_and_a_lone_copy_of_the_embedding_are_accepted(copy):
