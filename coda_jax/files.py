@@ -11,6 +11,8 @@ import shutil
 import tempfile
 from typing import Any
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
@@ -99,6 +101,20 @@ def _sweep(path: pathlib.Path) -> None:
                 os.close(handle)
 
 
+def check_is_no_pointer(content: bytes, path: str | os.PathLike) -> None:
+    """Raises ValueError where a file is what a clone without Git LFS has in its place.
+
+    Args:
+        content: the first bytes of the file, or all.
+        path: its name, for the error.
+    """
+    if content.startswith(_LFS_POINTER):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, "
+            "or get it with `hf download`"
+        )
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file atomically."""
     with atomic(path) as temporary:
@@ -140,6 +156,7 @@ def parse_json(content: bytes, path: str | os.PathLike) -> Mapping[str, Any]:
     Raises:
         ValueError: it is not JSON, is nested too deep, or is not an object; the file is named.
     """
+    check_is_no_pointer(content, path)
     try:
         value = json.loads(content.decode("utf-8"))
     except ValueError as error:  # also covers bytes that are not UTF-8

@@ -222,7 +222,7 @@ def with_checkpoint_defaults(decoding: Decoding, model: LoadedModel) -> Decoding
     except ValueError as error:
         if not taken:
             raise
-        raise ValueError(f"{error} (of {file}: {taken})") from error
+        raise ValueError(f"{error} ({file} asks for {taken})") from error
 
 
 def _base(

@@ -330,10 +330,12 @@ def _resolve_embeddings(tensors: dict, raw: Mapping, source: str) -> dict:
         tied.append(HEAD)
     different = [name for name in tied if not _equal(tensors[name], shared)]
     if different:
+        scaled = raw.get("scale_decoder_outputs")
+        field = "scale_decoder_outputs" if scaled else "tie_word_embeddings"
+        hint = f" If the model has an lm_head of its own, as T5 v1.1 has, set {field} to false."
         raise ValueError(
-            f"{source}: {different} must equal {present[0]} with "
-            f"tie_word_embeddings={raw.get('tie_word_embeddings')!r} and "
-            f"scale_decoder_outputs={raw.get('scale_decoder_outputs')!r}, but differ from it."
+            f"{source}: {different} must equal {present[0]} with {field}={raw.get(field)!r}, but "
+            f"differ from it.{hint if HEAD in different else ''}"
         )
     kept = {name: leaf for name, leaf in tensors.items() if name not in (*present, *tied)}
     kept[SHARED] = shared
