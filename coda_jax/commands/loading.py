@@ -13,7 +13,7 @@ import jax
 
 from coda_jax import checkpoints, checks, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_manifest
-from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE, read_generation_config
+from coda_jax.checkpoints.generation_config import defaults_file, read_generation_config
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
 from coda_jax.data.labels import read_labels
 from coda_jax.data.vocabularies import find_fingerprint
@@ -195,7 +195,7 @@ def load_model(
 
 
 def with_checkpoint_defaults(decoding: Decoding, model: LoadedModel) -> Decoding:
-    """What the checkpoint's generation_config.json asks for, where nothing is said; it is logged.
+    """What the checkpoint's `defaults_file` asks for, where nothing is said; it is logged.
 
     Args:
         decoding: what is asked for.
@@ -209,7 +209,7 @@ def with_checkpoint_defaults(decoding: Decoding, model: LoadedModel) -> Decoding
     """
     if model.directory is None:
         return decoding.resolved()
-    file = model.directory / GENERATION_CONFIG_FILE
+    file = defaults_file(model.directory)
     prefix_length = len(decoding.decoder_prefix or ())
     defaults = read_generation_config(model.directory, model.config, prefix_length)
     taken = defaults

@@ -51,6 +51,19 @@ def test_what_transformers_writes_by_default_changes_nothing(read, tmp_path, cap
     assert taken(defaults, num_beams=4) == (Generation(num_beams=4).resolved(), {})
 
 
+def test_without_the_file_config_json_says_it_as_in_transformers(read, tmp_path, caplog):
+    old = {"model_type": "t5", "num_beams": 4, "max_length": 20, "typical_p": 0.9}
+    old["length_penalty"] = 2
+    (tmp_path / "config.json").write_text(json.dumps({**PLAIN, **old}))
+    with caplog.at_level(logging.WARNING):
+        made = with_checkpoint_defaults(Decoding(), LoadedModel(TINY, {}, tmp_path))
+    assert (made.num_beams, made.length_penalty) == (4, 2)
+    assert made.max_decode_length == Decoding().resolved().max_decode_length  # 20 says nothing
+    assert f"{tmp_path}/config.json: num_beams=4, length_penalty=2" in caplog.text
+    assert "not handled, outputs may differ: {'typical_p': 0.9}" in caplog.text
+    assert read({"num_beams": 2}) == {"num_beams": 2}  # the file alone, where there is one
+
+
 def test_lengths_count_as_in_transformers(read):
     assert read({"max_length": 20, "min_length": 5}) == {
         "max_decode_length": 19,
