@@ -11,6 +11,8 @@ import shutil
 import tempfile
 from typing import Any
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
@@ -117,6 +119,20 @@ def _sweep(path: pathlib.Path) -> None:
                 os.close(handle)
 
 
+def check_is_no_pointer(content: bytes, path: str | os.PathLike) -> None:
+    """Raises ValueError where a file is what a clone without Git LFS has in its place.
+
+    Args:
+        content: the first bytes of the file, or all.
+        path: its name, for the error.
+    """
+    if content.startswith(_LFS_POINTER):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, "
+            "or get it with `hf download`"
+        )
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file atomically."""
     with atomic(path) as temporary:
@@ -129,16 +145,22 @@ def write_json(path: str | os.PathLike, value: Any, sort_keys: bool = False) -> 
     write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Mapping[str, Any]:
+def read_json(path: str | os.PathLike, most: int | None = None) -> Mapping[str, Any]:
     """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have, where anyone may have written it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not an object; the file is named.
+        ValueError: it is not JSON, not an object, or larger; the file is named.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    if most is not None and (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes; such a file has at most {most:,}")
     return parse_json(path.read_bytes(), path)
 
 
@@ -152,6 +174,7 @@ def parse_json(content: bytes, path: str | os.PathLike) -> Mapping[str, Any]:
     Raises:
         ValueError: it is not JSON, is nested too deep, or is not an object; the file is named.
     """
+    check_is_no_pointer(content, path)
     try:
         value = json.loads(content.decode("utf-8"))
     except ValueError as error:  # also covers bytes that are not UTF-8

@@ -14,6 +14,7 @@ SAFETENSORS, FLAX, TORCH = "model.safetensors", "flax_model.msgpack", "pytorch_m
 WEIGHTS = (SAFETENSORS, FLAX, TORCH)  # or shards of them
 OTHERS = ("config.json", "generation_config.json", "*token*", "spiece.model", "vocab.json",
           "merges.txt")  # fmt: skip
+MAX_JSON_BYTES = 4 * 2**20  # of a config or an index, which have some kB
 _NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
@@ -83,7 +84,7 @@ def _has_weights(folder: Path) -> bool:
         index = folder / index_of(file)
         if (folder / file).is_file():
             return True
-        shards = read_json(index).get("weight_map") if index.is_file() else None
+        shards = read_json(index, MAX_JSON_BYTES).get("weight_map") if index.is_file() else None
         if isinstance(shards, dict) and all((folder / str(x)).is_file() for x in shards.values()):
             return True
     return False

@@ -7,7 +7,12 @@ import zipfile
 
 import numpy as np
 
-KINDS = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
+KINDS = {
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+}
 
 
 def number(value):
@@ -71,7 +76,8 @@ def zipped(pickled, storages, *, compression=zipfile.ZIP_STORED, **entries):
 def legacy(pickled, storages):
     """The file of a pickle and {key: float32 bytes} as before PyTorch 1.6."""
     start = [number(0x1950A86A20F9469CFC6C), number(1001), b"}" + text("little_endian") + b"\x88s"]
-    keys = b"](" + b"".join(map(text, storages)) + b"e"
+    keys = [text(key) for key in storages]
+    keys = b"]" + keys[0] + b"a" if len(keys) == 1 else b"](" + b"".join(keys) + b"e"
     pickles = [*(b"\x80\x02" + part + b"." for part in start), pickled, b"\x80\x02" + keys + b"."]
     return b"".join(pickles) + b"".join(
         struct.pack("<q", len(value) // 4) + value for value in storages.values()

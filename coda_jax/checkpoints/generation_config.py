@@ -1,7 +1,8 @@
 """generation_config.json: how a checkpoint's makers decode with it.
 
-Read are the fields that `Generation` has; a field that would change outputs in a way that is not
-offered here is named in a warning.
+Older folders have these fields in config.json, where transformers reads them if there is no
+generation_config.json. Read are the fields that `Generation` has; a field that would change outputs
+in a way that is not offered here is named in a warning.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from typing import Any
 
 from absl import logging
 
-from coda_jax import files
+from coda_jax import files, hub
+from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.models import ModelConfig
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -48,6 +50,22 @@ _NEUTRAL = {  # values that change nothing, beside null, false, 0 and what is em
     "num_beam_groups": 1,
     "num_return_sequences": 1,
 }
+_DEFAULTS = {  # of transformers' configs; in config.json such a value says nothing
+    "max_length": 20, "min_length": 0, "num_beams": 1, "do_sample": False, "early_stopping": False,
+    "temperature": 1, "top_k": 50, "top_p": 1, "repetition_penalty": 1, "length_penalty": 1,
+    "no_repeat_ngram_size": 0,
+}  # fmt: skip
+_IN_CONFIG = frozenset([  # the fields of config.json that are read, or would change outputs
+    *[*_TYPES, *_NEUTRAL, "bad_words_ids", "diversity_penalty", "forced_eos_token_id"],
+    *["encoder_no_repeat_ngram_size", "remove_invalid_values", "exponential_decay_length_penalty"],
+    *["suppress_tokens", "begin_suppress_tokens"],
+])  # fmt: skip
+
+
+def defaults_file(directory: str | os.PathLike) -> Path:
+    """The file of a checkpoint's folder that says how to decode; it need not be there."""
+    path = Path(directory) / GENERATION_CONFIG_FILE
+    return path if path.is_file() else path.with_name(CONFIG_FILE)
 
 
 def read_generation_config(
@@ -61,16 +79,20 @@ def read_generation_config(
         prefix_length: how many tokens are given behind the start token.
 
     Returns:
-        {name: value}, empty where there is no such file.
+        {name: value}, empty where neither it nor config.json says anything.
 
     Raises:
         ValueError: it is not JSON, a field has another type than in transformers, or other tokens
             are named for padding, start or end.
     """
-    path = Path(directory) / GENERATION_CONFIG_FILE
+    path = defaults_file(directory)
     if not path.is_file():
         return {}
-    fields = {name: value for name, value in files.read_json(path).items() if value is not None}
+    raw = files.read_json(path, hub.MAX_JSON_BYTES)
+    fields = {name: value for name, value in raw.items() if value is not None}
+    if path.name == CONFIG_FILE:
+        fields = {name: value for name, value in fields.items()
+                  if name in _IN_CONFIG and value != _DEFAULTS.get(name)}  # fmt: skip
     _check_ids(fields, config, path)
     for name in _TYPES.keys() & fields.keys():
         if type(fields[name]) not in _TYPES[name]:

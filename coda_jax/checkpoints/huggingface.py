@@ -21,11 +21,15 @@ def _family(raw: Mapping, source: str) -> tuple[str, Family]:
 
     An old file may lack the field; the name of the class in "architectures" then tells it.
     """
+    architectures, model_type = raw.get("architectures") or [], raw.get("model_type")
+    if not isinstance(architectures, list) or any(type(x) is not str for x in architectures):
+        raise ValueError(f"{source}: architectures={architectures!r:.80} is not a list of texts")
+    if not isinstance(model_type, str | None):
+        raise ValueError(f"{source}: model_type={model_type!r:.80} is not a text")
     layouts = {name: family.huggingface for name, family in FAMILIES.items()}
     by_type = {kind: FAMILIES[name] for name, x in layouts.items() for kind in x.model_types}
-    model_type = raw.get("model_type")
     if model_type is None:
-        classes = " ".join(map(str, raw.get("architectures") or ())).lower()
+        classes = " ".join(architectures).lower()
         started = [kind for kind in by_type if classes.startswith(kind.replace("-", ""))]
         model_type = max(started, key=len, default=None)
     for layout in layouts.values():
@@ -33,7 +37,7 @@ def _family(raw: Mapping, source: str) -> tuple[str, Family]:
             raise ValueError(f"{source}: model_type={model_type!r}: {layout.refused[model_type]}")
     if model_type not in by_type:
         raise ValueError(
-            f"{source}: model_type={model_type!r} is not handled; only {sorted(by_type)} are"
+            f"{source}: model_type={model_type!r:.80} is not handled; only {sorted(by_type)} are"
         )
     return model_type, by_type[model_type]
 
@@ -63,7 +67,7 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
     """
     directory = hub.find(directory)
     source = str(directory / CONFIG_FILE)
-    raw = files.read_json(directory / CONFIG_FILE)
+    raw = files.read_json(directory / CONFIG_FILE, hub.MAX_JSON_BYTES)
     model_type, family = _family(raw, source)
     raw, layout = {**raw, "model_type": model_type}, family.huggingface
     config = layout.parse_config(raw, source)

@@ -113,7 +113,9 @@ class _Reader:
         """As `head`, of one kind, with the most that its number may be."""
         start = self.position
         kind, number = self.head()
-        if kind != expected or number > most:
+        if kind == expected and number > most:
+            raise ValueError(f"the {kind} {number:,} at {start:,} is larger than {most:,}")
+        if kind != expected:
             raise ValueError(f"there is a {kind} ({number:,}) for a {expected} at {start:,}")
         return number
 

@@ -37,8 +37,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file holds anything but float32, float16 and bfloat16 tensors by name,
-            or is truncated or corrupt.
+        ValueError: if the file holds anything but floating point tensors by name, or is
+            truncated or corrupt.
     """
     try:
         data = np.asarray(np.memmap(path, np.uint8, mode="r"))
@@ -48,8 +48,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     except (ValueError, LookupError, TypeError, struct.error, zipfile.BadZipFile,
             NotImplementedError) as error:  # fmt: skip
         raise ValueError(
-            f"{path} is not a state dict of float32, float16 or bfloat16 tensors as torch.save "
-            f"writes it: {error}"
+            f"{path} is not a state dict of floating point tensors as torch.save writes it: {error}"
         ) from error
 
 

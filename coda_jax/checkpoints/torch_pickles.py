@@ -14,14 +14,17 @@ import ml_dtypes
 import numpy as np
 
 MAX_OPCODES = 250_000  # of 5,000 tensors
-_DICT, _TENSOR = object(), object()  # which no pickle can make
+_DICT, _TENSOR, _PARAMETER = object(), object(), object()  # which no pickle can make
 GLOBALS = {
     "collections OrderedDict": _DICT,
     "torch._utils _rebuild_tensor_v2": _TENSOR,
+    "torch._utils _rebuild_parameter": _PARAMETER,
+    "torch DoubleStorage": np.dtype(np.float64),
     "torch FloatStorage": np.dtype(np.float32),
     "torch HalfStorage": np.dtype(np.float16),
     "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
 }
+PROTOCOLS = (2, 3, 4, 5)
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
 
@@ -63,10 +66,10 @@ def interpret(stream: io.BytesIO) -> Any:
 
     for name, argument in _opcodes(stream):
         match name:
-            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
                 stack.append(argument)
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case _ if name in CONSTANTS:
@@ -79,14 +82,14 @@ def interpret(stream: io.BytesIO) -> Any:
                 stack.append(tuple(pop(marks.pop())))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(pop(-int(name[-1]))))
-            case "APPENDS":
-                values = pop(marks.pop())
+            case "APPEND" | "APPENDS":
+                values = pop(-1 if name == "APPEND" else marks.pop())
                 _only(list, stack[-1]).extend(values)
             case "SETITEM" | "SETITEMS":
                 items = pop(-2 if name == "SETITEM" else marks.pop())
                 _set_items(_only(dict, stack[-1]), items)
-            case "GLOBAL" if argument in GLOBALS:
-                stack.append(GLOBALS[argument])
+            case "GLOBAL" | "STACK_GLOBAL":
+                stack.append(_global([argument] if argument else pop(-2)))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
@@ -98,13 +101,13 @@ def interpret(stream: io.BytesIO) -> Any:
                         "its pickle sets attributes of an object; nothing of it was run"
                     )
                 stack.append(_only(dict, target))
-            case "PROTO" if argument == 2:
+            case "PROTO" | "FRAME" if name == "FRAME" or argument in PROTOCOLS:
                 pass
             case "STOP":
                 (value,) = stack
                 return value
             case _:
-                raise ValueError(f"its pickle {_said(name, argument)}; nothing of it was run")
+                raise ValueError(f"its pickle has {_said(name, argument)}; nothing of it was run")
 
 
 def _opcodes(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
@@ -115,9 +118,14 @@ def _opcodes(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
 
 
 def _said(name: str, argument: Any) -> str:
-    if name == "GLOBAL":
-        return f"names {argument.replace(' ', '.'):.80}"
-    return f"has the opcode {name}" + (f" {argument!r:.80}" if type(argument) is str else "")
+    return f"the opcode {name}" + (f" {argument!r:.80}" if type(argument) is str else "")
+
+
+def _global(parts: list) -> Any:
+    name = " ".join(_only(str, part) for part in parts)
+    if name not in GLOBALS:
+        raise ValueError(f"its pickle names {name.replace(' ', '.'):.80}; nothing of it was run")
+    return GLOBALS[name]
 
 
 def _only(kind: type, value: Any) -> Any:
@@ -149,4 +157,6 @@ def _call(function: Any, arguments: Any) -> Any:
             Storage() as storage, int(offset), tuple(size), tuple(stride), bool(), dict()
         ) if function is _TENSOR:  # fmt: skip
             return Tensor(storage, offset, size, stride)
+        case (Tensor() as tensor, bool(), dict()) if function is _PARAMETER:
+            return tensor
     raise ValueError("its pickle calls something in another way than torch.save; nothing was run")

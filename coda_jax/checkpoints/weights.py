@@ -9,7 +9,7 @@ import numpy as np
 
 from coda_jax import hub
 from coda_jax.checkpoints import msgpack_files, tensor_files, torch_files
-from coda_jax.files import read_json
+from coda_jax.files import check_is_no_pointer, read_json
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
     if not found:
         unread = [name for name in UNREAD if (directory / name).is_file()]
         hint = f"; {' and '.join(unread)} cannot be read" if unread else ""
+        for form in FORMATS:  # such as model.fp16.safetensors
+            stem, suffix = form.file.split(".")
+            for path in sorted(directory.glob(f"{stem}.*.{suffix}")):
+                hint += f"; to read {path.name}, rename it to {form.file}"
         raise FileNotFoundError(f"{directory} has none of {', '.join(names)}{hint}")
     first, *others = found
     if others:
@@ -65,12 +69,18 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
     else:
         _logger.info("%s: reading %s", directory, first)
     form = names[first]
-    return form.read(directory / first) if first == form.file else _read_shards(directory, form)
+    return _read(directory / first, form) if first == form.file else _read_shards(directory, form)
+
+
+def _read(path: Path, form: Format) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        check_is_no_pointer(file.read(100), path)
+    return form.read(path)
 
 
 def _read_shards(directory: Path, form: Format) -> dict[str, np.ndarray]:
     index = directory / form.index
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, hub.MAX_JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map.")
     unsafe = sorted({str(f) for f in weight_map.values() if Path(str(f)).name != f})
@@ -83,7 +93,7 @@ def _read_shards(directory: Path, form: Format) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{directory} lacks shards that {form.index} names: {absent}")
     tensors, problems = {}, []
     for file, path in shards.items():
-        for name, leaf in form.read(path).items():
+        for name, leaf in _read(path, form).items():
             tensors.setdefault(name, leaf)
             if weight_map.get(name) != file:
                 problems.append(f"{name} is in {file}, the index says {weight_map.get(name)}")

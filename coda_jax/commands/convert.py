@@ -14,6 +14,7 @@ parameters, with a fresh optimizer.
 from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from coda_jax.checkpoints.adapter import (
     read_manifest,
 )
 from coda_jax.checkpoints.config_json import from_json, from_version_1
+from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x
 from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
 from coda_jax.data.vocabularies import copy_files, find_files, find_fingerprint
 from coda_jax.methods import Method
-from coda_jax.models import FAMILIES, ModelConfig, param_shapes
+from coda_jax.models import FAMILIES, ModelConfig, family_of, param_shapes
 from coda_jax.objectives import OBJECTIVES
 from coda_jax.training.run_checkpoints import STATE, DamagedError, check_leaves, read_contents
 from coda_jax.training.run_directory import CHECKPOINTS, FORMAT_VERSION, RUN_FILE
@@ -52,6 +54,7 @@ class Source:
         step: the training step, 0 where none is known.
         vocabulary: fingerprint of the vocabulary of what was trained, None where it is not known.
         lengths: of the training's examples; see `save_adapter`.
+        base: config and parameters of the base that it was trained from, where it was read.
     """
 
     config: ModelConfig
@@ -59,6 +62,7 @@ class Source:
     step: int = 0
     vocabulary: str | None = None
     lengths: Mapping[str, int] | None = None
+    base: tuple[ModelConfig, Mapping[str, Any]] | None = dataclasses.field(default=None, repr=False)
 
 
 def convert(
@@ -78,11 +82,12 @@ def convert(
         source: folder of what is converted, see the module; or the name of a model in the cache of
             the Hugging Face Hub, as `base` may be.
         output: folder to write, which must not exist yet or be empty, but in layout "t5x" may be a
-            run's with other steps. In layout "hf" it gets the dense checkpoint, and in its folder
-            `adapter` the adapter file, if there are adapters or routers; in layout "t5x" an orbax
-            checkpoint `checkpoint_<step>` with them under `target`, named as here; in layout
-            "adapter" the adapter file alone. A vocabulary beside the source, or beside the base,
-            is copied beside a checkpoint.
+            run's with other steps. In layout "hf" it gets the trained model, where its methods can
+            be merged into the base; else the base as it was, and in its folder `adapter` the
+            adapter file. In layout "t5x" it gets an orbax checkpoint `checkpoint_<step>` with all
+            leaves under `target`, named as here; in layout "adapter" the adapter file alone. A
+            vocabulary beside the source, or beside the base, is copied beside a checkpoint, and
+            generation_config.json in layout "hf".
         layout: "hf", "t5x" or "adapter".
         base: folder of the dense checkpoint, in Hugging Face layout or of T5X, that `source` was
             trained from. A source that holds only what was trained needs it. Given with a T5X
@@ -108,14 +113,18 @@ def convert(
     read = _read(folder, {name: x for name, x in options.items() if x is not None})
     if encoder_only:
         config, params = checkpoints.encoder_of(read.config, read.params)
-        read = dataclasses.replace(read, config=config, params=params)
-    beside = _find_vocabulary(read, [folder, *([hub.find(base)] if base else [])])
+        base_read = checkpoints.encoder_of(*read.base) if read.base else None
+        read = dataclasses.replace(read, config=config, params=params, base=base_read)
+    folders = [folder, *([hub.find(base)] if base else [])]
+    beside = _find_vocabulary(read, folders)
+    if layout == "hf":
+        beside |= _find_generation_config(read, folders)
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
-        WRITERS[layout](Path(new), read)
+        note = WRITERS[layout](Path(new), read)
         if layout != "adapter":
             copy_files(beside, Path(new))
-    count = trees.count(read.params)
-    print(f"{source}, step {read.step}, {count:,} parameters, is now in {output} ({layout})")
+    count = f"{trees.count(read.params):,} parameters"
+    print(f"{source}, step {read.step}, {count}, is now in {output} ({layout}{note})")
 
 
 def _read(folder: Path, options: Mapping[str, Any]) -> Source:
@@ -143,15 +152,19 @@ def _read_adapter(folder: Path, base: str | None = None) -> Source:
     config, params = _load_base(base, folder)
     if config is None:
         config = _infer_config(params, base)
-    config, params = checkpoints.load_adapter(folder, config, params)
+    base_read = config, params
+    config, params = checkpoints.load_adapter(folder, *base_read)
     said = {name: manifest.get(name) for name in ("vocabulary", "lengths")}
-    return Source(config, params, **said)
+    return Source(config, params, **said, base=base_read)
 
 
 def _load_base(base: str | None, source: Path) -> tuple[ModelConfig | None, Mapping[str, Any]]:
     """The config, if it is known, and the parameters of a dense checkpoint."""
     if base is None:
-        raise ValueError(f"{source} holds only what was trained: give the base that it belongs to")
+        raise ValueError(
+            f"{source} holds only what was trained: give the base that it belongs to, with "
+            "--gin.INITIAL_CHECKPOINT_PATH=..."
+        )
     directory = hub.find(base)
     if (directory / CONFIG_FILE).is_file():
         return checkpoints.load_hf(directory)
@@ -201,16 +214,18 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     if "format_version" in run:  # version 1 knew no digests
         _check_leaves(item.parent, leaves)
     params = trees.unflatten({path.removeprefix(_TRAINED): x for path, x in leaves.items()})
+    base_read = None
     if methods_lib.partition(config, param_shapes(config))[1]:
-        _, base_params = _load_base(base, folder)
+        base_config, base_params = _load_base(base, folder)
+        base_read = base_config or config.dense(), base_params
         _check_base(run, config, base_params, folder, base)
         params = trees.merge(methods_lib.partition(config, base_params)[1], params)
     elif base is not None:
         raise ValueError(f"{folder} holds all leaves: base={base!r} is not used")
     trees.check_tree(param_shapes(config), params, what=f"the leaves of {item} do")
-    return Source(
-        *methods_lib.finish(config, params), step, run.get("vocabulary"), run.get("lengths")
-    )
+    finished = methods_lib.finish(config, params)
+    said = {name: run.get(name) for name in ("vocabulary", "lengths")}
+    return Source(*finished, step, **said, base=base_read)
 
 
 def _check_leaves(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
@@ -264,9 +279,12 @@ def _read_t5x(
         f"with the methods {[method.name for method in config.methods]}, the leaves of {folder} do"
     )
     trees.check_tree(param_shapes(config), params, what=what)
+    base_read = None
     if base is not None:
-        params = _onto_base(config, params, _load_base(base, folder)[1], folder)
-    return Source(*methods_lib.finish(config, params), step)
+        base_config, base_params = _load_base(base, folder)
+        params = _onto_base(config, params, base_params, folder)
+        base_read = base_config or config.dense(), base_params
+    return Source(*methods_lib.finish(config, params), step, base=base_read)
 
 
 def _onto_base(config: ModelConfig, params: Mapping, base_params: Mapping, folder: Path) -> dict:
@@ -289,20 +307,48 @@ def _same_values(first: np.ndarray, second: np.ndarray) -> bool:
     return np.array_equal(first.astype(np.float64), second.astype(np.float64))
 
 
-def _write_hf(output: Path, read: Source) -> None:
-    _, dense = trees.split(read.params, methods_lib.created(read.config))
-    checkpoints.save_hf(output, read.config.dense(), dense)
-    if read.config.methods:
-        _write_adapter(output / "adapter", read)
+def _write_hf(output: Path, read: Source) -> str:
+    """Returns what is to be said of the folder, which transformers loads as if it were all."""
+    config, params = methods_lib.merge(read.config, read.params)
+    if not config.methods and not (read.base and _is_refused(config)):
+        rate = read.base[0].dropout_rate if read.base else config.dropout_rate
+        checkpoints.save_hf(output, config.replace(dropout_rate=rate), params)
+        merged = [method.name for method in read.config.methods]
+        return f", with {merged} merged into its weights" if merged else ""
+    if read.base is None:  # its frozen leaves are there, and trained ones in the place of the rest
+        _, dense = trees.split(read.params, methods_lib.created(read.config))
+        checkpoints.save_hf(output, read.config.dense(), dense)
+    else:
+        checkpoints.save_hf(output, *read.base)
+    _write_adapter(output / "adapter", read)
+    return "; its weights are the base alone, and only coda_jax reads what was trained, in adapter/"
 
 
-def _write_t5x(output: Path, read: Source) -> None:
+def _is_refused(config: ModelConfig) -> bool:
+    """Whether a dense model is none of Hugging Face's, such as a T5 with a head."""
+    try:
+        family_of(config).huggingface.format_config(config, "float32")
+    except ValueError:
+        return True
+    return False
+
+
+def _write_t5x(output: Path, read: Source) -> str:
     checkpoints.save_t5x(output, read.params, read.step)
+    return ""
 
 
-def _write_adapter(output: Path, read: Source) -> None:
+def _write_adapter(output: Path, read: Source) -> str:
     said = {"vocabulary": read.vocabulary, "lengths": read.lengths}
     checkpoints.save_adapter(output, read.config, read.params, **said)
+    return ""
+
+
+def _find_generation_config(read: Source, folders: list[Path]) -> dict[str, str]:
+    """The first folder's generation_config.json, {name: path}, for a model that generates."""
+    paths = [str(folder / GENERATION_CONFIG_FILE) for folder in folders]
+    found = [path for path in paths if os.path.isfile(path)]
+    return {GENERATION_CONFIG_FILE: found[0]} if found and read.config.num_decoder_layers else {}
 
 
 def _find_vocabulary(read: Source, folders: list[Path]) -> dict[str, str]:

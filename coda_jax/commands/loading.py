@@ -13,7 +13,7 @@ import jax
 
 from coda_jax import checkpoints, checks, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_lengths, read_manifest
-from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE, read_generation_config
+from coda_jax.checkpoints.generation_config import defaults_file, read_generation_config
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
 from coda_jax.data.batches import SHORTEST, rounded_up
 from coda_jax.data.labels import read_labels
@@ -213,10 +213,10 @@ def sized(decoding: Decoding, model: LoadedModel) -> Decoding:
 def with_checkpoint_defaults(
     decoding: Decoding, model: LoadedModel, targets: int | None = None
 ) -> Decoding:
-    """Lengths, and what generation_config.json asks for, where nothing is said; that is logged.
+    """Lengths, and what the checkpoint's `defaults_file` asks for, where nothing is said; logged.
 
     Outputs may be as long as the model's can be, if that has a limit; or else as the longest
-    target, rounded up; or as generation_config.json says.
+    target, rounded up; or as the file says.
 
     Args:
         decoding: what is asked for.
@@ -239,7 +239,7 @@ def with_checkpoint_defaults(
         decoding = dataclasses.replace(decoding, max_decode_length=longest)
     if model.directory is None:
         return decoding.resolved()
-    file = model.directory / GENERATION_CONFIG_FILE
+    file = defaults_file(model.directory)
     defaults = read_generation_config(model.directory, model.config, prefix_length)
     taken = defaults
     try:
@@ -251,7 +251,7 @@ def with_checkpoint_defaults(
     except ValueError as error:
         if not taken:
             raise
-        raise ValueError(f"{error} (of {file}: {taken})") from error
+        raise ValueError(f"{error} ({file} asks for {taken})") from error
 
 
 def _base(

@@ -13,7 +13,8 @@ IGNORED_FIELDS = """
     n_positions initializer_factor gradient_checkpointing classifier_dropout problem_type
     finetuning_task task_specific_params id2label label2id num_labels return_dict torchscript
     use_return_dict output_hidden_states output_attentions use_bfloat16 tf_legacy_loss
-    chunk_size_feed_forward _attn_implementation_autoset
+    chunk_size_feed_forward _attn_implementation _attn_implementation_autoset
+    _commit_hash auto_map model_max_length transformers.js_config
     tokenizer_class prefix bos_token_id eos_token_id sep_token_id bad_words_ids
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
     num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
@@ -22,6 +23,14 @@ IGNORED_FIELDS = """
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
 """
 IGNORED = frozenset(IGNORED_FIELDS.split())
+# Ranges far above any model, and low enough that a small file costs no memory and no time.
+LAYERS, OTHERS = (1, 128), (1, 2**20)
+COUNTS = {
+    **dict.fromkeys(("num_layers", "num_decoder_layers", "num_hidden_layers"), LAYERS),
+    "vocab_size": (1, 2**24),
+    "relative_attention_num_buckets": (4, 2**16),  # half of them for each direction
+    "relative_attention_max_distance": (1, 10**6),
+}
 
 
 def field_problems(
@@ -35,10 +44,11 @@ def field_problems(
         fixed: names that may be there with one of some values.
         prefix: of the names in what is returned.
     """
-    problems = [f"unknown field {prefix}{name}={value!r}" for name, value in raw.items()
+    fixed = {"quantization_config": (None,), **fixed}
+    problems = [f"unknown field {prefix}{name}={value!r:.80}" for name, value in raw.items()
                 if name not in known and name not in fixed]  # fmt: skip
     return problems + [
-        f"{prefix}{name}={raw[name]!r} is not handled (only {' or '.join(map(repr, allowed))})"
+        f"{prefix}{name}={raw[name]!r:.80} is not handled (only {' or '.join(map(repr, allowed))})"
         for name, allowed in fixed.items()
         if name in raw and not any(same(raw[name], value) for value in allowed)
     ]
@@ -50,16 +60,18 @@ def same(value: Any, allowed: Any) -> bool:
 
 
 def count_problems(raw: Mapping[str, Any], names: Iterable[str], prefix: str = "") -> list[str]:
-    """Returns which of the fields that are there are no positive whole numbers."""
-    return [f"{prefix}{name}={raw[name]!r} is not a positive whole number" for name in names
-            if name in raw and not (type(raw[name]) is int and raw[name] > 0)]  # fmt: skip
+    """Returns which of the fields that are there are no whole numbers that a model can have."""
+    ranges = {name: COUNTS.get(name, OTHERS) for name in names if name in raw}
+    return [f"{prefix}{name}={raw[name]!r:.80} is not a whole number from {least} to {most}"
+            for name, (least, most) in ranges.items()
+            if not (type(raw[name]) is int and least <= raw[name] <= most)]  # fmt: skip
 
 
 def number_problems(
     raw: Mapping[str, Any], limits: Mapping[str, float], prefix: str = ""
 ) -> list[str]:
     """Returns which of the fields that are there are no numbers from 0 to below their limit."""
-    return [f"{prefix}{name}={raw[name]!r} is not a number from 0 to below {high}"
+    return [f"{prefix}{name}={raw[name]!r:.80} is not a number from 0 to below {high:g}"
             for name, high in limits.items()
             if name in raw
             and not (type(raw[name]) in (int, float) and 0 <= raw[name] < high)]  # fmt: skip

@@ -189,7 +189,8 @@ def _check_sampling(options: Generation) -> None:
     called = type(options).__name__
     if options.do_sample and options.num_beams > 1:
         raise ValueError(
-            f"{called}.num_beams={options.num_beams} searches, do_sample=True draws: give one"
+            f"{called}.num_beams={options.num_beams} searches, do_sample=True draws: set "
+            "num_beams=1 or do_sample=False"
         )
     given = {name: getattr(options, name) for name in _OF_SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}

@@ -51,6 +51,19 @@ def test_what_transformers_writes_by_default_changes_nothing(read, tmp_path, cap
     assert taken(defaults, num_beams=4) == (Generation(num_beams=4).resolved(), {})
 
 
+def test_without_the_file_config_json_says_it_as_in_transformers(read, tmp_path, caplog):
+    old = {"model_type": "t5", "num_beams": 4, "max_length": 20, "typical_p": 0.9}
+    old["length_penalty"] = 2
+    (tmp_path / "config.json").write_text(json.dumps({**PLAIN, **old}))
+    with caplog.at_level(logging.WARNING):
+        made = with_checkpoint_defaults(Decoding(), LoadedModel(TINY, {}, tmp_path))
+    assert (made.num_beams, made.length_penalty) == (4, 2)
+    assert made.max_decode_length == Decoding().resolved().max_decode_length  # 20 says nothing
+    assert f"{tmp_path}/config.json: num_beams=4, length_penalty=2" in caplog.text
+    assert "not handled, outputs may differ: {'typical_p': 0.9}" in caplog.text
+    assert read({"num_beams": 2}) == {"num_beams": 2}  # the file alone, where there is one
+
+
 def test_lengths_count_as_in_transformers(read):
     assert read({"max_length": 20, "min_length": 5}) == {
         "max_decode_length": 19,
@@ -83,15 +96,20 @@ def test_lengths_count_a_prefix_as_in_transformers(read, tmp_path):
 def test_what_is_wrong_with_the_file_names_it(read, tmp_path):
     model = LoadedModel(TINY, {}, tmp_path)
     for fields, message in (
-        ({"max_length": 1}, "max_decode_length must be at least 1, got 0"),
-        ({"top_p": 2, "do_sample": True}, "top_p must be at most 1, got 2"),
-        ({"num_beams": 4, "do_sample": True}, "num_beams=4 searches, do_sample=True draws"),
+        ({"max_length": 1}, "max_decode_length must be a whole number of at least 1, got 0"),
+        ({"top_p": 2, "do_sample": True}, "top_p must be .*, got 2"),
+        (
+            {"num_beams": 4, "do_sample": True},
+            "num_beams=4 .* do_sample=True draws: set num_beams=1 or do_sample=False",
+        ),
     ):
         read(fields)
-        with pytest.raises(ValueError, match=f"{message}.*of {tmp_path}/generation_config"):
+        with pytest.raises(
+            ValueError, match=rf"{message}.*\({tmp_path}/generation_config.json asks for"
+        ):
             with_checkpoint_defaults(Decoding(), model)
     read({})
-    with pytest.raises(ValueError, match=r"give one$"):
+    with pytest.raises(ValueError, match=r"do_sample=False$"):
         with_checkpoint_defaults(Decoding(num_beams=4, do_sample=True), model)
 
 
@@ -101,7 +119,7 @@ def test_of_a_search_and_a_draw_the_one_that_is_asked_for_is_done(read):
     fields = read({"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "top_k": 5})
     options, changed = taken(fields, do_sample=True)
     assert (options.num_beams, options.do_sample, changed) == (1, True, {"top_k": 5})
-    with pytest.raises(ValueError, match="give one"):  # both were
+    with pytest.raises(ValueError, match="set num_beams=1"):  # both were
         taken(fields, do_sample=True, num_beams=2)
 
 

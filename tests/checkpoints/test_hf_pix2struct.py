@@ -119,7 +119,7 @@ def test_fields_that_are_left_out_have_the_defaults_of_transformers(tmp_path):
         ({"text": {"decoder_start_token_id": 5}}, "text_config.decoder_start_token_id=5"),
         ({"text": {"d_kv": 4}}, "disagree in head_dim: 4 and 8"),
         ({"text": {"d_kv": 4}, "vision": {"d_kv": 4}}, "must be hidden_size=24"),
-        ({"text": {"num_layers": 0}}, "text_config.num_layers=0 is not a positive"),
+        ({"text": {"num_layers": 0}}, "text_config.num_layers=0 is not a whole number"),
         ({"vision": {"dense_act_fn": "gelu"}}, "vision_config.dense_act_fn='gelu'"),
         ({"vision": {"qkv_bias": True}}, "vision_config.qkv_bias=True"),
         ({"vision": {"layer_norm_eps": 1e-5}}, "disagree in the layer norms' epsilon"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from coda_jax import hub
 from coda_jax.checkpoints import encoder_of, huggingface, load_hf, save_hf
 
 NAMES = ("v1_1", "v1_0", "mt5", "byt5")
@@ -294,13 +295,26 @@ def test_missing_files_are_named(copy, tmp_path):
         ("v1_0", {"dense_act_fn": "tanh"}, r"'tanh', False\) is not handled"),
         ("v1_1", {"d_model": 24.0}, "d_model=24.0"),
         ("v1_1", {"num_layers": 0}, "num_layers=0"),
+        ("v1_1", {"num_layers": 1000}, "num_layers=1000 is not a whole number from 1 to 128"),
+        ("v1_1", {"d_model": 10**12}, "d_model=1000000000000 is not"),
+        ("v1_1", {"vocab_size": 2**70}, "vocab_size=1180591620717411303424 is not"),
+        ("v1_1", {"relative_attention_max_distance": 2**40}, "max_distance=1099511627776 is not"),
+        ("v1_1", {"relative_attention_num_buckets": 1}, "num_buckets=1 is not.* from 4 to 65536"),
+        ("v1_1", {"layer_norm_epsilon": 10**400}, "layer_norm_epsilon=10{70,79} is not"),
+        ("v1_1", {"architectures": 5}, "architectures=5 is not a list"),
+        ("v1_1", {"architectures": "T5EncoderModel"}, "architectures='T5EncoderModel' is not"),
+        ("v1_1", {"model_type": ["t5"]}, r"model_type=\['t5'\] is not a text"),
         ("v1_1", {"num_decoder_layers": True}, "num_decoder_layers=True"),
         ("v1_1", {"d_kv": "removed"}, "missing field d_kv"),
         ("v1_1", {"dropout_rate": 1.5}, "dropout_rate=1.5"),
         ("v1_1", {"layer_norm_epsilon": "small"}, "layer_norm_epsilon='small'"),
         ("v1_1", {"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
-        ("v1_1", {"tie_word_embeddings": True}, "lm_head.weight.*tie_word_embeddings=True"),
-        ("v1_1", {"scale_decoder_outputs": True}, "lm_head.weight.*scale_decoder_outputs=True"),
+        (
+            "v1_1",
+            {"tie_word_embeddings": True},
+            "lm_head.weight.*set tie_word_embeddings to false",
+        ),
+        ("v1_1", {"scale_decoder_outputs": True}, "lm_head.*set scale_decoder_outputs to false"),
         ("mt5", {"tie_word_embeddings": True}, "transformers_version='4.16.0'"),
         ("mt5", {"scale_decoder_outputs": True}, "scale_decoder_outputs=True"),
         ("v1_0", {"tie_word_embeddings": False}, "missing: lm_head.weight"),
@@ -309,6 +323,15 @@ def test_missing_files_are_named(copy, tmp_path):
 def test_config_that_is_not_handled_is_refused_by_name_and_value(copy, name, config, text):
     with pytest.raises(ValueError, match=text):
         load_hf(copy(name, **config))
+
+
+def test_a_config_or_an_index_of_many_megabytes_is_not_read(copy):
+    folder = copy()
+    for name in ("model.safetensors.index.json", "config.json"):  # the weights are read after both
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        (folder / name).write_bytes(b" " * (hub.MAX_JSON_BYTES + 1))
+        with pytest.raises(ValueError, match=rf"{name} has 4,194,305 bytes; .* at most 4,194,304"):
+            load_hf(folder)
 
 
 def test_every_config_problem_is_listed(copy):
@@ -321,6 +344,8 @@ def test_fields_that_do_not_change_the_computation_are_accepted(copy):
         n_positions=512, output_past=True, task_specific_params={"a": {}}, eos_token_id=[1],
         torch_dtype="bfloat16", dtype="float32", num_decoder_layers=None, pruned_heads={},
         max_length=20, _name_or_path="x", tokenizer_class="T5Tokenizer", initializer_factor=0.05,
+        auto_map={"a": "b"}, quantization_config=None, _attn_implementation="sdpa",
+        _commit_hash="1", model_max_length=512, **{"transformers.js_config": {"dtype": "q8"}},
     )  # fmt: skip
     config, params = load_hf(folder)
     assert config == load_hf(GOLDEN / "v1_1")[0]
@@ -353,6 +378,14 @@ def test_copies_must_equal_the_embedding(copy):
     assert {UNUSED, *COPIES} <= load_file(GOLDEN / "v1_0" / "model.safetensors").keys()
     with pytest.raises(ValueError, match=r"decoder.embed_tokens.weight.*must equal shared.weight"):
         load_hf(copy("v1_0", tensors=lambda t: t.update({COPIES[1]: t["shared.weight"] * 2})))
+
+
+def test_a_copy_of_the_embedding_may_have_another_dtype(copy):
+    def round_copies(tensors):
+        tensors[COPIES[0]] = tensors["shared.weight"].astype(np.float16)
+        tensors[COPIES[1]] = tensors["shared.weight"].astype(ml_dtypes.bfloat16)
+
+    assert_same_tree(load_hf(copy("v1_0", round_copies))[1], load_hf(GOLDEN / "v1_0")[1])
 
 
 def test_equal_lm_head_and_a_lone_copy_of_the_embedding_are_accepted(copy):

@@ -1,5 +1,6 @@
 """PyTorch's files of weights: its numbers, as views, and nothing run, whatever a file says."""
 
+import itertools
 import os
 import pickle
 import struct
@@ -88,22 +89,49 @@ def test_versions_of_modules_are_accepted_and_dropped(read):
     assert_good(read(zipped(pickled, BYTES)))
 
 
+def test_parameters_and_float64_are_read(read):
+    """As of a state dict with keep_vars, or of named_parameters."""
+    data = tensor("0", (3,), kind="DoubleStorage")
+    parameter = named("torch._utils", "_rebuild_parameter") + several(data, b"\x88", ORDERED_DICT)
+    tensors = read(zipped(state_dict({"x": parameter + b"R"}), {"0": BYTES["0"]}))
+    assert tensors["x"].dtype == np.float64
+    np.testing.assert_array_equal(tensors["x"], np.frombuffer(BYTES["0"]))
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_newer_protocols_are_read(read, protocol):
+    """Their opcodes for what is in a state dict, and nothing else of them."""
+
+    def short(value):
+        return b"\x8c" + bytes([len(value)]) + value.encode() + b"\x94"
+
+    pickled = state_dict(TENSORS)[2:]
+    if protocol > 3:
+        pickled = b"\x95" + struct.pack("<Q", len(pickled)) + pickled
+        for module, name in (("collections", "OrderedDict"), ("torch", "FloatStorage")):
+            pickled = pickled.replace(named(module, name), short(module) + short(name) + b"\x93")
+    assert_good(read(zipped(b"\x80" + bytes([protocol]) + pickled, BYTES)))
+
+
 def test_files_of_torch_are_read(tmp_path):
     torch = pytest.importorskip("torch")
     weights = {
         f"{dtype}_{rank}": torch.randn((3, 4, 5)[:rank]).to(dtype)
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
         for rank in range(4)
     }
     weights["turned"] = torch.randn(3, 4, 5)[1:].permute(2, 0, 1)
     weights["tied"] = weights["turned"]
-    for new in (True, False):
-        torch.save(weights, tmp_path / "x.bin", _use_new_zipfile_serialization=new)
+    weights["parameter"] = torch.nn.Parameter(torch.ones(2))
+    for new, protocol in itertools.product((True, False), (2, 3, 4, 5)):
+        options = {"_use_new_zipfile_serialization": new, "pickle_protocol": protocol}
+        torch.save(weights, tmp_path / "x.bin", **options)
         tensors = read_tensors(tmp_path / "x.bin")
         assert tensors.keys() == weights.keys()
         for name, leaf in tensors.items():
             assert str(weights[name].dtype) == f"torch.{leaf.dtype}"
-            np.testing.assert_array_equal(leaf.astype(np.float32), weights[name].float().numpy())
+            expected = weights[name].detach().float().numpy()
+            np.testing.assert_array_equal(leaf.astype(np.float32), expected)
 
 
 class Call:
@@ -130,7 +158,7 @@ def test_a_pickle_that_calls_something_is_refused_by_name_and_leaves_no_trace(
     argument = f"touch {marker}" if function is os.system else f"open({str(marker)!r}, 'w')"
     pickled = pickle.dumps({"weight": Call(function, argument)}, protocol)
     names = rf"names \w+\.{function.__name__}"
-    match = names if protocol == 2 else rf"({names}|opcode \w+)"
+    match = names if protocol >= 2 else rf"({names}|opcode \w+)"
     for data in in_both_formats(pickled):
         with pytest.raises(ValueError, match=f"{match}; nothing of it was run"):
             read(data)
@@ -142,7 +170,7 @@ def test_a_pickle_that_calls_something_is_refused_by_name_and_leaves_no_trace(
     [
         (named("numpy", "ndarray"), r"names numpy\.ndarray; nothing"),
         (named("torch", "LongStorage"), r"names torch\.LongStorage"),
-        (named("torch._utils", "_rebuild_parameter"), r"names torch\._utils\._rebuild_parameter"),
+        (named("torch._utils", "_rebuild_qtensor"), r"names torch\._utils\._rebuild_qtensor"),
         (named("collections", "OrderedDict.fromkeys"), r"names collections\.OrderedDict\.fromkeys"),
         (b"(" + text("x") + b"iposix\nsystem\n", "opcode INST 'posix system'"),
         (b"\x82\x01", "opcode EXT1"),
@@ -157,6 +185,10 @@ def test_a_pickle_that_calls_something_is_refused_by_name_and_leaves_no_trace(
         (b"](" + b"u", "a list for a dict"),
         (b"}(" + b"e", "a dict for a list"),
         (b"h\x07", "7"),
+        (b"]" + number(1) + b"a" + b"a", "list"),
+        (number(1) + text("system") + b"\x93", "a int for a str"),
+        (text("posix") + text("system") + b"\x93", r"names posix\.system; nothing"),
+        (named("torch._utils", "_rebuild_parameter") + several(number(1)) + b"R", "another way"),
         (b"0", "opcode POP"),
         (b"\xff", "unknown"),
     ],
@@ -244,7 +276,7 @@ def test_a_file_that_is_damaged_or_another_is_refused(read, data, match):
 )
 def test_a_legacy_list_of_storages_holds_the_keys_of_tensors_only(read, keys):
     """Others are not even hashed or shown, which could take all memory or time."""
-    old = b"\x80\x02](" + text("0") + b"e."
+    old = b"\x80\x02]" + text("0") + b"a."
     assert LEGACY.count(old) == 1
     with pytest.raises(ValueError, match="list of storages is not that of its tensors") as error:
         read(LEGACY.replace(old, b"\x80\x02" + keys + b"."))

@@ -211,3 +211,21 @@ def test_hostile_files_are_refused_at_once_in_little_memory(tmp_path):
     run = subprocess.run([sys.executable, "-c", ATTACK, tmp_path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count(" s  ") == len(HOSTILE)
+
+
+@pytest.mark.parametrize("name", ["config.json", *FOLDERS.values()])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(folder, name):
+    """What a clone without Git LFS has in the place of large files."""
+    copy = folder("safetensors")
+    (copy / SAFETENSORS).unlink()
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.* run `git lfs pull`"):
+        load_hf(copy)
+
+
+def test_weights_that_are_named_for_their_dtype_are_found(folder):
+    copy = folder("safetensors")
+    (copy / SAFETENSORS).rename(copy / "model.fp16.safetensors")
+    match = r"to read model\.fp16\.safetensors, rename it to model\.safetensors"
+    with pytest.raises(FileNotFoundError, match=match):
+        load_hf(copy)

@@ -14,7 +14,7 @@ from coda_jax.checkpoints.adapter import read_manifest
 from coda_jax.commands.convert import convert
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.data.vocabulary_files import SPIECE
-from coda_jax.methods import Coda, Full
+from coda_jax.methods import Coda, Full, Lora
 from coda_jax.models.t5.config import infer_config
 
 METHODS = (Coda(reduction=(1, 2.5), epsilon=0.1, attention="k_to_all"), ADAPTER)
@@ -90,6 +90,36 @@ def test_an_adapter_file_keeps_its_vocabulary(base, tmp_path):
     convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=base)
     assert read_manifest(tmp_path / "hf" / "adapter")["vocabulary"] == found
     assert (tmp_path / "hf" / SPIECE).read_text() == "pieces"
+
+
+def test_the_folder_of_a_merged_method_is_the_trained_model(base, tmp_path, capsys):
+    base_config, base_params = checkpoints.load_hf(base)
+    config = base_config.replace(methods=(Lora(rank=2),), dropout_rate=0.0)
+    params = adapted_params(config, base_params)
+    checkpoints.save_adapter(tmp_path / "adapter", config, params)
+    source = shutil.copytree(base, tmp_path / "base")
+    (source / "generation_config.json").write_text('{"num_beams": 4}')
+    convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=source)
+    loaded_config, loaded = checkpoints.load_hf(tmp_path / "hf")
+    assert loaded_config == base_config  # its dropout, too
+    assert_same_tree(loaded, methods.merge(config, params)[1])
+    assert (tmp_path / "hf" / "generation_config.json").read_text() == '{"num_beams": 4}'
+    assert not (tmp_path / "hf" / "adapter").exists()
+    assert "(hf, with ['lora'] merged into its weights)" in capsys.readouterr().out
+
+
+def test_beside_an_adapter_the_base_is_as_it_was(base, tmp_path, capsys):
+    base_config, base_params = checkpoints.load_hf(base)
+    config = base_config.replace(methods=(*METHODS, Lora(rank=2)), dropout_rate=0.0)
+    params = adapted_params(config, base_params)
+    checkpoints.save_adapter(tmp_path / "adapter", config, params)
+    convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=base)
+    loaded_config, loaded = checkpoints.load_hf(tmp_path / "hf")
+    assert loaded_config == base_config
+    assert_same_tree(loaded, base_params)  # the norms are not those that were trained
+    again = checkpoints.load_adapter(tmp_path / "hf" / "adapter", loaded_config, loaded)
+    assert_same_tree(again[1], params)
+    assert "weights are the base alone, and only coda_jax reads" in capsys.readouterr().out
 
 
 def test_transformers_reads_a_checkpoint_of_t5x(tmp_path):

@@ -41,7 +41,7 @@ SIZES = {
     },
 }
 EPSILONS = {"text_config": "layer_norm_epsilon", "vision_config": "layer_norm_eps"}
-LIMITS = {"dropout_rate": 1.0, **dict.fromkeys(EPSILONS.values(), math.inf)}
+LIMITS = {"dropout_rate": 1.0, **dict.fromkeys(EPSILONS.values(), 1.0)}
 # Fields that change the computation, with the values for which they do not.
 FIXED = {
     "": {
@@ -73,7 +73,7 @@ PART_IGNORED = """
     num_channels patch_size projection_dim hidden_act pad_token_id decoder_start_token_id
     attention_dropout relative_attention_num_buckets relative_attention_max_distance
 """
-TOP_IGNORED = "initializer_range is_vqa _commit_hash eos_token_id"
+TOP_IGNORED = "initializer_range is_vqa eos_token_id"
 TOP_USED = {"model_type", "tie_word_embeddings", *SIZES}
 
 TOP_NAMES = {

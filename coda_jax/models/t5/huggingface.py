@@ -190,7 +190,7 @@ def _size_problems(raw: Mapping[str, Any]) -> list[str]:
     counts = [*SIZES, "relative_attention_num_buckets", "relative_attention_max_distance"]
     if raw.get("num_decoder_layers") is not None:
         counts.append("num_decoder_layers")
-    limits = {"dropout_rate": 1.0, "layer_norm_epsilon": float("inf")}
+    limits = {"dropout_rate": 1.0, "layer_norm_epsilon": 1.0}
     problems = [f"missing field {name}" for name in SIZES if name not in raw]
     size = raw.get("vocab_size")
     ids = {name: _special_id(raw, name) for name in SPECIAL_IDS}
@@ -306,8 +306,10 @@ def format_config(config: T5Config, dtype: str) -> dict[str, Any]:
 
 
 def _equal(first: np.ndarray, second: np.ndarray) -> bool:
-    same_kind = first.shape == second.shape and first.dtype == second.dtype
-    return same_kind and np.array_equal(first, second)
+    """Whether two tensors have the same values, as far as the dtype of the shorter one tells."""
+    dtype = min(first.dtype, second.dtype, key=lambda x: x.itemsize)
+    with np.errstate(over="ignore"):
+        return np.array_equal(first.astype(dtype, copy=False), second.astype(dtype, copy=False))
 
 
 def _resolve_embeddings(tensors: dict, raw: Mapping, source: str) -> dict:
@@ -328,10 +330,12 @@ def _resolve_embeddings(tensors: dict, raw: Mapping, source: str) -> dict:
         tied.append(HEAD)
     different = [name for name in tied if not _equal(tensors[name], shared)]
     if different:
+        scaled = raw.get("scale_decoder_outputs")
+        field = "scale_decoder_outputs" if scaled else "tie_word_embeddings"
+        hint = f" If the model has an lm_head of its own, as T5 v1.1 has, set {field} to false."
         raise ValueError(
-            f"{source}: {different} must equal {present[0]} with "
-            f"tie_word_embeddings={raw.get('tie_word_embeddings')!r} and "
-            f"scale_decoder_outputs={raw.get('scale_decoder_outputs')!r}, but differ from it."
+            f"{source}: {different} must equal {present[0]} with {field}={raw.get(field)!r}, but "
+            f"differ from it.{hint if HEAD in different else ''}"
         )
     kept = {name: leaf for name, leaf in tensors.items() if name not in (*present, *tied)}
     kept[SHARED] = shared

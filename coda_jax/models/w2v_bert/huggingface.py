@@ -6,7 +6,6 @@ vector, LayerDrop, how CTC losses are summed) changes no logits and is not kept.
 """
 
 from collections.abc import Mapping
-import math
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ DROPOUTS = (
     "final_dropout",
     "conformer_conv_dropout",
 )
-LIMITS = {**dict.fromkeys((*DROPOUTS, "layerdrop"), 1.0), "layer_norm_eps": math.inf}
+LIMITS = {**dict.fromkeys((*DROPOUTS, "layerdrop"), 1.0), "layer_norm_eps": 1.0}
 # Fields that change the computation, with the values for which they do not.
 FIXED = {
     "hidden_act": ("swish", "silu"),
