@@ -70,7 +70,12 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
     raw = files.read_json(directory / CONFIG_FILE, hub.MAX_JSON_BYTES)
     model_type, family = _family(raw, source)
     raw, layout = {**raw, "model_type": model_type}, family.huggingface
-    config = layout.parse_config(raw, source)
+    try:
+        config = layout.parse_config(raw, source)
+    except ValueError as error:  # also of the config's own checks, which know no file
+        if source in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
     tensors = layout.resolve_tensors(weights.read_weights(directory), raw, source)
     expected = trees.flatten(param_shapes(config))
     names = {path: layout.tensor_name(path, config) for path in expected}

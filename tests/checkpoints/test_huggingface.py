@@ -301,6 +301,7 @@ def test_missing_files_are_named(copy, tmp_path):
         ("v1_1", {"relative_attention_max_distance": 2**40}, "max_distance=1099511627776 is not"),
         ("v1_1", {"relative_attention_num_buckets": 1}, "num_buckets=1 is not.* from 4 to 65536"),
         ("v1_1", {"layer_norm_epsilon": 10**400}, "layer_norm_epsilon=10{70,79} is not"),
+        ("v1_1", {"relative_attention_max_distance": 16}, r"/config\.json: .*above half of"),
         ("v1_1", {"architectures": 5}, "architectures=5 is not a list"),
         ("v1_1", {"architectures": "T5EncoderModel"}, "architectures='T5EncoderModel' is not"),
         ("v1_1", {"model_type": ["t5"]}, r"model_type=\['t5'\] is not a text"),

@@ -122,6 +122,19 @@ def test_beside_an_adapter_the_base_is_as_it_was(base, tmp_path, capsys):
     assert "weights are the base alone, and only coda_jax reads" in capsys.readouterr().out
 
 
+def test_a_head_that_no_folder_can_hold_stays_in_the_adapter(base, tmp_path):
+    base_config, base_params = checkpoints.encoder_of(*checkpoints.load_hf(base))
+    checkpoints.save_hf(tmp_path / "base", base_config, base_params)
+    head = {"head": "classification", "labels": ("a", "b")}
+    config = base_config.replace(methods=(Lora(rank=2),), **head)
+    params = adapted_params(config, base_params)
+    checkpoints.save_adapter(tmp_path / "adapter", config, params)
+    convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=tmp_path / "base")
+    loaded = checkpoints.load_hf(tmp_path / "hf")
+    assert_same_tree(loaded[1], base_params)
+    assert_same_tree(checkpoints.load_adapter(tmp_path / "hf" / "adapter", *loaded)[1], params)
+
+
 def test_transformers_reads_a_checkpoint_of_t5x(tmp_path):
     """From T5X's own file to the logits of transformers, compared with T5X's."""
     torch = pytest.importorskip("torch")
