@@ -180,4 +180,5 @@ def test_a_model_says_what_it_takes(tmp_path, read, caplog):
     said = "num_beams=2, stop_strings=('.', '\\n'), length_penalty=1.0"
     assert f"{tmp_path}/generation_config.json: {said}" in caplog.text
     alone = LoadedModel(TINY, {}, None)
-    assert with_checkpoint_defaults(Decoding(), alone) == Decoding().resolved()
+    expected = Decoding(max_input_length=512).resolved()
+    assert with_checkpoint_defaults(Decoding(), alone) == expected

@@ -142,8 +142,8 @@ def test_a_gin_file_may_name_a_method_by_its_own_module(tmp_path):
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("REDUCTION=0.5", "Coda.reduction must be a finite number >= 1, got 0.5"),
-        ("ParallelAdapter.bottleneck=0", "ParallelAdapter.bottleneck must be at least 1, got 0"),
+        ("REDUCTION=0.5", "Coda.reduction must be a number from 1 to 1000000, got 0.5"),
+        ("ParallelAdapter.bottleneck=0", "bottleneck must be a whole number of at least 1, got 0"),
         ("ParallelAdapter.botleneck=8", "botleneck"),
         ("load_model.checkpoit=x", "load_model"),
         ("no_such_function.x=1", "no_such_function"),

@@ -28,7 +28,7 @@ def test_a_task_is_registered_once_for_its_arguments():
     assert added[0] == name and len(added) == 2
 
 
-def test_names_stay_what_they_were():
-    """Caches and run folders hold them."""
-    name = registry.once("mnli", ("mnli", "bytes", None), lambda name: None)
-    assert name == "mnli_908e1ac03ae7"
+def test_names_are_those_of_the_table_and_numbered_where_they_mean_another_task():
+    first = registry.once("mnli", ("mnli", "bytes", None), lambda name: None)
+    assert first == "mnli"
+    assert registry.once("mnli", ("mnli", "other", None), lambda name: None) == "mnli_2"
