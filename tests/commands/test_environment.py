@@ -1,5 +1,6 @@
 """What is set up before anything is imported: where programs are kept, and what is printed."""
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -51,6 +52,15 @@ def test_without_a_home_folder_nothing_is_kept(cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert environment.programs_folder() is None
     assert environment.keep_programs(True).endswith("there is no home folder")
+
+
+def test_tensorflow_is_quiet_also_where_it_was_looked_for_before(monkeypatch):
+    finder = environment._QuietTensorFlow()
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    for _ in range(2):
+        importlib.util.find_spec("tensorflow")
+        assert sys.meta_path[0] is finder
 
 
 def test_the_oldest_programs_are_removed_where_they_are_too_many(cache, monkeypatch):
