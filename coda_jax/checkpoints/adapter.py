@@ -80,8 +80,9 @@ def fingerprint_version_1(config: ModelConfig, params: Mapping[str, Any]) -> str
     return digest.hexdigest()
 
 
-def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+def json_sha256(values: Mapping[str, Any], key: str) -> str:
+    """The SHA-256 of what JSON holds beside it, under `key`."""
+    rest = {name: value for name, value in values.items() if name != key}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
@@ -135,7 +136,7 @@ def save_adapter(
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     tensor_files.write_tensors(directory / TENSORS, tensors)
-    manifest["manifest_sha256"] = _manifest_sha256(manifest)
+    manifest["manifest_sha256"] = json_sha256(manifest, "manifest_sha256")
     files.write_json(directory / MANIFEST, manifest, sort_keys=True)
 
 
@@ -155,7 +156,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     unknown = sorted(manifest.keys() - _KEYS[version] - _MAY_HAVE)
     if missing or unknown:
         raise ValueError(f"{file} lacks the keys {missing} and has the unknown keys {unknown}")
-    if version == 2 and _manifest_sha256(manifest) != manifest["manifest_sha256"]:
+    if version == 2 and json_sha256(manifest, "manifest_sha256") != manifest["manifest_sha256"]:
         raise ValueError(f"{file} is corrupt, or was changed by hand: its SHA-256 differs")
     leaves = manifest["leaves"]
     if not isinstance(leaves, dict) or not all(isinstance(x, dict) for x in leaves.values()):

@@ -5,8 +5,6 @@ state's leaves must be (a SHA-256 each) and how it was evaluated.
 """
 
 from collections.abc import Mapping, Sequence
-import hashlib
-import json
 import math
 import os
 import pathlib
@@ -18,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from coda_jax import files
-from coda_jax.checkpoints.adapter import leaf_sha256
+from coda_jax.checkpoints.adapter import json_sha256, leaf_sha256
 from coda_jax.training.run_directory import CHECKPOINTS, RUN_FILE
 from coda_jax.training.run_identity import saved_steps
 
@@ -42,11 +40,6 @@ def _by_path(state: Any) -> dict[str, Any]:
     return {"/".join(map(name, path)): leaf for path, leaf in leaves}
 
 
-def _sha256(contents: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in contents.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def read_contents(folder: pathlib.Path) -> dict[str, Any]:
     """What the checkpoint in a step's folder must hold: "step", "leaves" and "evaluation".
 
@@ -55,7 +48,10 @@ def read_contents(folder: pathlib.Path) -> dict[str, Any]:
     """
     try:
         contents = dict(files.read_json(folder / CONTENTS / "metadata"))
-        sound = _sha256(contents) == contents["sha256"] and str(contents["step"]) == folder.name
+        sound = (
+            json_sha256(contents, "sha256") == contents["sha256"]
+            and str(contents["step"]) == folder.name
+        )
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise DamagedError(f"{CONTENTS} cannot be read: {_first_line(error)}") from error
     if not sound:
@@ -164,7 +160,7 @@ class RunCheckpoints:
             "evaluation": metrics,
             "leaves": {path: leaf_sha256(leaf) for path, leaf in leaves.items()},
         }
-        contents["sha256"] = _sha256(contents)
+        contents["sha256"] = json_sha256(contents, "sha256")
         if not saved_steps(self._directory):
             files.write_json(self._directory / RUN_FILE, self._run)
         items = {STATE: ocp.args.StandardSave(state), CONTENTS: ocp.args.JsonSave(contents)}
