@@ -150,7 +150,7 @@ def test_what_is_missing_or_out_of_place_is_told(command, files, bindings, messa
     assert len(str(told.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("files", itertools.permutations(TRAIN))
+@pytest.mark.parametrize("files", list(itertools.permutations(TRAIN)))
 def test_files_in_any_order_configure_the_same(files):
     configure(TRAIN, [], [MODEL, "MODEL_DIR=x"], "train")
     expected = gin.config_str()
@@ -159,7 +159,7 @@ def test_files_in_any_order_configure_the_same(files):
     assert gin.query_parameter("TASK_FEATURE_LENGTHS/macro.value")["targets"] == 1
 
 
-@pytest.mark.parametrize("files", itertools.permutations([*CHECK, "{own}"]))
+@pytest.mark.parametrize("files", list(itertools.permutations([*CHECK, "{own}"])))
 def test_what_is_written_in_ones_own_file_counts_wherever_it_stands(files, tmp_path):
     (tmp_path / "own.gin").write_text("REDUCTION = 7\n")
     files = [file.format(own=tmp_path / "own.gin") for file in files]

@@ -29,6 +29,6 @@ def test_a_task_is_registered_once_for_its_arguments():
 
 
 def test_names_are_those_of_the_table_and_numbered_where_they_mean_another_task():
-    first = registry.once("mnli", ("mnli", "bytes", None), lambda name: None)
-    assert first == "mnli"
-    assert registry.once("mnli", ("mnli", "other", None), lambda name: None) == "mnli_2"
+    first = registry.once("entailment", ("bytes", None), lambda name: None)
+    assert first == "entailment"
+    assert registry.once("entailment", ("other", None), lambda name: None) == "entailment_2"
