@@ -142,6 +142,7 @@ def test_a_wheel_has_all_modules_and_gin_files_and_one_vocabulary(wheel):
     assert wheel.stat().st_size < MAX_WHEEL
 
 
+@pytest.mark.all
 def test_a_source_distribution_makes_the_same_wheel_which_works(wheel, unpacked, tmp_path):
     again = build("wheel", unpacked, tmp_path / "wheel")
     assert names(again) == names(wheel)

@@ -34,7 +34,6 @@ KINDS = {  # name: (the config's changes, vocabulary, format of the weights)
     "madlad_400": ({"pad_id": 1, "eos_id": 2, "num_heads": 3}, "madlad", "safetensors"),
     "byt5": ({}, "bytes", "msgpack"),
 }
-DEFAULT = ("codet5",)  # of `make test`
 
 
 def as_msgpack(folder, tensors):
@@ -74,12 +73,7 @@ def write_vocabulary(folder, name):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-@pytest.fixture(
-    name="folder",
-    params=[
-        pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.all]) for name in KINDS
-    ],
-)
+@pytest.fixture(name="folder", params=KINDS)
 def fixture_folder(request, tmp_path):
     """A folder of the kind with random weights."""
     changes, vocabulary, layout = KINDS[request.param]
@@ -94,6 +88,7 @@ def fixture_folder(request, tmp_path):
     return folder
 
 
+@pytest.mark.all
 def test_a_folder_trains_answers_and_keeps_its_adapter(folder, tmp_path):
     data, texts = tmp_path / "train.jsonl", tmp_path / "in.txt"
     lines = [{"inputs": word, "targets": word[:3]} for word in WORDS]

@@ -129,6 +129,7 @@ def test_an_encoder_alone_is_written_as_a_checkpoint(base, tmp_path):
     assert_same_tree(params, same)
 
 
+@pytest.mark.all
 def test_outputs_of_the_encoder_are_written_as_safetensors(base, tmp_path):
     texts = ["a", "longer than that", "b c"]
     (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")

@@ -114,6 +114,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint):
         )
 
 
+@pytest.mark.all
 def test_training_goes_on_from_an_adapter_file_at_another_reduction(trained, shared, tmp_path):
     given = {
         "MODEL_DIR": tmp_path,

@@ -142,6 +142,7 @@ def test_leaves_that_are_no_models_are_refused(run, base, tmp_path):
         convert(folder, tmp_path / "x", "hf", base=base)
 
 
+@pytest.mark.all
 def test_a_run_of_all_leaves_needs_no_base(old, base, tmp_path):
     run = tmp_path / "run"
     trained(run, old / "base", (ADAPTER, Full()), steps=1)

@@ -35,7 +35,10 @@ TIED = config(
 PER_LAYER = config({"reduction": (1, 2.5), "epsilon": 0.3, "max_segments": 8})
 
 
-@pytest.mark.parametrize("cfg", [TIED, PER_LAYER], ids=["tied", "per layer"])
+@pytest.mark.parametrize(
+    "cfg",
+    [pytest.param(TIED, id="tied", marks=pytest.mark.all), pytest.param(PER_LAYER, id="per layer")],
+)
 def test_every_gradient_is_finite_and_reaches_its_leaf(cfg, rng):
     """In a batch with a row of padding; the logits too."""
     params = random_params(cfg)
@@ -83,6 +86,7 @@ def test_picking_every_token_is_the_dense_layer(attention, rng):
     np.testing.assert_allclose(found[inputs > 0], expected[inputs > 0], atol=1e-4)
 
 
+@pytest.mark.all
 def test_each_layer_has_its_own_reduction(rng):
     """Invariants 2 to 4 where the first layer is dense: padding, packing, budget."""
     params = random_params(PER_LAYER)
@@ -100,6 +104,7 @@ def test_each_layer_has_its_own_reduction(rng):
     np.testing.assert_allclose(together[0, : sum(LENGTHS)], found[inputs > 0], atol=1e-5)
 
 
+@pytest.mark.all
 def test_reduction_is_free_to_change_without_new_parameters(rng):
     """Parameters of r = 3 serve at any other reduction; more picked tokens change the output."""
     params = random_params(ROUTED)

@@ -168,6 +168,7 @@ def test_silence_is_not_padding(rng):
     assert np.abs(first[2, :5] - second[2, :5]).max() > 1e-3
 
 
+@pytest.mark.all
 def test_dropout_needs_an_rng_and_changes_the_loss(rng):
     cfg = one_layer("k_to_k").replace(dropout_rate=0.3)
     logits, params = jax.jit(CTC(cfg).logits), random_params(cfg)

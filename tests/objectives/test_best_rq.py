@@ -144,6 +144,7 @@ def test_targets_of_frames_that_are_not_masked_do_not_count(params, rng, monkeyp
     assert abs(loss(there) - nowhere) > 1e-2
 
 
+@pytest.mark.all
 def test_loss_does_not_depend_on_padding_and_empty_rows(params, rng):
     """Invariant 2: neither on how long it is nor on what it holds."""
     frames = random_frames(rng, LENGTHS, 30)

@@ -83,6 +83,7 @@ def test_routing_has_the_weights_of_the_tokens_that_a_layer_takes(batch):
     np.testing.assert_array_equal(weights[0], batch["encoder_input_tokens"] > 0)
 
 
+@pytest.mark.all
 def test_dropout_needs_an_rng_and_changes_the_loss(batch):
     cfg = CONFIG.replace(dropout_rate=0.5)
     model, params = Seq2Seq(cfg), random_params(cfg)

@@ -21,6 +21,7 @@ def compiled_flops(function, cfg):
     return timing.flops(jax.jit(function).lower(param_shapes(cfg), tokens).compile())
 
 
+@pytest.mark.all
 def test_compiled_work_falls_with_each_layers_reduction():
     """Invariant 8, within 5 %, which leaves room for softmax and norms."""
     found, expected = [], []

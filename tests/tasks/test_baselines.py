@@ -10,6 +10,7 @@ from coda_jax.commands.loading import load_model
 from coda_jax.tasks import baselines
 
 
+@pytest.mark.all
 def test_a_linear_classifier_beats_the_majority_class_by_far():
     result = baselines.baselines("stdlib_exception")
     assert 10 < result["majority_class"] < 50
