@@ -176,6 +176,15 @@ def text(name: str, value: Any) -> str:
     return plain
 
 
+def paths(**values: Any) -> None:
+    """Checks arguments that name files or folders; those that are None are not given."""
+    for name, value in values.items():
+        if value is None or (isinstance(value, str | os.PathLike) and os.fspath(value)):
+            continue
+        number = isinstance(value, int | float)
+        raise wrong(name, "the name of a file or folder", value, f": write ./{value}" * number)
+
+
 def pattern(name: str, value: Any) -> str:
     """A regular expression."""
     try:

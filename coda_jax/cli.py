@@ -16,7 +16,7 @@ import re
 import sys
 
 import coda_jax
-from coda_jax.commands import COMMANDS, environment, manual, mistakes
+from coda_jax.commands import COMMANDS, environment, load, manual, mistakes
 from coda_jax.commands.configuration import configure
 from coda_jax.commands.gin_files import UsageError, nearest, suggested
 
@@ -72,7 +72,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         if row.reads_gin:
             _add_gin_flags(flags)
         elif name == command:
-            row.load("add_flags")(flags)
+            load(name, "add_flags")(flags)
         _add_common_flags(flags)
     return made
 
@@ -94,10 +94,10 @@ def _add_gin_flags(flags: argparse.ArgumentParser) -> None:
 def _add_common_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--verbose", action="store_true", help="print all that is logged")
     flags.add_argument("--traceback", action="store_true", help="print where an error comes from")
+    folder = environment.programs_folder()
+    kept = "" if folder is None else f", in {folder}".replace("%", "%%")
     flags.add_argument(
-        "--no_program_cache",
-        action="store_true",
-        help=f"do not keep compiled programs, in {environment.programs_folder()}",
+        "--no_program_cache", action="store_true", help=f"do not keep compiled programs{kept}"
     )
 
 
@@ -146,14 +146,14 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _call(options: argparse.Namespace, bindings: Sequence[str]) -> None:
-    command = COMMANDS[options.command]
-    if not command.reads_gin:
-        command.load()(options)
+    function = load(options.command)
+    if not COMMANDS[options.command].reads_gin:
+        function(options)
         return
     configure(options.gin_file, options.gin_search_paths, bindings, options.command)
     import gin
 
-    gin.get_configurable(command.load())()
+    gin.get_configurable(function)()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

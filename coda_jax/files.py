@@ -1,14 +1,14 @@
 """Files and folders that are the old or the new one, also if a process is killed while writing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import fcntl
 import glob
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 from typing import Any
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -19,16 +19,17 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary file beside `path`, which takes its place when the block ends well.
 
     The temporary file is on disk before it is renamed; where the block raises, it is removed. What
-    a killed process left beside `path` is removed, too.
+    a killed process left beside `path` is removed, too. A link is followed, and a device or a pipe
+    is yielded itself.
     """
-    path = pathlib.Path(path).absolute()
+    path = pathlib.Path(path).resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     _sweep(path)
-    handle, name = tempfile.mkstemp(**_beside(path))
-    temporary = pathlib.Path(name)
+    temporary, handle = _locked_beside(path, pathlib.Path.touch)
     try:
-        _lock(handle)
         yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         _sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -64,16 +65,13 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    temporary = pathlib.Path(tempfile.mkdtemp(**_beside(path)))
-    handle = os.open(temporary, os.O_RDONLY)
+    temporary, handle = _locked_beside(path, pathlib.Path.mkdir)
     try:
-        _lock(handle)
         yield temporary
-        os.chmod(temporary, 0o755)
         for file in filter(pathlib.Path.is_file, temporary.rglob("*")):
             _sync(file)
         if path.exists():
-            os.replace(path, pathlib.Path(tempfile.mkdtemp(**_beside(path))))
+            os.replace(path, _beside(path))
         os.replace(temporary, path)
     finally:
         os.close(handle)
@@ -88,9 +86,25 @@ def check_new(path: str | os.PathLike) -> None:
         raise FileExistsError(f"{path} is not empty; name a new folder")
 
 
-def _beside(path: pathlib.Path) -> dict[str, Any]:
-    """Where the temporary names of `path` are: arguments of `tempfile`."""
-    return {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".tmp"}
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    """A new temporary name for what will be `path`; `_sweep` knows it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _locked_beside(
+    path: pathlib.Path, make: Callable[[pathlib.Path], None]
+) -> tuple[pathlib.Path, int]:
+    """Makes a temporary file or folder that no other process sweeps while the handle is open."""
+    while True:
+        temporary = _beside(path)
+        make(temporary)
+        with contextlib.suppress(FileNotFoundError):  # swept before it was opened
+            handle = os.open(temporary, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if temporary.exists():
+                return temporary, handle
+            os.close(handle)  # swept before it was locked
 
 
 def _lock(handle: int) -> bool:
@@ -110,7 +124,7 @@ def _sync(path: pathlib.Path) -> None:
 def _sweep(path: pathlib.Path) -> None:
     """Removes the temporary names of `path` that no living process has locked."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # or another user's
             handle = os.open(old, os.O_RDONLY)
             try:
                 if _lock(handle):

@@ -40,6 +40,17 @@ class Decoding(Generation):
         super().__post_init__()
         checks.fields(self, max_input_length=checks.Maybe(checks.COUNT), batch_size=checks.COUNT)
 
+    def check_encodes(self, **others: object) -> None:
+        """Raises ValueError where something is asked for that only generation reads.
+
+        Args:
+            **others: what is asked for beside these options, by name; false where it is not.
+        """
+        names = [f"Decoding.{name}" for name in self.given_options]
+        names += [name for name, given in others.items() if given]
+        if names:
+            raise ValueError(f"nothing is generated, the encoder answers: no {', '.join(names)}")
+
 
 def generate_function(model: Model, decoding: Decoding) -> Callable[..., tuple[Array, Array]]:
     """(parameters, inputs [B, N, ...]) -> tokens [B, n, L] and scores [B, n].

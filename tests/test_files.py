@@ -2,7 +2,9 @@
 
 import json
 import os
+import pathlib
 import signal
+import stat
 import subprocess
 import sys
 
@@ -29,7 +31,45 @@ def test_a_file_takes_its_place_when_it_is_complete(old):
         assert old.read_text() == "old"
     assert old.read_text() == "new"
     assert names(old.parent) == ["a.txt"]
-    assert old.stat().st_mode & 0o777 == 0o644  # readable by all
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o755), (0o077, 0o700)])
+def test_the_umask_says_who_may_read(tmp_path, mask, mode):
+    previous = os.umask(mask)
+    try:
+        files.write_text(tmp_path / "a.txt", "a")
+        with files.atomic_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode & 0o666
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == mode
+
+
+def test_a_link_stays_and_its_file_is_replaced(old, tmp_path):
+    (tmp_path / "link").symlink_to(old)
+    files.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and old.read_text() == "new"
+
+
+def test_a_device_stays_what_it_is():
+    files.write_text("/dev/null", "new")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.parametrize("make", [pathlib.Path.touch, pathlib.Path.mkdir])
+def test_a_name_that_was_swept_before_it_was_locked_is_made_again(old, make):
+    made = []
+
+    def make_and_sweep(path):
+        make(path)
+        made.append(path)
+        if len(made) == 1:
+            files._sweep(old)
+
+    temporary, handle = files._locked_beside(old, make_and_sweep)
+    os.close(handle)
+    assert len(made) == 2 and not made[0].exists() and temporary == made[1]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -73,7 +113,6 @@ def test_a_folder_takes_its_place_as_a_whole(tmp_path):
             (temporary / "in").mkdir()
             (temporary / "in" / "x").write_text(content)
         assert names(folder) == sorted([content, "in"]) and names(folder.parent) == ["export"]
-    assert folder.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

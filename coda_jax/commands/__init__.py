@@ -20,30 +20,26 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A row of the table.
+    """A row of the table: a module of this folder with a function of its name.
 
     Attributes:
-        module: of `coda_jax.commands`.
-        function: in it.
         summary: a line for people.
+        example: arguments that work, for the help and for errors.
         reads_gin: whether gin files configure the function, which then takes no arguments. A
             command that has flags of its own instead adds them in `add_flags(parser)`, and its
             function takes what was parsed.
-        example: arguments that work, for the help and for errors.
         one_of: macros of which one must have a value.
     """
 
-    module: str
-    function: str
     summary: str
     example: str
     reads_gin: bool = True
     one_of: tuple[tuple[str, ...], ...] = ()
 
-    def load(self, function: str | None = None) -> Callable[..., Any]:
-        """The function, or another of its module; only the command that runs is imported."""
-        module = importlib.import_module(f"coda_jax.commands.{self.module}")
-        return getattr(module, function or self.function)
+
+def load(command: str, function: str | None = None) -> Callable[..., Any]:
+    """A command's function, or another of its module; only that module is imported."""
+    return getattr(importlib.import_module(f"{__name__}.{command}"), function or command)
 
 
 _MODEL = (
@@ -51,8 +47,6 @@ _MODEL = (
 )
 COMMANDS = {
     "train": Command(
-        "train",
-        "train",
         "adapt a model to a task",
         "--gin_file=runs/finetune.gin --gin_file=methods/coda.gin --gin_file=tasks/jsonl.gin "
         "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base --gin.MODEL_DIR=my_run "
@@ -60,47 +54,33 @@ COMMANDS = {
         one_of=(("MIXTURE_OR_TASK_NAME", "CACHE"),),
     ),
     "evaluate": Command(
-        "evaluate",
-        "evaluate",
         "metrics of a task, from decoded outputs",
         f"--gin_file=runs/evaluate.gin --gin_file=tasks/jsonl.gin {_MODEL} "
         "--gin.VALIDATION_FILE=validation.jsonl",
     ),
     "predict": Command(
-        "predict",
-        "predict",
         "answers to the inputs of a file",
         f"--gin_file=runs/predict.gin {_MODEL} --gin.INPUT=questions.txt",
     ),
     "cache": Command(
-        "cache",
-        "cache",
         "a task's tokenised examples in one file",
         "--gin_file=runs/cache.gin --gin_file=tasks/stdlib_module.gin --gin.OUTPUT=train.npz",
     ),
     "check": Command(
-        "check",
-        "check",
         "does a checkpoint fit a model, and what does it cost",
         "--gin_file=runs/check.gin --gin_file=methods/coda.gin "
         "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base",
     ),
     "convert": Command(
-        "convert",
-        "convert",
         "a checkpoint in another layout",
         "--gin_file=runs/convert.gin --gin.INPUT=my_run --gin.OUTPUT=my_adapter "
         "--gin.LAYOUT=adapter --gin.INITIAL_CHECKPOINT_PATH=flan-t5-base",
     ),
     "export": Command(
-        "export",
-        "export",
         "programs that answer with jax and numpy alone",
         f"--gin_file=runs/export.gin {_MODEL} --gin.OUTPUT=served",
     ),
     "bench": Command(
-        "bench",
-        "bench",
         "what routing saves on this machine",
         "--preset=t5_1_1_base --input_length=512 --batch_size=4 --reductions=3,5",
         reads_gin=False,

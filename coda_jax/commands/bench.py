@@ -301,8 +301,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", help="file for the report")
 
 
-def bench(options: argparse.Namespace) -> int:
-    """Measures, prints the tables and returns the exit status."""
+def bench(options: argparse.Namespace) -> None:
+    """Measures and prints the tables."""
+    if options.json:
+        files.prepare(options.json)
     dtype = jnp.dtype(options.dtype)
     if options.checkpoint:
         config, params = checkpoints.load_hf(options.checkpoint)
@@ -332,4 +334,3 @@ def bench(options: argparse.Namespace) -> int:
     print(markdown(report))
     if options.json:
         files.write_json(options.json, report)
-    return 0

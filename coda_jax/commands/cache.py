@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from coda_jax import files
+from coda_jax import checks, files
 from coda_jax.data.source import LONGEST
 
 
@@ -30,6 +30,7 @@ def cache(
     """
     from coda_jax.data import seqio_tasks  # Here: it imports TensorFlow.
 
+    checks.paths(OUTPUT=output)
     files.prepare(output)
     given = dict(feature_lengths or {})
     found = seqio_tasks.provider(task)

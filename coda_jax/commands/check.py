@@ -56,11 +56,12 @@ def check(
     """
     lengths = {"inputs": 512, "targets": 64} if feature_lengths is None else feature_lengths
     check_feature_lengths(lengths)
+    checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, OUTPUT=output)
     checks.flag("READ_VALUES", read_values)
     checkpoint = str(hub.find(checkpoint))
     if config is None:
         if is_t5x(Path(checkpoint)):
-            raise ValueError(f"{checkpoint} is of T5X and does not say its sizes: give the config")
+            raise ValueError(f"{checkpoint} is of T5X and does not say its sizes: give a PRESET")
         config = checkpoints.load_hf(checkpoint)[0]
     config = config.replace(methods=tuple(methods))
     check_leaves(config, checkpoint, new_leaves)

@@ -11,7 +11,7 @@ import inspect
 import re
 from typing import Any
 
-from coda_jax.commands import COMMANDS
+from coda_jax.commands import load
 from coda_jax.commands.gin_files import (
     Binding,
     GinFile,
@@ -153,7 +153,7 @@ def _check_reached(command: str, keys: Mapping[Key, str]) -> None:
     """Raises UsageError where a binding of one's own has no effect."""
     from gin import config
 
-    reached = reachable(COMMANDS[command].load())
+    reached = reachable(load(command))
     problems = []
     for key, place in keys.items():
         scope, selector, parameter = key

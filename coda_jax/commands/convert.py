@@ -38,9 +38,14 @@ from coda_jax.methods import Method
 from coda_jax.models import FAMILIES, ModelConfig, family_of, param_shapes
 from coda_jax.objectives import OBJECTIVES
 from coda_jax.training.run_checkpoints import STATE, DamagedError, check_leaves, read_contents
-from coda_jax.training.run_directory import CHECKPOINTS, FORMAT_VERSION, RUN_FILE
-from coda_jax.training.run_identity import saved_steps
+from coda_jax.training.run_directory import CHECKPOINTS, FORMAT_VERSION, RUN_FILE, saved_steps
 
+_MACROS = {  # what people give the options as
+    "base": "INITIAL_CHECKPOINT_PATH",
+    "config": "PRESET",
+    "methods": "METHODS",
+    "step": "STEP",
+}
 _TRAINED = "trained/"  # in the paths of a run's state
 
 
@@ -103,6 +108,7 @@ def convert(
         ValueError: if an argument is unknown, missing or not used by such a source; if leaves are
             missing, extra, misshapen or damaged (all are listed); if the base is another one.
     """
+    checks.paths(INPUT=source, OUTPUT=output, INITIAL_CHECKPOINT_PATH=base)
     checks.OneOf([*WRITERS])("LAYOUT", layout)
     checks.Maybe(checks.Whole(0))("STEP", step)
     checks.flag("ENCODER_ONLY", encoder_only)
@@ -139,7 +145,8 @@ def _read(folder: Path, options: Mapping[str, Any]) -> Source:
     name, reader, allowed = found[0]
     unused = sorted(options.keys() - set(allowed))
     if unused:
-        raise ValueError(f"{folder} is {name}, for which {unused} cannot be given")
+        macros = ", ".join(_MACROS[option] for option in unused)
+        raise ValueError(f"{folder} is {name}, which needs no {macros}")
     return reader(folder, **options)
 
 
@@ -212,7 +219,7 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     }
     leaves = read_arrays(stored, item)
     if "format_version" in run:  # version 1 knew no digests
-        _check_leaves(item.parent, leaves)
+        _check_sound(item.parent, leaves)
     params = trees.unflatten({path.removeprefix(_TRAINED): x for path, x in leaves.items()})
     base_read = None
     if methods_lib.partition(config, param_shapes(config))[1]:
@@ -221,14 +228,14 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
         _check_base(run, config, base_params, folder, base)
         params = trees.merge(methods_lib.partition(config, base_params)[1], params)
     elif base is not None:
-        raise ValueError(f"{folder} holds all leaves: base={base!r} is not used")
+        raise ValueError(f"{folder} holds all leaves and needs no INITIAL_CHECKPOINT_PATH={base!r}")
     trees.check_tree(param_shapes(config), params, what=f"the leaves of {item} do")
     finished = methods_lib.finish(config, params)
     said = {name: run.get(name) for name in ("vocabulary", "lengths")}
     return Source(*finished, step, **said, base=base_read)
 
 
-def _check_leaves(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
+def _check_sound(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError unless leaves of a run's checkpoint are those that were saved."""
     try:
         check_leaves(read_contents(folder), leaves)

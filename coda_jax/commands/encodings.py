@@ -1,43 +1,36 @@
 """What `coda predict` writes of an encoder: labels and numbers of a head, or its outputs."""
 
-from collections.abc import Callable, Iterable, Mapping
-import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from coda_jax.checkpoints.tensor_files import write_tensors
 from coda_jax.commands.loading import LoadedModel
+from coda_jax.data.reports import say
 from coda_jax.inference import Decoding, Encodings
 from coda_jax.objectives import model_for
 
 EMBEDDING = "embeddings"  # the tensor with a vector for each input
 
 
-def write_descriptions(
-    model: LoadedModel, decoding: Decoding, chunks: Iterable, encode: Callable, output: str
-) -> None:
-    """Writes one JSON line with the input and its "prediction" for each, in their order.
+def descriptions(
+    model: LoadedModel, decoding: Decoding, chunks: Iterable, encode: Callable
+) -> Iterator[dict[str, Any]]:
+    """The input and its "prediction" for each record, in their order.
 
     Args:
         model: an encoder with a head.
         decoding: the size of batches and the longest input.
         chunks: lists of records.
         encode: (record) -> its input.
-        output: the JSONL file, or "-" for standard output.
     """
     describe = model_for(model.config).describe
-    lines = (
-        json.dumps({**record, **describe(outputs)}, ensure_ascii=False) + "\n"
-        for record, outputs in _encoded(model, decoding, chunks, encode, None)
-    )
-    if output == "-":
-        sys.stdout.writelines(lines)
-        return
-    with open(output, "w", encoding="utf-8") as file:
-        file.writelines(lines)
+    for record, outputs in _encoded(model, decoding, chunks, encode, None):
+        yield {**record, **describe(outputs)}
 
 
 def write_embeddings(
@@ -84,4 +77,4 @@ def _encoded(
             yield from ((record, outputs[index]) for index, record in enumerate(chunk))
             done += len(chunk)
     for line in encodings.cuts():
-        print(line, file=sys.stderr)
+        say(line)

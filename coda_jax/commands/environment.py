@@ -1,7 +1,6 @@
 """What a process of `coda` sets up before jax or TensorFlow is imported: logs, compiled programs.
 
-Everything is an environment variable of the library that reads it, so that nothing is imported, and
-what a user has set stays.
+Nothing heavy is imported, and what a user has set stays.
 """
 
 from collections.abc import Iterator
@@ -82,8 +81,7 @@ def _without_early_logs() -> Iterator[None]:
 def keep_programs(wanted: bool) -> str:
     """Lets JAX keep compiled programs on disk from run to run.
 
-    A folder that cannot be written is left alone. Where JAX's own variable names a folder, it does
-    as that says.
+    A folder that cannot be written is left alone. JAX's own variable, where it is set, is followed.
 
     Args:
         wanted: False to compile everything anew.
@@ -94,8 +92,7 @@ def keep_programs(wanted: bool) -> str:
     if not wanted:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         return "compiled programs are not kept"
-    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folder = given or programs_folder()
+    given, folder = os.environ.get("JAX_COMPILATION_CACHE_DIR"), programs_folder()
     if folder is None:
         return "compiled programs are not kept: there is no home folder"
     if not given:
@@ -113,6 +110,8 @@ def keep_programs(wanted: bool) -> str:
 
 def programs_folder() -> str | None:
     """The folder of compiled programs; None where there is no home folder."""
+    if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return given
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(base, "coda_jax", "programs") if os.path.isabs(base) else None
 

@@ -5,24 +5,19 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from typing import Any
 
 from tqdm import tqdm
 
-from coda_jax import files
-from coda_jax.commands.loading import LoadedModel, with_checkpoint_defaults
+from coda_jax import checks, files
+from coda_jax.commands.loading import LoadedModel, held_at_once, with_checkpoint_defaults
 from coda_jax.data import jsonl
+from coda_jax.data.labels import check_labels
+from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.inference import Decoding, Encodings, Predictor
-from coda_jax.models import family_of
 from coda_jax.objectives import model_for
 from coda_jax.sharding import Placement
-
-
-def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
-    """Inputs held at once: texts are worth sorting by length, images and audio are large."""
-    return family_of(model.config).inputs.held or 8 * decoding.batch_size
 
 
 def evaluate(
@@ -54,13 +49,17 @@ def evaluate(
         ValueError: the task has no such split, no metrics, or examples that the model cannot take.
         FloatingPointError: what the model gives for an input is not finite; its number is named.
     """
+    checks.paths(OUTPUT=output)
     if output is not None:
         files.prepare(output)
-    data = Data(feature_lengths, task, batch_size=decoding.batch_size, shuffle=False)
+    lengths = dict(feature_lengths or {})
+    if decoding.max_input_length is not None:
+        lengths["inputs"] = decoding.max_input_length
+    data = Data(lengths, task, batch_size=decoding.batch_size, shuffle=False)
     data = data.with_split(split).limited(model.longest_inputs)
-    print(f"evaluating {data.place}", file=sys.stderr)
+    say(f"evaluating {data.place}")
     data.check_vocabulary(**model.vocabulary)
-    data.check_labels(model_for(model.config).describes)
+    check_labels(task, model_for(model.config).describes)
     if model_for(model.config).describes:
         found = _of_head(model, data, decoding)
     else:
@@ -75,6 +74,7 @@ def _of_head(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, di
     """{task: metrics} of a head."""
     from coda_jax.training import trainer  # Here: it imports orbax, which nothing else needs.
 
+    decoding.check_encodes()
     objective, placement = model_for(model.config), Placement()
     data.check(objective.expects)
     made = functools.partial(data.batches, repeat=False, **model.layout, expected=objective.expects)
@@ -98,10 +98,9 @@ class _Scored:
 
 def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:
     """{task: metrics} of generated texts."""
-    longest = decoding.max_input_length or data.feature_lengths["inputs"]
-    tasks = _tasks(data, longest)
+    tasks = _tasks(data)
     targets = max(len(example["targets"]) for task in tasks for example in task.examples)
-    decoding = dataclasses.replace(decoding, max_input_length=longest)
+    decoding = dataclasses.replace(decoding, max_input_length=data.feature_lengths["inputs"])
     predictor = Predictor(
         model.config,
         model.params,
@@ -111,11 +110,11 @@ def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, d
     held = held_at_once(model, predictor.decoding)
     found = {task.name: task.score(_outputs(predictor, task, held)) for task in tasks}
     for line in predictor.cuts():
-        print(line, file=sys.stderr)
+        say(line)
     return found
 
 
-def _tasks(data: Data, longest: int) -> list[_Scored]:
+def _tasks(data: Data) -> list[_Scored]:
     """The tasks of a mixture, or the one, whole."""
     if data.task in jsonl.TASKS:
         task = jsonl.TASKS[data.task]
@@ -123,10 +122,9 @@ def _tasks(data: Data, longest: int) -> list[_Scored]:
         return [_Scored(task.name, task.examples(data.split), score)]
     from coda_jax.data import seqio_tasks
 
-    limits = {**data.feature_lengths, "inputs": longest}
     return [
         _Scored(task.name, examples, functools.partial(seqio_tasks.metrics_of, task, examples))
-        for task, examples in seqio_tasks.evaluated(data.task, data.split, limits)
+        for task, examples in seqio_tasks.evaluated(data.task, data.split, data.feature_lengths)
     ]
 
 

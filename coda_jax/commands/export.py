@@ -46,8 +46,11 @@ def program_name(batch_size: int, length: int) -> str:
 
 def lengths(decoding: Decoding) -> list[int]:
     """All padded lengths of inputs that `coda predict` knows, ascending."""
-    longest = decoding.max_input_length
-    return sorted({bucket(length, longest) for length in range(1, longest + 1)})
+    found, length = [], 1
+    while length <= decoding.max_input_length:
+        found.append(bucket(length, decoding.max_input_length))
+        length = found[-1] + 1
+    return found
 
 
 def export(
@@ -66,7 +69,8 @@ def export(
     Args:
         model: what answers.
         output: the folder to write; it must not exist yet or be empty.
-        decoding: how outputs are made, and the longest input; see `completed` for what is open.
+        decoding: how outputs are made, and the longest input; see
+            `with_checkpoint_defaults` for what is open.
         batch_sizes: B of the programs; None for that of `decoding`.
         platforms: some of `PLATFORMS`; each program holds all of them.
         vocabulary: of stop texts, its folder or file, or "bytes"; None: beside the checkpoint.
@@ -76,6 +80,7 @@ def export(
         FileExistsError: the folder holds something.
         ValueError: a value is out of its range.
     """
+    checks.paths(OUTPUT=output, VOCABULARY=vocabulary)
     files.check_new(output)
     sizes = checks.Maybe(checks.Each(checks.COUNT, least=1))("BATCH_SIZES", batch_sizes)
     sizes = sizes or (decoding.batch_size,)
@@ -83,6 +88,7 @@ def export(
     decoding = sized(decoding, model)
     config, params = methods.merge(model.config, model.params)
     if embed is not None or model_for(config).describes:
+        decoding.check_encodes(VOCABULARY=vocabulary)
         answer, described = encode_function(model_for(config), embed), _ENCODES
     else:
         decoding = with_checkpoint_defaults(decoding, model)
@@ -133,6 +139,8 @@ def _generates(
         found = load_vocabulary(vocabulary or model.directory)
         check_vocabulary(identity(found), **model.vocabulary)
         fixed["stops"] = stops_of(decoding, found, model.config)
+    elif vocabulary is not None:
+        raise ValueError(f"VOCABULARY={vocabulary!r} is read for stop texts, and there are none")
 
     def answer(params, inputs, *drawing):
         given = dict(zip(("seed", "numbers"), drawing, strict=False))

@@ -44,11 +44,7 @@ def check_kinds(command: str, named: Sequence[GinFile], files: Sequence[GinFile]
 
 def commands_of(file: GinFile) -> set[str]:
     """The commands whose functions a gin file binds, not counting what it includes."""
-    return {
-        name
-        for name, row in COMMANDS.items()
-        if f"coda_jax.commands.{row.module}.{row.function}" in file.configures
-    }
+    return {name for name in COMMANDS if f"coda_jax.commands.{name}.{name}" in file.configures}
 
 
 def check_macros(command: str, files: Sequence[GinFile], given: Sequence[Binding]) -> None:

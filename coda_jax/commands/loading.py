@@ -101,6 +101,7 @@ def head(
     Raises:
         ValueError: the adapter has another head; or a classification has no file of labels.
     """
+    checks.paths(TRAIN_FILE=train_file, INITIAL_ADAPTER_PATH=adapter_checkpoint)
     saved = adapter_checkpoint and read_config(adapter_checkpoint)
     if saved and getattr(saved, "head", None):
         values = {name: getattr(saved, name) for name in ("head", "labels", "pooling")}
@@ -178,6 +179,7 @@ def load_model(
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
             contradict `adapter_checkpoint`; a value is out of range, or of no use.
     """
+    checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, INITIAL_ADAPTER_PATH=adapter_checkpoint)
     dtype, dropout_rate = checks.dtype("DTYPE", dtype), DROPOUT("DROPOUT_RATE", dropout_rate)
     rng, given = jax.random.key(checks.SEED("SEED", seed)), config
     directory = None if checkpoint is None else hub.find(checkpoint)
@@ -208,6 +210,11 @@ def sized(decoding: Decoding, model: LoadedModel) -> Decoding:
     """With the longest input of the adapter's training, or the family's, where none is said."""
     longest = decoding.max_input_length or model.longest_inputs
     return dataclasses.replace(decoding, max_input_length=longest)
+
+
+def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
+    """Inputs held at once: texts are worth sorting by length, images and audio are large."""
+    return family_of(model.config).inputs.held or 8 * decoding.batch_size
 
 
 def with_checkpoint_defaults(

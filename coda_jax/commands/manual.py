@@ -26,8 +26,7 @@ def texts(name: str) -> Iterator[str]:
 
 def runs(command: str) -> list[str]:
     """The files of runs/ that configure a command."""
-    function = f"{COMMANDS[command].module}.{COMMANDS[command].function}"
-    start = re.compile(rf"^{re.escape(function)}\b", re.MULTILINE)
+    start = re.compile(rf"^{command}\.{command}\b", re.MULTILINE)
     return [name for name in package_names("runs") if any(map(start.search, texts(name)))]
 
 

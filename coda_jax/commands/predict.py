@@ -1,17 +1,24 @@
 """`coda predict`: answers to the inputs of a file."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import itertools
 import json
+import os
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 from coda_jax import checks, files
-from coda_jax.commands.encodings import write_descriptions, write_embeddings
-from coda_jax.commands.evaluate import held_at_once
-from coda_jax.commands.loading import LoadedModel, sized, with_checkpoint_defaults
+from coda_jax.commands.encodings import descriptions, write_embeddings
+from coda_jax.commands.loading import (
+    LoadedModel,
+    held_at_once,
+    sized,
+    with_checkpoint_defaults,
+)
+from coda_jax.data.reports import say
 from coda_jax.data.stop_texts import cut
 from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
@@ -58,13 +65,20 @@ def predict(
             `encodings`.
 
     Raises:
-        ValueError: `stream` with an output file, scores, several outputs or beams.
+        ValueError: `stream` with an output file, scores, several outputs or beams; an option that
+            would have no effect; the output is the input's file.
     """
+    checks.paths(INPUT=inputs, OUTPUT=output, VOCABULARY=vocabulary, HEADER_FONT=font)
     checks.flag("SCORES", scores)
     checks.flag("STREAM", stream)
     checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
     if output != "-":
         files.prepare(output)
+        if os.path.exists(output) and os.path.exists(inputs) and os.path.samefile(inputs, output):
+            raise ValueError(f"OUTPUT={output!r} is the file of INPUT, which it would overwrite")
+    describes = model_for(model.config).describes
+    if embed is not None or describes:
+        decoding.check_encodes(SCORES=scores, STREAM=stream)
     decoding = sized(decoding, model)
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
@@ -74,8 +88,8 @@ def predict(
     chunks = _chunks(records, chunk_size or held_at_once(model, decoding))
     if embed is not None:
         write_embeddings(model, decoding, chunks, encode, output, embed)
-    elif model_for(model.config).describes:
-        write_descriptions(model, decoding, chunks, encode, output)
+    elif describes:
+        _write(descriptions(model, decoding, chunks, encode), output)
     else:
         _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream)
 
@@ -86,13 +100,15 @@ def _generate(model, decoding, vocabulary, chunks, encode, output, scores, strea
     predictor = Predictor(model.config, model.params, decoding, vocabulary)
     if stream:
         if output != "-" or scores:
-            raise ValueError(f"a stream is text on standard output: {output=}, {scores=}")
+            raise ValueError(
+                f"STREAM prints texts: OUTPUT={output!r} and SCORES={scores} have no effect"
+            )
         inputs = (encode(record) for chunk in chunks for record in chunk)
         _print_growing(predictor, vocabulary, inputs)
     else:
-        _write(predictor, vocabulary, encode, chunks, output, scores)
+        _write(_answers(predictor, vocabulary, encode, chunks, scores), output)
     for line in predictor.cuts():
-        print(line, file=sys.stderr)
+        say(line)
 
 
 def _chunks(records: Iterator, size: int) -> Iterator[list]:
@@ -100,15 +116,21 @@ def _chunks(records: Iterator, size: int) -> Iterator[list]:
         yield chunk
 
 
-def _write(predictor, vocabulary, encode, chunks, output: str, scores: bool) -> None:
-    """Writes the lines of all chunks of records."""
-    text = _texts(predictor.decoding, vocabulary)
-    done = 0
+def _write(lines: Iterable[Mapping[str, Any]], output: str) -> None:
+    """Writes lines of JSON as they come, to a file or, for "-", standard output."""
     with contextlib.ExitStack() as stack:
         file = sys.stdout
         if output != "-":
             file = stack.enter_context(open(output, "w", encoding="utf-8"))
-        progress = stack.enter_context(tqdm(unit="example", file=sys.stderr))
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def _answers(predictor, vocabulary, encode, chunks, scores: bool) -> Iterator[dict[str, Any]]:
+    """The lines of all chunks of records."""
+    text, done = _texts(predictor.decoding, vocabulary), 0
+    with tqdm(unit="example", file=sys.stderr) as progress:
         for chunk in chunks:
             answers = {}
             for index, *found in predictor.candidates(list(map(encode, chunk)), done):
@@ -122,8 +144,7 @@ def _write(predictor, vocabulary, encode, chunks, output: str, scores: bool) -> 
                 line = {**record, "prediction": answers[index][0]["text"]}
                 if scores or predictor.decoding.num_return_sequences > 1:
                     line["predictions"] = answers[index]
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+                yield line
             done += len(chunk)
 
 

@@ -11,6 +11,7 @@ import optax
 from coda_jax import checkpoints, checks, files, methods, trees
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.examples import num_shared
+from coda_jax.data.labels import check_labels
 from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
@@ -55,6 +56,7 @@ def train(
     Raises:
         ValueError: there is nothing to train, or data do not fit; see `trainer.train`.
     """
+    checks.paths(MODEL_DIR=directory)
     export_dtype = checks.Maybe(checks.dtype)("export_dtype", export_dtype)
     trained = objective(model.config)
     data, eval_data = _checked(model, trained, options, data, eval_data)
@@ -118,13 +120,14 @@ def _checked(
     if data.cache is None:
         data = data.with_split(data.split)
     if eval_data is not None and not eval_data.exists:
-        say(f"no evaluation during training: there is no {eval_data.place}")
+        what = eval_data.place if eval_data.task else "task for it"
+        say(f"no evaluation during training: there is no {what}")
         eval_data = None
     sources = [read.limited(model.longest_inputs) for read in (data, eval_data) if read is not None]
     for read in sources:
         if trained.reads_targets:
             read.check_vocabulary(**model.vocabulary)
-            read.check_labels(trained.describes)
+            check_labels(read.task, trained.describes)
         read.check(trained.expects)
     data, *rest = sources
     if rest and data.in_memory and rest[0].in_memory:

@@ -98,7 +98,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def _trimmed(self, examples: Iterable[Example]) -> Iterator[Example]:
         """Examples of at most the limits, with "complete": whether an output may equal targets."""
-        limits, eos_id, unknown_id = self._layout.lengths, *self._layout[4:6]
+        limits, unknown_id = self._layout.lengths, self._layout.unknown_id
         for example in examples:
             self.num_examples += 1
             example = {key: np.asarray(example[key]) for key in FEATURES}
@@ -111,7 +111,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
                     self._on_cut(self, lengths)
             known = unknown_id is None or not (example["targets"] == unknown_id).any()
             yield {
-                **{key: cut(example[key], limits[key], eos_id) for key in FEATURES},
+                **{key: cut(example[key], limits[key], self._layout.eos_id) for key in FEATURES},
                 "complete": known and lengths["targets"] <= limits["targets"],
             }
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from coda_jax import checks
 from coda_jax.data.batches import FEATURES
 from coda_jax.data.scores import accuracy
 from coda_jax.data.vocabularies import Vocabulary, load_vocabulary
@@ -138,7 +139,7 @@ def jsonl_task(
         FileNotFoundError: there is no such file.
         ValueError: as for `read_splits`, or `load_vocabulary` refuses the vocabulary.
     """
-    files = (train_file, validation_file, test_file)
+    files = check_files(train_file, validation_file, test_file, vocabulary)
     name = task_name("jsonl", files, (files, vocabulary))
     if (task := TASKS.get(name)) is None:
         given = {s: os.fspath(f) for s, f in zip(SPLITS, files, strict=True) if f is not None}
@@ -180,6 +181,16 @@ def task_name(
             _NAMED[name] = arguments
             return name
         name = f"{first}_{number}"
+
+
+def check_files(
+    train_file: Any, validation_file: Any, test_file: Any, vocabulary: Any
+) -> tuple[Any, Any, Any]:
+    """The files of the splits; ValueError where one, or the vocabulary, is no name of a file."""
+    files = train_file, validation_file, test_file
+    names = [f"{split.upper()}_FILE" for split in SPLITS]
+    checks.paths(**dict(zip(names, files, strict=True)), VOCABULARY=vocabulary)
+    return files
 
 
 def read_splits(
@@ -258,6 +269,10 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
         place = f"{os.fspath(path)}:{number}"
         try:
             record = json.loads(line.decode("utf-8"))
+            if b"\\u" in line:
+                json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise ValueError(f"{place}: half of a pair of \\u escapes: {e}") from e
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{place}: not JSON: {e}") from e
         if not isinstance(record, dict):
@@ -282,14 +297,15 @@ def read_inputs(path: str | os.PathLike) -> list[str]:
     path = os.fspath(path)
     if path.endswith(".jsonl"):
         return read_jsonl(path, ("inputs",))["inputs"]
-    if path == "-":
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
-    else:
-        with open(path, encoding="utf-8") as f:
-            try:
-                lines = [line.rstrip("\n") for line in f]
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{path}: not UTF-8: {e}") from e
+    place = path if path != "-" else "standard input"
+    try:
+        if path == "-":
+            text = sys.stdin.read()
+        else:
+            text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{place}: not UTF-8: {e}") from e
+    lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     if not lines:
-        raise ValueError(f"{path}: there are no inputs")
+        raise ValueError(f"{place}: there are no inputs")
     return lines

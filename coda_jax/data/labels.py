@@ -50,6 +50,19 @@ def read_labels(path: str | os.PathLike) -> tuple[str, ...]:
     return tuple(sorted({_class(place, label) for place, _, label in _rows(path)}))
 
 
+def check_labels(task: str | None, described: bool) -> None:
+    """Raises ValueError where a model with a head for labels is given texts, or the reverse.
+
+    Args:
+        task: what is given.
+        described: whether the model has a head.
+    """
+    if described and not isinstance(jsonl.TASKS.get(task), LabelTask):
+        raise ValueError(f"the model answers with labels or numbers: {task} has none")
+    if not described and isinstance(jsonl.TASKS.get(task), LabelTask):
+        raise ValueError(f"the model answers with texts: those of {task} are labels or numbers")
+
+
 def labelled_task(
     *,
     train_file: str | None = None,
@@ -71,7 +84,7 @@ def labelled_task(
         FileNotFoundError: there is no such file.
         ValueError: no file, or a bad line; file and line are named.
     """
-    files = train_file, validation_file, test_file
+    files = jsonl.check_files(train_file, validation_file, test_file, vocabulary)
     given = {s: os.fspath(f) for s, f in zip(jsonl.SPLITS, files, strict=True) if f is not None}
     labels = tuple(labels)
     name = jsonl.task_name("labels", given.values(), (*files, vocabulary, labels))

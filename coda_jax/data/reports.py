@@ -77,6 +77,6 @@ def of_scan(found: Scan, expected: Expected, limits: Mapping[str, int]) -> Itera
         yield f"{of_each(found.num_cut)} of {count:,} are cut; {keeps_all} keeps all"
     if any(found.num_unknown[key] for key in sides):
         unknown = of_each(found.num_unknown)
-        yield f"{unknown} of {count:,} have signs that the vocabulary has no pieces for"
+        yield f"{unknown} of {count:,} have characters that the vocabulary has no pieces for"
     if found.num_empty:
         yield f"{found.num_empty:,} targets of {count:,} are empty"

@@ -1,6 +1,6 @@
-"""seqio tasks: examples of them, the cache file of a task, and seqio's vocabularies.
+"""seqio tasks: their examples, and the cache file of a task.
 
-The only module of this folder that imports seqio and TensorFlow when it is imported.
+The module imports seqio and TensorFlow, so that it is imported where it is needed alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

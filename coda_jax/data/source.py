@@ -11,8 +11,9 @@ import functools
 import hashlib
 import json
 import os
-import re
 from typing import Any
+
+import numpy as np
 
 from coda_jax import checks
 from coda_jax.data import jsonl
@@ -26,7 +27,6 @@ from coda_jax.data.batches import (
 )
 from coda_jax.data.cache import CachedExamples, read_cache
 from coda_jax.data.examples import Chosen, Expected, Scan, Writing, problem, scan, writing
-from coda_jax.data.labels import LabelTask
 from coda_jax.data.reports import News, cut_in_all, cut_so_far, of_scan, say
 from coda_jax.data.vocabularies import Identity, Vocabulary, check_vocabulary, identity
 
@@ -40,7 +40,7 @@ class Data:
 
     Attributes:
         feature_lengths: the most tokens, or vectors, of "inputs" and "targets"; what it does not
-            say is the cache file's, or a default: see `limited`.
+            say is the cache file's, or a default: see `limits`.
         task: name of a JSONL task, or of a registered seqio task or mixture.
         cache: path of the file instead.
         split: the task's split.
@@ -72,7 +72,9 @@ class Data:
             seed=checks.SEED,
         )
         if self.task is not None and self.cache is not None:
-            raise ValueError(f"give a task or a cache file, not both: {self.task=}, {self.cache=}")
+            raise ValueError(
+                f"give a task or a cache file, not both: {self.task!r} and {self.cache!r}"
+            )
         if self.feature_lengths is not None:
             check_feature_lengths(self.feature_lengths, may_lack=FEATURES)
 
@@ -101,12 +103,9 @@ class Data:
         if split is None:
             split = "validation" if "validation" in found else found[0]
         if split not in found:
-            if self.task in jsonl.TASKS:
-                flag = f"--gin.{split.upper()}_FILE"
-                raise ValueError(
-                    f"there is no file of the split {split!r}, only of {found}: {flag}"
-                )
-            raise ValueError(f"{self.task} has no split {split!r}, only {found}")
+            file = split in jsonl.SPLITS and self.task in jsonl.TASKS
+            flag = f"; --gin.{split.upper()}_FILE gives it" if file else ""
+            raise ValueError(f"{self.task} has no split {split!r}, only {found}{flag}")
         return dataclasses.replace(self, split=split)
 
     @property
@@ -114,10 +113,10 @@ class Data:
         """The file, or the task and its split, in words."""
         if self.task in jsonl.TASKS:
             return jsonl.TASKS[self.task].files.get(self.split, f"{self.split.upper()}_FILE")
-        return self.cache or (self.task and f"{self.task}, split {self.split!r}") or "task for it"
+        return self.cache or f"{self.task}, split {self.split!r}"
 
-    def limited(self, longest_inputs: int = LONGEST) -> "Data":
-        """The same with a limit of both sides: the one given, the cache file's or a default.
+    def limits(self, longest_inputs: int = LONGEST) -> dict[str, int]:
+        """The most "inputs" and "targets" that are kept: those given, the cache file's, a default.
 
         Args:
             longest_inputs: the most inputs where nothing else is said; of targets it is `LONGEST`.
@@ -125,7 +124,11 @@ class Data:
         lengths = {"inputs": longest_inputs, "targets": LONGEST}
         if self.cache is not None:
             lengths |= self._cached[1].get("feature_lengths") or {}
-        return dataclasses.replace(self, feature_lengths=lengths | dict(self.feature_lengths or {}))
+        return lengths | dict(self.feature_lengths or {})
+
+    def limited(self, longest_inputs: int) -> "Data":
+        """The same with the limits given."""
+        return dataclasses.replace(self, feature_lengths=self.limits(longest_inputs))
 
     @property
     def in_memory(self) -> bool:
@@ -164,8 +167,7 @@ class Data:
             ValueError: an example that it cannot learn, unless such are left out; none is left.
         """
         if expected not in self._scans:
-            limits = self.limited().feature_lengths
-            found = scan(self._all(), expected, self._written, limits)
+            found = scan(self._all(), expected, self._written, self.limits())
             if found.problems and not self.leave_out:
                 raise ValueError(self._refused(found))
             if not found.kept:
@@ -199,7 +201,7 @@ class Data:
         Raises:
             ValueError: see `scan`; the task lacks features that are needed.
         """
-        limits = self.limited().feature_lengths
+        limits = self.limits()
         if not self.in_memory:
             next(self._streamed(1, shuffle=False, expected=expected), None)
             say(
@@ -224,7 +226,7 @@ class Data:
         Predictions cut inputs where training did, and may be as long as the longest target that is
         known of.
         """
-        limits = dict(self.limited().feature_lengths)
+        limits = self.limits()
         if not self.in_memory or expected.targets is None:
             return limits
         found = self.scan(expected).longest["targets"]
@@ -272,7 +274,7 @@ class Data:
         return batch_examples(
             examples,
             batch_size=self.batch_size,
-            feature_lengths=self.limited().feature_lengths,
+            feature_lengths=self.limits(),
             pack=self.pack,
             max_segments=max_segments if self.pack else None,
             drop_remainder=repeat,
@@ -290,7 +292,7 @@ class Data:
         """The examples of a task of seqio, each looked at."""
         from coda_jax.data import seqio_tasks
 
-        limits = self.limited().feature_lengths
+        limits = self.limits()
         examples = seqio_tasks.seqio_examples(
             self.task,
             self.split,
@@ -310,18 +312,25 @@ class Data:
             if (why := problem(example, expected, written, limits)) is None:
                 yield example
                 continue
-            named = f"{self.place}: example {number}"
-            if expected.targets == "tokens":
-                named += f" ({self.vocabulary.decode(example['targets'].tolist())!r:.60})"
             if not self.leave_out:
+                named = self._named(number, example, expected)
                 raise ValueError(f"{named} cannot be learned: {why}\n({_LEAVE_OUT})")
             left_out += 1
             if self._news.has("left out", left_out):
+                named = self._named(number, example, expected)
                 say(f"{named} is left out, number {left_out:,} of such: {why}")
+
+    def _named(self, number: int, example: Example, expected: Expected) -> str:
+        """An example of a stream, with its target where that is a text."""
+        targets = example.get("targets")
+        text = ""
+        if expected.targets == "tokens" and np.ndim(targets) == 1:
+            text = f" ({self.vocabulary.decode(np.asarray(targets).tolist())!r:.60})"
+        return f"{self.place}: example {number}{text}"
 
     def _said_now_and_then(self, batches: Batches, lengths: Mapping[str, int]) -> None:
         if self._news.has("cut", batches.num_truncated):
-            say(f"{self.place}: {cut_so_far(batches, lengths, self.limited().feature_lengths)}")
+            say(f"{self.place}: {cut_so_far(batches, lengths, self.limits())}")
 
     @functools.cached_property
     def _news(self) -> News:
@@ -330,23 +339,23 @@ class Data:
     def report(self, batches: Batches) -> None:
         """Prints how many examples of a task of seqio were cut, in the end."""
         if batches.num_truncated and not self.in_memory:
-            say(f"{self.place}: {cut_in_all(batches, self.limited().feature_lengths)}")
+            say(f"{self.place}: {cut_in_all(batches, self.limits())}")
 
     def description(self) -> dict[str, Any]:
         """What the examples and their batches are, as JSON: contents, not paths.
 
-        Of a task that seqio reads, its name, without the hash of its arguments.
+        Of a task that seqio reads, its name.
         """
         fields = {name: value for name, value in dataclasses.asdict(self).items()
                   if name not in ("task", "cache")}  # fmt: skip
-        fields["feature_lengths"] = dict(self.limited().feature_lengths)
+        fields["feature_lengths"] = self.limits()
         if self.cache is not None:
             with open(self.cache, "rb") as file:
                 return {**fields, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         if self.task in jsonl.TASKS:
             text = json.dumps(jsonl.TASKS[self.task].columns[self.split], sort_keys=True)
             return {**fields, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        return {**fields, "task": re.sub(r"_[0-9a-f]{12}$", "", str(self.task))}
+        return {**fields, "task": self.task}
 
     def check_vocabulary(
         self, vocab_size: int, directory: str | os.PathLike | None = None, **model: Any
@@ -382,13 +391,6 @@ class Data:
         from coda_jax.data import seqio_tasks
 
         return seqio_tasks.plain_vocabulary(seqio_tasks.task_vocabulary(self.task))
-
-    def check_labels(self, described: bool) -> None:
-        """Raises ValueError where a model with a head for labels is given texts, or the reverse."""
-        if described != isinstance(jsonl.TASKS.get(self.task), LabelTask):
-            fits = "tasks/labels.gin" if described else "one whose targets are texts"
-            what = "labels or numbers" if described else "texts"
-            raise ValueError(f"the model answers with {what}: {self.place} is no such task; {fits}")
 
     def vocabulary_fingerprint(self) -> str:
         """The vocabulary's fingerprint; a cache file must say it."""

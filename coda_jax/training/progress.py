@@ -34,12 +34,13 @@ class Progress:
         self._bar.update()
 
     def flush(self) -> dict[str, float]:
-        """Metrics since the last call; FloatingPointError names the first step without a loss."""
+        """Metrics since the last call; FloatingPointError names a step whose loss is not finite."""
         pending, self._pending = jax.device_get(self._pending), []
         for step, sums in pending:
             if not math.isfinite(sums.loss):
                 raise FloatingPointError(
-                    f"the loss of step {step} is {sums.loss}; the last checkpoint is from before it"
+                    f"the loss of step {step} is {sums.loss}: nothing is saved after the last "
+                    "checkpoint"
                 )
         total = jax.tree.map(lambda *x: np.sum(x), *[sums for _, sums in pending])
         seconds, self._since = time.monotonic() - self._since, time.monotonic()

@@ -17,8 +17,7 @@ import orbax.checkpoint as ocp
 
 from coda_jax import files
 from coda_jax.checkpoints.adapter import json_sha256, leaf_sha256
-from coda_jax.training.run_directory import CHECKPOINTS, RUN_FILE
-from coda_jax.training.run_identity import saved_steps
+from coda_jax.training.run_directory import CHECKPOINTS, RUN_FILE, saved_steps
 
 STATE, CONTENTS = "state", "contents"  # in the folder of a step
 DAMAGED = "damaged"  # in a run's folder: checkpoints that were set aside
@@ -96,8 +95,21 @@ def check_finite(values: Mapping[str, Any], what: str, kept: str = "") -> None:
             raise FloatingPointError(f"{what}: {name} holds {found}" + (kept and f"; {kept}"))
 
 
+def recover(directory: pathlib.Path) -> None:
+    """Clears away what a kill left in a run's folder, and undoes a `replace` that was cut off."""
+    folder = directory / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / _REMOVED, ignore_errors=True)
+    for torn in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(torn)
+    for old in (directory / _REPLACED).glob("*"):
+        if not (folder / old.name).exists():
+            os.replace(old, folder / old.name)
+    shutil.rmtree(directory / _REPLACED, ignore_errors=True)
+
+
 class RunCheckpoints:
-    """The checkpoints of one run, written in the background.
+    """The checkpoints of one run, written in the background; call `recover` before.
 
     The newest is always kept: it is where the run goes on.
 
@@ -120,7 +132,6 @@ class RunCheckpoints:
         self._directory, self._run, self._keep = directory.absolute(), run, keep
         self._folder = self._directory / CHECKPOINTS
         self._metric, self._sign = best_metric, 1 if best_mode == "max" else -1
-        self._recover()
         handlers = {STATE: ocp.StandardCheckpointHandler(), CONTENTS: ocp.JsonCheckpointHandler()}
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
 
@@ -132,17 +143,6 @@ class RunCheckpoints:
             self._checkpointer.wait_until_finished()
             self._checkpointer.close()
             self._remove_surplus()
-
-    def _recover(self) -> None:
-        """Clears away what a kill left, and undoes a `replace` that was cut off."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
-        for torn in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(torn)
-        for old in (self._directory / _REPLACED).glob("*"):
-            if not (self._folder / old.name).exists():
-                os.replace(old, self._folder / old.name)
-        shutil.rmtree(self._directory / _REPLACED, ignore_errors=True)
 
     def save(self, state: Any, metrics: Mapping[str, float] | None) -> None:
         """Saves the state under its step; returns before the files are complete.
@@ -201,21 +201,24 @@ class RunCheckpoints:
         self._checkpointer.wait_until_finished()
         return self._first_sound(state, self._ranked())
 
+    def _rank(self, step: int) -> float:
+        """What orders the checkpoints, the best last: infinite where it is damaged."""
+        try:
+            evaluation = read_contents(self._folder / str(step))["evaluation"]
+        except DamagedError:
+            return math.inf
+        if self._metric is None:
+            return 0.0
+        # Without the metric, it was saved before it was evaluated.
+        return self._sign * evaluation.get(self._metric, -self._sign * math.inf)
+
     def _ranked(self) -> list[int]:
-        """The steps, the best first; of equals the newest."""
+        """The steps: those that are damaged first, so that they are named; then from the best.
 
-        def rank(step):
-            if self._metric is None:
-                return 0.0
-            try:
-                evaluation = read_contents(self._folder / str(step))["evaluation"]
-            except DamagedError:
-                return math.inf  # first, so that it is named
-            # Without the metric, it was saved before it was evaluated.
-            return self._sign * evaluation.get(self._metric, -self._sign * math.inf)
-
+        Of equals the newest is before the others.
+        """
         steps = saved_steps(self._directory)
-        return sorted(steps, key=lambda step: (rank(step), step), reverse=True)
+        return sorted(steps, key=lambda step: (self._rank(step), step), reverse=True)
 
     def _first_sound(self, state: Any, steps: Sequence[int]) -> tuple[Any, dict[str, float]]:
         damaged: dict[int, str] = {}
@@ -253,9 +256,10 @@ class RunCheckpoints:
         return restored, dict(contents["evaluation"])
 
     def _remove_surplus(self) -> None:
-        """Removes what is not to be kept of the checkpoints that are complete."""
-        steps = saved_steps(self._directory)
-        for step in {*self._ranked()[self._keep :]} - {*steps[-1:]}:
+        """Removes what is not to be kept of the checkpoints that are complete and sound."""
+        newest = saved_steps(self._directory)[-1:]
+        sound = [step for step in self._ranked() if self._rank(step) < math.inf]
+        for step in {*sound[self._keep :]} - {*newest}:
             self._move(step, _REMOVED)
         shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
 

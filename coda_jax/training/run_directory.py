@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 
+from coda_jax.data.reports import say
 from coda_jax.optional import needs
 
 RUN_FILE = "run.json"  # in a run's folder: what the run is
@@ -19,6 +20,12 @@ CHECKPOINTS = "checkpoints"  # in a run's folder: one folder for each step that 
 EXPORT = "export"  # in a run's folder: what came out
 _CLI = "coda_jax.cli"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def saved_steps(directory: pathlib.Path) -> list[int]:
+    """The steps whose checkpoints are complete, ascending."""
+    found = (directory / CHECKPOINTS).glob("[0-9]*")
+    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 class Interruption(Exception):
@@ -105,8 +112,10 @@ def owned(directory: pathlib.Path) -> Iterator[None]:
             raise ValueError(
                 f"another process is training in {directory}: wait, or name another"
             ) from error
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            say(
+                f"{directory} cannot be locked ({error.strerror}): no other process may train there"
+            )
         yield
     finally:
         os.close(handle)

@@ -25,7 +25,12 @@ from coda_jax import files, methods, trees
 from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.objectives import Model
-from coda_jax.training.run_directory import CHECKPOINTS, EXPORT, FORMAT_VERSION, RUN_FILE
+from coda_jax.training.run_directory import (
+    EXPORT,
+    FORMAT_VERSION,
+    RUN_FILE,
+    saved_steps,
+)
 
 _HOW_OFTEN = ("log_every", "save_every", "keep")  # options that do not change the result
 _TABLES = {  # of many values: (what is counted, the tolerance)
@@ -230,12 +235,6 @@ def machine_differs(directory: pathlib.Path, run: Mapping[str, Any]) -> str | No
     if there == here:
         return None
     return f"the run began on {there} and goes on on {here}: the last bits will differ"
-
-
-def saved_steps(directory: pathlib.Path) -> list[int]:
-    """The steps whose checkpoints are complete, ascending."""
-    found = (directory / CHECKPOINTS).glob("[0-9]*")
-    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def _advice(directory: pathlib.Path) -> str:

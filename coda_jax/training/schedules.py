@@ -38,7 +38,7 @@ def rate_or_schedule(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOr
 
 
 def checked(learning_rate: optax.ScalarOrSchedule, total_steps: int) -> optax.Schedule:
-    """The learning rate as a schedule, whose rates of a run are all numbers of at least 0.
+    """The learning rate as a schedule, whose rates in a run, up to 10,000 of them, are numbers of at least 0.
 
     Args:
         learning_rate: a number, above 0, or an optax schedule.

@@ -27,7 +27,7 @@ from coda_jax.objectives import Model, Sums
 from coda_jax.sharding import Placement
 from coda_jax.training import run_identity, schedules
 from coda_jax.training.progress import Progress
-from coda_jax.training.run_checkpoints import RunCheckpoints
+from coda_jax.training.run_checkpoints import RunCheckpoints, recover
 from coda_jax.training.run_directory import Requests, interruption, metric_writer, owned
 
 Batch = dict[str, np.ndarray]
@@ -291,6 +291,7 @@ def _checkpoints(
     directory: pathlib.Path, run: Mapping, options: TrainOptions, best_mode: str
 ) -> RunCheckpoints:
     """Those of a folder, which must be of this run or of none."""
+    recover(directory)
     run_identity.check_run(directory, run)
     return RunCheckpoints(directory, run, options.keep, options.best_metric, best_mode)
 

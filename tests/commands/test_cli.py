@@ -13,7 +13,7 @@ import pytest
 
 import coda_jax
 from coda_jax import cli
-from coda_jax.commands import COMMANDS, configuration, manual, mistakes
+from coda_jax.commands import COMMANDS, configuration, load, manual, mistakes
 from coda_jax.commands.gin_files import UsageError
 from coda_jax.training.run_directory import Interruption
 
@@ -39,8 +39,8 @@ print(json.dumps([texts[0], sorted({name.split(".")[0] for name in sys.modules})
 
 
 def test_every_command_has_a_file_of_its_name_with_a_function_of_its_name():
-    for name, command in COMMANDS.items():
-        assert (command.module, command.load().__name__) == (name, command.function) == (name, name)
+    for name in COMMANDS:
+        assert load(name).__name__ == name and load(name).__module__.endswith(f".{name}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -220,8 +220,8 @@ def test_an_error_of_the_program_keeps_its_traceback(error, monkeypatch):
 def test_a_value_error_of_jax_is_one_of_the_program():
     import jax.numpy as jnp
 
-    with pytest.raises((ValueError, TypeError)) as caught:
-        jnp.reshape(jnp.ones(4), (3,))
+    with pytest.raises(ValueError) as caught:
+        jnp.broadcast_to(jnp.ones(3), (2,))
     assert mistakes.told(caught.value) is None
 
 

@@ -75,7 +75,11 @@ def test_the_adapter_holds_the_head_and_its_base_is_whole(trained, base):
     assert config.labels == (("no", "yes") if config.head == "classification" else ())
     assert params["head"]["kernel"].shape == (16, config.num_outputs)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics.get("accuracy", 1.0) > 0.9 and metrics["loss"] < 0.3
+    assert metrics["loss"] < 0.3
+    if config.head == "classification":
+        assert metrics["accuracy"] > 0.9
+    else:
+        assert metrics["mean_absolute_error"] < 0.5
 
 
 def test_a_head_is_not_trained_with_all_of_its_base(base, files, tmp_path):

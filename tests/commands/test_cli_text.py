@@ -60,7 +60,7 @@ def test_train_exports_an_adapter_for_the_checkpoint(trained, checkpoint):
     )
     assert cfg.methods == (Coda(reduction=3), ParallelAdapter(bottleneck=4))
     assert np.asarray(params["encoder"]["layers_0"]["adapter"]["wo"]["kernel"]).any()
-    assert json.loads((trained / "metrics.json").read_text())["exact_match"] >= 0
+    assert json.loads((trained / "metrics.json").read_text()).keys() >= {"loss", "exact_match"}
 
 
 def test_evaluate_agrees_with_the_evaluation_during_training(trained, shared, tmp_path):

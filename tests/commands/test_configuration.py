@@ -9,7 +9,7 @@ from absl import flags
 import gin
 import pytest
 
-from coda_jax.commands import COMMANDS, configuration, manual
+from coda_jax.commands import COMMANDS, manual
 from coda_jax.commands.configuration import check_flags_of_t5x, configure
 from coda_jax.commands.gin_files import UsageError, package_names, read
 from coda_jax.commands.gin_macros import _readers
@@ -229,4 +229,3 @@ def test_a_file_before_t5xs_run_that_it_would_overwrite_is_refused(t5x_flags, tm
 
 def test_every_command_that_reads_gin_files_is_tried_here():
     assert {name for name, row in COMMANDS.items() if row.reads_gin} == set(GIVEN)
-    assert callable(configuration.reachable)

@@ -1,7 +1,6 @@
 """What is set up before anything is imported: where programs are kept, and what is printed."""
 
 import importlib.util
-import logging
 import os
 import subprocess
 import sys
@@ -115,4 +114,3 @@ logging.getLogger("some.library").info("of another")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "some.library: of another\n")
-    assert logging.getLogger("some.library").handlers == []

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from coda_jax import checkpoints, cli, hub, trees
-from coda_jax.commands import COMMANDS, loading
+from coda_jax.commands import load, loading
 from coda_jax.commands.gin_files import package_folder
 from coda_jax.methods import METHODS, Coda, Full, ParallelAdapter
 from coda_jax.models import param_shapes, preset, presets
@@ -133,7 +133,7 @@ def test_sizes_of_ones_own_can_be_written_in_a_gin_file(tmp_path):
     )
     bindings = ["INITIAL_CHECKPOINT_PATH=unused"]
     cli.configure(["runs/check.gin", str(tmp_path / "own.gin")], [], bindings)
-    config = gin.get_bindings(COMMANDS["check"].load())["config"]
+    config = gin.get_bindings(load("check"))["config"]
     assert (config.family, config.vocab_size) == ("t5", 77)
 
 
@@ -177,7 +177,7 @@ def bindings_of_run(name, monkeypatch, *more):
     command = re.findall(r"^(\w+)\.(\1):", text, re.MULTILINE)[-1][0]
     recipe = [] if "gin_configs/methods/" in text or command != "train" else ["methods/coda.gin"]
     cli.configure([name, *recipe], [], [*needed, *more])
-    return command, gin.get_bindings(COMMANDS[command].load())
+    return command, gin.get_bindings(load(command))
 
 
 SHARED = ("runs/infer.gin",)  # included by others, of no command of its own
@@ -186,7 +186,7 @@ SHARED = ("runs/infer.gin",)  # included by others, of no command of its own
 @pytest.mark.parametrize("name", [name for name in files("runs") if name not in SHARED])
 def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
     command, arguments = bindings_of_run(name, monkeypatch)
-    inspect.signature(COMMANDS[command].load()).bind(**arguments)
+    inspect.signature(load(command)).bind(**arguments)
     if command != "train":
         assert name == f"runs/{command}.gin"
         return
@@ -279,7 +279,7 @@ def test_tasks_are_registered_with_inputs_and_targets(name, tmp_path):
     bindings = ["VOCABULARY=bytes", "OUTPUT=unused", f"TRAIN_FILE={tmp_path}/train.jsonl"]
     bindings += ["DIRECTORY=unused"] * ("DIRECTORY = " in (FOLDER / name).read_text())
     cli.configure(["runs/cache.gin", name], [], bindings)
-    arguments = gin.get_bindings(COMMANDS["cache"].load())
+    arguments = gin.get_bindings(load("cache"))
     from_data = name == "tasks/jsonl.gin"
     assert from_data or arguments["feature_lengths"].keys() == {"inputs", "targets"}
     if name == "tasks/labels.gin":

@@ -86,6 +86,6 @@ def test_a_scan_counts_and_says_what_is_cut_and_cannot_be_written():
         "targets, so that no output can be right",
         "1 inputs and 1 targets of 3 are cut; "
         "--gin.TASK_FEATURE_LENGTHS=\"{'inputs': 9, 'targets': 5}\" keeps all",
-        "0 inputs and 1 targets of 3 have signs that the vocabulary has no pieces for",
+        "0 inputs and 1 targets of 3 have characters that the vocabulary has no pieces for",
         "1 targets of 3 are empty",
     ]
