@@ -12,6 +12,7 @@ float32 rounds to a bound which it must not reach is refused.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import os
 import re
 import reprlib
 from typing import Any
@@ -111,7 +112,7 @@ class Number:
         """The number; see the module."""
         number = _plain(value)
         if isinstance(number, int | float) and not isinstance(number, bool) and self._has(number):
-            return number
+            return number if abs(number) <= _INT32 else float(number)
         kind, reason = "number", ""
         if isinstance(number, float) and not abs(number) <= _LARGEST:
             kind = "finite number"

@@ -37,13 +37,20 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
-def prepare(path: str | os.PathLike) -> None:
+def prepare(path: str | os.PathLike, *read: str | os.PathLike) -> None:
     """Makes the folder of a file that is to be written later.
+
+    Args:
+        path: of the file.
+        *read: files that are read until then.
 
     Raises:
         ValueError: there can be no such file: the path is a folder, or its folder cannot be made or
-            written to.
+            written to; or it is one of those that are read.
     """
+    for other in read:
+        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise ValueError(f"{path} is read: give what is written another name")
     path = pathlib.Path(path).absolute()
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
@@ -77,6 +84,14 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
         _sweep(path)
+
+
+def checked_folder(path: str | os.PathLike) -> pathlib.Path:
+    """The path of a folder that is, or may be, there; ValueError where it is a file."""
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder")
+    return path
 
 
 def check_new(path: str | os.PathLike) -> None:

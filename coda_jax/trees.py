@@ -10,6 +10,8 @@ import re
 from typing import Any
 
 import jax
+from jax import Array
+import numpy as np
 
 
 def flatten(params: Mapping) -> dict[str, Any]:
@@ -125,3 +127,10 @@ def check_tree(
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"{what} not match the model ({len(problems)} leaves):\n  {lines}")
+
+
+def check_finite(leaves: Mapping[str, np.ndarray | Array]) -> None:
+    """Raises FloatingPointError, naming the first of {path: leaf} that holds NaN or infinity."""
+    for path, leaf in leaves.items():
+        if not np.isfinite(np.asarray(leaf, np.float32)).all():
+            raise FloatingPointError(f"the parameter {path} has values that are not finite")

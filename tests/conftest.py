@@ -23,11 +23,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     }
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
 jax.config.update("jax_enable_x64", False)
+# The same examples in every run; compiling makes the first of them slow.
+hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -153,6 +153,10 @@ def test_the_folder_of_a_file_is_made_before_or_the_file_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             files.prepare(path)
+    with pytest.raises(ValueError, match=r"file is read: give what is written another name"):
+        files.prepare(tmp_path / "file", tmp_path / "a" / ".." / "file")
+    with pytest.raises(ValueError, match="file is a file: name a folder"):
+        files.checked_folder(tmp_path / "file")
 
 
 def test_a_relative_path_is_written_where_it_was_meant(tmp_path, monkeypatch):

@@ -148,6 +148,9 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: it is damaged, or of an unknown version.
     """
     file = Path(path) / MANIFEST
+    inner = [Path(path) / name for name in ("adapter", "export/adapter")]
+    if not file.exists() and (found := [x for x in inner if (x / MANIFEST).exists()]):
+        raise FileNotFoundError(f"{file} does not exist: the adapter is {found[0]}")
     manifest = dict(files.read_json(file))
     version = manifest.get("format_version")
     if version not in _KEYS:
@@ -254,8 +257,8 @@ def _check_base(
     different = [path for path in paths if found.get(path) != expected.get(path)]
     if different:
         raise ValueError(
-            f"{directory} belongs to another base; {len(different)} of {len(paths)} frozen leaves "
-            "differ:\n  " + "\n  ".join(different)
+            f"{directory} belongs to another base: give the checkpoint that it was trained from. "
+            f"{len(different)} of {len(paths)} frozen leaves differ:\n  " + "\n  ".join(different)
         )
 
 

@@ -115,12 +115,12 @@ def convert(
     if layout != "t5x":
         files.check_new(output)
     folder = hub.find(source)
-    options = {"base": base, "config": config, "methods": tuple(methods) or None, "step": step}
-    read = _read(folder, {name: x for name, x in options.items() if x is not None})
+    read = _read(folder, base=base, config=config, methods=tuple(methods) or None, step=step)
     if encoder_only:
         config, params = checkpoints.encoder_of(read.config, read.params)
         base_read = checkpoints.encoder_of(*read.base) if read.base else None
         read = dataclasses.replace(read, config=config, params=params, base=base_read)
+    trees.check_finite(trees.flatten(read.params))
     folders = [folder, *([hub.find(base)] if base else [])]
     beside = _find_vocabulary(read, folders)
     if layout == "hf":
@@ -129,12 +129,13 @@ def convert(
         note = WRITERS[layout](Path(new), read)
         if layout != "adapter":
             copy_files(beside, Path(new))
-    count = f"{trees.count(read.params):,} parameters"
-    print(f"{source}, step {read.step}, {count}, is now in {output} ({layout}{note})")
+    said = f"step {read.step}, {trees.count(read.params):,} parameters"
+    print(f"{source}, {said}, is now in {output} ({layout}{note})")
 
 
-def _read(folder: Path, options: Mapping[str, Any]) -> Source:
+def _read(folder: Path, **options: Any) -> Source:
     """Reads what a folder holds; raises ValueError for options that mean nothing for it."""
+    options = {name: value for name, value in options.items() if value is not None}
     found = [kind for file, kind in KINDS.items() if (folder / file).is_file()]
     if is_t5x(folder):
         found.append(("a T5X checkpoint", _read_t5x, ("base", "config", "methods", "step")))

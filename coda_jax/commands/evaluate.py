@@ -58,6 +58,9 @@ def evaluate(
     data = Data(lengths, task, batch_size=decoding.batch_size, shuffle=False)
     data = data.with_split(split).limited(model.longest_inputs)
     say(f"evaluating {data.place}")
+    limit, known = data.feature_lengths["inputs"], model.lengths.get("inputs")
+    if known not in (None, limit):
+        say(f"at most {limit:,} inputs are kept; the adapter was trained with {known:,}")
     data.check_vocabulary(**model.vocabulary)
     check_labels(task, model_for(model.config).describes)
     if model_for(model.config).describes:

@@ -94,6 +94,7 @@ def export(
         decoding = with_checkpoint_defaults(decoding, model)
         answer, described = _generates(model, model_for(config), decoding, vocabulary)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    trees.check_finite(flat)
     shapes = list(itertools.product(sizes, lengths(decoding)))
     with files.atomic_folder(output) as directory:
         _write(directory, answer, described, config, flat, shapes, platforms)

@@ -51,6 +51,7 @@ def check_macros(command: str, files: Sequence[GinFile], given: Sequence[Binding
     """Raises UsageError where macros are missing, or of one's own are read by nothing."""
     bound = {b.name: b for b in [*(b for file in files for b in file.bindings), *given]}
     macros = {name: binding for name, binding in bound.items() if binding.macro}
+    _check_cycles(macros)
     read_by = _readers(bound)
     for kind, macro, what in (("methods", _METHODS, "recipe"), ("tasks", _TASK, "task")):
         of_kind = [file.name for file in files if file.kind == kind]
@@ -61,6 +62,19 @@ def check_macros(command: str, files: Sequence[GinFile], given: Sequence[Binding
     known = {name: macros[name] for name in read_by if name in macros}
     refuse([unread(binding, known) for binding in beyond])
     _check_missing(command, macros, read_by)
+
+
+def _check_cycles(macros: Mapping[str, Binding]) -> None:
+    """Raises UsageError where a macro is made of itself."""
+    reads = {
+        name: {x.name for x in _flat(binding.value) if isinstance(x, Macro)}
+        for name, binding in macros.items()
+    }
+    for name, reached in reads.items():
+        while more := set().union(*(reads.get(x, ()) for x in reached)) - reached:
+            reached = reached | more
+        if name in reached:
+            raise UsageError(f"{macros[name].place}: {name} is made of itself")
 
 
 def _readers(bound: Mapping[str, Binding]) -> dict[str, Binding]:

@@ -78,6 +78,8 @@ def configured_preset(
     """
     if changes is not None and not isinstance(changes, Mapping):
         raise checks.wrong("PRESET_CHANGES", "a dictionary such as {'vocab_size': 1000}", changes)
+    if name is None and changes:
+        raise ValueError(f"PRESET_CHANGES={dict(changes)} has no effect without a PRESET")
     return None if name is None else preset(name, **{str(k): x for k, x in (changes or {}).items()})
 
 
@@ -181,7 +183,8 @@ def load_model(
     """
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, INITIAL_ADAPTER_PATH=adapter_checkpoint)
     dtype, dropout_rate = checks.dtype("DTYPE", dtype), DROPOUT("DROPOUT_RATE", dropout_rate)
-    rng, given = jax.random.key(checks.SEED("SEED", seed)), config
+    given = checks.Maybe(checks.InstanceOf(ModelConfig))("CONFIG", config)
+    rng = jax.random.key(checks.SEED("SEED", seed))
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
     if adapter_checkpoint is not None:

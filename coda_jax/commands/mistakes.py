@@ -13,7 +13,7 @@ _INNER = (
     "jaxlib",
     "flax",
 )  # a ValueError from there is about shapes, not about what was given
-_LINES, _WIDTH = 3, 600
+_LINES, _LISTED, _WIDTH = 3, 40, 600
 # What gin puts behind a message: the functions through which the error came.
 _ADDED = re.compile(
     r"\n  (?:In call to configurable '.*|No values supplied by Gin.*|Gin had values bound for.*|"
@@ -53,12 +53,16 @@ def told(error: BaseException) -> str | None:
 
 
 def _shortened(message: str) -> str:
-    """At most three lines beside lists, whose lines are indented, and none very long."""
+    """At most three lines beside lists, whose lines are indented, and nothing very long."""
     message = message.encode("utf-8", "backslashreplace").decode()  # so that it can be printed
     lines = [x if len(x) <= _WIDTH else f"{x[:_WIDTH]} ..." for x in message.split("\n")]
     plain = [number for number, line in enumerate(lines) if not line.startswith(" ")]
     if len(plain) > _LINES:
         lines = [*lines[: plain[_LINES - 1]], "... (--traceback shows the rest)"]
+    listed = [number for number, line in enumerate(lines) if line.startswith(" ")]
+    if len(listed) > _LISTED:
+        more = f"  ... and {len(listed) - _LISTED} more (--traceback shows all)"
+        lines[listed[_LISTED] : listed[-1] + 1] = [more]
     return "\n".join(lines)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import itertools
 import json
-import os
 import sys
 from typing import Any
 
@@ -65,19 +64,16 @@ def predict(
             `encodings`.
 
     Raises:
-        ValueError: `stream` with an output file, scores, several outputs or beams; an option that
-            would have no effect; the output is the input's file.
+        ValueError: an option that would have no effect, or cannot be with `stream`; the output is
+            the file of the inputs.
     """
     checks.paths(INPUT=inputs, OUTPUT=output, VOCABULARY=vocabulary, HEADER_FONT=font)
     checks.flag("SCORES", scores)
     checks.flag("STREAM", stream)
     checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
     if output != "-":
-        files.prepare(output)
-        if os.path.exists(output) and os.path.exists(inputs) and os.path.samefile(inputs, output):
-            raise ValueError(f"OUTPUT={output!r} is the file of INPUT, which it would overwrite")
-    describes = model_for(model.config).describes
-    if embed is not None or describes:
+        files.prepare(output, inputs)
+    if embed is not None or model_for(model.config).describes:
         decoding.check_encodes(SCORES=scores, STREAM=stream)
     decoding = sized(decoding, model)
     vocabulary = load_vocabulary(vocabulary or model.directory)
@@ -88,7 +84,7 @@ def predict(
     chunks = _chunks(records, chunk_size or held_at_once(model, decoding))
     if embed is not None:
         write_embeddings(model, decoding, chunks, encode, output, embed)
-    elif describes:
+    elif model_for(model.config).describes:
         _write(descriptions(model, decoding, chunks, encode), output)
     else:
         _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream)

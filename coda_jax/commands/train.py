@@ -18,7 +18,7 @@ from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.models import ModelConfig, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.sharding import Placement
-from coda_jax.training import trainer
+from coda_jax.training import run_directory, trainer
 from coda_jax.training.run_checkpoints import check_finite
 from coda_jax.training.run_directory import EXPORT
 
@@ -36,8 +36,7 @@ def train(
 ) -> tuple[LoadedModel, dict[str, float]]:
     """Trains and exports into `directory`/export what `load_model` reads.
 
-    Where a base came out it is exported in Hugging Face layout, and what the methods trained into
-    its folder `adapter`. A frozen leaf always stays what it was.
+    A base that came out is in Hugging Face layout, what the methods trained in its `adapter`.
 
     Args:
         directory: of the run: checkpoints, logs, metrics, export.
@@ -57,6 +56,7 @@ def train(
         ValueError: there is nothing to train, or data do not fit; see `trainer.train`.
     """
     checks.paths(MODEL_DIR=directory)
+    directory = run_directory.checked(directory)
     export_dtype = checks.Maybe(checks.dtype)("export_dtype", export_dtype)
     trained = objective(model.config)
     data, eval_data = _checked(model, trained, options, data, eval_data)
@@ -72,17 +72,16 @@ def train(
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
-        run=_identity(data, eval_data if options.best_metric else None, said),
+        run=_identity(data, eval_data, said),
         eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
     )
     data.report(batches)
     _, params = trees.split(params, trained.creates)
     if export_dtype is not None and not methods.partition(model.config, params)[1]:
         params = jax.tree.map(lambda x: x.astype(export_dtype), params)
-    folder = pathlib.Path(directory) / EXPORT
-    model = export(folder, model.config, params, model.directory, data, **said)
-    files.write_json(pathlib.Path(directory) / "metrics.json", metrics)
-    print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
+    model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
+    files.write_json(directory / "metrics.json", metrics)
+    print(f"exported to {directory / EXPORT}: {json.dumps(metrics, indent=2)}")
     return model, metrics
 
 
@@ -137,10 +136,10 @@ def _checked(
     return data, rest[0] if rest else None
 
 
-def _identity(data: Data, deciding: Data | None, said: dict[str, Any]) -> dict[str, Any]:
-    """What of the data decides the result: those that choose the best checkpoint, too."""
-    found = {"data": data.description(), **said}
-    return found if deciding is None else {**found, "eval_data": deciding.description()}
+def _identity(data: Data, eval_data: Data | None, said: dict[str, Any]) -> dict[str, Any]:
+    """What of the data decides the result, and what it is evaluated on."""
+    evaluated_on = eval_data and eval_data.description()
+    return {"data": data.description(), "eval_data": evaluated_on, **said}
 
 
 def export(

@@ -268,13 +268,15 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
     for number, line in enumerate(lines, start=1):
         place = f"{os.fspath(path)}:{number}"
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             if b"\\u" in line:
                 json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{place}: not UTF-8: {e}") from e
         except UnicodeEncodeError as e:
             raise ValueError(f"{place}: half of a pair of \\u escapes: {e}") from e
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{place}: not JSON: {e}") from e
+            raise ValueError(f"{place}: not JSON, of which a line must be an object: {e}") from e
         if not isinstance(record, dict):
             raise ValueError(f"{place}: not an object: {record!r}")
         yield place, record

@@ -266,8 +266,7 @@ class Data:
             if expected is not None:
                 found, examples = self.scan(expected), self.chosen(expected)
                 marks = bool(found.num_cut["targets"] or found.num_unknown["targets"])
-            arguments = {"seed": self.seed, "num_epochs": num_epochs, "shuffle": self.shuffle}
-            examples = epochs(examples, **arguments)
+            examples = epochs(examples, seed=self.seed, num_epochs=num_epochs, shuffle=self.shuffle)
         else:
             examples = self._streamed(num_epochs, self.shuffle, expected)
             on_cut = self._said_now_and_then

@@ -18,6 +18,7 @@ class Progress:
         self, total_steps: int, start: int, metrics_of: Callable[[Sums], dict[str, float]]
     ):
         self._metrics_of = metrics_of
+        self._step = start
         self._bar = tqdm(total=total_steps, initial=start, unit="step")
         self._pending: list[tuple[int, Sums]] = []
         self._since = time.monotonic()
@@ -30,6 +31,7 @@ class Progress:
 
     def add(self, step: int, sums: Sums) -> None:
         """Notes a step's sums without waiting for the device."""
+        self._step = step
         self._pending.append((step, sums))
         self._bar.update()
 
@@ -54,4 +56,4 @@ class Progress:
         """Prints an evaluation's metrics above the bar."""
         self._since = time.monotonic()
         values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._bar.write(f"step {self._bar.n}: {values}")
+        self._bar.write(f"step {self._step}: {values}")

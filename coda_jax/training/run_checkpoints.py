@@ -5,6 +5,7 @@ state's leaves must be (a SHA-256 each) and how it was evaluated.
 """
 
 from collections.abc import Mapping, Sequence
+import errno
 import math
 import os
 import pathlib
@@ -23,6 +24,9 @@ STATE, CONTENTS = "state", "contents"  # in the folder of a step
 DAMAGED = "damaged"  # in a run's folder: checkpoints that were set aside
 _REPLACED = ".replaced"  # likewise: a checkpoint whose evaluation is being added
 _REMOVED = ".removed"  # likewise: checkpoints that are being deleted
+
+
+_OF_THE_MACHINE = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class DamagedError(ValueError):
@@ -119,6 +123,7 @@ class RunCheckpoints:
         keep: checkpoints kept.
         best_metric: name of the metric that chooses them; None: the newest.
         best_mode: "max" or "min".
+        evaluated_on: what identifies the evaluation's data; metrics of others are not read.
     """
 
     def __init__(
@@ -128,9 +133,11 @@ class RunCheckpoints:
         keep: int,
         best_metric: str | None = None,
         best_mode: str = "max",
+        evaluated_on: Any = None,
     ):
         self._directory, self._run, self._keep = directory.absolute(), run, keep
         self._folder = self._directory / CHECKPOINTS
+        self._evaluated_on = json_sha256({"data": evaluated_on}, "sha256")
         self._metric, self._sign = best_metric, 1 if best_mode == "max" else -1
         handlers = {STATE: ocp.StandardCheckpointHandler(), CONTENTS: ocp.JsonCheckpointHandler()}
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
@@ -158,6 +165,7 @@ class RunCheckpoints:
         contents = {
             "step": step,
             "evaluation": metrics,
+            "evaluated_on": self._evaluated_on,
             "leaves": {path: leaf_sha256(leaf) for path, leaf in leaves.items()},
         }
         contents["sha256"] = json_sha256(contents, "sha256")
@@ -250,10 +258,15 @@ class RunCheckpoints:
         items = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
         try:
             restored = self._checkpointer.restore(folder, args=items)[STATE]
+        except MemoryError:
+            raise
         except Exception as error:  # whatever orbax and its libraries raise for damaged files
+            if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+                raise
             raise DamagedError(f"it cannot be read: {_first_line(error)}") from error
         check_leaves(contents, _by_path(jax.device_get(restored)))
-        return restored, dict(contents["evaluation"])
+        of_these = contents["evaluated_on"] == self._evaluated_on
+        return restored, dict(contents["evaluation"]) if of_these else {}
 
     def _remove_surplus(self) -> None:
         """Removes what is not to be kept of the checkpoints that are complete and sound."""

@@ -6,11 +6,13 @@ import fcntl
 import importlib.util
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
 import threading
 
+from coda_jax import files
 from coda_jax.data.reports import say
 from coda_jax.optional import needs
 
@@ -22,10 +24,24 @@ _CLI = "coda_jax.cli"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+def checked(directory: str | os.PathLike) -> pathlib.Path:
+    """The path of a run's folder.
+
+    Raises:
+        ValueError: it is a file, or orbax would take its name for a pattern.
+    """
+    if pattern := set(os.fspath(directory)) & set("[]*?"):
+        raise ValueError(
+            f"MODEL_DIR={os.fspath(directory)!r} has {''.join(sorted(pattern))}, with which "
+            "checkpoints cannot be read again: name another folder"
+        )
+    return files.checked_folder(directory)
+
+
 def saved_steps(directory: pathlib.Path) -> list[int]:
     """The steps whose checkpoints are complete, ascending."""
     found = (directory / CHECKPOINTS).glob("[0-9]*")
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    return sorted(int(path.name) for path in found if re.fullmatch("0|[1-9][0-9]*", path.name))
 
 
 class Interruption(Exception):

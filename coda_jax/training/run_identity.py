@@ -43,7 +43,7 @@ _TABLES = {  # of many values: (what is counted, the tolerance)
 _EXPLAINED = {  # tables that differ because something else does, which is said then
     "first_batch": {"data", "seed"},
     "start": {"config", "seed"},
-    "learning_rate/at": {"learning_rate"},
+    "learning_rate/at": {"learning_rate", "total_steps"},
     "optimizer/update": {"optimizer"},
 }
 _SHOWN = 60  # characters of a value in an error
@@ -74,9 +74,10 @@ def identify(
 
 
 def _size(leaf: Any) -> list[float]:
-    """The mean absolute value and the root mean square of a leaf."""
-    values = np.asarray(leaf).astype(np.float64)
-    return [float(np.mean(np.abs(values))), float(np.sqrt(np.mean(values**2)))]
+    """The mean absolute value of a leaf, its root mean square, and a sum that depends on signs."""
+    values = np.asarray(leaf).astype(np.float64).reshape(-1)
+    projection = np.cos(np.arange(values.size)) @ values
+    return [float(np.abs(values).mean()), float(np.sqrt(np.mean(values**2))), float(projection)]
 
 
 def _array(values: np.ndarray) -> str:
@@ -150,9 +151,8 @@ def _learning_rate(learning_rate: optax.ScalarOrSchedule, total_steps: int) -> d
     """A number, or what a schedule is made of and its values at some steps."""
     if not callable(learning_rate):
         return {"name": "constant", "value": float(learning_rate)}
-    steps = {0, 1, *(total_steps * i // 4 for i in range(4)), total_steps - 1}
-    at = {str(step): [float(learning_rate(step))] for step in sorted(steps)}
-    at = {step: value for step, value in at.items() if math.isfinite(value[0])}
+    at = zip(*schedules.rates(learning_rate, total_steps, most=1000), strict=True)
+    at = {str(step): float(rate) for step, rate in at}
     return {"name": _name(learning_rate), **_described(learning_rate), "at": at}
 
 
@@ -250,12 +250,17 @@ def _advice(directory: pathlib.Path) -> str:
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One line for each value that differs between two runs; large tables are counted."""
     lines = dict(_differing("", there, here))
-    seeds = {"seed"} if "options/seed" in lines else set()
-    kinds = seeds | {path.split("/")[0] for path in lines if path not in _TABLES}
+    options = {name for name in ("seed", "total_steps") if f"options/{name}" in lines}
+    if "total_steps" in options:  # of which a schedule is made
+        lines = {k: x for k, x in lines.items() if not k.startswith("learning_rate/")}
+    kinds = options | {path.split("/")[0] for path in lines if path not in _TABLES}
     lines = {k: x for k, x in lines.items() if not kinds & _EXPLAINED.get(k, set())}
     for kind in ("optimizer", "learning_rate"):  # another function has other parts
         if f"{kind}/name" in lines:
             lines = {k: x for k, x in lines.items() if f"{kind}/" not in k or k == f"{kind}/name"}
+    for path in ("data/sha256", "eval_data/sha256"):
+        if path in lines:
+            lines[path] = "the examples are not those that the run began with"
     values = [f"{path}: {line}" for path, line in lines.items() if path not in _TABLES]
     return values + [line for path, line in lines.items() if path in _TABLES]
 

@@ -37,8 +37,23 @@ def rate_or_schedule(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOr
     return value if callable(value) else RATE(name, value)
 
 
+def rates(
+    learning_rate: optax.Schedule, total_steps: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some steps of a run, evenly spread, and the rates of a schedule at them.
+
+    Args:
+        learning_rate: the schedule.
+        total_steps: of the run.
+        most: steps.
+    """
+    steps = np.unique(np.linspace(0, total_steps - 1, min(total_steps, most)).astype(np.int32))
+    found = np.broadcast_to(jax.vmap(learning_rate)(jnp.asarray(steps)), steps.shape)
+    return steps, np.asarray(found)
+
+
 def checked(learning_rate: optax.ScalarOrSchedule, total_steps: int) -> optax.Schedule:
-    """The learning rate as a schedule, whose rates in a run, up to 10,000 of them, are numbers of at least 0.
+    """The learning rate as a schedule; up to 10,000 of its rates in a run are checked.
 
     Args:
         learning_rate: a number, above 0, or an optax schedule.
@@ -50,10 +65,9 @@ def checked(learning_rate: optax.ScalarOrSchedule, total_steps: int) -> optax.Sc
     if not callable(learning_rate):
         rate = RATE("learning_rate", learning_rate)
         return lambda step: rate
-    steps = np.unique(np.linspace(0, total_steps - 1, min(total_steps, 10_000)).astype(np.int32))
-    rates = np.broadcast_to(jax.vmap(learning_rate)(jnp.asarray(steps)), steps.shape)
-    for step, rate in zip(steps, rates, strict=True):
+    steps, found = rates(learning_rate, total_steps, most=10_000)
+    for step, rate in zip(steps, found, strict=True):
         checks.Number(least=0)(f"learning_rate of step {step + 1}", rate)
-    if not rates.any():
+    if not found.any():
         raise ValueError(f"learning_rate is 0 in all {total_steps} steps")
     return learning_rate

@@ -240,7 +240,8 @@ def train(
         optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
         learning_rate: a number or an optax schedule.
         directory: of the run's checkpoints and logs.
-        run: what identifies the data, as JSON; see `run_identity` for the rest.
+        run: what identifies the data, as JSON; see `run_identity` for the rest. "eval_data" in it
+            does so only where `best_metric` is set; otherwise other data are evaluated on anew.
         eval_batches: makes a pass over the evaluation data.
 
     Returns:
@@ -258,12 +259,16 @@ def train(
     print(describe(model, params), flush=True)
     first, batches = _peek(batches, options)
     known = run_identity.identify(model, params, options, optimizer, learning_rate, first)
-    run, directory = run_identity.run_file({**known, **run}), pathlib.Path(directory).absolute()
+    run, directory = {**known, **run}, pathlib.Path(directory).absolute()
+    evaluated_on = run.get("eval_data")
+    if options.best_metric is None:
+        run.pop("eval_data", None)
+    run = run_identity.run_file(run)
     placement = Placement()
     with (
         owned(directory),
         interruption() as requests,
-        _checkpoints(directory, run, options, best_mode) as checkpoints,
+        _checkpoints(directory, run, options, best_mode, evaluated_on) as checkpoints,
         metric_writer(directory) as write,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
@@ -288,12 +293,13 @@ def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Itera
 
 
 def _checkpoints(
-    directory: pathlib.Path, run: Mapping, options: TrainOptions, best_mode: str
+    directory: pathlib.Path, run: Mapping, options: TrainOptions, best_mode: str, evaluated_on: Any
 ) -> RunCheckpoints:
     """Those of a folder, which must be of this run or of none."""
     recover(directory)
     run_identity.check_run(directory, run)
-    return RunCheckpoints(directory, run, options.keep, options.best_metric, best_mode)
+    chosen = {"best_metric": options.best_metric, "best_mode": best_mode}
+    return RunCheckpoints(directory, run, options.keep, **chosen, evaluated_on=evaluated_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,8 +345,9 @@ class _Loop:
             evaluated: whether the checkpoint has an evaluation.
         """
         number, total = int(state.step), self.options.total_steps
-        if 0 < number < total:
-            print(f"continuing at step {number} of {total}", flush=True)
+        if number:
+            done = "the run is finished: it ended" if number == total else "continuing"
+            print(f"{done} at step {number} of {total}", flush=True)
         cut_off = number and not evaluated and self._saves_at(number)
         if cut_off and (metrics := self._evaluated(state)) is not None:
             self.checkpoints.replace(state, metrics)

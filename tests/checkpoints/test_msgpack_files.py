@@ -159,7 +159,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_tensors(tmp_path / "absent.msgpack")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(changes=CHANGES, in_chunks=st.booleans())
 def test_whatever_a_file_holds_it_is_read_or_refused(read, changes, in_chunks):
     """The format has no check sums, so that a change may make another model."""
@@ -173,7 +173,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused(read, changes, in_chunks):
     assert sum(leaf.copy().nbytes for leaf in tensors.values()) < len(data)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(keep=st.integers(0, len(GOOD) - 1))
 def test_a_truncated_file_is_refused(read, keep):
     with pytest.raises(ValueError, match=r"flax_model\.msgpack"):

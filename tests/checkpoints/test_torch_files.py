@@ -302,7 +302,7 @@ def outcome(folder, data):
         return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(place=st.integers(0, len(GOOD) - 1), bits=st.integers(1, 255))
 def test_a_changed_byte_changes_no_number_in_silence(scratch, place, bits):
     data = bytearray(GOOD)
@@ -313,7 +313,7 @@ def test_a_changed_byte_changes_no_number_in_silence(scratch, place, bits):
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in texts of another opcode
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_whatever_a_file_holds_it_is_read_or_refused(scratch, data):
     """Where no check sum tells, as in a pickle, a change may make another model."""
@@ -327,7 +327,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused(scratch, data):
     outcome(scratch, zipped(bytes(pickled), BYTES))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(keep=st.integers(0, len(GOOD) - 1))
 def test_a_truncated_file_is_refused(scratch, keep):
     assert outcome(scratch, GOOD[:keep]) is None

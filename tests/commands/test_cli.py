@@ -58,6 +58,16 @@ def test_each_command_explains_its_flags_with_an_example(name, capsys):
     assert ("--preset" in text) == (name == "bench")
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"), [("/tmp/a%b", "programs, in /tmp/a%b"), (None, "programs\n")]
+)
+def test_help_names_the_folder_of_programs(folder, said, monkeypatch, capsys):
+    monkeypatch.setattr(cli.environment, "programs_folder", lambda: folder)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", GIN_COMMANDS)
 def test_each_command_lists_its_macros_with_their_values_and_comments(name):
     text = manual.epilog(name)
@@ -245,18 +255,23 @@ WORDS = st.lists(st.sampled_from(PIECES) | st.text(), max_size=6)
 
 @settings(
     max_examples=80,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(command=st.sampled_from([*GIN_COMMANDS, ""]), words=WORDS)
+@given(command=st.sampled_from([*COMMANDS, ""]), words=WORDS)
+@example(command="bench", words=[])
 @example(command="train", words=["--gin_file=runs/train.gin\0"])
 @example(command="predict", words=["--gin_file=" + "x" * 5000, "--gin.\ud800=3"])
 def test_any_command_line_is_carried_out_or_refused_in_a_few_lines(command, words, capsys):
-    """What it configures is not made."""
+    """What it configures is not made, and nothing is run."""
+
+    def load_flags(command, function=None):
+        return load(command, function) if function else lambda *_: None
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load", load_flags)
         patch.setattr(configuration, "_parse", lambda *_: {})
         patch.setattr(configuration, "_check_reached", lambda *_: None)
-        patch.setattr(gin, "get_configurable", lambda _: lambda: None)
+        patch.setattr(gin, "get_configurable", lambda function: function)
         try:
             code = cli.main([command, *words] if command else words)
         except SystemExit as stop:

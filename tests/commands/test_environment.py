@@ -51,6 +51,8 @@ def test_without_a_home_folder_nothing_is_kept(cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert environment.programs_folder() is None
     assert environment.keep_programs(True).endswith("there is no home folder")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "given")
+    assert environment.programs_folder() == "given"
 
 
 def test_tensorflow_is_quiet_also_where_it_was_looked_for_before(monkeypatch):

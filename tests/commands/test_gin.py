@@ -138,6 +138,7 @@ def test_sizes_of_ones_own_can_be_written_in_a_gin_file(tmp_path):
 
 
 REQUIRED = {
+    "LAYOUT": "hf",
     "MODEL_DIR": "unused",
     "INITIAL_CHECKPOINT_PATH": "unused",
     "MIXTURE_OR_TASK_NAME": "stdlib_module",
@@ -191,7 +192,7 @@ def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
         assert name == f"runs/{command}.gin"
         return
     assert arguments["options"].total_steps >= 100
-    assert arguments["data"].limited().feature_lengths.keys() == {"inputs", "targets"}
+    assert arguments["data"].limits().keys() == {"inputs", "targets"}
     assert (arguments["data"].split, arguments["eval_data"].split) == ("train", "validation")
     assert not arguments["eval_data"].shuffle
     rate = arguments["learning_rate"]
@@ -280,7 +281,7 @@ def test_tasks_are_registered_with_inputs_and_targets(name, tmp_path):
     bindings += ["DIRECTORY=unused"] * ("DIRECTORY = " in (FOLDER / name).read_text())
     cli.configure(["runs/cache.gin", name], [], bindings)
     arguments = gin.get_bindings(load("cache"))
-    from_data = name == "tasks/jsonl.gin"
+    from_data = name in ("tasks/jsonl.gin", "tasks/labels.gin")
     assert from_data or arguments["feature_lengths"].keys() == {"inputs", "targets"}
     if name == "tasks/labels.gin":
         with pytest.raises(ValueError, match="has labels, which seqio's tasks do not"):

@@ -104,7 +104,7 @@ def test_a_file_that_is_no_text_is_told(here):
         read("own.gin")
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text())
 @example(text="(" * 3000)
 @example(text="include 'preset.gin'\n" * 3)

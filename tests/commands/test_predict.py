@@ -109,10 +109,30 @@ def test_a_stream_is_a_line_for_each_input_that_grows_with_its_tokens(model, inp
 
 
 def test_streams_that_cannot_be_are_refused(model, inputs, tmp_path):
-    with pytest.raises(ValueError, match="a stream is text on standard output: output='"):
+    with pytest.raises(ValueError, match="STREAM prints texts: OUTPUT="):
         predict(model, inputs, str(tmp_path / "x"), Decoding(), "bytes", stream=True)
     with pytest.raises(ValueError, match="one output without beams, got num_beams=2"):
         predict(model, inputs, "-", Decoding(num_beams=2), "bytes", stream=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "names"),
+    [
+        ({}, {"scores": True, "stream": True}, "SCORES, STREAM"),
+        ({"num_beams": 4}, {}, r"Decoding\.max_decode_length, Decoding\.num_beams"),
+    ],
+)
+def test_options_of_generation_are_refused_where_the_encoder_answers(
+    model, inputs, options, arguments, names
+):
+    with pytest.raises(ValueError, match=f"the encoder answers: no .*{names}$"):
+        written(model, inputs, options, embed="mean", **arguments)
+
+
+def test_the_file_of_the_inputs_is_not_overwritten(model, inputs):
+    (model.directory / "out.jsonl").symlink_to(inputs)
+    with pytest.raises(ValueError, match=r"out\.jsonl is read: give"):
+        written(model, inputs, {})
 
 
 def test_a_character_is_printed_when_all_its_bytes_have_come(model, inputs, monkeypatch):

@@ -175,7 +175,7 @@ PLACES = {name: [p for p in places(CONTENTS[name]) if p] for name in CONTENTS}
 
 
 @pytest.mark.parametrize("name", PLACES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_tokenizer_with_any_other_values_loads_or_is_refused(name, data):
     content = copy.deepcopy(CONTENTS[name])

@@ -148,11 +148,31 @@ def test_inputs_come_from_text_jsonl_and_standard_input(tmp_path, monkeypatch):
     path.write_text('{"inputs": "one\\ntwo", "targets": 3}\n')
     assert jsonl.read_inputs(text) == ["one", "", " two\x0cand "]
     assert jsonl.read_inputs(str(path)) == ["one\ntwo"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("x\ny"))
-    assert jsonl.read_inputs("-") == ["x", "y"]
+    text.write_bytes("\ufeffone\r\ntwo".encode())
+    assert jsonl.read_inputs(text) == ["one", "two"]
+    for typed in ("x\ny", "x\r\ny\r\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert jsonl.read_inputs("-") == ["x", "y"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    with pytest.raises(ValueError, match=r"^standard input: not UTF-8"):
+        jsonl.read_inputs("-")
     text.write_text("")
     with pytest.raises(ValueError, match=r"a\.txt: there are no inputs"):
         jsonl.read_inputs(text)
     path.write_text('{"input": "one"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl:1: the field 'inputs'"):
         jsonl.read_inputs(path)
+
+
+def test_half_of_a_pair_of_escapes_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"inputs": "\\ud83d\\ude00"}\n{"inputs": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: half of a pair of \\u escapes"):
+        jsonl.read_inputs(path)
+
+
+@pytest.mark.parametrize("name", ["train_file", "vocabulary"])
+def test_a_number_is_no_file(name):
+    given = {"train_file": "a.jsonl", "vocabulary": "bytes", name: 2024}
+    with pytest.raises(ValueError, match=rf"^{name.upper()} must be .* got 2024: write \./2024$"):
+        jsonl.jsonl_task(**given)

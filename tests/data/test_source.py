@@ -139,11 +139,11 @@ def fixture_files(tmp_path):
 
 
 def test_limits_are_those_given_or_of_the_cache_or_defaults(task, cache, tmp_path):
-    assert Data(None, task).limited().feature_lengths == {"inputs": 512, "targets": 512}
-    assert Data(None, task).limited(2048).feature_lengths == {"inputs": 2048, "targets": 512}
-    assert Data({"inputs": 7}, task).limited(9).feature_lengths == {"inputs": 7, "targets": 512}
-    assert Data(None, cache=cache).limited().feature_lengths == LENGTHS
-    assert Data({"targets": 3}, cache=cache).limited().feature_lengths == LENGTHS | {"targets": 3}
+    assert Data(None, task).limits() == {"inputs": 512, "targets": 512}
+    assert Data(None, task).limits(2048) == {"inputs": 2048, "targets": 512}
+    assert Data({"inputs": 7}, task).limits(9) == {"inputs": 7, "targets": 512}
+    assert Data(None, cache=cache).limits() == LENGTHS
+    assert Data({"targets": 3}, cache=cache).limits() == LENGTHS | {"targets": 3}
     for wrong, named in (({"input": 3}, "got {'input': 3}"), ({"inputs": 0}, "got 0")):
         with pytest.raises(ValueError, match=named):
             Data(wrong, task)
@@ -215,8 +215,10 @@ def test_a_split_is_the_validation_or_the_only_one(files):
     several = files(train=[("a", "b")], test=[("a", "b")])
     with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\]: give one as SPLIT"):
         Data(LENGTHS, several).with_split(None)
-    with pytest.raises(ValueError, match=r"no file of the split 'validation', .*VALIDATION_FILE"):
+    with pytest.raises(ValueError, match=r"no split 'validation', .*; --gin.VALIDATION_FILE"):
         Data(LENGTHS, several).with_split("validation")
+    with pytest.raises(ValueError, match=r"no split 'dev', only \['test', 'train'\]$"):
+        Data(LENGTHS, several).with_split("dev")
     both = files(train=[("a", "b")], validation=[("a", "b")])
     assert Data(LENGTHS, both).with_split(None).split == "validation"
 

@@ -38,7 +38,7 @@ def end_by_search(pieces, stops, ids):
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(words=WORDS, stops=st.lists(TEXTS, min_size=1, max_size=3))
 def test_an_output_ends_with_the_token_that_completes_a_stop_text(name, words, stops):
     vocabulary = VOCABULARIES[name]

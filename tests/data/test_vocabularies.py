@@ -36,7 +36,7 @@ def test_numbers_equal_those_of_seqio(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS)
 def test_texts_have_the_ids_of_seqio(path, text):
     ours, theirs = PAIRS[path]
@@ -46,7 +46,7 @@ def test_texts_have_the_ids_of_seqio(path, text):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ids=IDS)
 def test_ids_have_the_texts_of_seqio(path, ids):
     ours, theirs = PAIRS[path]

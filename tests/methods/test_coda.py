@@ -18,7 +18,7 @@ from coda_jax.methods.soft_topk import soft_topk
 from coda_jax.nn.layers import LayerNorm
 from coda_jax.nn.tokens import Tokens
 
-few_examples = settings(max_examples=25, deadline=None, derandomize=True)
+few_examples = settings(max_examples=25)
 REDUCTIONS = (1, 1.1, 1.5, 2, 2.3, 2.5, 3, 3.7, 5, 8, 100)
 
 jit_select = jax.jit(select, static_argnums=2)

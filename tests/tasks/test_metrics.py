@@ -12,7 +12,7 @@ import pytest
 
 from coda_jax.tasks import metrics
 
-few_examples = settings(max_examples=100, deadline=None, derandomize=True)
+few_examples = settings(max_examples=100)
 
 WORDS = [
     "the",

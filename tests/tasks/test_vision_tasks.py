@@ -236,7 +236,7 @@ def distance(first, second):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text("ab", max_size=5), st.text("ab", max_size=5))
 def test_levenshtein_is_the_fewest_edits(first, second):
     assert metrics.levenshtein(first, second) == distance(first, second)
@@ -263,7 +263,7 @@ def test_anls_is_the_mean_over_the_questions():
 
 
 @given(st.lists(st.tuples(st.lists(ALPHABET, min_size=1, max_size=3), ALPHABET), min_size=1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_anls_lies_between_exact_match_and_one_hundred(questions):
     targets, predictions = zip(*questions, strict=True)
     exact = np.mean([p in answers for answers, p in questions])
