@@ -53,6 +53,7 @@ def test_answers_and_routing_are_those_of_each_input_alone(rng):
         assert answer == expected_answer.tolist()
 
 
+@pytest.mark.all
 def test_the_first_model_is_the_baseline_of_a_comparison(rng):
     """Its speed-up is 1; an encoder at r = 2 has fewer operations."""
     configs = {"first": config(adapter=ADAPTER), "second": config({"reduction": 2.0})}

@@ -166,6 +166,7 @@ def test_a_wheel_works_and_says_where_the_checkpoints_are(wheel, tmp_path):
     assert f"{tmp_path}/modules/coda_jax/tasks/cider.py" in output
 
 
+@pytest.mark.all
 def test_pip_installs_from_a_folder_with_the_command(sources, tmp_path):
     modules = tmp_path / "modules"
     subprocess.run([*PIP, "install", *OFFLINE, "--target", modules, sources], check=True)

@@ -257,8 +257,8 @@ def _check_base(
     different = [path for path in paths if found.get(path) != expected.get(path)]
     if different:
         raise ValueError(
-            f"{directory} belongs to another base: give the checkpoint that it was trained from. "
-            f"{len(different)} of {len(paths)} frozen leaves differ:\n  " + "\n  ".join(different)
+            f"{directory} belongs to another base; {len(different)} of {len(paths)} frozen leaves "
+            "differ; give the checkpoint that it was trained from:\n  " + "\n  ".join(different)
         )
 
 

@@ -120,7 +120,6 @@ def convert(
         config, params = checkpoints.encoder_of(read.config, read.params)
         base_read = checkpoints.encoder_of(*read.base) if read.base else None
         read = dataclasses.replace(read, config=config, params=params, base=base_read)
-    trees.check_finite(trees.flatten(read.params))
     folders = [folder, *([hub.find(base)] if base else [])]
     beside = _find_vocabulary(read, folders)
     if layout == "hf":
@@ -148,7 +147,9 @@ def _read(folder: Path, **options: Any) -> Source:
     if unused:
         macros = ", ".join(_MACROS[option] for option in unused)
         raise ValueError(f"{folder} is {name}, which needs no {macros}")
-    return reader(folder, **options)
+    source = reader(folder, **options)
+    trees.check_finite(trees.flatten(source.params))
+    return source
 
 
 def _read_hf(folder: Path) -> Source:

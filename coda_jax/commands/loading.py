@@ -183,8 +183,7 @@ def load_model(
     """
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, INITIAL_ADAPTER_PATH=adapter_checkpoint)
     dtype, dropout_rate = checks.dtype("DTYPE", dtype), DROPOUT("DROPOUT_RATE", dropout_rate)
-    given = checks.Maybe(checks.InstanceOf(ModelConfig))("CONFIG", config)
-    rng = jax.random.key(checks.SEED("SEED", seed))
+    rng, given = jax.random.key(checks.SEED("SEED", seed)), config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
     if adapter_checkpoint is not None:
@@ -268,6 +267,7 @@ def _base(
     directory: pathlib.Path | None, given: ModelConfig | None, rng: jax.Array
 ) -> tuple[ModelConfig, Mapping[str, Any]]:
     """The dense model: from a checkpoint, whose sizes must be those given, or random."""
+    checks.Maybe(checks.InstanceOf(ModelConfig))("CONFIG", given)
     if directory is None:
         if given is None:
             raise ValueError("load_model needs a checkpoint or, to start at random, a config")

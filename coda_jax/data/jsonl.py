@@ -276,7 +276,7 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
         except UnicodeEncodeError as e:
             raise ValueError(f"{place}: half of a pair of \\u escapes: {e}") from e
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{place}: not JSON, of which a line must be an object: {e}") from e
+            raise ValueError(f"{place}: not JSON: {e} (each line must be an object)") from e
         if not isinstance(record, dict):
             raise ValueError(f"{place}: not an object: {record!r}")
         yield place, record

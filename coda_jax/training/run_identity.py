@@ -25,6 +25,7 @@ from coda_jax import files, methods, trees
 from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.objectives import Model
+from coda_jax.training import schedules
 from coda_jax.training.run_directory import (
     EXPORT,
     FORMAT_VERSION,

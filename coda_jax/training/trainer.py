@@ -259,16 +259,12 @@ def train(
     print(describe(model, params), flush=True)
     first, batches = _peek(batches, options)
     known = run_identity.identify(model, params, options, optimizer, learning_rate, first)
-    run, directory = {**known, **run}, pathlib.Path(directory).absolute()
-    evaluated_on = run.get("eval_data")
-    if options.best_metric is None:
-        run.pop("eval_data", None)
-    run = run_identity.run_file(run)
+    run, directory = run_identity.run_file({**known, **run}), pathlib.Path(directory).absolute()
     placement = Placement()
     with (
         owned(directory),
         interruption() as requests,
-        _checkpoints(directory, run, options, best_mode, evaluated_on) as checkpoints,
+        _checkpoints(directory, run, options, best_mode) as checkpoints,
         metric_writer(directory) as write,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
@@ -293,9 +289,12 @@ def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Itera
 
 
 def _checkpoints(
-    directory: pathlib.Path, run: Mapping, options: TrainOptions, best_mode: str, evaluated_on: Any
+    directory: pathlib.Path, run: Mapping, options: TrainOptions, best_mode: str
 ) -> RunCheckpoints:
     """Those of a folder, which must be of this run or of none."""
+    evaluated_on = run.get("eval_data")
+    if options.best_metric is None:  # they decide nothing
+        run = {name: value for name, value in run.items() if name != "eval_data"}
     recover(directory)
     run_identity.check_run(directory, run)
     chosen = {"best_metric": options.best_metric, "best_mode": best_mode}

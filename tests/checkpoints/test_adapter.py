@@ -349,8 +349,11 @@ NORM = "encoder/encoder_norm/scale"
         (lambda m: m["leaves"][NORM].pop("shape"), f"{NORM}: .*manifest says .'dtype'"),
         (lambda m: m["leaves"].pop(NORM), f"{NORM}: .*manifest says nothing"),
         (lambda m: m.update(base=None), "no fingerprints of its base"),
-        (lambda m: m["base"].pop("token_embedder/embedding"), "differ:\n  token_embedder/emb"),
-        (lambda m: m["base"].update(new="0"), "differ:\n  new"),
+        (
+            lambda m: m["base"].pop("token_embedder/embedding"),
+            "trained from:\n  token_embedder/emb",
+        ),
+        (lambda m: m["base"].update(new="0"), "trained from:\n  new"),
         (lambda m: m.update(quantization="int8"), "quantised as 'int8'"),
         (lambda m: m.update(lengths={"inputs": 0, "targets": 3}), "senseless lengths: .*0"),
         (lambda m: m.update(lengths={"inputs": 3}), "senseless lengths"),
@@ -375,3 +378,10 @@ def test_a_manifest_that_is_not_an_object_is_refused(saved, base):
     (saved / "adapter.json").write_text("[]")
     with pytest.raises(ValueError, match=r"adapter\.json must hold a JSON object"):
         load_adapter(saved, DENSE, base)
+
+
+def test_an_adapter_that_lies_deeper_is_named(tmp_path):
+    (tmp_path / "export" / "adapter").mkdir(parents=True)
+    (tmp_path / "export" / "adapter" / "adapter.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"the adapter is {tmp_path}/export/adapter$"):
+        read_manifest(tmp_path)

@@ -119,7 +119,7 @@ def test_the_command_takes_model_and_methods(tmp_path, capsys):
         cli.run([*arguments, "--gin.PRESET=t5_1_1_small", hf])
     _, params = checkpoints.load_hf(GOLDEN / "v1_1")
     t5x = save(tmp_path, trees.flatten(jax.tree.map(np.asarray, params)))
-    with pytest.raises(ValueError, match="does not say its sizes: give the config"):
+    with pytest.raises(ValueError, match="does not say its sizes: give a PRESET"):
         check(t5x, methods=(Coda(), ADAPTER))
     with pytest.raises(FileNotFoundError, match="nothing_here"):
         check(str(tmp_path / "nothing_here"), DENSE)

@@ -240,6 +240,8 @@ def test_long_messages_are_cut_but_not_their_lists():
     told = mistakes.told(ValueError("\n".join(lines))).splitlines()
     assert told[:31] == lines[:31] and told[-1].startswith("...") and len(told) == 33
     assert len(mistakes.told(ValueError("x" * 9999))) < 700
+    told = mistakes.told(ValueError("\n".join([lines[0], *["  a/leaf"] * 99, "end"]))).splitlines()
+    assert told[41:] == ["  ... and 59 more (--traceback shows all)", "end"]
 
 
 FILES = ("runs/train.gin", "runs/predict.gin", "methods/coda.gin", "tasks/jsonl.gin", "x", "")

@@ -229,3 +229,11 @@ def test_a_file_before_t5xs_run_that_it_would_overwrite_is_refused(t5x_flags, tm
 
 def test_every_command_that_reads_gin_files_is_tried_here():
     assert {name for name, row in COMMANDS.items() if row.reads_gin} == set(GIVEN)
+
+
+@pytest.mark.parametrize(
+    "given", [["REDUCTION=%REDUCTION"], ["METHODS=%METHODS"], ["DTYPE=%SEED", "SEED=(%DTYPE,)"]]
+)
+def test_a_macro_that_is_made_of_itself_is_refused(given):
+    with pytest.raises(UsageError, match="is made of itself"):
+        configure(TRAIN, [], [MODEL, "MODEL_DIR=x", *given], "train")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from coda_jax import bundled, checkpoints, methods, trees
-from coda_jax.commands.loading import head, load_model
+from coda_jax.commands.loading import configured_preset, head, load_model
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.methods import Coda, Full, ParallelAdapter
 from coda_jax.models import init_params
@@ -64,6 +64,14 @@ def test_a_checkpoint_alone_is_dense(saved):
     assert_same_tree(found.params, split(ROUTED, params)[1])
 
 
+def test_values_that_make_no_config_are_refused():
+    with pytest.raises(ValueError, match=r"PRESET_CHANGES=.* has no effect without a PRESET"):
+        configured_preset(None, {"vocab_size": 3})
+    with pytest.raises(ValueError, match="CONFIG must be a ModelConfig, got 5"):
+        load_model(config=5)
+
+
+@pytest.mark.all
 def test_a_model_can_start_at_random(saved):
     found = load_model(config=TINY, seed=3)
     assert found.directory is None

@@ -61,6 +61,7 @@ def test_scores_of_a_single_output_are_written_where_they_are_asked_for(model, i
         assert output["text"] == line["prediction"] and output["score"] < 0
 
 
+@pytest.mark.all
 def test_draws_are_the_same_in_chunks_of_any_size(model, inputs):
     options = {"do_sample": True, "seed": 4}
     lines = written(model, inputs, options)

@@ -41,6 +41,7 @@ def fixture_task(tmp_path):
     return lambda name: jsonl.jsonl_task(validation_file=file, vocabulary=str(FOLDER / name))
 
 
+@pytest.mark.all
 def test_all_files_of_a_vocabulary_go_with_the_checkpoint(model, task, tmp_path):
     config = model.config.replace(methods=(Full(),))
     data = Data(LENGTHS, task("byte_bpe"))

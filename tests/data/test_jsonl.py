@@ -125,7 +125,7 @@ def test_a_bad_line_is_named_when_the_task_is_made(write, text, message):
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"inputs": "a"}\n{"inputs": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: not JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not UTF-8"):
         jsonl.read_jsonl(path, ("inputs",))
 
 

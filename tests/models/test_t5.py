@@ -35,10 +35,8 @@ TIED = config(
 PER_LAYER = config({"reduction": (1, 2.5), "epsilon": 0.3, "max_segments": 8})
 
 
-@pytest.mark.parametrize(
-    "cfg",
-    [pytest.param(TIED, id="tied", marks=pytest.mark.all), pytest.param(PER_LAYER, id="per layer")],
-)
+@pytest.mark.all
+@pytest.mark.parametrize("cfg", [TIED, PER_LAYER], ids=["tied", "per layer"])
 def test_every_gradient_is_finite_and_reaches_its_leaf(cfg, rng):
     """In a batch with a row of padding; the logits too."""
     params = random_params(cfg)
@@ -122,6 +120,7 @@ def test_reduction_is_free_to_change_without_new_parameters(rng):
     assert all(np.abs(first - other).max() > 1e-3 for other in outputs.values())
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("cfg", [DENSE, ROUTED], ids=["dense", "routed"])
 def test_packed_targets_give_what_they_give_alone(cfg, rng):
     """Invariant 3, the whole network."""
@@ -140,6 +139,7 @@ def test_packed_targets_give_what_they_give_alone(cfg, rng):
         )
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("cfg", "tolerance"),
     [(config(adapter=ADAPTER, num_encoder_layers=1), 0.02), (TIED, 0.1)],

@@ -146,6 +146,7 @@ def test_every_parameter_of_a_model_with_decoder_has_axis_names():
         assert len(names) == len(leaf.shape) == len(set(names)), path
 
 
+@pytest.mark.all
 def test_cached_decoding_gives_the_tokens_of_the_uncached_network(rng):
     cfg = one_layer("k_to_k").replace(num_decoder_layers=1)
     params = random_params(cfg)

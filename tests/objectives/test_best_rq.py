@@ -122,6 +122,7 @@ def test_loss_is_the_cross_entropy_at_masked_frames_only(params, rng):
     assert (sums.weight, sums.correct, sums.examples) == (len(losses), right.sum(), 3)
 
 
+@pytest.mark.all
 def test_targets_of_frames_that_are_not_masked_do_not_count(params, rng, monkeypatch):
     """Other targets there, and other transcripts, give the same loss; at masked frames another."""
     frames = random_frames(rng, LENGTHS, 30)

@@ -243,6 +243,7 @@ def test_beams_never_do_worse_than_greedy_where_its_path_survives(rng):
     assert (np.asarray(scores)[ended, 0] >= total[ended] - 1e-5).all()
 
 
+@pytest.mark.all
 def test_one_beam_of_a_sharp_model_is_greedy(rng):
     """One beam differs from greedy where EOS is the runner-up: not if the winner is certain."""
     cfg = config()

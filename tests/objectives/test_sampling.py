@@ -99,6 +99,7 @@ def test_a_draw_depends_on_seed_and_number_and_not_on_its_place(rng):
     assert len(np.unique(draw(same, [7] * 6), axis=0)) == 1
 
 
+@pytest.mark.all
 def test_samples_of_an_input_are_the_same_however_many_are_drawn(rng):
     """They come by their scores, which are sums of the model's own log-probabilities."""
     inputs = random_tokens(rng, [5, 3], 6, CONFIG.vocab_size)

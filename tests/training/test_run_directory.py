@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,37 @@ def test_a_finished_run_returns_the_same_again(finished):
 def test_another_run_may_not_use_the_directory(finished):
     with pytest.raises(ValueError, match=r"other settings:\n  name: there 'test', here 'b'\n"):
         run(finished[0], run={"name": "b"})
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_lets_no_other_run_in(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    for step in (3, 6):
+        (folder / ".replaced").mkdir(exist_ok=True)
+        shutil.move(folder / "checkpoints" / str(step), folder / ".replaced")
+    with pytest.raises(ValueError, match="other settings"):
+        run(folder, run={"name": "b"})
+
+
+def test_a_finished_run_is_evaluated_on_other_data_anew(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    other = {"run": {"name": "test", "eval_data": "b"}, "eval_batches": lambda: make_batches(1)}
+    for _ in range(2):
+        _, after, metrics = run(folder, **other)
+        assert metrics["loss"] != finished[3]["loss"]
+    jax.tree.map(np.testing.assert_array_equal, after, finished[2])
+    assert run(folder, run={"name": "test"}, eval_batches=None)[2] == {}
+
+
+@pytest.mark.parametrize("name", ["run[1]", "**"])
+def test_names_that_orbax_takes_for_patterns_are_refused(name):
+    with pytest.raises(ValueError, match="name another folder"):
+        run_directory.checked(name)
+
+
+def test_only_whole_numbers_are_steps(tmp_path):
+    for name in ("6", "06", "6\N{SUPERSCRIPT TWO}", "x", "6.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert run_directory.saved_steps(tmp_path) == [6]
 
 
 def test_a_first_step_that_fails_claims_nothing(tmp_path):

@@ -73,8 +73,13 @@ ADAPTER = "encoder/layers_0/adapter/wi/kernel"
         ),
         (  # what no closure tells
             {"learning_rate": lambda step: 1e-2},
-            {"learning_rate": lambda step: 1e-2 if step < 5 else 1e-3},
-            ["the learning rates at some steps: 1 of 5 differ, 5"],
+            {"learning_rate": lambda step: jnp.where(step != 3, 1e-2, 1e-3)},
+            ["the learning rates at some steps: 1 of 6 differ, 3"],
+        ),
+        (  # a schedule of the run's length
+            {"learning_rate": warmup_cosine(1e-3, 6)},
+            {"learning_rate": warmup_cosine(1e-3, 12), **options(total_steps=12)},
+            ["options/total_steps: there 6, here 12"],
         ),
         ({}, {"optimizer": optax.sgd}, ["optimizer/name: there 'adamw', here 'sgd'"]),
         (
@@ -96,7 +101,11 @@ ADAPTER = "encoder/layers_0/adapter/wi/kernel"
             {**options(seed=1), "first_batch": [*make_batches(2)][1]},
             ["options/seed: there 0, here 1"],
         ),
-        ({}, {"data": {"sha256": "1"}}, ["data/sha256: there '0', here '1'"]),
+        (
+            {},
+            {"data": {"sha256": "1"}},
+            ["data/sha256: the examples are not those that the run began with"],
+        ),
         (
             {},
             {"first_batch": [*make_batches(2)][1]},
@@ -122,6 +131,11 @@ ADAPTER = "encoder/layers_0/adapter/wi/kernel"
             {},
             changed("decoder/decoder_norm/scale", lambda x: np.nextafter(x, 9)),
             ["the base's leaves: 1 of 29 differ, decoder/decoder_norm/scale"],
+        ),
+        (
+            {},
+            changed(ADAPTER, lambda x: -x),
+            [f"the new leaves at the start: 1 of 5 differ, {ADAPTER}"],
         ),
         (  # another adapter to start from
             {},
