@@ -6,6 +6,7 @@ program and keeps its traceback.
 """
 
 import re
+import sys
 
 _TYPES = (ValueError, OSError, FloatingPointError, MemoryError, EOFError)
 _INNER = (
@@ -34,7 +35,7 @@ def told(error: BaseException) -> str | None:
     message = _ADDED.sub("", str(error)).strip()
     if exit_code(error) > 2:  # stopped on request: the command that goes on stays whole
         return message
-    message = _shortened(message)
+    message = _with_macros(_shortened(message))
     if getattr(error, "exit_code", None) is not None:
         return message
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in message:
@@ -64,6 +65,23 @@ def _shortened(message: str) -> str:
         more = f"  ... and {len(listed) - _LISTED} more (--traceback shows all)"
         lines[listed[_LISTED] : listed[-1] + 1] = [more]
     return "\n".join(lines)
+
+
+def _with_macros(message: str) -> str:
+    """Parameters, as "Class.field", with the macros that gave them, by which people know them."""
+    if "gin.config" not in sys.modules:
+        return message
+    given: dict[str, set[str]] = {}
+    for (_, selector), values in sys.modules["gin.config"]._CONFIG.items():
+        for name, value in values.items():
+            if str(value).startswith("%"):
+                called = f"{selector.rpartition('.')[2]}.{name}"
+                given.setdefault(called, set()).add(str(value)[1:])
+    for called, macros in given.items():
+        if len(macros) == 1:
+            shown = f"{called} ({min(macros)})"
+            message = re.sub(rf"\b{re.escape(called)}\b", lambda _, x=shown: x, message, count=1)
+    return message
 
 
 def _raised_in(error: BaseException) -> str:

@@ -9,10 +9,11 @@ from absl import flags
 import gin
 import pytest
 
-from coda_jax.commands import COMMANDS, manual
+from coda_jax.commands import COMMANDS, manual, mistakes
 from coda_jax.commands.configuration import check_flags_of_t5x, configure
 from coda_jax.commands.gin_files import UsageError, package_names, read
 from coda_jax.commands.gin_macros import _readers
+from coda_jax.training.trainer import TrainOptions
 
 MODEL = "INITIAL_CHECKPOINT_PATH=unused"
 TRAIN = ["runs/finetune.gin", "methods/coda.gin", "tasks/labels.gin"]
@@ -225,6 +226,15 @@ def test_a_file_before_t5xs_run_that_it_would_overwrite_is_refused(t5x_flags, tm
     t5x_flags(["tasks/mnli.gin", run], [])
     with pytest.raises(UsageError, match=r"overwrites TASK_FEATURE_LENGTHS of tasks/mnli\.gin"):
         check_flags_of_t5x()
+
+
+def test_an_error_names_the_macro_that_gave_the_value():
+    configure(TRAIN, [], [MODEL, "MODEL_DIR=x", "TRAIN_STEPS=-5"], "train")
+    with pytest.raises(ValueError) as error:
+        TrainOptions(total_steps=-5)
+    said = mistakes.told(error.value)
+    assert said.startswith("TrainOptions.total_steps (TRAIN_STEPS) must be a whole number ")
+    assert mistakes.told(ValueError("Data.task is None")) == "Data.task is None"  # of two macros
 
 
 def test_every_command_that_reads_gin_files_is_tried_here():
