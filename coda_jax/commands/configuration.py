@@ -23,7 +23,13 @@ from coda_jax.commands.gin_files import (
     refuse,
     suggested,
 )
-from coda_jax.commands.gin_macros import check_kinds, check_macros, check_order_of_t5x, unread
+from coda_jax.commands.gin_macros import (
+    check_kinds,
+    check_macros,
+    check_order_of_t5x,
+    check_values,
+    unread,
+)
 from coda_jax.optional import needs
 
 Key = tuple[str, str, str]  # scope, full name of the configurable, parameter
@@ -52,6 +58,8 @@ def configure(
     given = read_bindings(bindings)
     named = [read(name, search_paths) for name in gin_files]
     files = in_order(named)
+    for together in (*(file.bindings for file in files), given):
+        check_values(together)
     if command is not None:
         check_kinds(command, named, files)
         check_macros(command, files, given)
@@ -250,7 +258,9 @@ def check_flags_of_t5x() -> None:
         if member.kind is None and not member.installed
         for binding in member.bindings
     ]
-    given = {b.macro: b for b in [*own, *read_bindings(flags.FLAGS.gin_bindings)] if b.macro}
+    bindings = read_bindings(flags.FLAGS.gin_bindings)
+    check_values(bindings)
+    given = {b.macro: b for b in [*own, *bindings] if b.macro}
     macros = {"/".join(r.scopes) for r in config.iterate_references(config._CONFIG)}
     known = {name: Binding("", name, "", None, "") for name in macros}
     refuse([unread(binding, known) for name, binding in given.items() if name not in macros])

@@ -327,9 +327,9 @@ def read_bindings(texts: Iterable[str]) -> list[Binding]:
     """The bindings of a command line.
 
     Raises:
-        UsageError: a name is no name, or bound twice with different values.
+        UsageError: a name is no name, or a value none.
     """
-    found: dict[str, Binding] = {}
+    found = []
     for text in texts:
         name = text.split("=", 1)[0].strip()
         try:
@@ -342,10 +342,8 @@ def read_bindings(texts: Iterable[str]) -> list[Binding]:
             raise UsageError(
                 f"--gin.{text}: {name!r} is no name of a macro or a parameter"
             ) from None
-        earlier = found.setdefault(binding.name, binding)
-        if earlier.value != binding.value:
-            raise UsageError(f"{binding.name} is given twice: {earlier.place} and {binding.place}")
-    return list(found.values())
+        found.append(binding)
+    return found
 
 
 def in_order(files: Sequence[GinFile]) -> list[GinFile]:

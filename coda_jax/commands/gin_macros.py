@@ -64,6 +64,16 @@ def check_macros(command: str, files: Sequence[GinFile], given: Sequence[Binding
     _check_missing(command, macros, read_by)
 
 
+def check_values(bindings: Sequence[Binding]) -> None:
+    """Raises UsageError where a file, or the command line, gives one name two values."""
+    for second, first in ((b, a) for place, b in enumerate(bindings) for a in bindings[:place]):
+        same = (first.scope, first.parameter) == (second.scope, second.parameter)
+        names = first.selector, second.selector
+        longer, shorter = sorted((f".{name}" for name in names), key=len, reverse=True)
+        if same and longer.endswith(shorter) and repr(first.value) != repr(second.value):
+            raise UsageError(f"{second.name} is given twice: {first.place} and {second.place}")
+
+
 def _check_cycles(macros: Mapping[str, Binding]) -> None:
     """Raises UsageError where a macro is made of itself."""
     reads = {

@@ -265,7 +265,7 @@ class RunCheckpoints:
                 raise
             raise DamagedError(f"it cannot be read: {_first_line(error)}") from error
         check_leaves(contents, _by_path(jax.device_get(restored)))
-        of_these = contents["evaluated_on"] == self._evaluated_on
+        of_these = contents.get("evaluated_on") == self._evaluated_on
         return restored, dict(contents["evaluation"]) if of_these else {}
 
     def _remove_surplus(self) -> None:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 import pytest
 
 from coda_jax.commands import gin_files
+from coda_jax.commands.configuration import configure
 from coda_jax.commands.gin_files import PACKAGE, UsageError, find, in_order, package_folder, read
+from coda_jax.commands.gin_macros import check_values
 
 OWN = package_folder()
 
@@ -176,9 +178,14 @@ def test_the_lines_of_a_file_stay_where_they_are(here):
     assert read("own.gin").text() == "\n\nincluded = 3\ninclude_x = 4\n"
 
 
-def test_a_name_bound_twice_with_other_values_is_refused():
-    same = gin_files.read_bindings(["A=1", "A = 1", "f.x=2"])
-    assert [(b.name, b.value) for b in same] == [("A", 1), ("f.x", 2)]
-    for texts in (["A=1", "A=2"], ["f.x=1", "f.x='1'"]):
+def test_a_name_with_two_values_is_refused():
+    check_values(gin_files.read_bindings(["A=1", "A = 1", "f.x=2", "g.f.y=3", "s/f.x=4"]))
+    for texts in (["A=1", "A=2"], ["f.x=1", "f.x='1'"], ["f.x=1", "g.f.x=True"]):
         with pytest.raises(UsageError, match=r"is given twice: --gin\..* and --gin\."):
-            gin_files.read_bindings(texts)
+            check_values(gin_files.read_bindings(texts))
+
+
+def test_a_file_gives_a_name_one_value(here):
+    here(own="SEED = 3\nSEED = 4\n")
+    with pytest.raises(UsageError, match=r"SEED is given twice: own\.gin:1 and own\.gin:2"):
+        configure(["runs/predict.gin", "own.gin"])
