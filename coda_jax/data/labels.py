@@ -58,9 +58,12 @@ def check_labels(task: str | None, described: bool) -> None:
         described: whether the model has a head.
     """
     if described and not isinstance(jsonl.TASKS.get(task), LabelTask):
-        raise ValueError(f"the model answers with labels or numbers: {task} has none")
+        raise ValueError(
+            f"the model answers with labels or numbers, and {task or 'the cache file'} has texts: "
+            "use tasks/labels.gin"
+        )
     if not described and isinstance(jsonl.TASKS.get(task), LabelTask):
-        raise ValueError(f"the model answers with texts: those of {task} are labels or numbers")
+        raise ValueError(f"the model answers with texts, and {task} has labels or numbers")
 
 
 def labelled_task(
