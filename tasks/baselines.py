@@ -123,7 +123,8 @@ def _mean_features(model, task_name, split, length):
             ("directions", directions),
         ):
             features[name].append(((values * present).sum(1) / count)[rows])
-        targets += [str(row) for row in batch["decoder_target_tokens"][rows]]
+        # Without their padding, of which batches have more or less.
+        targets += [str(row[row > 0]) for row in batch["decoder_target_tokens"][rows]]
     return {name: np.concatenate(values) for name, values in features.items()}, targets
 
 

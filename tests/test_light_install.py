@@ -106,9 +106,15 @@ def test_it_exports_programs(environment, folder, trained):
     assert list((folder / "served").glob("*.jax_export"))
 
 
-def test_evaluation_says_what_it_lacks(environment, folder, trained):
+def test_it_evaluates(environment, folder, trained):
     files = ("--gin_file=runs/evaluate.gin", "--gin_file=tasks/jsonl.gin")
     data = "--gin.VALIDATION_FILE='validation.jsonl'"
-    result = run(environment, folder, "coda", "evaluate", *files, *MODEL, data, check=False)
+    result = run(environment, folder, "coda", "evaluate", *files, *MODEL, data)
+    assert json.loads(result.stdout)["jsonl_validation"].keys() == {"accuracy"}
+
+
+def test_what_a_task_of_seqio_lacks_is_said(environment, folder, trained):
+    files = ("--gin_file=runs/evaluate.gin", "--gin_file=tasks/stdlib_module.gin")
+    result = run(environment, folder, "coda", "evaluate", *files, *MODEL, check=False)
     assert result.returncode != 0
     assert "seqio is not installed; it comes with: pip install 'coda_jax'" in result.stderr

@@ -113,7 +113,7 @@ def test_best_rq_pretrains_an_encoder_that_is_then_adapted_with_a_head(
 ):
     """From a checkpoint without a head to one without a head, and from there to CTC."""
     pretrained, adapted = tmp_path / "pretrained", tmp_path / "adapted"
-    short = {"TRAIN_STEPS": 3, "warmup_cosine_decay_schedule.warmup_steps": 1}
+    short = {"TRAIN_STEPS": 3, "warmup_cosine.warmup_steps": 1}
     best_rq = {"NUM_CODES": 11, "BestRQConfig.start_probability": 0.2}
     train(["runs/pretrain_best_rq_coda.gin"], pretrained, shared | short | best_rq)
     dense, params = checkpoints.load_hf(pretrained / "export")

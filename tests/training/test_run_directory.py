@@ -125,7 +125,17 @@ def test_metrics_are_dropped_where_there_is_no_tensorboard(tmp_path, monkeypatch
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
+@pytest.fixture(name="heeded")
+def fixture_heeded():
+    """Signals that end a process; under nohup, or in the background, some are ignored."""
+    previous = {signum: signal.signal(signum, signal.default_int_handler) for signum in SIGNALS}
+    yield
+    for signum, handler in previous.items():
+        signal.signal(signum, handler)
+
+
 @pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.usefixtures("heeded")
 def test_a_run_that_is_asked_to_stop_ends_like_an_uncut_one(tmp_path, finished, signum, capsys):
     def batches():
         for number, batch in enumerate(make_batches(), start=1):
@@ -234,6 +244,7 @@ def test_a_ruined_run_is_an_error_and_keeps_the_last_good_checkpoint(tmp_path):
         assert [p.name for p in (tmp_path / name / "checkpoints").iterdir()] == ["1"]
 
 
+@pytest.mark.usefixtures("heeded")
 def test_a_second_ctrl_c_does_not_wait(capsys):
     handlers = list(map(signal.getsignal, SIGNALS))
     with pytest.raises(KeyboardInterrupt), interruption() as requests:
