@@ -242,7 +242,6 @@ from coda_jax.tasks import {module}
 
 PRESET = {preset!r}
 PRESET_CHANGES = {changes}
-NUM_DECODER_LAYERS = 1  # which t5x/speech.gin asks for
 """
 
 
