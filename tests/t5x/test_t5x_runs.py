@@ -251,6 +251,9 @@ def test_other_inputs_are_trained_and_evaluated_with_our_loss(
 ):
     name, changes = sizes
     text = OTHER_GIN.format(module=f"offline_{family}", preset=name, changes=changes)
+    if family == "speech":  # whose file asks for it
+        text = text.replace("_layers': 1", "_layers': %NUM_DECODER_LAYERS")
+        text += "NUM_DECODER_LAYERS = 1\n"
     (folder / f"{family}.gin").write_text(text)
     config = preset(name, **changes, dropout_rate=0.0)
     base = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
