@@ -207,7 +207,7 @@ class RunCheckpoints:
             ValueError: as for `restore`.
         """
         self._checkpointer.wait_until_finished()
-        return self._first_sound(state, self._ranked())
+        return self._first_sound(state, [step for _, step in self._ranked()])
 
     def _rank(self, step: int) -> float:
         """What orders the checkpoints, the best last: infinite where it is damaged."""
@@ -220,13 +220,12 @@ class RunCheckpoints:
         # Without the metric, it was saved before it was evaluated.
         return self._sign * evaluation.get(self._metric, -self._sign * math.inf)
 
-    def _ranked(self) -> list[int]:
-        """The steps: those that are damaged first, so that they are named; then from the best.
+    def _ranked(self) -> list[tuple[float, int]]:
+        """(rank, step): those that are damaged first, so that they are named; then from the best.
 
         Of equals the newest is before the others.
         """
-        steps = saved_steps(self._directory)
-        return sorted(steps, key=lambda step: (self._rank(step), step), reverse=True)
+        return sorted(((self._rank(x), x) for x in saved_steps(self._directory)), reverse=True)
 
     def _first_sound(self, state: Any, steps: Sequence[int]) -> tuple[Any, dict[str, float]]:
         damaged: dict[int, str] = {}
@@ -271,7 +270,7 @@ class RunCheckpoints:
     def _remove_surplus(self) -> None:
         """Removes what is not to be kept of the checkpoints that are complete and sound."""
         newest = saved_steps(self._directory)[-1:]
-        sound = [step for step in self._ranked() if self._rank(step) < math.inf]
+        sound = [step for rank, step in self._ranked() if rank < math.inf]
         for step in {*sound[self._keep :]} - {*newest}:
             self._move(step, _REMOVED)
         shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
