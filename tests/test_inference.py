@@ -231,6 +231,7 @@ def test_an_input_whose_logits_are_not_finite_has_no_answer(rng, options):
             np.testing.assert_array_equal(found[row], whole[row])
 
 
+@pytest.mark.all
 def test_an_input_whose_logits_are_not_finite_is_named():
     decoding = Decoding(max_decode_length=4, batch_size=2)
     predictor = Predictor(SMALL, broken(random_params(SMALL), 19), decoding)

@@ -24,7 +24,7 @@ each_kind = pytest.mark.parametrize("name", FOLDERS)
 with_decoder = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(x, marks=[] if x in ("madlad_400", "umt5_bin") else [pytest.mark.all])
+        pytest.param(x, marks=[] if x == "umt5_bin" else [pytest.mark.all])
         for x in FOLDERS
         if has_decoder(x)
     ],

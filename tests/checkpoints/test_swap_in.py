@@ -45,6 +45,7 @@ def test_only_new_leaves_are_created_and_the_base_is_used_as_it_is(loaded):
     assert params["encoder/layers_0/adapter/wi/kernel"].shape == (24, 4)
 
 
+@pytest.mark.all
 def test_created_leaves_are_the_models_own_initialisation_in_float32():
     config = TINY.replace(num_encoder_layers=1, methods=CODA, dtype=jnp.bfloat16)
     base = random_params(config.dense())

@@ -64,6 +64,7 @@ def fixture_run(old, tmp_path_factory):
     return folder
 
 
+@pytest.mark.all
 def test_the_adapter_of_a_run_is_what_the_run_exported(run, base, tmp_path):
     convert(run, tmp_path / "adapter", "adapter", base=base)
     for name in ("adapter.json", "adapter.safetensors"):

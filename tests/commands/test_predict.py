@@ -42,6 +42,7 @@ def written(model, inputs, options, **arguments):
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
+@pytest.mark.all
 def test_several_outputs_are_written_with_their_scores(model, inputs):
     best = written(model, inputs, {"num_beams": 3})
     assert all(line.keys() == {"inputs", "prediction"} for line in best)

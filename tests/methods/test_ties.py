@@ -99,6 +99,7 @@ def test_equal_tokens_have_equal_scores_in_the_first_layer(
     assert picks_of_short == [picks_of_short[0]] * len(SHAPES)
 
 
+@pytest.mark.all
 def test_outputs_agree_but_for_near_ties_in_deeper_layers(rng, record_property):
     cfg, params = make_model(num_encoder_layers=2, vocab_size=200)
     lengths = rng.integers(2, 31, 64)

@@ -32,6 +32,7 @@ def is_patch(patches):
     return patches[..., 0] > 0
 
 
+@pytest.mark.all
 def test_a_small_and_a_large_image_give_what_each_gives_alone(rng):
     """Invariant 2, the whole network: what padding holds does not matter either."""
     params = random_params(ROUTED)

@@ -74,9 +74,10 @@ def test_regression_is_the_squared_error(rng):
     "head",
     [
         pytest.param(CLASSES, id="classification"),
-        pytest.param(NUMBER, id="regression", marks=pytest.mark.all),
+        pytest.param(NUMBER, id="regression"),
     ],
 )
+@pytest.mark.all
 def test_answers_depend_on_no_padding_and_gradients_reach_the_head(rng, head):
     cfg = encoder_with(head, {"reduction": 2.0})
     params, model = random_params(cfg), model_for(cfg)

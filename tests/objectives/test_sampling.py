@@ -53,14 +53,13 @@ def two_tokens(inputs, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(
-            {"temperature": 1.0, "top_k": 0, "top_p": 1.0}, id="all", marks=pytest.mark.all
-        ),
+        pytest.param({"temperature": 1.0, "top_k": 0, "top_p": 1.0}, id="all"),
         pytest.param(
             {"temperature": 1.5, "top_k": 6, "top_p": 0.8}, id="temperature, top-k, top-p"
         ),
     ],
 )
+@pytest.mark.all
 def test_draws_have_the_distribution_of_the_logits(options, rng):
     """A chi-square test of 100,000 draws of two tokens, from one encoding."""
     inputs = random_tokens(rng, [5], 6, CONFIG.vocab_size)

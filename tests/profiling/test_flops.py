@@ -35,7 +35,13 @@ def test_compiled_work_falls_with_each_layers_reduction():
     )
 
 
-@pytest.mark.parametrize("methods", [(ADAPTER,), (Coda(3), ADAPTER)], ids=["adapter", "routed"])
+@pytest.mark.parametrize(
+    "methods",
+    [
+        pytest.param((ADAPTER,), id="adapter", marks=pytest.mark.all),
+        pytest.param((Coda(3), ADAPTER), id="routed"),
+    ],
+)
 def test_the_answers_count_is_xlas_which_counts_one_step(methods):
     cfg = WIDE.replace(methods=methods)
     steps = 8

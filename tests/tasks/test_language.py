@@ -337,6 +337,7 @@ def check_noise(examples, texts):
     assert kept == collections.Counter("".join(texts).encode())
 
 
+@pytest.mark.all
 def test_span_corruption_of_a_folder_and_of_c4(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"Line {i}.\n" for i in range(64 * 100)))
     name = language.task("c4", "bytes", str(tmp_path))

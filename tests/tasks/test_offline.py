@@ -293,6 +293,7 @@ def test_a_missing_vocabulary_is_an_error_that_says_how_to_make_it(tmp_path):
             seqio.TaskRegistry.remove(name + "_missing")
 
 
+@pytest.mark.all
 def test_the_tasks_exist_for_bytes():
     task = seqio.TaskRegistry.get("stdlib_exception_bytes")
     (row, *_), (example, *_) = records(task.name, "test"), examples(task.name, "test")

@@ -47,9 +47,8 @@ def examples_of(cfg, sizes, rng):
     return [{"inputs": inputs(n), "targets": random_tokens(rng, [t], t)[0]} for n, t in sizes]
 
 
-@pytest.mark.parametrize(
-    "cfg", [pytest.param(TEXT, id="text"), pytest.param(SPEECH, id="speech", marks=pytest.mark.all)]
-)
+@pytest.mark.parametrize("cfg", [pytest.param(TEXT, id="text"), pytest.param(SPEECH, id="speech")])
+@pytest.mark.all
 def test_gradients_are_those_of_full_padding(cfg, rng):
     examples = examples_of(cfg, [(25, 3), (7, 7), (12, 1), (31, 6)], rng)
     (batch,) = batch_examples(examples, batch_size=4, feature_lengths=LENGTHS)

@@ -134,7 +134,9 @@ def fixture_heeded():
         signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize(
+    "signum", [SIGNALS[0], *(pytest.param(x, marks=pytest.mark.all) for x in SIGNALS[1:])]
+)
 @pytest.mark.usefixtures("heeded")
 def test_a_run_that_is_asked_to_stop_ends_like_an_uncut_one(tmp_path, finished, signum, capsys):
     def batches():

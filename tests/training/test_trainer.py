@@ -121,6 +121,7 @@ def test_gradients_are_clipped_and_each_method_has_its_part_of_a_step():
     np.testing.assert_allclose(update(Halved(), 1.0), -0.25)
 
 
+@pytest.mark.all
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     """SGD without a limit of the gradient, so that its scale shows."""
     found = []
