@@ -70,7 +70,8 @@ def check_values(bindings: Sequence[Binding]) -> None:
         same = (first.scope, first.parameter) == (second.scope, second.parameter)
         names = first.selector, second.selector
         longer, shorter = sorted((f".{name}" for name in names), key=len, reverse=True)
-        if same and longer.endswith(shorter) and repr(first.value) != repr(second.value):
+        differ = repr(first.value) != repr(second.value) and first.value != REQUIRED
+        if same and differ and longer.endswith(shorter):
             raise UsageError(f"{second.name} is given twice: {first.place} and {second.place}")
 
 

@@ -180,6 +180,7 @@ def test_the_lines_of_a_file_stay_where_they_are(here):
 
 def test_a_name_with_two_values_is_refused():
     check_values(gin_files.read_bindings(["A=1", "A = 1", "f.x=2", "g.f.y=3", "s/f.x=4"]))
+    check_values(gin_files.read_bindings(["A=%gin.REQUIRED", "A=1"]))  # as T5X's own files do
     for texts in (["A=1", "A=2"], ["f.x=1", "f.x='1'"], ["f.x=1", "g.f.x=True"]):
         with pytest.raises(UsageError, match=r"is given twice: --gin\..* and --gin\."):
             check_values(gin_files.read_bindings(texts))
