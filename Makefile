@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 
 DEMOS := demo demo-vision demo-speech
 
-.PHONY: $(DEMOS) test test-all test-t5x lint format clean
+.PHONY: $(DEMOS) test test-all test-t5x test-tpu lint format clean
 
 # By default glibc returns large buffers to the kernel after each step and asks for them in the next.
 # Two devices of one CPU share a batch better than two threads share each of its small products.
@@ -37,6 +37,11 @@ test-t5x: $(INSTALLED)
 	google-research/t5x, google/airio and google-research/jestimator in FOLDER"; exit 1; }
 	$(BIN)/python -m pip install --quiet --editable '.[dev,t5x]'
 	PYTHONPATH=$(T5X_PATH)/t5x:$(T5X_PATH)/airio:$(T5X_PATH)/jestimator $(BIN)/python -m pytest -k t5x
+
+# What TPUs would take, by their compiler: libtpu comes from PyPI and needs no TPU.
+test-tpu: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,tpu]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 1 tests/test_tpu_bars.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coda_jax import files
-from coda_jax.commands import bench
+from coda_jax.commands import bench_programs
 from coda_jax.methods.soft_topk import SOLVERS, soft_topk
 from coda_jax.models import preset
 from coda_jax.objectives import model_for
@@ -47,7 +47,7 @@ def decoding_calls() -> dict:
     model = model_for(config)
     params = jax.jit(model.init)(jax.random.key(0))
     tokens = jnp.asarray(
-        bench.random_batch(config, BATCH, INPUT_LENGTH, LENGTHS[0])["encoder_input_tokens"]
+        bench_programs.random_batch(config, BATCH, INPUT_LENGTH, LENGTHS[0])["encoder_input_tokens"]
     )
 
     def search(length, **options):

@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from coda_jax import checkpoints, files, methods
-from coda_jax.commands import bench
+from coda_jax.commands import bench_programs
 from coda_jax.methods.coda import num_selected
 from coda_jax.models import preset
 from coda_jax.objectives import model_for
@@ -79,11 +79,14 @@ def t5_calls(config, batch, reductions) -> tuple[dict[str, dict[str, Callable]],
             ).numpy()
 
     calls = {"encoder": {TORCH: encode}, "end_to_end": {TORCH: generate}}
-    for name, method in bench.compared(config, reductions).items():
+    for name, method in bench_programs.compared(config, reductions).items():
         if "k_to_all" not in name:
-            programs = bench.Programs(method, params, batch, seed=0)
+            adapted = checkpoints.swap_in(method, params, jax.random.key(0))
+            programs = bench_programs.Programs(method, adapted, batch)
             for measure, functions in calls.items():
-                functions[f"coda_jax, {name}"] = getattr(programs, measure)()[1]
+                _, functions[f"coda_jax, {name}"] = bench_programs.compiled_call(
+                    measure, *getattr(programs, measure)()
+                )
     return calls, relative
 
 
@@ -111,8 +114,10 @@ def block_calls(config, batch, reductions) -> dict[str, Callable]:
                 return block(x).numpy()
 
         calls[f"CoLT5-attention, r = {r:g}"] = run
-        method = bench.compared(config, [r])[f"CoDA r = {r:g}, k_to_k"]
-        calls[f"coda_jax, r = {r:g}"] = bench.Programs(method, params, batch, seed=0).encoder()[1]
+        method = bench_programs.compared(config, [r])[f"CoDA r = {r:g}, k_to_k"]
+        adapted = checkpoints.swap_in(method, params, jax.random.key(0))
+        encoder = bench_programs.Programs(method, adapted, batch).encoder()
+        _, calls[f"coda_jax, r = {r:g}"] = bench_programs.compiled_call("encoder", *encoder)
     return calls
 
 
@@ -140,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     config = preset(options.preset, dropout_rate=0.0)
-    batch = bench.random_batch(
+    batch = bench_programs.random_batch(
         config, options.batch_size, options.input_length, options.target_length
     )
     calls, difference = t5_calls(config, batch, options.reductions)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from coda_jax import methods, models, nn
-from coda_jax.commands.bench import random_batch
+from coda_jax.commands.bench_programs import random_batch
 from coda_jax.methods import coda
 from coda_jax.methods.soft_topk import soft_topk
 from coda_jax.models import FAMILIES, param_shapes

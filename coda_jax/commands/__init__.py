@@ -9,6 +9,8 @@
 | `environment` | what a process sets up before anything is imported: logs, compiled programs |
 | `mistakes` | which errors are a user's, and how they are told |
 | `loading` | a checkpoint, methods and an adapter file, put together for all commands |
+| `bench_programs` | the programs that `bench` compares |
+| `bench_topology` | `bench` for TPUs that are not there |
 | `encodings` | what `predict` writes of an encoder |
 """
 

@@ -10,101 +10,28 @@ floating-point operations. Needs jax and flax only.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from coda_jax import checkpoints, checks, files, methods, trees
-from coda_jax.methods import REDUCTION, comparisons
-from coda_jax.models import DEFAULT_PRESET, ModelConfig, family_of, preset
+from coda_jax.commands import bench_topology
+from coda_jax.commands.bench_programs import (
+    BASELINE,
+    Programs,
+    compared,
+    compiled_call,
+    operations,
+    random_batch,
+    with_head,
+)
+from coda_jax.methods import REDUCTION
+from coda_jax.models import DEFAULT_PRESET, ModelConfig, preset
 from coda_jax.objectives import model_for
-from coda_jax.profiling import breakdown, flops, timing
-from coda_jax.training import trainer
+from coda_jax.profiling import breakdown, timing, topology
 
-BASELINE = comparisons.BASELINE
 MEASURES = ("encoder", "end_to_end", "train_step", "parts")
-
-
-def compared(dense: ModelConfig, reductions: Sequence[float]) -> dict[str, ModelConfig]:
-    """The configurations that are compared, by name, the baseline first."""
-    routed = comparisons.conditional(reductions, attentions=("k_to_k", "k_to_all"))
-    every = {BASELINE: comparisons.baseline(), **routed}
-    return {name: dense.replace(methods=adaptation) for name, adaptation in every.items()}
-
-
-class Programs:
-    """The compiled programs of one method, and calls of them on random tokens.
-
-    Attributes:
-        config: the method's configuration.
-        params: the dense model's parameters, and the method's own.
-    """
-
-    def __init__(
-        self, config: ModelConfig, dense_params: Mapping, batch: Mapping[str, np.ndarray], seed: int
-    ):
-        self.config = config
-        self.params = checkpoints.swap_in(config, dense_params, jax.random.key(seed))
-        self._model = model_for(config)
-        self._batch = jax.device_put(dict(batch))
-
-    def encoder(self) -> tuple[jax.stages.Compiled, Callable]:
-        """Encodes the batch."""
-        arguments = self.params, self._batch["encoder_input_tokens"]
-        compiled = jax.jit(self._model.encode).lower(*arguments).compile()
-        return compiled, lambda: compiled(*arguments)
-
-    def end_to_end(self) -> tuple[jax.stages.Compiled, Callable]:
-        """Encodes the batch and answers; a decoder up to the last place, whatever comes out."""
-        length = self._batch["decoder_target_tokens"].shape[1]
-        endless = model_for(self.config.replace(eos_id=-1))
-        answer = functools.partial(endless.predict, max_decode_length=length)
-        arguments = self.params, self._batch["encoder_input_tokens"]
-        compiled = jax.jit(answer).lower(*arguments).compile()
-        return compiled, lambda: compiled(*arguments)
-
-    def train_step(self) -> tuple[jax.stages.Compiled, Callable]:
-        """One step of Adam on the adapters, routers and norms."""
-        trained, frozen = methods.partition(self.config, self.params)
-        trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
-        optimizer = optax.adam(1e-4)
-        state = trainer.TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
-        step = trainer.make_train_step(self._model, optimizer, accumulation=1, seed=0)
-        compiled = step.lower(state, frozen, self._batch).compile()
-
-        def call():
-            nonlocal state
-            state, sums = compiled(state, frozen, self._batch)
-            return sums
-
-        return compiled, call
-
-
-def random_batch(config: ModelConfig, batch: int, length: int, target_length: int) -> dict:
-    """Random inputs in full rows, as a batch of the trainer."""
-    rng = np.random.default_rng(0)
-    inputs = family_of(config).inputs.random(config, rng, batch, length)
-    targets = rng.integers(2, config.vocab_size, (batch, target_length)).astype(np.int32)
-    return {
-        "encoder_input_tokens": inputs,
-        "decoder_input_tokens": np.pad(
-            targets, ((0, 0), (1, 0)), constant_values=config.decoder_start_id
-        )[:, :-1],
-        "decoder_target_tokens": targets,
-        "decoder_loss_weights": np.ones_like(targets),
-    }
-
-
-def with_head(config: ModelConfig) -> ModelConfig:
-    """The config; one without a head gets that of its family's published sizes."""
-    if not config.lacks_head:
-        return config
-    given = next(iter(family_of(config).presets.values()))
-    return config.replace(**{name: getattr(given, name) for name in config.head_fields})
 
 
 def measure(
@@ -142,20 +69,19 @@ def measure(
         measures = [name for name in measures if name in ("encoder", "parts")]
     batch = random_batch(dense, batch_size, input_length, target_length)
     dense_params = jax.device_put(dense_params)
+    batch = jax.device_put(batch)
     programs = {
-        name: Programs(config, dense_params, batch, seed=0)
+        name: Programs(config, checkpoints.swap_in(config, dense_params, jax.random.key(0)), batch)
         for name, config in compared(dense, reductions).items()
     }
     report: dict[str, Any] = {"methods": {name: _sizes(p) for name, p in programs.items()}}
-    sizes = batch_size, input_length
-    counts = {
-        "encoder": lambda config: flops.encoder_flops(config, *sizes),
-        "end_to_end": lambda config: flops.answer_flops(config, *sizes, target_length),
-    }
+    counts = operations(batch_size, input_length, target_length)
     for name in measures:
         if name == "parts":
             report[name] = {
-                method: breakdown.shares(*p.encoder(), breakdown.parts_of(p.config))
+                method: breakdown.shares(
+                    *compiled_call("encoder", *p.encoder()), breakdown.parts_of(p.config)
+                )
                 for method, p in programs.items()
             }
         else:
@@ -180,7 +106,7 @@ def _compare(
     """Times one kind of program of all methods in turns."""
     compiled, calls = {}, {}
     for name, program in programs.items():
-        compiled[name], calls[name] = getattr(program, measure_name)()
+        compiled[name], calls[name] = compiled_call(measure_name, *getattr(program, measure_name)())
     timings = timing.time_interleaved(calls, rounds)
     # XLA counts the body of the decoding loop once: there, only the count by hand is of use.
     by_xla = measure_name != "end_to_end"
@@ -274,6 +200,11 @@ def _known_preset(name: str, value: str) -> str:
     return value
 
 
+def _known_topology(name: str, value: str) -> str:
+    del name
+    return topology.checked(value)
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `coda bench`."""
     model = parser.add_mutually_exclusive_group()
@@ -294,9 +225,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--reductions", type=reductions, default="3,5", help="numbers with commas between them"
     )
     parser.add_argument("--rounds", **count, default=20)
-    measures = _flag(checks.Each(checks.OneOf(MEASURES)), _words)
+    every = (*MEASURES, *(set(bench_topology.MEASURES) - set(MEASURES)))
+    measures = _flag(checks.Each(checks.OneOf(every)), _words)
     parser.add_argument(
-        "--measures", type=measures, default=",".join(MEASURES), help="of these, with commas"
+        "--measures",
+        type=measures,
+        help=f"with commas, of {','.join(MEASURES)}; with --topology of "
+        + ",".join(bench_topology.MEASURES),
+    )
+    parser.add_argument(
+        "--topology",
+        type=_flag(_known_topology),
+        help="TPUs that need not be there, such as v5e:2x2: cycles instead of times",
     )
     parser.add_argument("--json", help="file for the report")
 
@@ -306,31 +246,40 @@ def bench(options: argparse.Namespace) -> None:
     if options.json:
         files.prepare(options.json)
     dtype = jnp.dtype(options.dtype)
+    params = None
     if options.checkpoint:
         config, params = checkpoints.load_hf(options.checkpoint)
         config = with_head(config).replace(dtype=dtype.type, dropout_rate=0.0)
     else:
         config = preset(options.preset, dtype=dtype.type, dropout_rate=0.0)
-        params = jax.jit(model_for(config).init)(jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    sizes = {
+    settings = {
         "batch_size": options.batch_size,
         "input_length": options.input_length,
         "target_length": options.target_length,
-        "rounds": options.rounds,
+        "reductions": options.reductions,
     }
-    model = options.checkpoint or options.preset
-    report = {
-        "settings": {"model": model, "dtype": options.dtype, **sizes},
-        "versions": timing.versions(),
-        **measure(
+    described = {"model": options.checkpoint or options.preset, "dtype": options.dtype, **settings}
+    if options.topology:
+        described["topology"] = options.topology
+        report = bench_topology.measure(
+            config,
+            options.topology,
+            measures=options.measures or bench_topology.MEASURES,
+            **settings,
+        )
+    else:
+        if params is None:
+            params = jax.jit(model_for(config).init)(jax.random.key(0))
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+        described["rounds"] = options.rounds
+        report = measure(
             config,
             params,
-            reductions=options.reductions,
-            measures=options.measures,
-            **sizes,
-        ),
-    }
-    print(markdown(report))
+            rounds=options.rounds,
+            measures=options.measures or MEASURES,
+            **settings,
+        )
+    report = {"settings": described, "versions": timing.versions(), **report}
+    print((bench_topology.markdown if options.topology else markdown)(report))
     if options.json:
         files.write_json(options.json, report)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from coda_jax import checkpoints, cli, models, trees
-from coda_jax.commands import bench
+from coda_jax.commands import bench, bench_programs
 from coda_jax.methods import Coda, ParallelAdapter
 from coda_jax.profiling import breakdown
 
@@ -119,14 +119,14 @@ def test_every_preset_can_be_compared(name):
     """As the flag reads it; the comparison has the paper's adapters, at each reduction."""
     options, _ = cli.parse_arguments(["bench", f"--preset={name}"])
     dense = models.preset(options.preset)
-    found = bench.compared(dense, [3, 5])
+    found = bench_programs.compared(dense, [3, 5])
     assert found.pop("parallel adapter").methods == (ParallelAdapter(64),)
     assert [cfg.methods for cfg in found.values()] == [
         (Coda(reduction, attention=attention), ParallelAdapter(64))
         for attention in ("k_to_k", "k_to_all")
         for reduction in (3, 5)
     ]
-    batch = bench.random_batch(bench.with_head(dense), 1, 8, 2)
+    batch = bench_programs.random_batch(bench_programs.with_head(dense), 1, 8, 2)
     spec = dense.input_spec(1, 8)
     assert batch["encoder_input_tokens"].shape == spec.shape
     assert batch["encoder_input_tokens"].dtype == spec.dtype
@@ -140,14 +140,14 @@ def test_unknown_measures_are_refused():
 
 
 def test_patches_of_a_random_image_are_numbered_row_by_row():
-    batch = bench.random_batch(helpers.TINY_IMAGES, 2, 7, 3)
+    batch = bench_programs.random_batch(helpers.TINY_IMAGES, 2, 7, 3)
     ids = batch["encoder_input_tokens"][..., :2]
     expected = [[1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3], [3, 1]]
     assert ids.tolist() == [expected, expected]
 
 
 def test_the_decoder_reads_the_targets_a_place_later():
-    batch = bench.random_batch(helpers.TINY, 3, 7, 4)
+    batch = bench_programs.random_batch(helpers.TINY, 3, 7, 4)
     targets = batch["decoder_target_tokens"]
     np.testing.assert_array_equal(batch["decoder_input_tokens"], helpers.shift_right(targets))
     assert targets.min() >= 2 and batch["decoder_loss_weights"].all()

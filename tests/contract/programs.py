@@ -12,7 +12,7 @@ import numpy as np
 
 from coda_jax import trees
 from coda_jax.checkpoints import swap_in
-from coda_jax.commands.bench import random_batch
+from coda_jax.commands.bench_programs import random_batch
 from coda_jax.methods import Coda
 from coda_jax.models import family_of, param_shapes
 from coda_jax.objectives import model_for

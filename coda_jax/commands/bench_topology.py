@@ -1,0 +1,118 @@
+"""`coda bench --topology=v5e:2x2`: the same comparison on TPUs that are not there, in cycles."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from coda_jax import checks, methods, trees
+from coda_jax.commands.bench_programs import (
+    BASELINE,
+    Programs,
+    compared,
+    operations,
+    random_batch,
+)
+from coda_jax.models import ModelConfig, param_shapes
+from coda_jax.profiling import breakdown, topology
+
+MEASURES = ("encoder", "end_to_end", "beams", "train_step")  # of `Programs`
+
+
+def measure(
+    dense: ModelConfig,
+    name: str,
+    *,
+    batch_size: int,
+    input_length: int,
+    target_length: int,
+    reductions: Sequence[float],
+    measures: Sequence[str] = MEASURES,
+    attentions: Sequence[str] = ("k_to_k", "k_to_all"),
+) -> dict[str, Any]:
+    """The report: for each measure what each method's program costs on one chip.
+
+    Args:
+        dense: the model without adapters.
+        name: of the topology.
+        batch_size: B.
+        input_length: N.
+        target_length: T, tokens decoded, and target tokens of a training step.
+        reductions: r of each CoDA model.
+        attentions: of each CoDA model.
+        measures: of `MEASURES`; of an encoder without a head, only that.
+    """
+    measures = checks.Each(checks.OneOf(MEASURES))("measures", measures)
+    if dense.lacks_head:
+        measures = ["encoder"]
+    batch = random_batch(dense, batch_size, input_length, target_length)
+    programs = {
+        method: Programs(config, _params(config), batch)
+        for method, config in compared(dense, reductions, attentions).items()
+    }
+    report: dict[str, Any] = {}
+    for measure_name in measures:
+        compiled = {
+            method: topology.compile_for(name, *getattr(p, measure_name)(), rounds=target_length)
+            for method, p in programs.items()
+        }
+        counted = operations(batch_size, input_length, target_length).get(
+            measure_name, lambda config: None
+        )
+        baseline = compiled[BASELINE]
+        report[measure_name] = {}
+        for method, program in compiled.items():
+            config = programs[method].config
+            asked, of_baseline = counted(config), counted(programs[BASELINE].config)
+            bound = of_baseline / asked if asked else baseline.flops / program.flops
+            report[measure_name][method] = topology.row(
+                program, baseline, bound, breakdown.parts_of(config)
+            )
+    return report
+
+
+def _params(config: ModelConfig) -> Mapping:
+    """Shapes of the parameters: the base's in the dtype of the computation, as it is served."""
+    created = methods.created(config)
+
+    def held(path, leaf):
+        dtype = leaf.dtype if trees.matches(path, created) else np.dtype(config.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    flat = trees.flatten(param_shapes(config))
+    return trees.unflatten({path: held(path, leaf) for path, leaf in flat.items()})
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as tables for people."""
+    settings = report["settings"]
+    lines = [
+        f"{settings['model']}, {settings['dtype']}, batch {settings['batch_size']}, input "
+        f"{settings['input_length']}, target {settings['target_length']}; one chip of "
+        f"{settings['topology']}, by the TPU compiler's estimates.",
+    ]
+    for name in [name for name in MEASURES if name in report]:
+        rows = report[name]
+        lines += [
+            "",
+            f"**{name.replace('_', ' ')}**",
+            "",
+            "| | million cycles | speed-up | bound | of the bound | guessed | compiled in "
+            "| arguments | temporary | fits |",
+            "|---" * 10 + "|",
+        ]
+        lines += [
+            f"| {method} | {row['cycles'] / 1e6:.2f} | {row['speed_up']:.2f}x "
+            f"| {row['bound']:.2f} | {row['fraction_of_bound']:.2f} | {row['guessed']:.0%} "
+            f"| {row['compile_seconds']:.0f} s | {row['argument_bytes'] / 2**20:.0f} MiB "
+            f"| {row['temporary_bytes'] / 2**20:.0f} MiB | {'yes' if row['fits'] else 'NO'} |"
+            for method, row in rows.items()
+        ]
+        parts = list(dict.fromkeys(part for row in rows.values() for part in row["parts"]))
+        lines += ["", "| share of the cycles | " + " | ".join(parts) + " |"]
+        lines += ["|---" * (len(parts) + 1) + "|"]
+        for method, row in rows.items():
+            shares = " | ".join(f"{row['parts'].get(part, 0):.1%}" for part in parts)
+            lines.append(f"| {method} | {shares} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,137 @@
+"""Programs for TPUs that are not there: chips of a topology, compiling for them, what comes out."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import os
+import re
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+import numpy as np
+
+from coda_jax.optional import needs
+from coda_jax.profiling import tpu
+from coda_jax.profiling.breakdown import Parts, part_of
+
+# What libtpu else asks a TPU's host for, in vain.
+_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program that was compiled for a chip.
+
+    Attributes:
+        cost: in cycles.
+        flops: by XLA, and those of its custom calls.
+        seconds: of compiling.
+        argument_bytes: on each chip.
+        temporary_bytes: on each chip.
+        fits: whether a chip's memory holds both.
+    """
+
+    cost: tpu.Cost
+    flops: float
+    seconds: float
+    argument_bytes: int
+    temporary_bytes: int
+    fits: bool
+
+    def parts(self, parts: Parts) -> dict[str, float]:
+        """{part: share of the cycles}, as of `breakdown.parts_of`."""
+        shares = dict.fromkeys([*parts, "other"], 0.0)
+        for scope, cycles in self.cost.cycles.items():
+            shares[part_of(scope, parts)] += cycles / self.cost.total
+        return shares
+
+
+def checked(text: str) -> str:
+    """A topology such as "v5e:2x2", checked.
+
+    Raises:
+        ValueError: another text.
+    """
+    if not re.fullmatch(rf"({'|'.join(tpu.CHIPS)}):\d+x\d+(x\d+)?", text):
+        raise ValueError(
+            f"a topology is a chip ({', '.join(tpu.CHIPS)}) and a shape, such as v5e:2x2 or "
+            f"v4:2x2x1; got {text!r}"
+        )
+    return text
+
+
+def chips(text: str) -> list[jax.Device]:
+    """The chips of a topology.
+
+    Raises:
+        ValueError: libtpu does not know it.
+        ModuleNotFoundError: there is no libtpu.
+    """
+    with needs("tpu"):
+        import libtpu  # noqa: F401
+    os.environ.update({name: value for name, value in _HOST.items() if name not in os.environ})
+    try:
+        description = topologies.get_topology_desc(topology_name=checked(text), platform="tpu")
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"no topology {text!r}: {str(error).splitlines()[0]}") from error
+    return list(np.ravel(description.devices))
+
+
+def compile_for(name: str, function: Callable, arguments: Any, rounds: int = 1) -> Program:
+    """Compiles a function for one chip of a topology.
+
+    Args:
+        name: of the topology.
+        function: to be compiled, or already jitted.
+        arguments: arrays or their shapes.
+        rounds: as of `tpu.cost`.
+    """
+    place = SingleDeviceSharding(chips(name)[0])
+
+    def shape(x):
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place)
+
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    start = time.perf_counter()
+    compiled = jitted.lower(*jax.tree.map(shape, arguments)).compile()
+    seconds = time.perf_counter() - start
+    chip = tpu.CHIPS[name.split(":")[0]]
+    cost = tpu.cost(compiled, chip, rounds)
+    memory = compiled.memory_analysis()
+    taken = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    flops = (compiled.cost_analysis() or {}).get("flops", 0.0) + cost.flops
+    return Program(cost, flops, seconds, *taken, fits=sum(taken) <= chip.memory)
+
+
+def row(program: Program, baseline: Program, bound: float, parts: Mapping) -> dict[str, Any]:
+    """What a report says of a program beside that of the baseline.
+
+    Args:
+        program: of a method.
+        baseline: of the same measure.
+        bound: the ratio of the operations that the models ask for.
+        parts: as of `breakdown.parts_of`.
+    """
+    speed_up = baseline.cost.total / program.cost.total
+    return {
+        "cycles": program.cost.total,
+        "speed_up": speed_up,
+        "bound": bound,
+        "fraction_of_bound": speed_up / bound,
+        "guessed": program.cost.guessed_share,
+        "unknown_loops": sorted(program.cost.loops),
+        "flops": program.flops,
+        "compile_seconds": program.seconds,
+        "argument_bytes": program.argument_bytes,
+        "temporary_bytes": program.temporary_bytes,
+        "fits": program.fits,
+        "collectives": dict(program.cost.collectives),
+        "parts": program.parts(parts),
+    }

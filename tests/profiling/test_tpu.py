@@ -1,0 +1,88 @@
+"""Cycles added up along the flow of control of a program's text, and what has none."""
+
+import types
+
+import pytest
+
+from coda_jax.profiling import topology, tpu
+
+V5E = tpu.CHIPS["v5e"]
+# 7 rounds of 100 cycles, the dearer of two branches (60), 10 of its own; a copy of 8 MiB is waited
+# for, of which 770 cycles are under other work; 100 rows of 128 bfloat16 numbers are gathered.
+PROGRAM = """\
+HloModule jit_f
+
+%body (p: (s32[])) -> (s32[]) {
+  %p = (s32[]) parameter(0)
+  %work.1 = f32[8]{0} fusion(%p), kind=kLoop, metadata={op_name="jit(f)/layers_0/mlp/dot"}, backend_config={"estimated_cycles":"100"}
+}
+
+%condition (p: (s32[])) -> pred[] {
+  %p = (s32[]) parameter(0)
+  %limit = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%unknown (p: (s32[])) -> pred[] {
+  ROOT %any = pred[] fusion(%p), kind=kLoop
+}
+
+%small (p: f32[8]) -> f32[8] {
+  %work.2 = f32[8]{0} fusion(%p), kind=kLoop, metadata={op_name="a"}, backend_config={"estimated_cycles":"20"}
+}
+
+%large (p: f32[8]) -> f32[8] {
+  %work.3 = f32[8]{0} fusion(%p), kind=kLoop, metadata={op_name="b"}, backend_config={"estimated_cycles":"60"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %copy-start.1 = (bf16[4194304]{0:S(1)}, bf16[4194304]{0}, u32[]{:S(2)}) copy-start(%x)
+  %while.1 = (s32[]) while(%x), condition=%condition, body=%body
+  %branch.1 = f32[8]{0} conditional(%x), true_computation=%small, false_computation=%large
+  %work.4 = f32[8]{0} fusion(%x), kind=kLoop, metadata={op_name="c"}, backend_config={"estimated_cycles":"10"}
+  %copy-done.1 = bf16[4194304]{0:S(1)} copy-done(%copy-start.1)
+  %rows = bf16[100,128]{1,0} fusion(%x), kind=kCustom, metadata={op_name="jit(f)/layers_0/gather/gather"}
+  %sum = f32[1000]{0} all-reduce(%x), to_apply=%small, metadata={op_name="d"}, backend_config={"estimated_cycles":"5"}
+}
+"""  # noqa: E501
+
+
+def compiled(text):
+    return types.SimpleNamespace(as_text=lambda: text)
+
+
+def test_cycles_follow_the_flow_of_control():
+    cost = tpu.cost(compiled(PROGRAM), V5E)
+    gathered = 100 * 8 + 500  # 8 cycles a row: more than reading and writing their bytes takes
+    copied = 2**23 / V5E.bytes_a_cycle
+    assert cost.cycles["jit(f)/layers_0/mlp/dot"] == 700
+    assert cost.cycles["b"] == 60 and "a" not in cost.cycles
+    assert cost.cycles[tpu.WAITING] == pytest.approx(copied - 770)
+    assert dict(cost.guessed) == {"jit(f)/layers_0/gather/gather": gathered}
+    assert cost.total == pytest.approx(copied + gathered + 5)
+    assert cost.guessed_share == pytest.approx(gathered / cost.total)
+    assert cost.collectives == {"all-reduce": 4000} and not cost.loops
+
+
+def test_a_loop_of_unknown_length_is_named_and_counts_as_is_said():
+    text = PROGRAM.replace("condition=%condition", "condition=%unknown")
+    cost = tpu.cost(compiled(text), V5E, rounds=3)
+    assert cost.cycles["jit(f)/layers_0/mlp/dot"] == 300
+    assert sum(cost.loops.values()) == 1
+
+
+def test_a_program_for_another_machine_is_refused():
+    with pytest.raises(ValueError, match="not compiled for a TPU"):
+        tpu.cost(compiled("HloModule jit_f"), V5E)
+
+
+@pytest.mark.parametrize("text", ["v5e", "v7:2x2", "v5e:2", "v5e:2x2x", ""])
+def test_a_topology_is_a_chip_and_a_shape(text):
+    with pytest.raises(ValueError, match="such as v5e:2x2"):
+        topology.checked(text)
+
+
+def test_without_libtpu_the_error_says_what_brings_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'coda_jax\[tpu\]'"):
+        topology.chips("v5e:2x2")
