@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import atexit
+import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -23,6 +24,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     }
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+from helpers import as_on_tpu
 import hypothesis
 import jax
 import numpy as np
@@ -45,3 +47,10 @@ def _forget_programs():
 def rng():
     """A generator that starts the same in every test, whatever ran before."""
     return np.random.default_rng(20230411)
+
+
+@pytest.fixture(params=["default", "tpu"], name="branches")
+def fixture_branches(request):
+    """A test twice: with what this machine runs, and with what a TPU would run."""
+    with as_on_tpu() if request.param == "tpu" else contextlib.nullcontext():
+        yield

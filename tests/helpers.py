@@ -1,5 +1,6 @@
 """Tiny models and the calls that most tests make of them."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -7,8 +8,10 @@ import tarfile
 import types
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.optimize import brentq
 
 from coda_jax import trees
@@ -154,10 +157,10 @@ def random_tokens(rng, lengths, num_tokens, vocab_size=TINY.vocab_size):
 
 def layer_tokens(rng, batch=3, length=12, width=4, mask=None, segment_ids=None):
     """Returns the random `Tokens` of a layer; without a mask there is no padding."""
-    x, u = rng.normal(size=(2, batch, length, width)).astype(np.float32)
+    x = jnp.asarray(rng.normal(size=(batch, length, width)).astype(np.float32))
     return Tokens(
-        x=jnp.asarray(x),
-        u=jnp.asarray(u),
+        x=x,
+        u=jnp.tanh(x),
         positions=jnp.arange(length)[None],
         mask=jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask),
         segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
@@ -211,3 +214,17 @@ def assert_same_tree(first, second):
     for path, leaf in first.items():
         assert leaf.dtype == second[path].dtype, path
         assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
+
+
+@contextlib.contextmanager
+def as_on_tpu():
+    """What is traced meanwhile takes the branches that a TPU takes."""
+    usual = lax.platform_dependent
+
+    def on_tpu(*arguments, default=None, **by_platform):
+        branch = by_platform.get("tpu", default)
+        return branch(*arguments) if branch else usual(*arguments, **by_platform)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lax, "platform_dependent", on_tpu)
+        yield

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from flax import linen as nn
 from flax.linen import partitioning
+import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -26,12 +27,13 @@ from coda_jax.methods.soft_topk import (
     EPSILON,
     ITERATIONS,
     SOLVERS,
-    above_and_at_kth_largest,
+    hard_topk,
     one_row_per_constraint,
     soft_topk,
 )
-from coda_jax.nn.layers import sum_in_order
-from coda_jax.nn.tokens import Selection, Tokens, kept_first
+from coda_jax.nn import one_hot
+from coda_jax.nn.layers import Normalized, Vectors, sum_in_order
+from coda_jax.nn.tokens import Selection, Tokens, places_of_slots, running_count, take
 
 ROUTINGS = ("soft_topk", "sigmoid", "truncation")
 ATTENTIONS = ("k_to_k", "k_to_all")
@@ -210,24 +212,57 @@ def select(
     """
     segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
     scores, k, mask = one_row_per_constraint(lax.stop_gradient(scores), k, mask, segments)
-    above, ties = above_and_at_kth_largest(scores, k, mask)
-    wanted = k - above.sum(-1, keepdims=True)
-    picked = (above | (ties & (jnp.cumsum(ties, axis=-1) <= wanted))).any(axis=1)
+    picked = hard_topk(scores, k, mask).any(axis=1)
     # The rest of the slots hold the first other tokens, so that no index repeats.
-    spare = num_slots - picked.sum(-1, keepdims=True)
-    taken = picked | (~picked & (jnp.cumsum(~picked, axis=-1) <= spare))
-    indices = kept_first(taken, num_slots)
-    return indices, jnp.take_along_axis(picked, indices, axis=1, mode="promise_in_bounds")
+    count = running_count(picked)
+    others = jnp.arange(1, picked.shape[1] + 1) - count
+    spare = num_slots - count[:, -1:]
+    slots = jnp.where(picked | (others <= spare), count + jnp.minimum(others, spare) - 1, num_slots)
+    indices = places_of_slots(slots, num_slots)
+    return indices, take(picked, indices)
 
 
-def token_scores(u: Float[Array, "b n d"], w: Float[Array, "d"]) -> Float[Array, "b n"]:
+def token_scores(u: Vectors, w: Float[Array, "d"]) -> Float[Array, "b n"]:
     """s = u . w in float32; equal tokens have equal scores, whatever is around them.
 
     Args:
         u: [B, N, D] the normalised residual stream.
         w: [D] the router's vector.
     """
+
+    return lax.platform_dependent(u, w, tpu=_scores_by_product, default=_scores_in_order)
+
+
+def _scores_in_order(u, w):
+    u = u.array() if isinstance(u, Normalized) else u
     return sum_in_order(u.astype(jnp.float32) * w.astype(jnp.float32))
+
+
+@jax.custom_vjp
+def _scores_by_product(u, w):
+    """As three columns of one product, so that u need not be in memory."""
+    w = w.astype(jnp.float32)
+    rows, w = (u.x, u.scale * w) if isinstance(u, Normalized) else (u, w)
+    columns = jnp.stack(one_hot.parts(w), axis=-1)
+    scores = jnp.einsum(
+        "bnd,dc->bnc",
+        rows,
+        columns,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    ).sum(-1)
+    return scores * u.inverse_rms[..., 0] if isinstance(u, Normalized) else scores
+
+
+def _scores_by_product_fwd(u, w):
+    return _scores_by_product(u, w), (u, w)
+
+
+def _scores_by_product_bwd(saved, cotangent):
+    return jax.vjp(_scores_in_order, *saved)[1](cotangent)
+
+
+_scores_by_product.defvjp(_scores_by_product_fwd, _scores_by_product_bwd)
 
 
 class Router(nn.Module):
@@ -258,7 +293,7 @@ class Router(nn.Module):
         slots = capacity(scores.shape[1], self.reduction, num_segments)
         indices, valid = select(scores, k, slots, mask, segment_ids)
         weights = self._weights(scores, k, mask, segments)
-        weights = jnp.where(valid, jnp.take_along_axis(weights, indices, axis=-1), 0.0)
+        weights = jnp.where(valid, take(weights, indices), 0.0)
         if segment_ids is not None:
             # More segments than the slots were counted for cannot be an error inside a compiled
             # program, and must not pass unseen: it makes the loss NaN.
@@ -268,7 +303,7 @@ class Router(nn.Module):
         self.sow("intermediates", "selection", selection)
         return selection
 
-    def _scores(self, u: Float[Array, "b n d"]) -> Float[Array, "b n"]:
+    def _scores(self, u: Vectors) -> Float[Array, "b n"]:
         if self.config.routing == "truncation":
             return jnp.broadcast_to(-jnp.arange(u.shape[1], dtype=jnp.float32), u.shape[:2])
         kernel = partitioning.param_with_axes(

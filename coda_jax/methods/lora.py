@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from coda_jax import checks, trees
 from coda_jax.methods.base import Call, LayerFlops, Method, Place
-from coda_jax.nn.layers import Dense
+from coda_jax.nn.layers import Dense, Vectors, product
 
 # The start of A, as in the authors' library: uniform within 1 / sqrt(D).
 _START = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -75,7 +75,7 @@ class Lora(Method):
         if not isinstance(module, Dense) or not trees.matches(path, self.targets):
             return call
 
-        def updated(x: Float[Array, "... d"]) -> Float[Array, "... f"]:
+        def updated(x: Vectors) -> Float[Array, "... f"]:
             inputs, outputs = module.kernel_axes  # "kv" is an axis that T5X never divides
             a = partitioning.param_with_axes(
                 "lora_a", _START, (x.shape[-1], self.rank), jnp.float32, axes=(inputs, "kv")
@@ -88,7 +88,7 @@ class Lora(Method):
                 axes=("kv", outputs),
             )
             a, b = (leaf.astype(module.dtype) for leaf in (a, self.alpha / self.rank * b))
-            return call(x) + x.astype(module.dtype) @ a @ b
+            return call(x) + product(product(x, a), b)
 
         return updated
 

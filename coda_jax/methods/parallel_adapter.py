@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from coda_jax import checks
 from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
-from coda_jax.nn.layers import ACTIVATIONS, Dense, Dtype, activation_function
+from coda_jax.nn.layers import ACTIVATIONS, Dense, Dtype, Vectors, activation_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Adapter(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, u: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(self, u: Vectors) -> Float[Array, "b n d"]:
         """[B, N, D] -> [B, N, D]."""
         down = Dense(self.bottleneck, ("embed", "mlp"), dtype=self.dtype, name="wi")
         up = Dense(

@@ -13,6 +13,7 @@ Axis letters: N tokens, S segments (packed examples in a row), `...` any batch a
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -21,9 +22,12 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from coda_jax import checks
+from coda_jax.nn import one_hot
 
 # Stands for a masked score: far below every real score, and finite, so that no `inf - inf` arises.
 _MASKED = -1e9
+# Up to so many tokens a TPU compares each with each.
+_IN_ORDER = 1024
 _TOP_BIT = np.uint32(1 << 31)  # a float32's sign
 
 SOLVERS = ("exact", "iterative")
@@ -54,9 +58,8 @@ def soft_topk(
             batch axes. With `segment_ids` it has one more axis, [..., S], and `k[..., j]` is for
             the segment with id `j + 1`. In an array, 0 picks nothing.
         epsilon: temperature, above 0, in units of the scores.
-        solver: "exact", Newton's method, which ends at the solution, and whose gradient is the
-            closed form; or "iterative", the paper's fixed number of steps, differentiated step by
-            step.
+        solver: "exact", which ends at the solution, and whose gradient is the closed form; or
+            "iterative", the paper's fixed number of steps, differentiated step by step.
         num_iterations: steps of the iterative solver.
         epsilon_init: temperature of its first step.
         epsilon_decay: factor on the temperature after each step, until it reaches `epsilon`.
@@ -79,11 +82,13 @@ def soft_topk(
     checks.OneOf(SOLVERS)("solver", solver)
     ITERATIONS("num_iterations", num_iterations)
     scores, k, mask = one_row_per_constraint(scores, k, mask, segment_ids)
+    if segment_ids is None:
+        scores, k, mask = (x[..., None, :] for x in (scores, k, mask))
     if solver == "exact":
         weights = _exact(scores, k, mask, epsilon)
     else:
         weights = _iterative(scores, k, mask, epsilon, num_iterations, epsilon_init, epsilon_decay)
-    return weights if segment_ids is None else weights.sum(-2)
+    return weights.sum(-2)
 
 
 def one_row_per_constraint(
@@ -120,7 +125,20 @@ def _check(k, segment_ids):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _exact(scores, k, mask, epsilon):
-    """The optimum over the last axis: scores, mask [..., N]; k [..., 1], at most the mask's count.
+    """The optimum over the last axis; scores, mask [..., S, N]; k [..., S, 1].
+
+    Scores are the same for each s, no token is unmasked for two, and k is at most the mask's count.
+    """
+    if scores.shape[-1] <= _IN_ORDER:
+        tpu = partial(_solve_in_order, epsilon=epsilon)
+    else:
+        tpu = partial(_solve_by_search, epsilon=epsilon, unroll=True)
+    search = partial(_solve_by_search, epsilon=epsilon, unroll=False)
+    return lax.platform_dependent(scores, k, mask, tpu=tpu, default=search)
+
+
+def _solve_by_search(scores, k, mask, *, epsilon, unroll):
+    """By Newton's method.
 
     Let z = (s - s_k) / eps, where s_k is the k-th largest score, n the number of scores. The root a
     of `sum_i min(1, exp(z_i + a)) = k` lies between -ln(n - k + 1) and 0, since the k - 1 larger
@@ -132,7 +150,7 @@ def _exact(scores, k, mask, epsilon):
     rises to the root and is exact once S stays the same. Over scores of all kinds of spread that
     took at most 5 steps for n = 64, 7 for 512 and 8 for 4,096.
     """
-    z = (scores - kth_largest(scores, k, mask)) / epsilon
+    z = (scores - kth_largest(scores, k, mask, unroll)) / epsilon
     z = jnp.where(mask, z, -jnp.inf)
     exp_z = jnp.exp(z)  # infinite only where saturated from the start
 
@@ -144,7 +162,13 @@ def _exact(scores, k, mask, epsilon):
         return jnp.minimum(jnp.log(jnp.maximum(left, 1) / free), 0.0)
 
     start = -jnp.log((mask.sum(-1, keepdims=True) - k + 1).astype(jnp.float32))
-    a = lax.fori_loop(0, 4 + scores.shape[-1].bit_length() // 2, newton, start)
+    rounds = 4 + scores.shape[-1].bit_length() // 2
+    a = lax.fori_loop(0, rounds, newton, start, unroll=rounds if unroll else 1)
+    return _weights(z, a, k, mask)
+
+
+def _weights(z, a, k, mask):
+    """min(1, exp(z + a)), with the sum k."""
     saturated = mask & (z + a >= 0)
     weights = jnp.where(mask, jnp.exp(jnp.minimum(z + a, 0.0)), 0.0)
     # The sum is met to the last digit by scaling the unsaturated weights.
@@ -153,8 +177,81 @@ def _exact(scores, k, mask, epsilon):
     return jnp.where(saturated, 1.0, jnp.minimum(weights * scale, 1.0))
 
 
+def _solve_in_order(scores, k, mask, *, epsilon):
+    """The closed form, from the order of the scores alone, without a loop.
+
+    If the m largest weights are 1, then a = ln((k - m) / sum of exp(z_j) over the others), which is
+    the root for the smallest m whose own token, the next in order, comes out at 1 or below.
+    """
+    order = _Order.of(scores, mask)
+    k_own, rank = order.to_tokens(k), order.rank
+    kth = order.to_tokens(order.sum(jnp.where(rank == k_own - 1, order.scores, 0.0)))
+    z = (order.scores - kth) / epsilon
+    # Far above the k-th, a token is 1 whatever its exponential is.
+    exp_z = jnp.where(order.segments > 0, jnp.exp(jnp.minimum(z, 50.0)), 0.0)
+    behind = one_hot.chosen_sums(order.behind, exp_z)
+    left = jnp.maximum(k_own - rank, 1)
+    a = jnp.log(left / jnp.where(behind > 0, behind, 1.0))
+    fits = (rank < k_own) & (z + a <= 0)
+    first = order.to_tokens(order.least(jnp.where(fits, rank, scores.shape[-1])))
+    a = order.sum(jnp.where(fits & (rank == first), a, 0.0))
+    return _weights(jnp.where(mask, z[..., None, :], -jnp.inf), a, k, mask)
+
+
+class _Order(NamedTuple):
+    """Which token is ahead of which: larger, or equal and earlier; by comparing each with each.
+
+    Of S constraints over N tokens, each of which belongs to at most one.
+
+    Attributes:
+        scores: [..., N].
+        segments: [..., N], which constraint it is, from 1; 0 for none.
+        mask: [..., S, N].
+        behind: [..., N, N], whether the second is the first, or of the same constraint and behind.
+        rank: [..., N], how many are ahead.
+    """
+
+    scores: Array
+    segments: Array
+    mask: Array
+    behind: Array
+    rank: Array
+
+    @classmethod
+    def of(cls, scores, mask):
+        num_constraints, length = mask.shape[-2:]
+        numbers = jnp.arange(1, num_constraints + 1, dtype=jnp.int32)[:, None]
+        segments = jnp.where(mask, numbers, 0).sum(-2)
+        scores = jnp.where(segments > 0, scores[..., 0, :], _MASKED)
+        one, other = scores[..., :, None], scores[..., None, :]
+        places = jnp.arange(length, dtype=jnp.int32)
+        ahead = (other > one) | ((other == one) & (places < places[:, None]))
+        behind = ~ahead
+        if num_constraints > 1:
+            same = segments[..., :, None] == segments[..., None, :]
+            ahead, behind = ahead & same, behind & same
+        rank = one_hot.chosen_sums(ahead, jnp.ones_like(scores)).astype(jnp.int32)
+        return cls(scores, segments, mask, behind, rank)
+
+    def to_tokens(self, values):
+        """[..., S, 1] -> [..., N], 0 for tokens without a constraint."""
+        return jnp.where(self.mask, values, 0).sum(-2)
+
+    def sum(self, values):
+        """[..., N] -> [..., S, 1]."""
+        return jnp.where(self.mask, values[..., None, :], 0).sum(-1, keepdims=True)
+
+    def least(self, values):
+        """[..., N] -> [..., S, 1]."""
+        largest = values.shape[-1]
+        return jnp.where(self.mask, values[..., None, :], largest).min(-1, keepdims=True)
+
+
 def kth_largest(
-    scores: Float[Array, "*batch n"], k: Int[Array, "*batch 1"], mask: Bool[Array, "*batch n"]
+    scores: Float[Array, "*batch n"],
+    k: Int[Array, "*batch 1"],
+    mask: Bool[Array, "*batch n"],
+    unroll: bool = False,
 ) -> Float[Array, "*batch 1"]:
     """The k-th largest of the unmasked scores, without sorting.
 
@@ -162,31 +259,47 @@ def kth_largest(
         scores: [..., N] float32.
         k: [..., 1]; 0 counts as 1.
         mask: [..., N]. Where fewer than k are unmasked, the result is meaningless.
+        unroll: the search's rounds.
     """
-    found, _ = _kth_key(scores, k, mask)
+    found, _ = _kth_key(scores, k, mask, unroll)
     bits = jnp.where(found < _TOP_BIT, ~found, found ^ _TOP_BIT)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def above_and_at_kth_largest(
-    scores: Float[Array, "*batch n"], k: Int[Array, "*batch 1"], mask: Bool[Array, "*batch n"]
-) -> tuple[Bool[Array, "*batch n"], Bool[Array, "*batch n"]]:
-    """Which unmasked scores are above the k-th largest, and which are equal to it.
-
-    Always fewer than k are above, and with those that are equal there are at least k. To compare
-    the scores with `kth_largest` does not give that: the compiler may compute a score twice, with
-    another rounding, and then none is equal. So these are the keys that were searched.
+def hard_topk(
+    scores: Float[Array, "*batch s n"], k: Int[Array, "*batch s 1"], mask: Bool[Array, "*batch s n"]
+) -> Bool[Array, "*batch s n"]:
+    """The k largest of the unmasked scores; of equal ones the earlier.
 
     Args:
-        scores: [..., N] float32.
-        k: [..., 1], at most the number of unmasked scores; 0 counts as 1.
-        mask: [..., N].
+        scores: [..., S, N] float32, the same for each s.
+        k: [..., S, 1], at most the number of unmasked scores; 0 picks none.
+        mask: [..., S, N], in which no two s have a token.
     """
-    found, keys = _kth_key(scores, k, mask)
-    return mask & (keys > found), mask & (keys == found)
+    if scores.shape[-1] <= _IN_ORDER:
+        tpu = _largest_in_order
+    else:
+        tpu = partial(_largest_by_search, unroll=True)
+    search = partial(_largest_by_search, unroll=False)
+    return lax.platform_dependent(scores, k, mask, tpu=tpu, default=search)
 
 
-def _kth_key(scores, k, mask):
+def _largest_in_order(scores, k, mask):
+    order = _Order.of(scores, mask)
+    return mask & (order.rank < order.to_tokens(k))[..., None, :]
+
+
+def _largest_by_search(scores, k, mask, *, unroll):
+    # To compare the scores with `kth_largest` would not do: the compiler may compute a score twice,
+    # with another rounding, and then none is equal. So these are the keys that were searched.
+    found, keys = _kth_key(scores, k, mask, unroll)
+    above, ties = mask & (keys > found), mask & (keys == found)
+    wanted = k - above.sum(-1, keepdims=True)
+    count = one_hot.running_count if unroll else partial(jnp.cumsum, axis=-1)
+    return above | (ties & (count(ties) <= wanted))
+
+
+def _kth_key(scores, k, mask, unroll):
     """The key of the k-th largest score, and all keys, as they came out of the search.
 
     A key is a float32 as a whole number that is ordered like it. Digit by digit: the largest such
@@ -195,16 +308,19 @@ def _kth_key(scores, k, mask):
     bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
     keys = jnp.where(mask, jnp.where(bits < _TOP_BIT, bits | _TOP_BIT, ~bits), 0)
     k = jnp.maximum(k, 1)
-    digits = jnp.arange(1, 4, dtype=jnp.uint32)
+    width = 4 if unroll else 2  # bits of a digit
+    rounds = 32 // width
+    digits = jnp.arange(1, 1 << width, dtype=jnp.uint32)
 
     def add_digit(i, carry):
         found, keys = carry
-        shift = (30 - 2 * i).astype(jnp.uint32)
+        shift = jnp.uint32(32 - width) - jnp.uint32(width) * jnp.asarray(i, jnp.uint32)
         candidates = found | (digits << shift)
         reached = (keys[..., None, :] >= candidates[..., :, None]).sum(-1)
         return found | ((reached >= k).sum(-1, keepdims=True, dtype=jnp.uint32) << shift), keys
 
-    return lax.fori_loop(0, 16, add_digit, (jnp.zeros(k.shape, jnp.uint32), keys))
+    start = jnp.zeros(k.shape, jnp.uint32), keys
+    return lax.fori_loop(0, rounds, add_digit, start, unroll=rounds if unroll else 1)
 
 
 def _exact_fwd(scores, k, mask, epsilon):

@@ -4,6 +4,7 @@ Axis letters: B batch, N tokens (Q queries, L keys), D embedding, H heads, R dis
 """
 
 from collections.abc import Callable
+import functools
 
 from flax import linen as nn
 from flax.linen import partitioning
@@ -13,9 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from coda_jax.nn.layers import Dense, Dtype
+from coda_jax.nn.layers import Dense, Dtype, Vectors
 
 _MASKED_LOGIT = -1e10
+# From here on XLA has a kernel for the whole attention on TPUs, if it is written with softmax.
+_FUSED_LENGTH = 512
+# Queries of all heads up to which a TPU's matrix unit is not full.
+_FEW_QUERIES = 128
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -70,15 +75,39 @@ class RelativePositionBiases(nn.Module):
             jnp.float32,
             axes=("heads", "relpos_buckets"),
         )
-        # Distances are few and buckets static: one value per head and distance, then a look-up.
+        # Distances are few and buckets static: one value per head and distance.
         limit = self.max_distance
         buckets = relative_position_bucket(
             np.arange(-limit, limit + 1), self.bidirectional, self.num_buckets, limit
         )
-        by_distance = rel_embedding.astype(self.dtype)[:, buckets]
         distance = key_positions[:, None, :] - query_positions[:, :, None]
-        distance = jnp.clip(distance, -limit, limit) + limit
-        return jnp.moveaxis(jnp.take(by_distance, distance, axis=1), 0, 1)
+        return lax.platform_dependent(
+            rel_embedding.astype(self.dtype),
+            jnp.clip(distance, -limit, limit) + limit,
+            cpu=functools.partial(_bias_looked_up, buckets=buckets),
+            default=functools.partial(_bias_selected, buckets=buckets),
+        )
+
+
+def _bias_looked_up(values, distance, *, buckets):
+    return jnp.moveaxis(jnp.take(values[:, buckets], distance, axis=1), 0, 1)
+
+
+def _bias_selected(values, distance, *, buckets):
+    """By a tree of selects on the bits of the rank of the distance's bucket: TPUs gather slowly."""
+    edges = np.flatnonzero(np.diff(buckets)) + 1
+    rank = sum((distance >= edge).astype(jnp.int32) for edge in edges)[:, None]
+    starts = buckets[np.concatenate([[0], edges])]
+    level = [values[None, :, i, None, None] for i in starts]
+    bit = 0
+    while len(level) > 1:
+        one = ((rank >> bit) & 1) != 0
+        level = [
+            jnp.where(one, *reversed(level[i : i + 2])) if i + 1 < len(level) else level[i]
+            for i in range(0, len(level), 2)
+        ]
+        bit += 1
+    return level[0]
 
 
 def attend(
@@ -89,7 +118,7 @@ def attend(
     mask: Bool[Array, "..."] | None,
     *,
     float32_logits: bool = False,
-    dropout: Callable[[Array], Array] = lambda weights: weights,
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b h q k"]:
     """softmax(q k^T + bias) v over the keys that the mask allows; T5 does not scale the logits.
 
@@ -100,9 +129,29 @@ def attend(
         bias: broadcasts to [B, H, Q, L].
         mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
         float32_logits: whether logits and softmax are float32 where the computation is not.
-        dropout: applied to the attention weights.
+        dropout: applied to the attention weights, if there is any.
     """
-    dtype = query.dtype
+    arguments = query, key, value, bias, mask
+    options = {"float32_logits": float32_logits}
+    if dropout is not None:
+        return _attend(*arguments, **options, dropout=dropout)
+    default = functools.partial(_attend, **options)
+    tpu = default
+    if query.shape[1] * query.shape[2] <= _FEW_QUERIES:
+        tpu = functools.partial(_attend_with_few_queries, **options)
+    elif key.shape[2] < _FUSED_LENGTH:
+        tpu = functools.partial(_attend, **options, average=_average_with_sum)
+    return lax.platform_dependent(*arguments, tpu=tpu, default=default)
+
+
+def _average(logits, value, dropout):
+    weights = jax.nn.softmax(logits).astype(value.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+    return jnp.einsum("bhql,bhld->bhqd", weights, value)
+
+
+def _attend(query, key, value, bias, mask, *, float32_logits, dropout=None, average=_average):
     if float32_logits:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     logits = jnp.einsum("bhqd,bhld->bhql", query, key)
@@ -110,8 +159,50 @@ def attend(
         logits += bias.astype(logits.dtype)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
-    weights = dropout(jax.nn.softmax(logits).astype(dtype))
-    return jnp.einsum("bhql,bhld->bhqd", weights, value)
+    return average(logits, value, dropout)
+
+
+def _attend_with_few_queries(query, key, value, bias, mask, *, float32_logits):
+    """One product for all heads: their queries stand on the diagonal of [H, H head_dim].
+
+    For a decoding step, which waits for keys and values: [L, head_dim] for each head fills half of
+    a TPU's tiles, [L, H head_dim] all of them.
+    """
+    num_heads, head_dim = query.shape[1], query.shape[3]
+    diagonal = jnp.repeat(jnp.eye(num_heads, dtype=bool), head_dim, axis=1)
+    rows = jnp.where(diagonal, join_heads(query)[:, :, None], 0)
+    logits = jnp.einsum("bqhj,blj->bhql", rows, join_heads(key), preferred_element_type=jnp.float32)
+    if not float32_logits:
+        logits = logits.astype(query.dtype)
+    if bias is not None:
+        logits += bias.astype(logits.dtype)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
+    weights = jax.nn.softmax(logits).astype(value.dtype)
+    y = jnp.einsum(
+        "bml,blj->bmj",
+        weights.reshape(weights.shape[0], -1, weights.shape[-1]),
+        join_heads(value),
+        preferred_element_type=jnp.float32,
+    )
+    y = y.reshape(*weights.shape[:3], -1)
+    y = jnp.where(diagonal[:, None], y, 0).sum(1).astype(value.dtype)
+    return split_heads(y, num_heads)
+
+
+def _average_with_sum(logits, value, dropout):
+    """With the softmax's denominator as one more column of the values, which a TPU has room for."""
+    del dropout
+    highest = lax.stop_gradient(logits.max(-1, keepdims=True))
+    exponentials = jnp.exp((logits - highest).astype(jnp.float32)).astype(value.dtype)
+    ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
+    sums = jnp.einsum(
+        "bhql,bhld->bhqd",
+        exponentials,
+        jnp.concatenate([value, ones], axis=-1),
+        preferred_element_type=jnp.float32,
+    )
+    return (sums[..., :-1] / sums[..., -1:]).astype(value.dtype)
 
 
 def split_heads(x: Float[Array, "b n j"], num_heads: int) -> Float[Array, "b h n k"]:
@@ -147,7 +238,11 @@ class Attention(nn.Module):
     def setup(self):
         def project(init):
             return Dense(
-                self.num_heads * self.head_dim, ("embed", "joined_kv"), init, dtype=self.dtype
+                self.num_heads * self.head_dim,
+                ("embed", "joined_kv"),
+                init,
+                dtype=self.dtype,
+                output_heads=self.num_heads,
             )
 
         # T5 folds the 1 / sqrt(head_dim) of the logits into the start of the query projection.
@@ -156,16 +251,14 @@ class Attention(nn.Module):
         self.value = project(_fan_in_normal)
         self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
 
-    def keys_values(
-        self, x: Float[Array, "b l d"]
-    ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h l k"]]:
+    def keys_values(self, x: Vectors) -> tuple[Float[Array, "b h l k"], Float[Array, "b h l k"]]:
         """The keys and values of x, each [B, H, L, head_dim]."""
         return tuple(split_heads(y, self.num_heads) for y in (self.key(x), self.value(x)))
 
     @nn.compact
     def __call__(
         self,
-        x_q: Float[Array, "b q d"],
+        x_q: Vectors,
         keys_values: tuple[Float[Array, "c h l k"], Float[Array, "c h l k"]],
         mask: Bool[Array, "..."] | None = None,
         bias: Float[Array, "..."] | None = None,
@@ -178,7 +271,9 @@ class Attention(nn.Module):
         row then share its keys, and mask is that of the C rows.
         """
         key, value = keys_values
-        query = self.query(x_q)
+        query, dropout = self.query(x_q), None
+        if self.dropout_rate and not deterministic:
+            dropout = functools.partial(self.dropout, deterministic=False)
         y = attend(
             split_heads(query.reshape(key.shape[0], -1, query.shape[-1]), self.num_heads),
             key,
@@ -186,10 +281,15 @@ class Attention(nn.Module):
             bias,
             mask,
             float32_logits=self.float32_logits,
-            dropout=lambda weights: self.dropout(weights, deterministic=deterministic),
+            dropout=dropout,
         )
         return Dense(
-            x_q.shape[-1], ("joined_kv", "embed"), _fan_in_normal, dtype=self.dtype, name="out"
+            x_q.shape[-1],
+            ("joined_kv", "embed"),
+            _fan_in_normal,
+            dtype=self.dtype,
+            input_heads=self.num_heads,
+            name="out",
         )(join_heads(y).reshape(query.shape))
 
 
@@ -263,7 +363,9 @@ class RelativeKeyAttention(nn.Module):
             return split_heads(x, self.num_heads)
 
         query = heads("query", x_q) * self.head_dim**-0.5
-        dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
+        dropout = None
+        if self.dropout_rate and not deterministic:
+            dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=False)
         y = attend(
             query,
             heads("key", x_kv),

@@ -6,10 +6,12 @@ Parameters are float32 unless the caller holds them otherwise; `dtype` is that o
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 import operator
 from typing import Any
 
 from flax import linen as nn
+from flax import struct
 from flax.linen import partitioning
 import jax
 from jax import lax
@@ -34,6 +36,34 @@ def activation_function(name: str) -> Callable[[Array], Array]:
     return (lambda x: x) if name == "linear" else getattr(nn, name)
 
 
+@struct.dataclass
+class Normalized:
+    """x / rms(x) * scale, not multiplied out: each product decides when.
+
+    Attributes:
+        x: [..., D] in the dtype of the computation.
+        inverse_rms: [..., 1] float32.
+        scale: [D] float32.
+    """
+
+    x: Float[Array, "... d"]
+    inverse_rms: Float[Array, "... 1"]
+    scale: Float[Array, "d"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., D]."""
+        return self.x.shape
+
+    def array(self) -> Float[Array, "... d"]:
+        """[..., D] in the dtype of x."""
+        x = self.x.astype(jnp.float32) * self.inverse_rms
+        return x.astype(self.x.dtype) * self.scale.astype(self.x.dtype)
+
+
+Vectors = Float[Array, "... d"] | Normalized
+
+
 class Dense(nn.Module):
     """x W, plus a bias if asked for. W is a matrix [inputs, outputs], also where it makes heads.
 
@@ -43,6 +73,8 @@ class Dense(nn.Module):
         kernel_init: initializer of the kernel.
         dtype: of the computation.
         use_bias: whether there is a bias; T5 has none.
+        input_heads: heads that the inputs are made of, one behind the other.
+        output_heads: heads that the outputs are made of.
     """
 
     features: int
@@ -50,9 +82,11 @@ class Dense(nn.Module):
     kernel_init: Initializer = _fan_in_truncated_normal
     dtype: Dtype = jnp.float32
     use_bias: bool = False
+    input_heads: int = 1
+    output_heads: int = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... f"]:
+    def __call__(self, x: Vectors) -> Float[Array, "... f"]:
         """[..., D] -> [..., F]."""
         kernel = partitioning.param_with_axes(
             "kernel",
@@ -61,7 +95,7 @@ class Dense(nn.Module):
             jnp.float32,
             axes=self.kernel_axes,
         )
-        y = _product(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x, kernel.astype(self.dtype), self.input_heads, self.output_heads)
         if self.use_bias:
             y += partitioning.param_with_axes(
                 "bias",
@@ -73,13 +107,51 @@ class Dense(nn.Module):
         return y
 
 
-def _product(x: Float[Array, "... d"], kernel: Float[Array, "d f"]) -> Float[Array, "... f"]:
-    """x W; for the one token of a decoding step in whichever way the platform reads W fastest."""
-    rows, (inputs, features) = x.size // x.shape[-1], kernel.shape
-    one_token = x.ndim == 3 and x.shape[1] == 1
-    if one_token and inputs % _BLOCK == 0 and 1 < rows <= _BLOCKED_SIZE // features:
-        return lax.platform_dependent(x, kernel, cpu=_blocked_product, default=jnp.matmul)
-    return x @ kernel
+def product(
+    x: Vectors, kernel: Float[Array, "d f"], input_heads: int = 1, output_heads: int = 1
+) -> Float[Array, "... f"]:
+    """x W in the dtype of W, in whichever way the platform does it fastest.
+
+    Args:
+        x: [..., D].
+        kernel: W, [D, F].
+        input_heads: heads that D is made of.
+        output_heads: heads that F is made of.
+    """
+    heads = input_heads, output_heads
+    if isinstance(x, Normalized):
+        # Fewer rows than the kernel has are scaled sooner than the kernel.
+        if kernel.dtype != jnp.bfloat16 or math.prod(x.shape[:-1]) < kernel.shape[0]:
+            return product(x.array(), kernel, *heads)
+        return lax.platform_dependent(
+            x,
+            kernel,
+            tpu=functools.partial(_scaled_product, heads),
+            default=lambda x, kernel: product(x.array(), kernel, *heads),
+        )
+    x = x.astype(kernel.dtype)
+    if x.ndim == 3 and x.shape[1] == 1:
+        return _product_of_rows(x[:, 0], kernel)[:, None]
+    named = functools.partial(_product_of_heads, heads)
+    if kernel.dtype == jnp.float32:
+        return named(x, kernel)
+    # A CPU without products of bfloat16 is a quarter slower where a float32 result is asked for.
+    return lax.platform_dependent(
+        x, kernel, cpu=jnp.matmul, default=lambda x, kernel: named(x, kernel).astype(x.dtype)
+    )
+
+
+def _product_of_rows(x, kernel):
+    """[B, D] x [D, F], of a decoding step, in which W is all there is to read."""
+    rows, (inputs, features) = x.shape[0], kernel.shape
+    blocked = inputs % _BLOCK == 0 and 1 < rows <= _BLOCKED_SIZE // features
+    cpu = _blocked_product if blocked else jnp.matmul
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=_whole_product)
+
+
+def _whole_product(x, kernel):
+    # The type of the result is named: else a TPU does not fetch W under what comes before.
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _blocked_product(x, kernel):
@@ -89,9 +161,43 @@ def _blocked_product(x, kernel):
     for the memory. It reads small blocks in their order, up to twice as fast (docs/performance.md).
     """
     blocks = kernel.reshape(-1, _BLOCK, kernel.shape[1])
-    x_blocks = x.reshape(*x.shape[:-1], -1, _BLOCK)
-    parts = jnp.einsum("bqgk,gkf->gbqf", x_blocks, blocks, preferred_element_type=jnp.float32)
+    x_blocks = x.reshape(x.shape[0], -1, _BLOCK)
+    parts = jnp.einsum("bgk,gkf->gbf", x_blocks, blocks, preferred_element_type=jnp.float32)
     return parts.sum(axis=0).astype(x.dtype)
+
+
+def _product_of_heads(heads, x, kernel):
+    """In float32; with the heads as an axis, TPUs lay them out before the tokens at no cost."""
+    input_heads, output_heads = heads
+    x_heads = x.reshape(*x.shape[:-1], input_heads, -1)
+    kernel_heads = kernel.reshape(input_heads, x_heads.shape[-1], output_heads, -1)
+    y = jnp.einsum("...ik,ikho->...ho", x_heads, kernel_heads, preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled_product(heads, x: Normalized, kernel):
+    """The scale is multiplied into the kernel, and the rows are normalised last.
+
+    So that on a TPU nothing passes over x but the product itself.
+    """
+    scaled = (x.scale[:, None] * kernel).astype(kernel.dtype)
+    return (_product_of_heads(heads, x.x, scaled) * x.inverse_rms).astype(kernel.dtype)
+
+
+def _scaled_product_fwd(heads, x, kernel):
+    return _scaled_product(heads, x, kernel), (x, kernel)
+
+
+def _scaled_product_bwd(heads, saved, cotangent):
+    # Through the norm: the gradient of the scale is then none of the whole kernel.
+    def multiplied_out(x, kernel):
+        return _product_of_heads(heads, x.array(), kernel).astype(kernel.dtype)
+
+    return jax.vjp(multiplied_out, *saved)[1](cotangent)
+
+
+_scaled_product.defvjp(_scaled_product_fwd, _scaled_product_bwd)
 
 
 def _apart(x: Array) -> Array:
@@ -149,14 +255,13 @@ class RMSNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        """[..., D] -> [..., D]."""
+    def __call__(self, x: Float[Array, "... d"]) -> Normalized:
+        """[..., D] -> [..., D], not multiplied out."""
         scale = partitioning.param_with_axes(
             "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
         )
-        x = x.astype(jnp.float32)
-        x *= inverse_rms(x, self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+        inverse = inverse_rms(x.astype(jnp.float32), self.epsilon)
+        return Normalized(x.astype(self.dtype), inverse, scale)
 
 
 class LayerNorm(nn.Module):
@@ -226,7 +331,7 @@ class MlpBlock(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"], deterministic: bool) -> Float[Array, "b n d"]:
+    def __call__(self, x: Vectors, deterministic: bool) -> Float[Array, "b n d"]:
         """[B, N, D] -> [B, N, D]; with dropout where not `deterministic`."""
         dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
 

@@ -8,8 +8,12 @@ from typing import Any
 
 from flax import struct
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from coda_jax.nn import one_hot
+from coda_jax.nn.layers import Normalized, Vectors
 
 POOLINGS = ("mean", "first")
 
@@ -27,7 +31,7 @@ class Tokens:
     """
 
     x: Float[Array, "b n d"]
-    u: Float[Array, "b n d"]
+    u: Vectors
     positions: Int[Array, "_ n"]
     mask: Bool[Array, "b n"]
     segment_ids: Int[Array, "b n"] | None = None
@@ -43,8 +47,36 @@ class Tokens:
 
 def take(values: Array, indices: Int[Array, "b k"]) -> Array:
     """values[b, indices[b, k]] for values [B, N, ...] and indices that are in bounds."""
+    tpu = _chosen_values if values.ndim == 2 else _chosen_rows
+    return lax.platform_dependent(values, indices, tpu=tpu, default=_gathered)
+
+
+def _gathered(values, indices):
     indices = indices.reshape(indices.shape + (1,) * (values.ndim - 2))
     return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
+
+
+def _chosen_values(values, indices):
+    chosen = one_hot.one_hot_rows(indices, values.shape[1])
+    return one_hot.chosen_sums(chosen, values.astype(jnp.float32)).astype(values.dtype)
+
+
+@jax.custom_vjp
+def _chosen_rows(values, indices):
+    """Rows are gathered, but their gradients are not scattered."""
+    return _gathered(values, indices)
+
+
+def _chosen_rows_fwd(values, indices):
+    return _gathered(values, indices), (values, indices)
+
+
+def _chosen_rows_bwd(saved, rows):
+    values, indices = saved
+    return one_hot.add_rows(jnp.zeros_like(values), indices, rows), None
+
+
+_chosen_rows.defvjp(_chosen_rows_fwd, _chosen_rows_bwd)
 
 
 def pool(
@@ -81,10 +113,15 @@ class Selection:
     @jax.named_scope("gather")
     def gather(self, tokens: Tokens) -> Tokens:
         """The selected tokens, [B, N, ...] -> [B, K, ...]."""
-        x, u = (take(values, self.indices) for values in (tokens.x, tokens.u))
+        x, u = take(tokens.x, self.indices), tokens.u
         segment_ids = tokens.segment_ids
         if segment_ids is not None:
             segment_ids = take(segment_ids, self.indices)
+        if isinstance(u, Normalized):
+            inverse_rms = take(u.inverse_rms[..., 0], self.indices)
+            u = u.replace(x=x, inverse_rms=inverse_rms[..., None])
+        else:
+            u = take(u, self.indices)
         return Tokens(x, u, self.indices, self.valid, segment_ids)
 
     @jax.named_scope("scatter")
@@ -93,24 +130,44 @@ class Selection:
     ) -> Float[Array, "b n d"]:
         """x + scatter(weights * delta): each slot's weighted update goes to its token."""
         update = self.weights[..., None].astype(delta.dtype) * delta
+        return lax.platform_dependent(
+            x, self.indices, update, tpu=one_hot.add_rows, default=_scattered
+        )
 
-        def add(row, indices, values):
-            return row.at[indices].add(
-                values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
-            )
 
-        return jax.vmap(add)(x, self.indices, update)
+def _scattered(x, indices, update):
+    def add(row, indices, values):
+        return row.at[indices].add(
+            values, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"
+        )
+
+    return jax.vmap(add)(x, indices, update)
+
+
+def running_count(keep: Bool[Array, "b n"]) -> Int[Array, "b n"]:
+    """How many are kept up to each place and at it, [B, N] int32."""
+    return lax.platform_dependent(
+        keep, tpu=one_hot.running_count, default=lambda keep: jnp.cumsum(keep, axis=-1)
+    )
 
 
 def kept_first(keep: Bool[Array, "b n"], num_slots: int) -> Int[Array, "b k"]:
     """The places of what is kept, [B, K] int32, in ascending order; 0 in the slots left over."""
-    places = jnp.broadcast_to(jnp.arange(keep.shape[1], dtype=jnp.int32), keep.shape)
-    slots = jnp.where(keep, jnp.cumsum(keep, axis=-1) - 1, num_slots)
+    return places_of_slots(jnp.where(keep, running_count(keep) - 1, num_slots), num_slots)
+
+
+def places_of_slots(slots: Int[Array, "b n"], num_slots: int) -> Int[Array, "b k"]:
+    """The place whose slot is k, [B, K] int32; 0 in slots without one. No slot has two."""
+    places = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
 
     def put(slots, places):
         return jnp.zeros(num_slots, jnp.int32).at[slots].set(places, mode="drop")
 
-    return jax.vmap(put)(slots, places)
+    def chosen(slots, places):
+        hit = slots[:, None, :] == jnp.arange(num_slots, dtype=jnp.int32)[:, None]
+        return one_hot.chosen_sums(hit, places.astype(jnp.float32)).astype(jnp.int32)
+
+    return lax.platform_dependent(slots, places, tpu=chosen, default=jax.vmap(put))
 
 
 def join_frames(

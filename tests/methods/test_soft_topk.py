@@ -2,7 +2,7 @@
 
 import functools
 
-from helpers import solution
+from helpers import as_on_tpu, solution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
 
-from coda_jax.methods.soft_topk import kth_largest, soft_topk
+from coda_jax.methods.soft_topk import (
+    hard_topk,
+    kth_largest,
+    one_row_per_constraint,
+    soft_topk,
+)
 
 few_examples = settings(max_examples=25)
 EPSILONS = (0.02, 0.1, 0.5, 1.0, 4.0)
@@ -129,6 +134,27 @@ def test_kth_largest_is_that_of_sorting(scores, k, masked):
     mask = np.arange(8) >= masked
     found = kth_largest(jnp.asarray(scores), jnp.array([k]), jnp.asarray(mask))
     assert found == np.sort(scores[mask])[-k]
+
+
+@pytest.mark.parametrize("length", [30, 1500])  # which TPUs compare each with each, and do not
+@pytest.mark.parametrize("epsilon", EPSILONS)
+def test_tpus_find_the_same_root_and_the_same_choice(length, epsilon, rng):
+    """For three segments of a row, the padding among them, and for scores that are equal."""
+    scores = np.float32(rng.normal(size=(2, length)))
+    scores[1] = np.round(scores[1])
+    segments = rng.integers(0, 4, (2, length))
+    k = -(-np.stack([(segments == s).sum(-1) for s in (1, 2, 3)], -1) // 3)
+
+    def found():
+        rows = one_row_per_constraint(scores, k, jnp.ones(scores.shape, bool), segments)
+        weights = soft_topk(scores, jnp.asarray(k), epsilon=epsilon, segment_ids=segments)
+        return weights, jax.jit(lambda *rows: hard_topk(*rows))(*rows)
+
+    expected, choice = found()
+    with as_on_tpu():
+        weights, choice_of_tpu = found()
+    np.testing.assert_array_equal(choice_of_tpu, choice)
+    np.testing.assert_allclose(weights, expected, atol=2e-5)
 
 
 def test_equal_scores_share_equally():

@@ -17,20 +17,22 @@ from coda_jax.nn import layers
 def test_the_product_of_one_token_equals_numpy(rows, inputs, features, dtype, rng):
     x = jnp.asarray(rng.normal(size=(rows, 1, inputs)), dtype)
     kernel = jnp.asarray(rng.normal(size=(inputs, features)), dtype)
-    found = jax.jit(layers._product)(x, kernel)
+    found = jax.jit(layers.product)(x, kernel)
     assert found.dtype == dtype
     expected = np.float64(x) @ np.float64(kernel)
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(np.float64(found), expected, rtol=tolerance, atol=5 * tolerance)
-    blocked = layers._blocked_product if inputs % layers._BLOCK == 0 else layers._product
-    np.testing.assert_allclose(blocked(x, kernel).astype(float), expected, atol=5 * tolerance)
+    ways = [layers._whole_product, layers._blocked_product][: 1 + (inputs % layers._BLOCK == 0)]
+    for way in ways:
+        found = np.float64(way(x[:, 0], kernel))
+        np.testing.assert_allclose(found, expected[:, 0], atol=5 * tolerance)
 
 
 def test_norms_equal_numpy(rng):
     x = rng.normal(size=(2, 3, 8)) * 5 + 2
     scale, bias = rng.normal(size=(2, 8))
     for epsilon in (1e-6, 0.5):
-        found = layers.RMSNorm(epsilon).apply({"params": {"scale": scale}}, x)
+        found = layers.RMSNorm(epsilon).apply({"params": {"scale": scale}}, x).array()
         expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         found = layers.LayerNorm(epsilon).apply({"params": {"scale": scale, "bias": bias}}, x)
@@ -42,6 +44,7 @@ def test_rms_norm_squares_in_float32():
     """256 entries of 1 and one of 100: summed in bfloat16, the ones would vanish in part."""
     x = jnp.concatenate([jnp.full(1, 100.0), jnp.ones(511)]).astype(jnp.bfloat16)
     found = layers.RMSNorm(dtype=jnp.bfloat16).apply({"params": {"scale": jnp.ones(512)}}, x)
+    found = found.array()
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.float32(found), np.float32(x) / np.sqrt((100**2 + 511) / 512), rtol=4e-3
@@ -52,10 +55,40 @@ def test_zero_row_stays_finite_in_rms_norm():
     norm = layers.RMSNorm()
 
     def total(x):
-        return norm.apply({"params": {"scale": jnp.ones(4)}}, x).sum()
+        return norm.apply({"params": {"scale": jnp.ones(4)}}, x).array().sum()
 
     value, gradient = jax.value_and_grad(total)(jnp.zeros((2, 4)))
     assert value == 0 and np.isfinite(gradient).all()
+
+
+def test_a_scaled_product_is_that_of_the_norm(rng):
+    """The order of multiplication that TPUs take, its values and its gradients."""
+    x = jnp.asarray(rng.normal(size=(2, 3, 16)) * 4, jnp.bfloat16)
+    scale = jnp.asarray(rng.uniform(0.5, 2, 16), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(16, 12)), jnp.bfloat16)
+    cotangent = jnp.asarray(rng.normal(size=(2, 3, 12)), jnp.bfloat16)
+
+    def normalized(x, scale):
+        norm = layers.RMSNorm(dtype=jnp.bfloat16)
+        return norm.apply({"params": {"scale": scale}}, x)
+
+    def early(x, scale, kernel):
+        return normalized(x, scale).array() @ kernel
+
+    for heads in ((1, 4), (4, 1)):
+
+        def late(x, scale, kernel, heads=heads):
+            return layers._scaled_product(heads, normalized(x, scale), kernel)
+
+        (found, pull), (expected, pull_early) = (
+            jax.vjp(f, x, scale, kernel) for f in (late, early)
+        )
+        np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=0.02, atol=0.05)
+        for gradient, by_norm in zip(pull(cotangent), pull_early(cotangent), strict=True):
+            assert gradient.dtype == by_norm.dtype
+            np.testing.assert_allclose(
+                np.float32(gradient), np.float32(by_norm), rtol=0.02, atol=0.02
+            )
 
 
 def test_mlp_equals_numpy(rng):

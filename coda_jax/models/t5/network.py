@@ -98,9 +98,9 @@ class EncoderLayer(nn.Module):
             h = tokens.x + dropout(y)
             return h + dropout(mlp(mlp_norm(h), deterministic))
 
-        u = _norm(cfg, "pre_attention_layer_norm")(x)
+        norm = _norm(cfg, "pre_attention_layer_norm")
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        tokens = Tokens(x, u, positions, mask, segment_ids)
+        tokens = Tokens(x, norm(x), positions, mask, segment_ids)
         place = Place("encoder", self.layer_index, cfg.num_encoder_layers)
         return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
 
@@ -167,9 +167,9 @@ class DecoderLayer(nn.Module):
             mlp_norm = _norm(cfg, "pre_mlp_layer_norm")
             return h + dropout(_mlp(cfg)(mlp_norm(h), deterministic))
 
-        u = _norm(cfg, "pre_self_attention_layer_norm")(x)
+        norm = _norm(cfg, "pre_self_attention_layer_norm")
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        tokens = Tokens(x, u, positions, jnp.ones(x.shape[:2], bool))
+        tokens = Tokens(x, norm(x), positions, jnp.ones(x.shape[:2], bool))
         place = Place("decoder", self.layer_index, cfg.num_decoder_layers)
         return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
 
@@ -205,7 +205,7 @@ class Encoder(nn.Module):
             x = EncoderLayer(cfg, shared_bias, i, name=f"layers_{i}")(
                 x, mask, segment_ids, deterministic
             )
-        x = _norm(cfg, "encoder_norm")(x)
+        x = _norm(cfg, "encoder_norm")(x).array()
         return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
 
 
@@ -242,7 +242,7 @@ class Decoder(nn.Module):
             y = DecoderLayer(cfg, shared_bias, i, name=f"layers_{i}")(
                 y, encoded, self_mask, cross_mask, deterministic, decode, cache_encoded
             )
-        y = dropout(_norm(cfg, "decoder_norm")(y))
+        y = dropout(_norm(cfg, "decoder_norm")(y).array())
         if cfg.logits_via_embedding:
             # Brings the logits of the shared embedding, whose entries have unit scale, to order 1.
             return self.shared_embedding.attend(y * cfg.emb_dim**-0.5)

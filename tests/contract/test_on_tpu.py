@@ -1,0 +1,80 @@
+"""What TPUs compute in another way gives the same numbers: those formulations, run here."""
+
+from contract.programs import (
+    LENGTHS,
+    batch_of,
+    in_bfloat16,
+    inputs_of,
+    mask_of,
+    params,
+    relative_error,
+)
+from contract.table import each_case
+from helpers import as_on_tpu
+import jax
+import numpy as np
+
+from coda_jax.nn.tokens import selections
+from coda_jax.objectives import model_for
+
+
+def encoder_of(config):
+    """A new program, [B, N] inputs -> ([B, N, D], {layer: selection})."""
+    network = config.network()
+
+    @jax.jit
+    def encode(params, inputs):
+        encoded, sown = network.apply(
+            {"params": params},
+            inputs,
+            enable_dropout=False,
+            method="encode",
+            mutable=["intermediates"],
+        )
+        return encoded, selections(sown.get("intermediates", {}))
+
+    return encode
+
+
+@each_case("rows")
+def test_outputs_and_choices_are_the_same(case):
+    config, inputs, mask = case.config, inputs_of(case.config), mask_of(LENGTHS)
+    expected, chosen = encoder_of(config)(params(config), inputs)
+    with as_on_tpu():
+        found, on_tpu = encoder_of(config)(params(config), inputs)
+    np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
+    assert chosen.keys() == on_tpu.keys()
+    for layer, selection in chosen.items():
+        np.testing.assert_array_equal(on_tpu[layer].indices, selection.indices)
+        np.testing.assert_array_equal(on_tpu[layer].valid, selection.valid)
+        np.testing.assert_allclose(on_tpu[layer].weights, selection.weights, atol=1e-5)
+
+
+@each_case("rows")
+def test_bfloat16_is_close_to_float32(case):
+    """Save for rows of which a layer takes other tokens."""
+    config, inputs = case.config, inputs_of(case.config)
+    expected, exact = encoder_of(config)(params(config), inputs)
+    with as_on_tpu():
+        found, rounded = encoder_of(in_bfloat16(config))(params(config), inputs)
+    same = np.array(LENGTHS) > 0
+    for layer, selection in exact.items():
+        different = (selection.indices != rounded[layer].indices) & selection.valid
+        same &= ~np.asarray(different.any(-1))
+    assert same.sum() > 2
+    real = mask_of(LENGTHS) & same[:, None]
+    assert 1e-4 < relative_error(found[real], expected[real]) < 0.03
+
+
+@each_case("training")
+def test_gradients_are_the_same(case):
+    config, batch = case.config, batch_of(case.config)
+
+    def gradients():
+        return jax.jit(jax.grad(lambda p: model_for(config).loss(p, batch)[0]))(params(config))
+
+    expected = gradients()
+    with as_on_tpu():
+        found = gradients()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()))

@@ -1,0 +1,60 @@
+"""Products with zeros and ones against indexing and sums in float64."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coda_jax.nn import one_hot
+
+# All 24 bits of the others are not in three bfloat16 numbers.
+FLOATS = st.floats(-(2.0**100), 2.0**100, width=32).filter(lambda x: x == 0 or abs(x) > 2**-100)
+
+
+@given(
+    values=st.lists(
+        st.floats(-(2.0**100), 2.0**100, width=32).filter(lambda x: x == 0 or abs(x) > 2**-100),
+        min_size=1,
+        max_size=9,
+    ),
+    data=st.data(),
+)
+def test_one_chosen_value_is_that_value_to_the_last_bit(values, data):
+    values = np.array(values, np.float32)
+    indices = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=5))
+    chosen = one_hot.one_hot_rows(jnp.array([indices]), len(values))
+    found = one_hot.chosen_sums(chosen, jnp.asarray(values[None]))
+    np.testing.assert_array_equal(found[0], values[indices])
+
+
+def test_sums_are_those_of_float64_and_so_are_their_gradients(rng):
+    chosen = rng.random((3, 40, 200)) < 0.5
+    values = np.float32(np.exp(rng.normal(size=(3, 200)) * 8))
+    cotangent = np.float32(rng.normal(size=(3, 40)))
+    found, pull = jax.vjp(lambda x: one_hot.chosen_sums(jnp.asarray(chosen), x), values)
+    expected = np.einsum("bmn,bn->bm", chosen, np.float64(values))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    (gradient,) = pull(cotangent)
+    expected = np.einsum("bmn,bm->bn", chosen, np.float64(cotangent))
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 1000])
+def test_the_running_count_is_cumsum(length, rng):
+    keep = rng.random((2, 3, length)) < 0.7
+    np.testing.assert_array_equal(one_hot.running_count(jnp.asarray(keep)), keep.cumsum(-1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_are_added_where_they_belong(dtype, rng):
+    x, rows = (jnp.asarray(rng.normal(size=(2, n, 4)), dtype) for n in (9, 3))
+    indices = np.array([[0, 4, 8], [1, 2, 3]])
+    expected = np.array(x, np.float32)
+    for row, places, added in zip(expected, indices, np.float32(rows), strict=True):
+        row[places] += added
+    found = one_hot.add_rows(x, jnp.asarray(indices), rows)
+    assert found.dtype == dtype
+    rounding = 0.01 if dtype == jnp.bfloat16 else 1e-6
+    np.testing.assert_allclose(np.float32(found), expected, rtol=rounding)
