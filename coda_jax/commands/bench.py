@@ -2,10 +2,12 @@
 
     coda bench --preset=t5_1_1_base --input_length=512 --batch_size=4 --reductions=3,5,8
     coda bench --preset=pix2struct_base --input_length=4096 --batch_size=1 --reductions=4,8
+    coda bench --topology=v5e:2x2 --dtype=bfloat16 --batch_size=32
 
 Times the encoder, whole answers and training steps of the parallel adapter and of CoDA, in turns,
 and sets the speed-ups beside what the arithmetic allows: the bound is the ratio of the programs'
-floating-point operations. Needs jax and flax only.
+floating-point operations. Needs jax and flax only. With a topology it needs libtpu, and no TPU: it
+prints what the TPU's compiler expects.
 """
 
 import argparse

@@ -97,7 +97,8 @@ class Method:
         """A module's `__call__` with the method around it; by default as it is.
 
         Asked at every call of every module of the network. What is returned runs in the module's
-        own scope: parameters that it makes lie beside the module's.
+        own scope: parameters that it makes lie beside the module's. A `Dense` may be called with
+        `nn.layers.Normalized`: `nn.layers.product` takes it, and `.array()` multiplies it out.
         """
         del module
         return call

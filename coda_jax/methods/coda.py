@@ -223,13 +223,12 @@ def select(
 
 
 def token_scores(u: Vectors, w: Float[Array, "d"]) -> Float[Array, "b n"]:
-    """s = u . w in float32; equal tokens have equal scores, whatever is around them.
+    """s = u . w in float32; on CPUs equal tokens have equal scores, whatever is around them.
 
     Args:
         u: [B, N, D] the normalised residual stream.
         w: [D] the router's vector.
     """
-
     return lax.platform_dependent(u, w, tpu=_scores_by_product, default=_scores_in_order)
 
 

@@ -259,7 +259,7 @@ def kth_largest(
         scores: [..., N] float32.
         k: [..., 1]; 0 counts as 1.
         mask: [..., N]. Where fewer than k are unmasked, the result is meaningless.
-        unroll: the search's rounds.
+        unroll: whether to unroll the search's rounds.
     """
     found, _ = _kth_key(scores, k, mask, unroll)
     bits = jnp.where(found < _TOP_BIT, ~found, found ^ _TOP_BIT)

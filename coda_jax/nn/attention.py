@@ -17,7 +17,7 @@ import numpy as np
 from coda_jax.nn.layers import Dense, Dtype, Vectors
 
 _MASKED_LOGIT = -1e10
-# From here on XLA has a kernel for the whole attention on TPUs, if it is written with softmax.
+# From this many keys on XLA has a kernel for the whole attention on TPUs, if written with softmax.
 _FUSED_LENGTH = 512
 # Queries of all heads up to which a TPU's matrix unit is not full.
 _FEW_QUERIES = 128
@@ -84,8 +84,8 @@ class RelativePositionBiases(nn.Module):
         return lax.platform_dependent(
             rel_embedding.astype(self.dtype),
             jnp.clip(distance, -limit, limit) + limit,
-            cpu=functools.partial(_bias_looked_up, buckets=buckets),
-            default=functools.partial(_bias_selected, buckets=buckets),
+            tpu=functools.partial(_bias_selected, buckets=buckets),
+            default=functools.partial(_bias_looked_up, buckets=buckets),
         )
 
 

@@ -120,7 +120,7 @@ def product(
     """
     heads = input_heads, output_heads
     if isinstance(x, Normalized):
-        # Fewer rows than the kernel has are scaled sooner than the kernel.
+        # With fewer rows than the kernel has, it is cheaper to scale the rows.
         if kernel.dtype != jnp.bfloat16 or math.prod(x.shape[:-1]) < kernel.shape[0]:
             return product(x.array(), kernel, *heads)
         return lax.platform_dependent(
@@ -182,7 +182,9 @@ def _scaled_product(heads, x: Normalized, kernel):
     So that on a TPU nothing passes over x but the product itself.
     """
     scaled = (x.scale[:, None] * kernel).astype(kernel.dtype)
-    return (_product_of_heads(heads, x.x, scaled) * x.inverse_rms).astype(kernel.dtype)
+    return (_product_of_heads(heads, x.x.astype(kernel.dtype), scaled) * x.inverse_rms).astype(
+        kernel.dtype
+    )
 
 
 def _scaled_product_fwd(heads, x, kernel):
@@ -190,7 +192,7 @@ def _scaled_product_fwd(heads, x, kernel):
 
 
 def _scaled_product_bwd(heads, saved, cotangent):
-    # Through the norm: the gradient of the scale is then none of the whole kernel.
+    # Through the norm, so that the scale's gradient needs no array of the kernel's size.
     def multiplied_out(x, kernel):
         return _product_of_heads(heads, x.array(), kernel).astype(kernel.dtype)
 

@@ -18,7 +18,7 @@ def chosen_sums(
 
     Args:
         chosen: [..., M, N].
-        values: [..., N] float32, finite.
+        values: [..., N] float32, 0 or from 2^-100 to 2^100 in size.
 
     Returns:
         [..., M] float32.

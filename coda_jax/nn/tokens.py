@@ -24,7 +24,7 @@ class Tokens:
 
     Attributes:
         x: [B, n, D] the residual stream.
-        u: [B, n, D] the normalised residual stream, which layer, adapter and router read.
+        u: [B, n, D] the norm of x, which layer, adapter and router read.
         positions: [B or 1, n] int32, each token's place in its row.
         mask: [B, n] bool, False for padding and for empty slots.
         segment_ids: [B, n] int, or None where rows are not packed.
@@ -119,7 +119,7 @@ class Selection:
             segment_ids = take(segment_ids, self.indices)
         if isinstance(u, Normalized):
             inverse_rms = take(u.inverse_rms[..., 0], self.indices)
-            u = u.replace(x=x, inverse_rms=inverse_rms[..., None])
+            u = u.replace(x=x.astype(u.x.dtype), inverse_rms=inverse_rms[..., None])
         else:
             u = take(u, self.indices)
         return Tokens(x, u, self.indices, self.valid, segment_ids)

@@ -14,9 +14,9 @@ import numpy as np
 
 from coda_jax.optional import needs
 from coda_jax.profiling import tpu
-from coda_jax.profiling.breakdown import Parts, part_of
+from coda_jax.profiling.breakdown import OTHER, Parts, part_of
 
-# What libtpu else asks a TPU's host for, in vain.
+# Otherwise libtpu asks a TPU's host for these, and there is none.
 _HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -35,7 +35,7 @@ class Program:
         seconds: of compiling.
         argument_bytes: on each chip.
         temporary_bytes: on each chip.
-        fits: whether a chip's memory holds both.
+        fits: whether a chip's memory holds both, and what the program returns.
     """
 
     cost: tpu.Cost
@@ -47,9 +47,10 @@ class Program:
 
     def parts(self, parts: Parts) -> dict[str, float]:
         """{part: share of the cycles}, as of `breakdown.parts_of`."""
-        shares = dict.fromkeys([*parts, "other"], 0.0)
+        shares = dict.fromkeys([*parts, OTHER, tpu.WAITING], 0.0)
         for scope, cycles in self.cost.cycles.items():
-            shares[part_of(scope, parts)] += cycles / self.cost.total
+            part = scope if scope == tpu.WAITING else part_of(scope, parts)
+            shares[part] += cycles / self.cost.total
         return shares
 
 
@@ -106,17 +107,18 @@ def compile_for(name: str, function: Callable, arguments: Any, rounds: int = 1) 
     cost = tpu.cost(compiled, chip, rounds)
     memory = compiled.memory_analysis()
     taken = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) + cost.flops
-    return Program(cost, flops, seconds, *taken, fits=sum(taken) <= chip.memory)
+    return Program(cost, flops, seconds, *taken, fits=sum(taken) + returned <= chip.memory)
 
 
-def row(program: Program, baseline: Program, bound: float, parts: Mapping) -> dict[str, Any]:
+def row(program: Program, baseline: Program, bound: float | None, parts: Mapping) -> dict[str, Any]:
     """What a report says of a program beside that of the baseline.
 
     Args:
         program: of a method.
         baseline: of the same measure.
-        bound: the ratio of the operations that the models ask for.
+        bound: the ratio of their operations; None where it is not known.
         parts: as of `breakdown.parts_of`.
     """
     speed_up = baseline.cost.total / program.cost.total
@@ -124,7 +126,7 @@ def row(program: Program, baseline: Program, bound: float, parts: Mapping) -> di
         "cycles": program.cost.total,
         "speed_up": speed_up,
         "bound": bound,
-        "fraction_of_bound": speed_up / bound,
+        "fraction_of_bound": speed_up / bound if bound else None,
         "guessed": program.cost.guessed_share,
         "unknown_loops": sorted(program.cost.loops),
         "flops": program.flops,
@@ -132,6 +134,5 @@ def row(program: Program, baseline: Program, bound: float, parts: Mapping) -> di
         "argument_bytes": program.argument_bytes,
         "temporary_bytes": program.temporary_bytes,
         "fits": program.fits,
-        "collectives": dict(program.cost.collectives),
         "parts": program.parts(parts),
     }

@@ -6,7 +6,8 @@ writes none on asynchronous copies, which wait in a queue at the rate of the chi
 none on gathers, scatters, sorts and custom calls (XLA puts dense attention into one), which are
 guessed here and reported as guessed. So compare programs of one topology with little guessed.
 
-Cycles and rates are those of the core that the estimates are for: half a chip of v4 and v5p.
+Cycles are those of the core that the estimates are for, one of two on v4 and v5p; it is given all
+of the chip's memory and bandwidth.
 """
 
 import base64
@@ -19,7 +20,6 @@ import jax
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _ROW_CYCLES = 8  # of a gathered or scattered row: a guess
 _SOFTMAX_CYCLES = 4  # of a register of 8 x 128 in a custom call's softmax: a guess
 WAITING = "wait for a copy"
@@ -63,7 +63,6 @@ class Cost:
         cycles: {path of scopes: cycles}.
         guessed: the part of these that the compiler does not estimate.
         flops: of custom calls, which XLA does not count.
-        collectives: {kind: bytes} that chips exchange.
         loops: {scope: number} of loops whose length is not in the program.
         total: all cycles.
     """
@@ -71,7 +70,6 @@ class Cost:
     cycles: Counter = dataclasses.field(default_factory=Counter)
     guessed: Counter = dataclasses.field(default_factory=Counter)
     flops: float = 0.0
-    collectives: Counter = dataclasses.field(default_factory=Counter)
     loops: Counter = dataclasses.field(default_factory=Counter)
     total: float = 0.0
 
@@ -82,7 +80,7 @@ class Cost:
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Adds so many runs of another part."""
-        for name in ("cycles", "guessed", "collectives", "loops"):
+        for name in ("cycles", "guessed", "loops"):
             for key, value in getattr(other, name).items():
                 getattr(self, name)[key] += value * times
         self.flops += other.flops * times
@@ -160,9 +158,6 @@ class _Program:
         return found
 
     def _instruction(self, found, line, kind, op, rest, types):
-        for collective in _COLLECTIVES:
-            if op in (collective, f"{collective}-start"):
-                found.collectives[collective] += _size(kind)
         estimated = re.search(r'"estimated_cycles":"(\d+)"', line)
         if estimated:
             found.charge(_scope(line), int(estimated.group(1)))
@@ -268,8 +263,8 @@ def _custom_call(line: str, chip: Chip) -> tuple[float, float]:
         math.prod(_vector(v)) for v in re.findall(r"math\.exp .*: vector<([^>]*)>", text)
     )
     vectors = max(exponentials, default=0) / 1024 * _SOFTMAX_CYCLES
-    layouts = re.search(r"operand_layout_constraints=\{(.*?)\}, ", line + "}, ").group(1)
-    memory = (results + _size(layouts)) / chip.bytes_a_cycle
+    operands = re.search(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}", line)
+    memory = (results + _size(operands.group(1) if operands else "")) / chip.bytes_a_cycle
     return max(memory, rounds * (max(matrix, vectors) + 100)), flops * rounds
 
 

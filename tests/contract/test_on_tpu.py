@@ -9,7 +9,7 @@ from contract.programs import (
     params,
     relative_error,
 )
-from contract.table import each_case
+from contract.table import each_case, routed
 from helpers import as_on_tpu
 import jax
 import numpy as np
@@ -23,10 +23,11 @@ def encoder_of(config):
     network = config.network()
 
     @jax.jit
-    def encode(params, inputs):
+    def encode(params, inputs, segment_ids=None):
         encoded, sown = network.apply(
             {"params": params},
             inputs,
+            segment_ids,
             enable_dropout=False,
             method="encode",
             mutable=["intermediates"],
@@ -48,6 +49,21 @@ def test_outputs_and_choices_are_the_same(case):
         np.testing.assert_array_equal(on_tpu[layer].indices, selection.indices)
         np.testing.assert_array_equal(on_tpu[layer].valid, selection.valid)
         np.testing.assert_allclose(on_tpu[layer].weights, selection.weights, atol=1e-5)
+
+
+@each_case("budget", where=routed)
+def test_packed_rows_are_the_same(case):
+    """Segments of unequal lengths and padding behind them; too many of them are seen."""
+    config = case.config
+    inputs = inputs_of(config, (14, 9))
+    segments = np.array([[1] * 5 + [2] * 1 + [3] * 8, [1] * 2 + [2] * 7 + [0] * 5])
+    expected, _ = encoder_of(config)(params(config), inputs, segments)
+    too_many = segments * 100
+    with as_on_tpu():
+        found, _ = encoder_of(config)(params(config), inputs, segments)
+        beyond, _ = encoder_of(config)(params(config), inputs, too_many)
+    np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=2e-5)
+    assert np.isnan(beyond).any()
 
 
 @each_case("rows")

@@ -61,7 +61,7 @@ def test_cycles_follow_the_flow_of_control():
     assert dict(cost.guessed) == {"jit(f)/layers_0/gather/gather": gathered}
     assert cost.total == pytest.approx(copied + gathered + 5)
     assert cost.guessed_share == pytest.approx(gathered / cost.total)
-    assert cost.collectives == {"all-reduce": 4000} and not cost.loops
+    assert not cost.loops
 
 
 def test_a_loop_of_unknown_length_is_named_and_counts_as_is_said():
