@@ -96,7 +96,7 @@ setup(
         "t5x": T5X,
         "all": [*SPEECH, *IMAGES, *T5X],
         "cuda": ["jax[cuda12]"],  # jax's own choice; jax[cuda13] is for drivers from 580 on
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "libtpu"],  # libtpu also compiles for TPUs that are not there
         "test": TEST,
         "dev": [*TEST, "ruff==0.17.6"],
     },
