@@ -1,6 +1,7 @@
-"""How much of the operations that it leaves out CoDA saves on TPUs: `make test-tpu`.
+"""What CoDA gains on TPUs of the operations that it leaves out: `make test-tpu`.
 
-By the TPU compiler's own estimates, for one chip, in ratios: a T5 Base of two layers of each kind.
+By the TPU compiler's own estimates, for one chip, in ratios. The models have two layers of each
+kind, beside which embedding and last norm count more than beside twelve: the bars are lower.
 """
 
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def measured(name, measures, reductions, **sizes):
     [
         ("t5_1_1_base", 32, 512, {3: 0.75, 4: 0.75}),
         ("t5_1_1_base", 8, 512, {3: 0.55, 4: 0.5}),
-        ("pix2struct_base", 2, 4096, {8: 0.85}),
+        ("pix2struct_base", 2, 4096, {8: 0.65}),
     ],
 )
 def test_the_encoder_gets_most_of_what_it_leaves_out(preset_name, batch_size, input_length, bars):
