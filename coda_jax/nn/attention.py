@@ -154,12 +154,16 @@ def _average(logits, value, dropout):
 def _attend(query, key, value, bias, mask, *, float32_logits, dropout=None, average=_average):
     if float32_logits:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    logits = jnp.einsum("bhqd,bhld->bhql", query, key)
+    logits = _biased(jnp.einsum("bhqd,bhld->bhql", query, key), bias, mask)
+    return average(logits, value, dropout)
+
+
+def _biased(logits, bias, mask):
     if bias is not None:
         logits += bias.astype(logits.dtype)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
-    return average(logits, value, dropout)
+    return logits
 
 
 def _attend_with_few_queries(query, key, value, bias, mask, *, float32_logits):
@@ -174,11 +178,7 @@ def _attend_with_few_queries(query, key, value, bias, mask, *, float32_logits):
     logits = jnp.einsum("bqhj,blj->bhql", rows, join_heads(key), preferred_element_type=jnp.float32)
     if not float32_logits:
         logits = logits.astype(query.dtype)
-    if bias is not None:
-        logits += bias.astype(logits.dtype)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
-    weights = jax.nn.softmax(logits).astype(value.dtype)
+    weights = jax.nn.softmax(_biased(logits, bias, mask)).astype(value.dtype)
     y = jnp.einsum(
         "bml,blj->bmj",
         weights.reshape(weights.shape[0], -1, weights.shape[-1]),

@@ -119,6 +119,16 @@ def relative_error(found, expected):
     return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
 
 
+def tokens_of_equal_choices(selections, others):
+    """[B, N], the tokens of `inputs_of` in rows of which all layers take the same ones in both."""
+    same = np.array(LENGTHS) > 0
+    for layer, selection in selections.items():
+        different = (selection.indices != others[layer].indices) & selection.valid
+        same &= ~np.asarray(different.any(-1))
+    assert same.sum() > 2
+    return mask_of(LENGTHS) & same[:, None]
+
+
 def in_bfloat16(config):
     """The config with computation in bfloat16."""
     return dataclasses.replace(config, dtype=jnp.bfloat16)
