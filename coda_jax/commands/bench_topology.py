@@ -15,11 +15,12 @@ from coda_jax.commands.bench_programs import (
     random_batch,
 )
 from coda_jax.models import ModelConfig, param_shapes
-from coda_jax.profiling import breakdown, topology
+from coda_jax.profiling import breakdown, flops, topology
 
 MEASURES = ("encoder", "end_to_end", "beams", "train_step")  # of `Programs`
 # XLA counts all operations of a step, CoDA's own among them, and one round of a decoding loop.
 _BY_XLA = "train_step"
+_BEAMS = {"end_to_end": 1, "beams": 4}
 
 
 def measure(
@@ -70,10 +71,21 @@ def measure(
             bound = of_baseline / asked if asked else None
             if measure_name == _BY_XLA:
                 bound = baseline.flops / program.flops
-            report[measure_name][method] = topology.row(
-                program, baseline, bound, breakdown.parts_of(config)
-            )
+            row = topology.row(program, baseline, bound, breakdown.parts_of(config))
+            report[measure_name][method] = row
+            if measure_name in _BEAMS and program.cost.loops:
+                sizes = batch_size, input_length, target_length, _BEAMS[measure_name]
+                row["step"] = _step(program, name, flops.step_bytes(config, *sizes))
     return report
+
+
+def _step(program: topology.Program, name: str, read: int) -> dict[str, float]:
+    """What a decoding step costs, the dearest loop's round, and what reading its bytes would."""
+    return {
+        "cycles": max(program.cost.loops.values()),
+        "bytes": read,
+        "bytes_cycles": read / topology.chip(name).bytes_a_cycle,
+    }
 
 
 def _params(config: ModelConfig) -> Mapping:
@@ -114,7 +126,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"| {row['temporary_bytes'] / 2**20:.0f} MiB | {'yes' if row['fits'] else 'NO'} |"
             for method, row in rows.items()
         ]
-        lines += _unknown_loops(rows, settings["target_length"])
+        lines += _loops(rows, settings["target_length"])
         parts = list(dict.fromkeys(part for row in rows.values() for part in row["parts"]))
         lines += ["", "| share of the cycles | " + " | ".join(parts) + " |"]
         lines += ["|---" * (len(parts) + 1) + "|"]
@@ -124,12 +136,21 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _unknown_loops(rows: Mapping[str, Any], rounds: int) -> list[str]:
+def _loops(rows: Mapping[str, Any], rounds: int) -> list[str]:
     """What is said of loops whose length is not in the program."""
-    named = sorted({loop for row in rows.values() for loop in row["unknown_loops"]})
-    if not named:
-        return []
-    return ["", f"Loops of unknown length, counted as {rounds} rounds: {', '.join(named)}"]
+    lines = [
+        f"{method}: {loop} is of unknown length and counts {rounds} times"
+        for method, row in rows.items()
+        for loop in row["unknown_loops"]
+    ]
+    lines += [
+        f"{method}: a decoding step takes {row['step']['cycles'] / 1e6:.2f} million cycles, where "
+        f"reading {row['step']['bytes'] / 2**20:.0f} MiB of weights, keys and values takes "
+        f"{row['step']['bytes_cycles'] / 1e6:.2f}"
+        for method, row in rows.items()
+        if "step" in row
+    ]
+    return ["", *(f"- {line}" for line in lines)] if lines else []
 
 
 def _ratio(value: float | None) -> str:

@@ -70,6 +70,11 @@ def checked(text: str) -> str:
     return text
 
 
+def chip(text: str) -> tpu.Chip:
+    """The kind of chip of a topology."""
+    return tpu.CHIPS[checked(text).split(":")[0]]
+
+
 def chips(text: str) -> list[jax.Device]:
     """The chips of a topology.
 
@@ -107,13 +112,12 @@ def compile_for(name: str, function: Callable, arguments: Any, rounds: int = 1) 
     middle = time.perf_counter()
     compiled = lowered.compile()
     seconds = middle - start, time.perf_counter() - middle
-    chip = tpu.CHIPS[name.split(":")[0]]
-    cost = tpu.cost(compiled, chip, rounds)
+    cost = tpu.cost(compiled, chip(name), rounds)
     memory = compiled.memory_analysis()
     taken = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) + cost.flops
-    return Program(cost, flops, *seconds, *taken, fits=sum(taken) + returned <= chip.memory)
+    return Program(cost, flops, *seconds, *taken, fits=sum(taken) + returned <= chip(name).memory)
 
 
 def row(program: Program, baseline: Program, bound: float | None, parts: Mapping) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def row(program: Program, baseline: Program, bound: float | None, parts: Mapping
         "bound": bound,
         "fraction_of_bound": speed_up / bound if bound else None,
         "guessed": program.cost.guessed_share,
-        "unknown_loops": sorted(program.cost.loops),
+        "unknown_loops": dict(sorted(program.cost.loops.items())),
         "flops": program.flops,
         "lower_seconds": program.lower_seconds,
         "compile_seconds": program.compile_seconds,
