@@ -33,6 +33,7 @@ def test_operations_belong_to_the_part_that_their_scopes_name():
     for operation, part in {
         "attention/query/dot_general": "attention",
         "attention.keys_values/key/dot_general": "attention",
+        "encoder_decoder_attention/query/dot_general": "attention",
         "mlp/wi_0/dot_general": "mlp",
         "adapter/wi/dot_general": "adapter",
         "router/sort": "router",
