@@ -280,27 +280,12 @@ def _continuations(
 
 def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:
     """Gives each beam its parent's keys and values; those of the encoding belong to all beams."""
+    first = jnp.arange(parents.shape[0])[:, None] * parents.shape[1]
+    rows = (first + parents).reshape(-1)
 
     def reorder(path, leaf):
         if path[-1].key in ("cached_key", "cached_value"):
-            return lax.platform_dependent(
-                leaf, parents, tpu=_rows_selected, default=_rows_of_parents
-            )
+            return jnp.take(leaf, rows, axis=0, mode="clip")
         return leaf
 
     return jax.tree_util.tree_map_with_path(reorder, cache)
-
-
-def _rows_of_parents(leaf, parents):
-    first = jnp.arange(parents.shape[0])[:, None] * parents.shape[1]
-    return jnp.take(leaf, (first + parents).reshape(-1), axis=0, mode="clip")
-
-
-def _rows_selected(leaf, parents):
-    """From all beams of a row, since TPUs gather slowly."""
-    beams = leaf.reshape(*parents.shape, *leaf.shape[1:])
-    parents = parents.reshape(*parents.shape, *[1] * (leaf.ndim - 1))
-    chosen = beams[:, :1]
-    for beam in range(1, beams.shape[1]):
-        chosen = jnp.where(parents == beam, beams[:, beam : beam + 1], chosen)
-    return chosen.reshape(leaf.shape)

@@ -315,7 +315,6 @@ def test_results_do_not_depend_on_padding_and_other_rows(rng):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.usefixtures("branches")
 def test_only_the_self_attention_cache_is_reordered():
     cache = {
         "layer": {
