@@ -4,7 +4,8 @@
 |---|---|
 | `tokens` | what a layer knows of its tokens; a selection of some, its gather and scatter |
 | `layers` | projections, norms, embeddings, feed-forward blocks |
-| `attention` | attention, relative positions, the decoder's cache |
+| `attention` | attention, relative keys, the decoder's cache |
+| `position_bias` | T5's relative position bias |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |
 """

@@ -1,4 +1,4 @@
-"""Attention and what biases it: relative positions, the cache of a decoder.
+"""Attention, with the cache of a decoder or with relative keys.
 
 Axis letters: B batch, N tokens (Q queries, L keys), D embedding, H heads, R distances.
 """
@@ -12,7 +12,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-import numpy as np
 
 from coda_jax.nn.layers import Dense, Dtype, Vectors
 
@@ -21,93 +20,9 @@ _MASKED_LOGIT = -1e10
 _FUSED_LENGTH = 512
 # Queries of all heads up to which a TPU's matrix unit is not full.
 _FEW_QUERIES = 128
+# What keys and values are products of, and the matrices; see `attend`.
+Source = tuple[Float[Array, "c l d"], Float[Array, "d h k"], Float[Array, "d h k"]]
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
-def relative_position_bucket(
-    distance: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
-) -> np.ndarray:
-    """T5's bucket of each distance (key position - query position), as static numpy arithmetic.
-
-    Half of the buckets hold one distance each, the other half grow in logarithmic steps up to
-    `max_distance`, beyond which all share the last.
-    """
-    bucket = np.zeros_like(distance)
-    if bidirectional:
-        num_buckets //= 2
-        bucket += np.where(distance > 0, num_buckets, 0)
-        distance = np.abs(distance)
-    else:
-        distance = np.maximum(-distance, 0)
-    max_exact = num_buckets // 2
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / max_exact)
-    ratio = ratio / np.float32(np.log(max_distance / max_exact))
-    large = max_exact + (ratio * (num_buckets - max_exact)).astype(distance.dtype)
-    return bucket + np.where(distance < max_exact, distance, np.minimum(large, num_buckets - 1))
-
-
-class RelativePositionBiases(nn.Module):
-    """T5's relative position bias, computed from the positions of the queries and the keys.
-
-    Attributes:
-        num_buckets: number of learned values per head.
-        max_distance: all distances from here on share one bucket.
-        num_heads: H.
-        bidirectional: whether keys after the query have buckets of their own.
-        dtype: of the result.
-    """
-
-    num_buckets: int
-    max_distance: int
-    num_heads: int
-    bidirectional: bool
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, query_positions: Int[Array, "#b q"], key_positions: Int[Array, "#b l"]
-    ) -> Float[Array, "b h q l"]:
-        """The bias of each query and key, [B, H, Q, L]."""
-        rel_embedding = partitioning.param_with_axes(
-            "rel_embedding",
-            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-            (self.num_heads, self.num_buckets),
-            jnp.float32,
-            axes=("heads", "relpos_buckets"),
-        )
-        # Distances are few and buckets static: one value per head and distance.
-        limit = self.max_distance
-        buckets = relative_position_bucket(
-            np.arange(-limit, limit + 1), self.bidirectional, self.num_buckets, limit
-        )
-        distance = key_positions[:, None, :] - query_positions[:, :, None]
-        return lax.platform_dependent(
-            rel_embedding.astype(self.dtype),
-            jnp.clip(distance, -limit, limit) + limit,
-            tpu=functools.partial(_bias_selected, buckets=buckets),
-            default=functools.partial(_bias_looked_up, buckets=buckets),
-        )
-
-
-def _bias_looked_up(values, distance, *, buckets):
-    return jnp.moveaxis(jnp.take(values[:, buckets], distance, axis=1), 0, 1)
-
-
-def _bias_selected(values, distance, *, buckets):
-    """By a tree of selects on the bits of the rank of the distance's bucket: TPUs gather slowly."""
-    edges = np.flatnonzero(np.diff(buckets)) + 1
-    rank = sum((distance >= edge).astype(jnp.int32) for edge in edges)[:, None]
-    starts = buckets[np.concatenate([[0], edges])]
-    level = [values[None, :, i, None, None] for i in starts]
-    bit = 0
-    while len(level) > 1:
-        one = ((rank >> bit) & 1) != 0
-        level = [
-            jnp.where(one, *reversed(level[i : i + 2])) if i + 1 < len(level) else level[i]
-            for i in range(0, len(level), 2)
-        ]
-        bit += 1
-    return level[0]
 
 
 def attend(
@@ -119,7 +34,7 @@ def attend(
     *,
     float32_logits: bool = False,
     dropout: Callable[[Array], Array] | None = None,
-    source: tuple[Array, Array, Array] | None = None,
+    source: Source | None = None,
 ) -> Float[Array, "b h q k"]:
     """softmax(q k^T + bias) v over the keys that the mask allows; T5 does not scale the logits.
 
@@ -299,7 +214,7 @@ class Attention(nn.Module):
         mask: Bool[Array, "..."] | None = None,
         bias: Float[Array, "..."] | None = None,
         *,
-        source: tuple[Array, Array, Array] | None = None,
+        source: Source | None = None,
         deterministic: bool,
     ) -> Float[Array, "b q d"]:
         """Attends from x_q to keys and values that `keys_values` made.

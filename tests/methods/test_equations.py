@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from coda_jax.methods import Coda
 from coda_jax.methods.coda import num_selected
-from coda_jax.nn.attention import relative_position_bucket
+from coda_jax.nn.position_bias import relative_position_bucket
 
 
 class NumpyEncoder:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from coda_jax.nn import attention
+from coda_jax.nn import attention, position_bias
 
 # The smallest distance in each bucket of 32 with a limit of 128, worked out in whole numbers.
 FIRST_OF_BUCKET_BOTH_WAYS = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]
@@ -40,12 +40,12 @@ def test_buckets_equal_the_golden_tables():
     past = np.maximum(-DISTANCES, 0)
     one_way = np.searchsorted(FIRST_OF_BUCKET_ONE_WAY, past, side="right") - 1
     np.testing.assert_array_equal(
-        attention.relative_position_bucket(DISTANCES, False, 32, 128), one_way
+        position_bias.relative_position_bucket(DISTANCES, False, 32, 128), one_way
     )
     both_ways = np.searchsorted(FIRST_OF_BUCKET_BOTH_WAYS, abs(DISTANCES), side="right") - 1
     both_ways += 16 * (DISTANCES > 0)
     np.testing.assert_array_equal(
-        attention.relative_position_bucket(DISTANCES, True, 32, 128), both_ways
+        position_bias.relative_position_bucket(DISTANCES, True, 32, 128), both_ways
     )
 
 
@@ -58,7 +58,7 @@ def test_buckets_equal_hugging_face(bidirectional, sizes):
         torch.arange(-600, 601), bidirectional, *sizes
     )
     np.testing.assert_array_equal(
-        attention.relative_position_bucket(DISTANCES, bidirectional, *sizes), expected.numpy()
+        position_bias.relative_position_bucket(DISTANCES, bidirectional, *sizes), expected.numpy()
     )
 
 
@@ -71,7 +71,7 @@ def test_buckets_equal_t5x(bidirectional):
         DISTANCES, bidirectional, 32, 128
     )
     np.testing.assert_array_equal(
-        attention.relative_position_bucket(DISTANCES, bidirectional, 32, 128), expected
+        position_bias.relative_position_bucket(DISTANCES, bidirectional, 32, 128), expected
     )
 
 
@@ -82,7 +82,7 @@ def test_bias_is_looked_up_by_true_position(bidirectional, rng):
     table = rng.normal(size=(3, 8)).astype(np.float32)
     queries = np.sort(rng.choice(60, (2, 5)), axis=-1)
     keys = np.sort(rng.choice(60, (2, 7)), axis=-1)
-    module = attention.RelativePositionBiases(8, 16, 3, bidirectional)
+    module = position_bias.RelativePositionBiases(8, 16, 3, bidirectional)
     bias = module.apply(
         {"params": {"rel_embedding": table}}, jnp.asarray(queries), jnp.asarray(keys)
     )
@@ -91,7 +91,7 @@ def test_bias_is_looked_up_by_true_position(bidirectional, rng):
         for q in range(5):
             for j in range(7):
                 distance = np.array(keys[b, j] - queries[b, q])
-                bucket = attention.relative_position_bucket(distance, bidirectional, 8, 16)
+                bucket = position_bias.relative_position_bucket(distance, bidirectional, 8, 16)
                 np.testing.assert_array_equal(bias[b, :, q, j], table[:, bucket])
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from coda_jax.methods.base import Place, applied_to_modules, conditional_layer
 from coda_jax.models.t5.config import T5Config
 from coda_jax.nn import attention as attentions
-from coda_jax.nn import layers
+from coda_jax.nn import layers, position_bias
 from coda_jax.nn.tokens import Tokens
 
 # Of the encoding, in a decoder's cache.
@@ -42,8 +42,8 @@ def _mlp(cfg: T5Config) -> layers.MlpBlock:
     )
 
 
-def _relpos_bias(cfg: T5Config, bidirectional: bool) -> attentions.RelativePositionBiases:
-    return attentions.RelativePositionBiases(
+def _relpos_bias(cfg: T5Config, bidirectional: bool) -> position_bias.RelativePositionBiases:
+    return position_bias.RelativePositionBiases(
         cfg.relpos_num_buckets,
         cfg.relpos_max_distance,
         cfg.num_heads,
