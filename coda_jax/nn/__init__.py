@@ -7,4 +7,5 @@
 | `attention` | attention, relative positions, the decoder's cache |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |
+| `processors` | whether a CPU multiplies bfloat16 |
 """

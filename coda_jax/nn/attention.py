@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from coda_jax.nn import processors
 from coda_jax.nn.layers import Dense, Dtype, Vectors
 
 _MASKED_LOGIT = -1e10
@@ -21,6 +22,10 @@ _MASKED_LOGIT = -1e10
 _FUSED_LENGTH = 512
 # Queries of all heads up to which a TPU's matrix unit is not full.
 _FEW_QUERIES = 128
+# Logits of a head from which on a CPU's core does not keep them in its own cache, and queries of a
+# block that it keeps.
+_CACHED_LOGITS = 2**16
+_BLOCK_QUERIES = 256
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -136,12 +141,20 @@ def attend(
     if dropout is not None:
         return _attend(*arguments, **options, dropout=dropout)
     default = functools.partial(_attend, **options)
-    tpu = default
-    if query.shape[1] * query.shape[2] <= _FEW_QUERIES:
-        tpu = functools.partial(_attend_with_few_queries, **options)
+    cpu = tpu = default
+    few = query.shape[1] * query.shape[2] <= _FEW_QUERIES
+    in_one_product = functools.partial(_attend_with_few_queries, **options)
+    in_blocks = functools.partial(_attend_in_blocks, float32_logits)
+    if key.dtype == jnp.bfloat16:
+        if processors.multiplies_bfloat16():
+            cpu = in_one_product if few else in_blocks
+    elif query.shape[2] * key.shape[2] > _CACHED_LOGITS:
+        cpu = in_blocks
+    if few:
+        tpu = in_one_product
     elif key.shape[2] < _FUSED_LENGTH:
         tpu = functools.partial(_attend, **options, average=_average_with_sum)
-    return lax.platform_dependent(*arguments, tpu=tpu, default=default)
+    return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=default)
 
 
 def _average(logits, value, dropout):
@@ -156,6 +169,52 @@ def _attend(query, key, value, bias, mask, *, float32_logits, dropout=None, aver
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     logits = _biased(jnp.einsum("bhqd,bhld->bhql", query, key), bias, mask)
     return average(logits, value, dropout)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_in_blocks(float32_logits, query, key, value, bias, mask):
+    """Head by head, a block of queries at a time: logits in float32, in a core's own cache.
+
+    Differentiated as a whole: the loop's own gradient is slower than that of `_attend`.
+    """
+    del float32_logits  # of `_attend`, whose derivative is taken
+    rows, heads, length, _ = query.shape
+    blocks = -(-length // _BLOCK_QUERIES)
+    size = -(-length // blocks)
+
+    def part(x, row, head):
+        for index in (row, head):
+            x = lax.dynamic_index_in_dim(x, index if x.shape[0] > 1 else 0, keepdims=False)
+        return x
+
+    def of_block(x, row, head, block):
+        if x is None or x.shape[2] == 1:
+            return x if x is None else part(x, row, head)
+        # A slice that would end behind the last query starts earlier.
+        return lax.dynamic_slice_in_dim(part(x, row, head), block * size, size)
+
+    def attend_block(place):
+        row, head, _ = place
+        product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+        logits = product(of_block(query, *place), part(key, row, head).T)
+        logits = _biased(logits, of_block(bias, *place), of_block(mask, *place))
+        exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
+        # The average is divided by the weights' sum, and not the weights: it has fewer columns.
+        sums = product(exponentials.astype(value.dtype), part(value, row, head))
+        return (sums / exponentials.sum(-1, keepdims=True)).astype(value.dtype)
+
+    y = lax.map(
+        attend_block, jnp.unravel_index(jnp.arange(rows * heads * blocks), (rows, heads, blocks))
+    )
+    y = y.reshape(rows, heads, blocks, size, -1)
+    last = length - (blocks - 1) * size
+    whole = y[:, :, :-1].reshape(rows, heads, length - last, value.shape[-1])
+    return jnp.concatenate([whole, y[:, :, -1, size - last :]], axis=2)
+
+
+@_attend_in_blocks.defjvp
+def _attend_in_blocks_jvp(float32_logits, primals, tangents):
+    return jax.jvp(functools.partial(_attend, float32_logits=float32_logits), primals, tangents)
 
 
 def _biased(logits, bias, mask):

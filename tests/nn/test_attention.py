@@ -1,5 +1,7 @@
 """Attention against loops in numpy, and the buckets of positions against the original code."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,34 @@ def numpy_attention(query, key, value, bias, mask):
                 logits = np.where(mask[b, q], logits, -1e10)
                 y[b, q, h] = softmax(logits.astype(np.float64)) @ value[b, :, h]
     return y
+
+
+@pytest.mark.parametrize("num_queries", [1, 8, 9, 11])
+@pytest.mark.parametrize("biased", ["each", "all", "not"])
+def test_blocks_of_queries_are_attended_to_as_all_are(num_queries, biased, rng, monkeypatch):
+    """Blocks of 4 queries and less, of which the last one may overlap the one before."""
+    monkeypatch.setattr(attention, "_BLOCK_QUERIES", 4)
+    monkeypatch.setattr(attention, "_CACHED_LOGITS", 0)
+    query = rng.normal(size=(2, 3, num_queries, 4)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, 3, 7, 4)).astype(np.float32)
+    bias = rng.normal(size=(2 if biased == "each" else 1, 3, num_queries, 7)).astype(np.float32)
+    mask = rng.random((2, 1, num_queries if biased == "each" else 1, 7)) < 0.6
+    mask[0, :, -1] = False
+    given = (query, key, value, None if biased == "not" else bias, mask)
+
+    def loss(attend, *given):
+        y = attend(*given)
+        return (y * jnp.arange(y.size).reshape(y.shape)).sum(), y
+
+    def with_gradients(attend):
+        return jax.grad(functools.partial(loss, attend), (0, 1, 2), has_aux=True)(*given)
+
+    found = with_gradients(jax.jit(attention.attend))
+    expected = with_gradients(functools.partial(attention._attend, float32_logits=False))
+    np.testing.assert_allclose(attention.attend(*given), found[1], atol=1e-6)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected
+    )
 
 
 @pytest.mark.usefixtures("branches")
