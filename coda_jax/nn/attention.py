@@ -22,10 +22,8 @@ _MASKED_LOGIT = -1e10
 _FUSED_LENGTH = 512
 # Queries of all heads up to which a TPU's matrix unit is not full.
 _FEW_QUERIES = 128
-# Logits of a head from which on a CPU's core does not keep them in its own cache, and queries of a
-# block that it keeps.
-_CACHED_LOGITS = 2**16
-_BLOCK_QUERIES = 256
+# Logits that a CPU keeps in its caches, about.
+_CACHED_LOGITS = 2**18
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -148,7 +146,7 @@ def attend(
     if key.dtype == jnp.bfloat16:
         if processors.multiplies_bfloat16():
             cpu = in_one_product if few else in_blocks
-    elif query.shape[2] * key.shape[2] > _CACHED_LOGITS:
+    elif query.shape[0] * query.shape[2] * key.shape[2] > _CACHED_LOGITS:
         cpu = in_blocks
     if few:
         tpu = in_one_product
@@ -173,40 +171,39 @@ def _attend(query, key, value, bias, mask, *, float32_logits, dropout=None, aver
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend_in_blocks(float32_logits, query, key, value, bias, mask):
-    """Head by head, a block of queries at a time: logits in float32, in a core's own cache.
+    """Head by head, a block of queries at a time, so that the logits stay in a CPU's caches.
 
-    Differentiated as a whole: the loop's own gradient is slower than that of `_attend`.
+    Logits and softmax are float32. Its derivative is that of `_attend`: the loop's is slower.
     """
     del float32_logits  # of `_attend`, whose derivative is taken
     rows, heads, length, _ = query.shape
-    blocks = -(-length // _BLOCK_QUERIES)
+    blocks = -(-length // max(1, _CACHED_LOGITS // (rows * key.shape[2])))
     size = -(-length // blocks)
-
-    def part(x, row, head):
-        for index in (row, head):
-            x = lax.dynamic_index_in_dim(x, index if x.shape[0] > 1 else 0, keepdims=False)
-        return x
-
-    def of_block(x, row, head, block):
-        if x is None or x.shape[2] == 1:
-            return x if x is None else part(x, row, head)
-        # A slice that would end behind the last query starts earlier.
-        return lax.dynamic_slice_in_dim(part(x, row, head), block * size, size)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def attend_block(place):
-        row, head, _ = place
-        product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-        logits = product(of_block(query, *place), part(key, row, head).T)
-        logits = _biased(logits, of_block(bias, *place), of_block(mask, *place))
+        head, block = place
+
+        def part(x, of_queries=True):
+            if x is None:
+                return None
+            x = lax.dynamic_index_in_dim(x, head if x.shape[1] > 1 else 0, 1, keepdims=False)
+            if not of_queries or x.shape[1] == 1:
+                return x
+            # A slice that would end behind the last query starts earlier.
+            return lax.dynamic_slice_in_dim(x, block * size, size, 1)
+
+        logits = product("bqd,bld->bql", part(query), part(key, of_queries=False))
+        logits = _biased(logits, part(bias), part(mask))
         exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
         # The average is divided by the weights' sum, and not the weights: it has fewer columns.
-        sums = product(exponentials.astype(value.dtype), part(value, row, head))
+        weights = exponentials.astype(value.dtype)
+        sums = product("bql,bld->bqd", weights, part(value, of_queries=False))
         return (sums / exponentials.sum(-1, keepdims=True)).astype(value.dtype)
 
-    y = lax.map(
-        attend_block, jnp.unravel_index(jnp.arange(rows * heads * blocks), (rows, heads, blocks))
-    )
-    y = y.reshape(rows, heads, blocks, size, -1)
+    places = jnp.unravel_index(jnp.arange(heads * blocks), (heads, blocks))
+    y = lax.map(attend_block, places).reshape(heads, blocks, rows, size, -1)
+    y = y.transpose(2, 0, 1, 3, 4)
     last = length - (blocks - 1) * size
     whole = y[:, :, :-1].reshape(rows, heads, length - last, value.shape[-1])
     return jnp.concatenate([whole, y[:, :, -1, size - last :]], axis=2)
