@@ -5,6 +5,7 @@
 | `tokens` | what a layer knows of its tokens; a selection of some, its gather and scatter |
 | `layers` | projections, norms, embeddings, feed-forward blocks |
 | `attention` | attention, relative positions, the decoder's cache |
+| `relative_keys` | attention with a learned vector for each distance |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |
 | `processors` | whether a CPU multiplies bfloat16 |

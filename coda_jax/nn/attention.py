@@ -18,8 +18,9 @@ from coda_jax.nn import processors
 from coda_jax.nn.layers import Dense, Dtype, Vectors
 
 _MASKED_LOGIT = -1e10
-# From this many keys on XLA has a kernel for the whole attention on TPUs, if written with softmax.
+# From this many keys on XLA has a kernel for softmax and average on TPUs, if they fill its tiles.
 _FUSED_LENGTH = 512
+_TILE = 128
 # Queries of all heads up to which a TPU's matrix unit is not full.
 _FEW_QUERIES = 128
 # Logits that a CPU keeps in its caches, about.
@@ -150,7 +151,7 @@ def attend(
         cpu = in_blocks
     if few:
         tpu = in_one_product
-    elif key.shape[2] < _FUSED_LENGTH:
+    elif key.shape[2] < _FUSED_LENGTH or key.shape[2] % _TILE:
         tpu = functools.partial(_attend, **options, average=_average_with_sum)
     return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=default)
 
@@ -375,78 +376,3 @@ class KeyValueCache(nn.Module):
         position = index.value[None, None]
         index.value += 1
         return cached_key.value, cached_value.value, position
-
-
-class RelativeKeyAttention(nn.Module):
-    """softmax((q k^T + q E[distance]^T) / sqrt(head_dim)) v, with a learned vector per distance.
-
-    Attributes:
-        num_heads: H.
-        head_dim: of each head.
-        max_left: keys that lie further before the query share a vector.
-        max_right: keys that lie further behind it share a vector.
-        dropout_rate: on the attention weights.
-        float32_logits: whether logits and softmax are float32 where `dtype` is not.
-        dtype: of the computation.
-
-    Reference: Shaw et al. 2018, Self-Attention with Relative Position Representations.
-    """
-
-    num_heads: int
-    head_dim: int
-    max_left: int
-    max_right: int
-    dropout_rate: float = 0.0
-    float32_logits: bool = False
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x_q: Float[Array, "b q d"],
-        x_kv: Float[Array, "b l d"],
-        mask: Bool[Array, "b 1 #q l"],
-        query_positions: Int[Array, "_ q"],
-        key_positions: Int[Array, "_ l"],
-        *,
-        deterministic: bool,
-    ) -> Float[Array, "b q d"]:
-        """Attends from x_q to x_kv where the mask allows; positions are in time."""
-
-        def heads(name, x):
-            width = self.num_heads * self.head_dim
-            x = Dense(width, ("embed", "joined_kv"), use_bias=True, dtype=self.dtype, name=name)(x)
-            return split_heads(x, self.num_heads)
-
-        query = heads("query", x_q) * self.head_dim**-0.5
-        dropout = None
-        if self.dropout_rate and not deterministic:
-            dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=False)
-        y = attend(
-            query,
-            heads("key", x_kv),
-            heads("value", x_kv),
-            self._position_term(query, query_positions, key_positions),
-            mask,
-            float32_logits=self.float32_logits,
-            dropout=dropout,
-        )
-        return Dense(
-            x_q.shape[-1], ("joined_kv", "embed"), use_bias=True, dtype=self.dtype, name="out"
-        )(join_heads(y))
-
-    def _position_term(self, query, query_positions, key_positions) -> Float[Array, "b h q l"]:
-        embedding = partitioning.param_with_axes(
-            "distance_embedding",
-            nn.initializers.normal(1.0),
-            (self.max_left + 1 + self.max_right, self.head_dim),
-            jnp.float32,
-            axes=("relpos_buckets", "kv"),
-        )
-        # Distances are few: one product per query and distance, then a look-up for each key.
-        by_distance = jnp.einsum("bhqd,rd->bhqr", query, embedding.astype(self.dtype))
-        distance = key_positions[:, None, :] - query_positions[:, :, None]
-        distance = jnp.clip(distance, -self.max_left, self.max_right) + self.max_left
-        return jnp.take_along_axis(
-            by_distance, distance[:, None], axis=-1, mode="promise_in_bounds"
-        )
