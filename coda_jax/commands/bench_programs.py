@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coda_jax import methods
+from coda_jax import methods, trees
 from coda_jax.methods import comparisons
-from coda_jax.models import ModelConfig, family_of
+from coda_jax.models import ModelConfig, family_of, param_shapes
 from coda_jax.objectives import model_for
 from coda_jax.profiling import flops
 from coda_jax.training import trainer
@@ -107,6 +107,18 @@ def random_batch(config: ModelConfig, batch: int, length: int, target_length: in
         "decoder_target_tokens": targets,
         "decoder_loss_weights": np.ones_like(targets),
     }
+
+
+def served_shapes(config: ModelConfig) -> Mapping:
+    """Shapes of the parameters: the base's in the dtype of the computation, as it is served."""
+    created = methods.created(config)
+
+    def held(path, leaf):
+        dtype = leaf.dtype if trees.matches(path, created) else np.dtype(config.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    flat = trees.flatten(param_shapes(config))
+    return trees.unflatten({path: held(path, leaf) for path, leaf in flat.items()})
 
 
 def with_head(config: ModelConfig) -> ModelConfig:

@@ -3,18 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
-from coda_jax import checks, methods, trees
+from coda_jax import checks
 from coda_jax.commands.bench_programs import (
     BASELINE,
     Programs,
     compared,
     operations,
     random_batch,
+    served_shapes,
 )
-from coda_jax.models import ModelConfig, param_shapes
+from coda_jax.models import ModelConfig
 from coda_jax.profiling import breakdown, topology
 
 MEASURES = ("encoder", "end_to_end", "beams", "train_step")  # of `Programs`
@@ -50,7 +48,7 @@ def measure(
         measures = [measure for measure in measures if measure == "encoder"]
     batch = random_batch(dense, batch_size, input_length, target_length)
     programs = {
-        method: Programs(config, _params(config), batch)
+        method: Programs(config, served_shapes(config), batch)
         for method, config in compared(dense, reductions, attentions).items()
     }
     report: dict[str, Any] = {}
@@ -74,18 +72,6 @@ def measure(
                 program, baseline, bound, breakdown.parts_of(config)
             )
     return report
-
-
-def _params(config: ModelConfig) -> Mapping:
-    """Shapes of the parameters: the base's in the dtype of the computation, as it is served."""
-    created = methods.created(config)
-
-    def held(path, leaf):
-        dtype = leaf.dtype if trees.matches(path, created) else np.dtype(config.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-    flat = trees.flatten(param_shapes(config))
-    return trees.unflatten({path: held(path, leaf) for path, leaf in flat.items()})
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`coda check`: does a checkpoint fit a model, and what will the model cost?
+"""`coda check`: does a checkpoint fit a model, the model a pod, and what will it cost?
 
 To be asked before a pod is started. T5X drops parameters that the model lacks without a word, and
 orbax does not compare shapes; here every leaf that is missing, extra or misshapen is an error.
@@ -13,6 +13,7 @@ import jax
 from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x, t5x_shapes
+from coda_jax.commands import check_topology
 from coda_jax.data.batches import check_feature_lengths
 from coda_jax.methods import Method, partition, unrouted
 from coda_jax.models import ModelConfig, param_shapes
@@ -22,42 +23,88 @@ NEW_LEAVES = ("created", "restored")
 
 
 def check(
-    checkpoint: str,
+    checkpoint: str | None = None,
     config: ModelConfig | None = None,
     methods: Sequence[Method] = (),
     *,
     new_leaves: str = "created",
     feature_lengths: Mapping[str, int] | None = None,
     read_values: bool = False,
+    topology: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    batch_size: int | None = None,
+    dtype: Any = None,
     output: str | None = None,
 ) -> dict[str, Any]:
     """Compares a checkpoint with a model, and counts parameters and operations.
 
     Args:
         checkpoint: folder in Hugging Face layout or of T5X, or the name of a model in the cache of
-            the Hugging Face Hub.
+            the Hugging Face Hub; None for what can be said of the sizes alone.
         config: the model's sizes; None for those that a Hugging Face checkpoint says itself.
         methods: how the model is adapted.
         new_leaves: "created" where training starts from a dense checkpoint, which must not have
             leaves of the methods; "restored" where they must be in it.
         feature_lengths: tokens of "inputs" and "targets", for the operations.
         read_values: also reads every value, which finds missing and damaged parts of files.
+        topology: TPUs for which the model's programs are compiled, such as "v5e:4x4"; they need
+            not be there. None for no such compilation.
+        mesh: how many of their chips lie along "data" and "model"; None for all along "data".
+        batch_size: rows of a batch, of all chips; None for 8 for each chip along "data".
+        dtype: of the computation, and of the frozen parameters; None for bfloat16.
         output: JSON file for the report.
 
     Returns:
         The report: "parameters" and "trained_parameters", and the operations of matrix products
         "flops_per_input_token" of the encoder, "flops_per_output_token" of the decoder (greedy),
-        and "encoder_flops_ratio", the dense encoder's with adapters divided by the model's.
+        and "encoder_flops_ratio", the dense encoder's with adapters divided by the model's. With a
+        topology also "topology", see `check_topology.measure`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: leaves are missing, extra, misshapen or damaged (all are listed); a T5X
-            checkpoint is given without a config.
+            checkpoint is given without a config; there is neither; the mesh does not fit the chips
+            or the model.
+        ModuleNotFoundError: there is a topology and no libtpu.
     """
     lengths = {"inputs": 512, "targets": 64} if feature_lengths is None else feature_lengths
     check_feature_lengths(lengths)
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, OUTPUT=output)
     checks.flag("READ_VALUES", read_values)
+    options = {"MESH": mesh, "BATCH_SIZE": batch_size, "DTYPE": dtype}
+    pod = topology and check_topology.settings(topology, **options)
+    if topology is None:
+        _refuse_unused("TOPOLOGY", **options)
+    config = _fitting(checkpoint, config, methods, new_leaves, read_values)
+    shapes = param_shapes(config)
+    report = {
+        "parameters": trees.count(shapes),
+        "trained_parameters": trees.count(partition(config, shapes)[0]),
+        **costs(config, **lengths),
+    }
+    for name, value in report.items():
+        print(f"{name:24}{value:>20,.2f}" if isinstance(value, float) else f"{name:24}{value:>20,}")
+    if pod:
+        report["topology"] = check_topology.measure(config, pod, **lengths)
+        print(check_topology.markdown(report["topology"]), end="")
+    if output is not None:
+        files.write_json(output, report)
+    return report
+
+
+def _fitting(
+    checkpoint: str | None,
+    config: ModelConfig | None,
+    methods: Sequence[Method],
+    new_leaves: str,
+    read_values: bool,
+) -> ModelConfig:
+    """The config with its methods, which the checkpoint fits, if there is one."""
+    if checkpoint is None:
+        if config is None:
+            raise ValueError("there is nothing to check: give INITIAL_CHECKPOINT_PATH or PRESET")
+        _refuse_unused("INITIAL_CHECKPOINT_PATH", READ_VALUES=read_values or None)
+        return config.replace(methods=tuple(methods))
     checkpoint = str(hub.find(checkpoint))
     if config is None:
         if is_t5x(Path(checkpoint)):
@@ -67,18 +114,15 @@ def check(
     check_leaves(config, checkpoint, new_leaves)
     if read_values:
         _read_values(checkpoint)
-    shapes = param_shapes(config)
-    report = {
-        "parameters": trees.count(shapes),
-        "trained_parameters": trees.count(partition(config, shapes)[0]),
-        **costs(config, **lengths),
-    }
     print(f"{checkpoint} fits the model.")
-    for name, value in report.items():
-        print(f"{name:24}{value:>20,.2f}" if isinstance(value, float) else f"{name:24}{value:>20,}")
-    if output is not None:
-        files.write_json(output, report)
-    return report
+    return config
+
+
+def _refuse_unused(needed: str, **options: Any) -> None:
+    """Raises ValueError where an option is given that has no effect without another."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} has no effect without {needed}")
 
 
 def check_leaves(config: ModelConfig, checkpoint: str, new_leaves: str = "created") -> None:

@@ -280,12 +280,12 @@ def _continuations(
 
 def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:
     """Gives each beam its parent's keys and values; those of the encoding belong to all beams."""
-    first = jnp.arange(parents.shape[0])[:, None] * parents.shape[1]
-    rows = (first + parents).reshape(-1)
 
     def reorder(path, leaf):
         if path[-1].key in ("cached_key", "cached_value"):
-            return jnp.take(leaf, rows, axis=0, mode="clip")
+            # Row by row: beams stay on the chip of their input.
+            beams = leaf.reshape(*parents.shape, *leaf.shape[1:])
+            return take(beams, parents).reshape(leaf.shape)
         return leaf
 
     return jax.tree_util.tree_map_with_path(reorder, cache)
