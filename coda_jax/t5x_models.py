@@ -6,7 +6,9 @@ gin_configs/t5x.
 
 from collections.abc import Callable, Sequence
 import copy
+import dataclasses
 import functools
+import importlib
 from typing import Any
 
 from absl import logging
@@ -21,7 +23,7 @@ from coda_jax import checks, trees
 from coda_jax.commands.check import NEW_LEAVES, check_leaves
 from coda_jax.commands.configuration import check_flags_of_t5x
 from coda_jax.methods import Method, created, trained
-from coda_jax.models import ModelConfig
+from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
 from coda_jax.objectives.seq2seq import Z_LOSS
@@ -58,6 +60,23 @@ def network(config: ModelConfig) -> nn.Module:
     """
     check_flags_of_t5x()
     return config.network()
+
+
+def example_network(config: ModelConfig) -> nn.Module | None:
+    """T5X's own network of a dense config's sizes, to be compared with; None where it has none.
+
+    Args:
+        config: without methods.
+    """
+    theirs = importlib.import_module("t5x.examples.t5.network")
+    names = [field.name for field in dataclasses.fields(theirs.T5Config)]
+    if len(config.input_spec(1, 1).shape) != 2 or not all(hasattr(config, x) for x in names):
+        return None
+    network = theirs.Transformer(theirs.T5Config(**{x: getattr(config, x) for x in names}))
+    init = functools.partial(network.init, enable_dropout=False)
+    made = jax.eval_shape(init, jax.random.key(0), *config.init_inputs())["params"]
+    same = trees.flatten(made).keys() == trees.flatten(param_shapes(config)).keys()
+    return network if same else None
 
 
 def assignment_map(config: ModelConfig, new_leaves: str = "created") -> list[tuple[str, Any]]:

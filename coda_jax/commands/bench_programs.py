@@ -6,6 +6,7 @@ Axis letters: B batch, N input tokens, T target tokens.
 from collections.abc import Callable, Mapping, Sequence
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +41,22 @@ class Programs:
         params: the dense model's parameters, and the method's own; arrays or their shapes.
     """
 
-    def __init__(self, config: ModelConfig, params: Mapping, batch: Mapping[str, np.ndarray]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping,
+        batch: Mapping[str, np.ndarray],
+        network: nn.Module | None = None,
+    ):
+        """Args:
+            config: the method's configuration.
+            params: as the attribute.
+            batch: as of `random_batch`.
+            network: another library's in the place of the config's; it has no `end_to_end`.
+        """  # fmt: skip
         self.config, self.params = config, params
         self._model = model_for(config)
+        self._model.module = network or self._model.module
         self._batch = dict(batch)
 
     def encoder(self) -> tuple[Callable, tuple]:
