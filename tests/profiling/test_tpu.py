@@ -71,6 +71,31 @@ def test_a_loop_of_unknown_length_is_named_and_counts_as_is_said():
     assert sum(cost.loops.values()) == 1
 
 
+def test_what_chips_send_is_counted_in_arrays_as_they_come_out():
+    """Also what a loop repeats, a fusion hides, or runs beside other work."""
+    sent = """\
+  %gather-start = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x), metadata={op_name="e"}
+  %gather-done = bf16[16,8]{1,0} all-gather-done(%gather-start), metadata={op_name="e"}
+  %hidden = f32[8]{0} fusion(%x), kind=kCustom, calls=%small, metadata={op_name="f"}
+  %both = (f32[2]{0}, s32[3]{0}) all-reduce(%x, %y), to_apply=%small, metadata={op_name="d"}
+"""
+    inner = '  %inner = f32[8]{0} reduce-scatter(%p), metadata={op_name="g"}\n'
+    text = PROGRAM.replace("  %sum = ", f"{sent}  %sum = ")
+    for computation in ("%small (p: f32[8]) -> f32[8] {", "%body (p: (s32[])) -> (s32[]) {"):
+        text = text.replace(f"{computation}\n", f"{computation}\n{inner}")
+    cost = tpu.cost(compiled(text), V5E)
+    assert cost.collectives == {
+        ("all-reduce", "d"): 2,
+        ("all-gather", "e"): 1,
+        ("reduce-scatter", "g"): 7 + 1,
+    }
+    assert cost.collective_bytes == {
+        ("all-reduce", "d"): 4000 + 20,
+        ("all-gather", "e"): 16 * 8 * 2,
+        ("reduce-scatter", "g"): 32 * (7 + 1),
+    }
+
+
 def test_a_program_for_another_machine_is_refused():
     with pytest.raises(ValueError, match="not compiled for a TPU"):
         tpu.cost(compiled("HloModule jit_f"), V5E)
