@@ -74,7 +74,11 @@ class Pod:
             mesh: as of `checked_mesh`.
         """  # fmt: skip
         shape = tuple(mesh[axis] for axis in MESH_AXES)
-        self.mesh = Mesh(mesh_utils.create_device_mesh(shape, devices=devices), MESH_AXES)
+        # Where chips along one axis are not a whole side of the pod, the sides are split.
+        laid_out = mesh_utils.create_device_mesh(
+            shape, devices=devices, allow_split_physical_axes=True
+        )
+        self.mesh = Mesh(laid_out, MESH_AXES)
 
     def shapes(self, arguments: Any, axes: Mapping[str, Sequence[str | None]]) -> Any:
         """Arguments of a program as shapes that say how they are divided.

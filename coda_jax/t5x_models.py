@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import typing
 from typing import Any
 
 from absl import logging
@@ -68,15 +69,19 @@ def example_network(config: ModelConfig) -> nn.Module | None:
     Args:
         config: without methods.
     """
-    theirs = importlib.import_module("t5x.examples.t5.network")
-    names = [field.name for field in dataclasses.fields(theirs.T5Config)]
+    theirs = importlib.import_module("t5x.examples.t5.network").Transformer
+    sizes = typing.get_type_hints(theirs)["config"]
+    names = [field.name for field in dataclasses.fields(sizes)]
     if len(config.input_spec(1, 1).shape) != 2 or not all(hasattr(config, x) for x in names):
         return None
-    network = theirs.Transformer(theirs.T5Config(**{x: getattr(config, x) for x in names}))
+    network = theirs(sizes(**{name: getattr(config, name) for name in names}))
     init = functools.partial(network.init, enable_dropout=False)
     made = jax.eval_shape(init, jax.random.key(0), *config.init_inputs())["params"]
-    same = trees.flatten(made).keys() == trees.flatten(param_shapes(config)).keys()
-    return network if same else None
+    made, ours = (
+        {path: leaf.shape for path, leaf in trees.flatten(tree).items()}
+        for tree in (made, param_shapes(config))
+    )
+    return network if made == ours else None
 
 
 def assignment_map(config: ModelConfig, new_leaves: str = "created") -> list[tuple[str, Any]]:

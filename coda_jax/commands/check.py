@@ -40,52 +40,44 @@ def check(
 
     Args:
         checkpoint: folder in Hugging Face layout or of T5X, or the name of a model in the cache of
-            the Hugging Face Hub; None for what can be said of the sizes alone.
+            the Hugging Face Hub; None for a config alone.
         config: the model's sizes; None for those that a Hugging Face checkpoint says itself.
         methods: how the model is adapted.
         new_leaves: "created" where training starts from a dense checkpoint, which must not have
             leaves of the methods; "restored" where they must be in it.
         feature_lengths: tokens of "inputs" and "targets", for the operations.
         read_values: also reads every value, which finds missing and damaged parts of files.
-        topology: TPUs for which the model's programs are compiled, such as "v5e:4x4"; they need
-            not be there. None for no such compilation.
-        mesh: how many of their chips lie along "data" and "model"; None for all along "data".
-        batch_size: rows of a batch, of all chips; None for 8 for each chip along "data".
-        dtype: of the computation, and of the frozen parameters; None for bfloat16.
+        topology: TPUs, such as "v5e:4x4", for which the model's programs are compiled.
+        mesh: {"data", "model"}: their chips along each axis; None for all along "data".
+        batch_size: rows on all chips; None for 8 for each chip along "data".
+        dtype: of computation and frozen parameters; None for bfloat16.
         output: JSON file for the report.
 
     Returns:
-        The report: "parameters" and "trained_parameters", and the operations of matrix products
-        "flops_per_input_token" of the encoder, "flops_per_output_token" of the decoder (greedy),
-        and "encoder_flops_ratio", the dense encoder's with adapters divided by the model's. With a
-        topology also "topology", see `check_topology.measure`.
+        The report: "parameters" and "trained_parameters", the operations of matrix products
+        "flops_per_input_token" of the encoder, "flops_per_output_token" of the decoder (greedy) and
+        "encoder_flops_ratio", the dense encoder's with adapters by the model's, and "topology".
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: leaves are missing, extra, misshapen or damaged (all are listed); a T5X
-            checkpoint is given without a config; there is neither; the mesh does not fit the chips
-            or the model.
+        ValueError: leaves are missing, extra, misshapen or damaged (all are listed); the mesh fits
+            neither chips nor model; or there are no sizes.
         ModuleNotFoundError: there is a topology and no libtpu.
     """
     lengths = {"inputs": 512, "targets": 64} if feature_lengths is None else feature_lengths
     check_feature_lengths(lengths)
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, OUTPUT=output)
     checks.flag("READ_VALUES", read_values)
-    options = {"MESH": mesh, "BATCH_SIZE": batch_size, "DTYPE": dtype}
-    pod = topology and check_topology.settings(topology, **options)
-    if topology is None:
-        _refuse_unused("TOPOLOGY", **options)
+    given = check_topology.settings(topology, mesh, batch_size, dtype)
     config = _fitting(checkpoint, config, methods, new_leaves, read_values)
     shapes = param_shapes(config)
-    report = {
-        "parameters": trees.count(shapes),
-        "trained_parameters": trees.count(partition(config, shapes)[0]),
-        **costs(config, **lengths),
-    }
+    trained = trees.count(partition(config, shapes)[0])
+    report: dict[str, Any] = {"parameters": trees.count(shapes), "trained_parameters": trained}
+    report |= costs(config, **lengths)
     for name, value in report.items():
         print(f"{name:24}{value:>20,.2f}" if isinstance(value, float) else f"{name:24}{value:>20,}")
-    if pod:
-        report["topology"] = check_topology.measure(config, pod, **lengths)
+    if given is not None:
+        report["topology"] = check_topology.measure(config, given, **lengths)
         print(check_topology.markdown(report["topology"]), end="")
     if output is not None:
         files.write_json(output, report)
@@ -103,7 +95,8 @@ def _fitting(
     if checkpoint is None:
         if config is None:
             raise ValueError("there is nothing to check: give INITIAL_CHECKPOINT_PATH or PRESET")
-        _refuse_unused("INITIAL_CHECKPOINT_PATH", READ_VALUES=read_values or None)
+        if read_values:
+            raise ValueError("READ_VALUES=True has no effect without INITIAL_CHECKPOINT_PATH")
         return config.replace(methods=tuple(methods))
     checkpoint = str(hub.find(checkpoint))
     if config is None:
@@ -116,13 +109,6 @@ def _fitting(
         _read_values(checkpoint)
     print(f"{checkpoint} fits the model.")
     return config
-
-
-def _refuse_unused(needed: str, **options: Any) -> None:
-    """Raises ValueError where an option is given that has no effect without another."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name}={value!r} has no effect without {needed}")
 
 
 def check_leaves(config: ModelConfig, checkpoint: str, new_leaves: str = "created") -> None:

@@ -38,21 +38,28 @@ class Settings:
     dtype: Any
 
 
-def settings(TOPOLOGY: str, MESH: Any, BATCH_SIZE: Any, DTYPE: Any) -> Settings:
-    """Checks the options of these names.
+def settings(
+    name: str | None, mesh: Mapping[str, int] | None, batch_size: int | None, dtype: Any
+) -> Settings | None:
+    """Checks what is asked for; None where no topology is.
 
     Raises:
         ValueError: there is no such topology; the mesh is not of its chips; rows do not divide.
         ModuleNotFoundError: there is no libtpu.
     """
-    mesh = checked_mesh("MESH", MESH, len(topology.chips(checks.text("TOPOLOGY", TOPOLOGY))))
-    rows = checks.COUNT("BATCH_SIZE", _ROWS * mesh["data"] if BATCH_SIZE is None else BATCH_SIZE)
+    if name is None:
+        for option, value in {"MESH": mesh, "BATCH_SIZE": batch_size, "DTYPE": dtype}.items():
+            if value is not None:
+                raise ValueError(f"{option}={value!r} has no effect without TOPOLOGY")
+        return None
+    mesh = checked_mesh("MESH", mesh, len(topology.chips(checks.text("TOPOLOGY", name))))
+    rows = _ROWS * mesh["data"] if batch_size is None else checks.COUNT("BATCH_SIZE", batch_size)
     if rows % mesh["data"]:
         raise ValueError(
             f"BATCH_SIZE must be a multiple of {mesh['data']} chips along 'data', got {rows}"
         )
-    dtype = checks.dtype("DTYPE", "bfloat16" if DTYPE is None else DTYPE)
-    return Settings(TOPOLOGY, mesh, rows, dtype)
+    dtype = checks.dtype("DTYPE", "bfloat16" if dtype is None else dtype)
+    return Settings(name, mesh, rows, dtype)
 
 
 def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> dict[str, Any]:

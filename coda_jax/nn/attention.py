@@ -172,32 +172,26 @@ def _attend_with_few_queries(num_groups, query, key, value, bias, mask, *, float
     """One product for all heads of a group: their queries stand on the diagonal of [H, H head_dim].
 
     For a decoding step, which waits for keys and values: [L, head_dim] for each head fills half of
-    a TPU's tiles, [L, H head_dim] all of them. Heads that are on different chips are in different
-    groups: else their logits would be added up over the chips.
+    a TPU's tiles, [L, H head_dim] all of them. Heads of different chips are in different groups, or
+    else their logits would be added up over the chips.
     """
     num_heads, head_dim = query.shape[1] // num_groups, query.shape[3]
     diagonal = jnp.repeat(jnp.eye(num_heads, dtype=bool), head_dim, axis=1)
-    query_rows, keys, values = (_join_groups(x, num_groups) for x in (query, key, value))
-    rows = jnp.where(diagonal, query_rows[..., None, :], 0)
-    logits = jnp.einsum("bqghj,blgj->bghql", rows, keys, preferred_element_type=jnp.float32)
+
+    def joined(x):
+        return join_heads(x).reshape(x.shape[0], x.shape[2], num_groups, -1)
+
+    rows, float32 = jnp.where(diagonal, joined(query)[..., None, :], 0), jnp.float32
+    logits = jnp.einsum("bqghj,blgj->bghql", rows, joined(key), preferred_element_type=float32)
     logits = logits.reshape(query.shape[0], -1, *logits.shape[3:])
     if not float32_logits:
         logits = logits.astype(query.dtype)
     weights = jax.nn.softmax(_biased(logits, bias, mask)).astype(value.dtype)
-    y = jnp.einsum(
-        "bgml,blgj->bgmj",
-        weights.reshape(weights.shape[0], num_groups, -1, weights.shape[-1]),
-        values,
-        preferred_element_type=jnp.float32,
-    )
+    weights = weights.reshape(query.shape[0], num_groups, -1, key.shape[2])
+    y = jnp.einsum("bgml,blgj->bgmj", weights, joined(value), preferred_element_type=float32)
     y = y.reshape(*y.shape[:2], num_heads, -1, y.shape[-1])
     y = jnp.where(diagonal[:, None], y, 0).sum(2).astype(value.dtype)
     return jnp.swapaxes(y.reshape(*y.shape[:3], num_heads, head_dim), 2, 3).reshape(query.shape)
-
-
-def _join_groups(x, num_groups):
-    """[B, H, N, head_dim] -> [B, N, G, H / G * head_dim]."""
-    return join_heads(x).reshape(x.shape[0], x.shape[2], num_groups, -1)
 
 
 def _average_with_sum(logits, value, dropout):
