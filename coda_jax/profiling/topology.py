@@ -59,9 +59,11 @@ class Program:
     def collectives(self, parts: Parts) -> list[dict[str, Any]]:
         """{"kind", "part", "count", "bytes"} of what chips reduce or exchange, the most first."""
         counts, sizes = Counter(), Counter()
-        for (kind, scope), count in self.cost.collectives.items():
-            counts[kind, part_of(scope, parts)] += count
-            sizes[kind, part_of(scope, parts)] += self.cost.collective_bytes[kind, scope]
+        for (kind, path), count in self.cost.collectives.items():
+            # The last is no scope but the operation, which may be a `gather` of something else.
+            part = part_of(path.rpartition("/")[0], parts)
+            counts[kind, part] += count
+            sizes[kind, part] += self.cost.collective_bytes[kind, path]
         return [
             {"kind": kind, "part": part, "count": counts[kind, part], "bytes": size}
             for (kind, part), size in sizes.most_common()

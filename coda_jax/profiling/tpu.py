@@ -140,13 +140,14 @@ class _Program:
         """The cost of one run of a computation; what it copies has arrived at its end."""
         found, free, arrival = Cost(), 0.0, {}
         types: dict[str, str] = {}
+        seen: set[str] = set()
         for line in self.computations[name or self.entry]:
             parsed = re.match(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)", line)
             if not parsed:
                 continue
             me, kind, op, rest = parsed.groups()
             types[me] = kind
-            self._count_collectives(found, line)
+            self._count_collectives(found, line, seen)
             if op == "while":
                 found.add(self.run(_named(line, "body")), self._rounds(line, found))
             elif op in ("conditional", "call"):
@@ -185,18 +186,26 @@ class _Program:
         if cycles:
             found.charge(_scope(line), cycles, guessed=True)
 
-    def _count_collectives(self, found: Cost, line: str) -> None:
-        """What an instruction, or one that it fuses or starts, reduces or exchanges."""
+    def _count_collectives(self, found: Cost, line: str, seen: set[str]) -> None:
+        """What an instruction, or one that it fuses or starts, reduces or exchanges.
+
+        One that runs under several others is in all of them, by its channel.
+        """
         fused = re.search(r"\bcalls=%([\w.\-]+)", line)
         for inner in self.computations.get(fused.group(1), ()) if fused else ():
-            self._count_collectives(found, inner)
-        if sent := _COLLECTIVE.search(line):
-            kind, name, starts = sent.groups()
-            arrays = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", kind)
-            if starts and name != "all-reduce":  # operands come first, results behind them
-                arrays = arrays[len(arrays) // 2 :]
-            found.collectives[name, _scope(line)] += 1
-            found.collective_bytes[name, _scope(line)] += sum(map(_size, arrays))
+            self._count_collectives(found, inner, seen)
+        sent = _COLLECTIVE.search(line)
+        channel = re.search(r"channel_id=\d+", line)
+        if not sent or (channel and channel.group() in seen):
+            return
+        seen.add(channel.group() if channel else line)
+        kind, name, starts = sent.groups()
+        arrays = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", kind)
+        if starts and name != "all-reduce":  # operands come first, results behind them
+            arrays = [array for array in arrays if not array.endswith("[]")]
+            arrays = arrays[len(arrays) // 2 :]
+        found.collectives[name, _scope(line)] += 1
+        found.collective_bytes[name, _scope(line)] += sum(map(_size, arrays))
 
     def _copied(self, kind: str) -> float:
         """Cycles of an asynchronous copy, none within the core's own memory, S(1)."""
