@@ -192,8 +192,11 @@ class _Program:
         One that runs under several others is in all of them, by its channel.
         """
         fused = re.search(r"\bcalls=%([\w.\-]+)", line)
-        for inner in self.computations.get(fused.group(1), ()) if fused else ():
-            self._count_collectives(found, inner, seen)
+        if fused and fused.group(1).startswith("all-reduce-scatter"):  # TPUs' reduce-scatter
+            line = line.replace(" fusion(", " reduce-scatter(", 1)
+        elif fused:
+            for inner in self.computations.get(fused.group(1), ()):
+                self._count_collectives(found, inner, seen)
         sent = _COLLECTIVE.search(line)
         channel = re.search(r"channel_id=\d+", line)
         if not sent or (channel and channel.group() in seen):

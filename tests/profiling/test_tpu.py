@@ -77,6 +77,7 @@ def test_what_chips_send_is_counted_in_arrays_as_they_come_out():
   %gather-start = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x), metadata={op_name="e"}
   %gather-done = bf16[16,8]{1,0} all-gather-done(%gather-start), metadata={op_name="e"}
   %hidden = f32[8]{0} fusion(%x), kind=kCustom, calls=%small, metadata={op_name="f"}
+  %part = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="i"}
   %one-start = f32[5]{0} all-to-all(%x), channel_id=7, metadata={op_name="h"}
   %one-done = f32[5]{0} all-to-all(%x), channel_id=7, metadata={op_name="h"}
   %both = (f32[2]{0}, s32[3]{0}) all-reduce(%x, %y), to_apply=%small, metadata={op_name="d"}
@@ -91,12 +92,14 @@ def test_what_chips_send_is_counted_in_arrays_as_they_come_out():
         ("all-gather", "e"): 1,
         ("reduce-scatter", "g"): 7 + 1,
         ("all-to-all", "h"): 1,
+        ("reduce-scatter", "i"): 1,
     }
     assert cost.collective_bytes == {
         ("all-reduce", "d"): 4000 + 20,
         ("all-gather", "e"): 16 * 8 * 2,
         ("reduce-scatter", "g"): 32 * (7 + 1),
         ("all-to-all", "h"): 20,
+        ("reduce-scatter", "i"): 8,
     }
 
 
