@@ -236,7 +236,7 @@ class _Program:
             return int(known.group(1))
         condition = self.computations.get(_named(line, "condition"), [])
         root = next((other for other in condition if "ROOT" in other), "")
-        constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+        constants = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
         if "direction=LT" in root and len(constants) == 1:
             return int(constants[0])
         found.loops[_scope(line)] += 1

@@ -51,8 +51,9 @@ def compiled(text):
     return types.SimpleNamespace(as_text=lambda: text)
 
 
-def test_cycles_follow_the_flow_of_control():
-    cost = tpu.cost(compiled(PROGRAM), V5E)
+@pytest.mark.parametrize("counter", ["s32", "u32"])
+def test_cycles_follow_the_flow_of_control(counter):
+    cost = tpu.cost(compiled(PROGRAM.replace("%limit = s32", f"%limit = {counter}")), V5E)
     gathered = 100 * 8 + 500  # 8 cycles a row: more than reading and writing their bytes takes
     copied = 2**23 / V5E.bytes_a_cycle
     assert cost.cycles["jit(f)/layers_0/mlp/dot"] == 700
