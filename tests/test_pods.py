@@ -5,6 +5,7 @@ The rows are 8 (4 beams: 32), the tokens 12, of which 6 are selected, D = 16, 2 
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,8 +16,6 @@ import pytest
 
 from coda_jax.sharding import checked_mesh
 
-# A CPU's kernel for the k largest of a row is run on all rows by every device.
-OF_BEAMS = ("top_k",)
 EVERY = [(branch, name) for branch, names in divided_programs.PROGRAMS.items() for name in names]
 
 
@@ -60,6 +59,15 @@ def test_no_logits_keys_or_values_of_attention_are_sent(report, branch, name):
         inside = re.search(r"attention/(?!out|query|\(?\w*out)", scope)
         assert not inside, (kind, shapes, scope)
         assert "_take)/gather" not in scope or kind == "all-reduce", (kind, shapes, scope)
+
+
+def test_beams_do_not_send_their_logits(report):
+    """[8, 4 x 32], of which the 8 best of each beam of each row remain."""
+    sent = report["tpu"]["beams"]["collectives"]
+    largest = max(
+        math.prod(x) for kind, shapes, _ in sent if kind == "all-gather" for x in sizes(shapes)
+    )
+    assert largest < 8 * 4 * 32
 
 
 def test_what_can_be_divided_is(report):
