@@ -5,6 +5,7 @@ import json
 import pytest
 
 from coda_jax import cli
+from coda_jax.profiling import topology
 
 libtpu = pytest.importorskip("libtpu")
 SMALL = "--gin.PRESET_CHANGES={'num_encoder_layers': 1, 'num_decoder_layers': 1}"
@@ -41,6 +42,11 @@ def test_a_pod_is_told_of_what_its_chips_hold_and_send(tmp_path, capsys):
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
     with pytest.raises(ValueError, match=message):
         cli.run([*CHECK, f"--gin.MESH={mesh}"])
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_pod_has_as_many_devices_as_chips(name):
+    assert len(topology.chips(name, whole=True)) == 4
 
 
 def test_rows_are_divided_evenly():

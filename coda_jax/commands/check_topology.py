@@ -52,7 +52,8 @@ def settings(
             if value is not None:
                 raise ValueError(f"{option}={value!r} has no effect without TOPOLOGY")
         return None
-    mesh = checked_mesh("MESH", mesh, len(topology.chips(checks.text("TOPOLOGY", name))))
+    chips = topology.chips(checks.text("TOPOLOGY", name), whole=True)
+    mesh = checked_mesh("MESH", mesh, len(chips))
     rows = _ROWS * mesh["data"] if batch_size is None else checks.COUNT("BATCH_SIZE", batch_size)
     if rows % mesh["data"]:
         raise ValueError(
@@ -75,7 +76,7 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
         targets: T, tokens decoded, and target tokens of a training step.
     """
     config = config.replace(dtype=given.dtype, dropout_rate=0.0)
-    pod = Pod(topology.chips(given.topology), given.mesh)
+    pod = Pod(topology.chips(given.topology, whole=True), given.mesh)
     batch = random_batch(config, given.batch_size, inputs, targets)
     programs, axes = Programs(config, served_shapes(config), batch), param_axes(config)
     whole = pod.shapes(programs.params, axes)

@@ -102,8 +102,8 @@ def checked(text: str) -> str:
     return text
 
 
-def chips(text: str) -> list[jax.Device]:
-    """The chips of a topology.
+def chips(text: str, whole: bool = False) -> list[jax.Device]:
+    """The chips of a topology; of v4 the cores, two for each chip, unless `whole`.
 
     Raises:
         ValueError: libtpu does not know it.
@@ -112,8 +112,9 @@ def chips(text: str) -> list[jax.Device]:
     with needs("tpu"):
         import libtpu  # noqa: F401
     os.environ.update({name: value for name, value in _HOST.items() if name not in os.environ})
+    options = {"chip_config_name": "megacore"} if whole and text.startswith("v4:") else {}
     try:
-        description = topologies.get_topology_desc(topology_name=checked(text), platform="tpu")
+        description = topologies.get_topology_desc(checked(text), platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"no topology {text!r}: {str(error).splitlines()[0]}") from error
     return list(np.ravel(description.devices))
