@@ -22,6 +22,7 @@ from coda_jax.nn.tokens import take
 from coda_jax.objectives import decoding, logits_processors
 from coda_jax.objectives.decoding import Cache, Inputs, Step, Stops
 from coda_jax.objectives.generation import Generation
+from coda_jax.sharding import num_parts
 
 # The log-probability of what must not be chosen, as in T5X: finite, so that no `inf - inf` arises.
 _IMPOSSIBLE = -1e7
@@ -287,7 +288,8 @@ def _largest(
     def flat(values):
         return tuple(lax.top_k(values.reshape(values.shape[0], -1), count))
 
-    tpu = functools.partial(_largest_in_rounds, count=count)
+    divided = num_parts("batch", values.shape[0]) * num_parts("vocab", values.shape[2]) > 1
+    tpu = functools.partial(_largest_in_rounds, count=count) if divided else flat
     return lax.platform_dependent(values, tpu=tpu, default=flat)
 
 
