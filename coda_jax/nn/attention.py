@@ -16,6 +16,7 @@ import numpy as np
 
 from coda_jax.nn import processors
 from coda_jax.nn.layers import Dense, Dtype, Vectors
+from coda_jax.sharding import num_parts
 
 _MASKED_LOGIT = -1e10
 # From this many keys on XLA has a kernel for softmax and average on TPUs, if they fill its tiles.
@@ -141,13 +142,14 @@ def attend(
         return _attend(*arguments, **options, dropout=dropout)
     default = functools.partial(_attend, **options)
     cpu = tpu = default
-    few = query.shape[1] * query.shape[2] <= _FEW_QUERIES
-    in_one_product = functools.partial(_attend_with_few_queries, **options)
+    num_groups = num_parts("heads", query.shape[1])
+    few = query.shape[1] // num_groups * query.shape[2] <= _FEW_QUERIES
+    in_one_product = functools.partial(_attend_with_few_queries, num_groups, **options)
     in_blocks = functools.partial(_attend_in_blocks, float32_logits)
     if key.dtype == jnp.bfloat16:
         if processors.multiplies_bfloat16():
             cpu = in_one_product if few else in_blocks
-    elif query.shape[0] * query.shape[2] * key.shape[2] > _CACHED_LOGITS:
+    elif num_groups == 1 and query.shape[0] * query.shape[2] * key.shape[2] > _CACHED_LOGITS:
         cpu = in_blocks
     if few:
         tpu = in_one_product
@@ -223,28 +225,30 @@ def _biased(logits, bias, mask):
     return logits
 
 
-def _attend_with_few_queries(query, key, value, bias, mask, *, float32_logits):
-    """One product for all heads: their queries stand on the diagonal of [H, H head_dim].
+def _attend_with_few_queries(num_groups, query, key, value, bias, mask, *, float32_logits):
+    """One product for all heads of a group: their queries stand on the diagonal of [H, H head_dim].
 
     For a decoding step, which waits for keys and values: [L, head_dim] for each head fills half of
-    a TPU's tiles, [L, H head_dim] all of them.
+    a TPU's tiles, [L, H head_dim] all of them. Heads of different chips are in different groups, or
+    else their logits would be added up over the chips.
     """
-    num_heads, head_dim = query.shape[1], query.shape[3]
+    num_heads, head_dim = query.shape[1] // num_groups, query.shape[3]
     diagonal = jnp.repeat(jnp.eye(num_heads, dtype=bool), head_dim, axis=1)
-    rows = jnp.where(diagonal, join_heads(query)[:, :, None], 0)
-    logits = jnp.einsum("bqhj,blj->bhql", rows, join_heads(key), preferred_element_type=jnp.float32)
+
+    def joined(x):
+        return join_heads(x).reshape(x.shape[0], x.shape[2], num_groups, -1)
+
+    rows, float32 = jnp.where(diagonal, joined(query)[..., None, :], 0), jnp.float32
+    logits = jnp.einsum("bqghj,blgj->bghql", rows, joined(key), preferred_element_type=float32)
+    logits = logits.reshape(query.shape[0], -1, *logits.shape[3:])
     if not float32_logits:
         logits = logits.astype(query.dtype)
     weights = jax.nn.softmax(_biased(logits, bias, mask)).astype(value.dtype)
-    y = jnp.einsum(
-        "bml,blj->bmj",
-        weights.reshape(weights.shape[0], -1, weights.shape[-1]),
-        join_heads(value),
-        preferred_element_type=jnp.float32,
-    )
-    y = y.reshape(*weights.shape[:3], -1)
-    y = jnp.where(diagonal[:, None], y, 0).sum(1).astype(value.dtype)
-    return split_heads(y, num_heads)
+    weights = weights.reshape(query.shape[0], num_groups, -1, key.shape[2])
+    y = jnp.einsum("bgml,blgj->bgmj", weights, joined(value), preferred_element_type=float32)
+    y = y.reshape(*y.shape[:2], num_heads, -1, y.shape[-1])
+    y = jnp.where(diagonal[:, None], y, 0).sum(2).astype(value.dtype)
+    return jnp.swapaxes(y.reshape(*y.shape[:3], num_heads, head_dim), 2, 3).reshape(query.shape)
 
 
 def _average_with_sum(logits, value, dropout):
