@@ -46,3 +46,11 @@ def test_the_encoder_gets_most_of_what_it_leaves_out(preset_name, batch_size, in
         assert row["fraction_of_bound"] > bar
         assert row["guessed"] < 0.1 or "pix" in preset_name
         assert not row["unknown_loops"]
+
+
+def test_whole_answers_gain_and_a_decoding_step_takes_what_its_bytes_do():
+    report = measured("t5_1_1_base", ["end_to_end"], (4,), batch_size=32, input_length=512)
+    row = report["end_to_end"]["CoDA r = 4, k_to_k"]
+    assert row["speed_up"] > 1.8
+    assert row["step"]["cycles"] < row["step"]["bytes_cycles"]
+    assert row["guessed"] < 0.1

@@ -15,7 +15,7 @@
 """
 
 from coda_jax.checkpoints.adapter import load_adapter, save_adapter
-from coda_jax.checkpoints.huggingface import load_hf, save_hf
+from coda_jax.checkpoints.huggingface import load_hf, load_hf_config, save_hf
 from coda_jax.checkpoints.swap_in import encoder_of, swap_in
 from coda_jax.checkpoints.t5x import load_t5x, save_t5x
 
@@ -23,6 +23,7 @@ __all__ = [
     "encoder_of",
     "load_adapter",
     "load_hf",
+    "load_hf_config",
     "load_t5x",
     "save_adapter",
     "save_hf",

@@ -47,6 +47,25 @@ def _converted(path: str, leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
     return (leaf.T if is_transposed(path) else leaf).reshape(shape)
 
 
+def _read_config(directory: Path) -> tuple[ModelConfig, dict]:
+    """The dense config, and the fields of config.json."""
+    source = str(directory / CONFIG_FILE)
+    raw = files.read_json(directory / CONFIG_FILE, hub.MAX_JSON_BYTES)
+    model_type, family = _family(raw, source)
+    raw = {**raw, "model_type": model_type}
+    try:
+        return family.huggingface.parse_config(raw, source), raw
+    except ValueError as error:  # also of the config's own checks, which know no file
+        if source in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+
+
+def load_hf_config(directory: str | os.PathLike) -> ModelConfig:
+    """The config of a checkpoint, without its weights; see `load_hf`."""
+    return _read_config(hub.find(directory))[0]
+
+
 def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
     """Loads a dense checkpoint in the layout of transformers' class for the family.
 
@@ -66,16 +85,8 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
             more than weights; if tensors are missing, extra or misshapen (all are listed).
     """
     directory = hub.find(directory)
-    source = str(directory / CONFIG_FILE)
-    raw = files.read_json(directory / CONFIG_FILE, hub.MAX_JSON_BYTES)
-    model_type, family = _family(raw, source)
-    raw, layout = {**raw, "model_type": model_type}, family.huggingface
-    try:
-        config = layout.parse_config(raw, source)
-    except ValueError as error:  # also of the config's own checks, which know no file
-        if source in str(error):
-            raise
-        raise ValueError(f"{source}: {error}") from error
+    config, raw = _read_config(directory)
+    source, layout = str(directory / CONFIG_FILE), family_of(config).huggingface
     tensors = layout.resolve_tensors(weights.read_weights(directory), raw, source)
     expected = trees.flatten(param_shapes(config))
     names = {path: layout.tensor_name(path, config) for path in expected}

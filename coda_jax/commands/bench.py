@@ -28,12 +28,13 @@ from coda_jax.commands.bench_programs import (
     random_batch,
     with_head,
 )
-from coda_jax.methods import REDUCTION
+from coda_jax.methods import ATTENTIONS, REDUCTION
 from coda_jax.models import DEFAULT_PRESET, ModelConfig, preset
 from coda_jax.objectives import model_for
 from coda_jax.profiling import breakdown, timing, topology
 
 MEASURES = ("encoder", "end_to_end", "train_step", "parts")
+ROUNDS = 20
 
 
 def measure(
@@ -44,7 +45,8 @@ def measure(
     input_length: int,
     target_length: int,
     reductions: Sequence[float],
-    rounds: int = 20,
+    attentions: Sequence[str] = ATTENTIONS,
+    rounds: int = ROUNDS,
     measures: Sequence[str] = MEASURES,
 ) -> dict[str, Any]:
     """The report: for each method its sizes, and for each measure times, speed-up and bound.
@@ -56,6 +58,7 @@ def measure(
         input_length: N.
         target_length: T, tokens decoded, and target tokens of a training step.
         reductions: r of each CoDA model.
+        attentions: of each CoDA model.
         rounds: runs of each program that are counted.
         measures: what to time, of `MEASURES`; of an encoder without a head, those that it has.
     """
@@ -74,7 +77,7 @@ def measure(
     batch = jax.device_put(batch)
     programs = {
         name: Programs(config, checkpoints.swap_in(config, dense_params, jax.random.key(0)), batch)
-        for name, config in compared(dense, reductions).items()
+        for name, config in compared(dense, reductions, attentions).items()
     }
     report: dict[str, Any] = {"methods": {name: _sizes(p) for name, p in programs.items()}}
     counts = operations(batch_size, input_length, target_length)
@@ -226,7 +229,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reductions", type=reductions, default="3,5", help="numbers with commas between them"
     )
-    parser.add_argument("--rounds", **count, default=20)
+    attentions = _flag(checks.Each(checks.OneOf(ATTENTIONS)), _words)
+    parser.add_argument(
+        "--attentions", type=attentions, default=ATTENTIONS, help="with commas, by default both"
+    )
+    parser.add_argument(
+        "--rounds", **count, help=f"timed runs of each program, {ROUNDS} by default"
+    )
     every = (*MEASURES, *(set(bench_topology.MEASURES) - set(MEASURES)))
     measures = _flag(checks.Each(checks.OneOf(every)), _words)
     parser.add_argument(
@@ -245,39 +254,42 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Measures and prints the tables."""
+    if options.topology and options.rounds:
+        raise ValueError("--rounds is a number of timed runs, and with --topology none is timed")
     if options.json:
         files.prepare(options.json)
     dtype = jnp.dtype(options.dtype)
-    params = None
-    if options.checkpoint:
-        config, params = checkpoints.load_hf(options.checkpoint)
-        config = with_head(config).replace(dtype=dtype.type, dropout_rate=0.0)
-    else:
-        config = preset(options.preset, dtype=dtype.type, dropout_rate=0.0)
     settings = {
         "batch_size": options.batch_size,
         "input_length": options.input_length,
         "target_length": options.target_length,
         "reductions": options.reductions,
+        "attentions": options.attentions,
     }
     described = {"model": options.checkpoint or options.preset, "dtype": options.dtype, **settings}
     if options.topology:
         described["topology"] = options.topology
+        config = preset(options.preset)
+        if options.checkpoint:
+            config = with_head(checkpoints.load_hf_config(options.checkpoint))
         report = bench_topology.measure(
-            config,
+            config.replace(dtype=dtype.type, dropout_rate=0.0),
             options.topology,
             measures=options.measures or bench_topology.MEASURES,
             **settings,
         )
     else:
+        described["rounds"] = options.rounds or ROUNDS
+        config, params = preset(options.preset), None
+        if options.checkpoint:
+            config, params = checkpoints.load_hf(options.checkpoint)
+            config = with_head(config)
         if params is None:
             params = jax.jit(model_for(config).init)(jax.random.key(0))
-        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-        described["rounds"] = options.rounds
         report = measure(
-            config,
-            params,
-            rounds=options.rounds,
+            config.replace(dtype=dtype.type, dropout_rate=0.0),
+            jax.tree.map(lambda x: jnp.asarray(x, dtype), params),
+            rounds=described["rounds"],
             measures=options.measures or MEASURES,
             **settings,
         )

@@ -25,7 +25,7 @@ BASELINE = comparisons.BASELINE
 def compared(
     dense: ModelConfig,
     reductions: Sequence[float],
-    attentions: Sequence[str] = ("k_to_k", "k_to_all"),
+    attentions: Sequence[str] = methods.ATTENTIONS,
 ) -> dict[str, ModelConfig]:
     """The configurations that are compared, by name, the baseline first."""
     routed = comparisons.conditional(reductions, attentions=attentions)

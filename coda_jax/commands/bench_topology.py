@@ -15,12 +15,13 @@ from coda_jax.commands.bench_programs import (
 )
 from coda_jax.methods import comparisons
 from coda_jax.models import ModelConfig
-from coda_jax.profiling import breakdown, topology
+from coda_jax.profiling import breakdown, flops, topology
 
 MEASURES = ("encoder", "end_to_end", "beams", "train_step")  # of `Programs`
 # XLA counts all operations of a step, CoDA's own among them, and one round of a decoding loop.
 _BY_XLA = "train_step"
 _OF_PEERS = ("encoder", "train_step")  # decoding is no matter of their networks
+_BEAMS = {"end_to_end": 1, "beams": 4}
 
 
 def measure(
@@ -32,7 +33,7 @@ def measure(
     target_length: int,
     reductions: Sequence[float],
     measures: Sequence[str] = MEASURES,
-    attentions: Sequence[str] = ("k_to_k", "k_to_all"),
+    attentions: Sequence[str] = methods.ATTENTIONS,
 ) -> dict[str, Any]:
     """The report: for each measure what each method's program costs on one chip.
 
@@ -73,9 +74,11 @@ def measure(
             bound = of_baseline / asked if asked else None
             if measure_name == _BY_XLA:
                 bound = baseline.flops / program.flops
-            report[measure_name][method] = topology.row(
-                program, baseline, bound, breakdown.parts_of(config)
-            )
+            row = topology.row(program, baseline, bound, breakdown.parts_of(config))
+            report[measure_name][method] = row
+            if measure_name in _BEAMS and program.cost.loops:
+                sizes = batch_size, input_length, target_length, _BEAMS[measure_name]
+                row["step"] = _step(program, name, flops.step_bytes(config, *sizes))
     return report
 
 
@@ -93,6 +96,15 @@ def _peers(dense: ModelConfig, batch: Mapping) -> dict[str, Programs]:
     return {"T5X": Programs(config, served_shapes(config), batch, network)}
 
 
+def _step(program: topology.Program, name: str, read: int) -> dict[str, float]:
+    """What a decoding step costs, the dearest loop's round, and what reading its bytes would."""
+    return {
+        "cycles": max(program.cost.loops.values()),
+        "bytes": read,
+        "bytes_cycles": read / topology.chip(name).bytes_a_cycle,
+    }
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as tables for people."""
     settings = report["settings"]
@@ -107,18 +119,19 @@ def markdown(report: Mapping[str, Any]) -> str:
             "",
             f"**{name.replace('_', ' ')}**",
             "",
-            "| | million cycles | speed-up | bound | of the bound | guessed | compiled in "
+            "| | million cycles | speed-up | bound | of the bound | guessed | lowered, compiled in "
             "| arguments | temporary | fits |",
             "|---" * 10 + "|",
         ]
         lines += [
             f"| {method} | {row['cycles'] / 1e6:.2f} | {row['speed_up']:.2f}x "
             f"| {_ratio(row['bound'])} | {_ratio(row['fraction_of_bound'])} "
-            f"| {row['guessed']:.0%} "
-            f"| {row['compile_seconds']:.0f} s | {row['argument_bytes'] / 2**20:.0f} MiB "
+            f"| {row['guessed']:.0%} | {row['lower_seconds']:.0f}, {row['compile_seconds']:.0f} s "
+            f"| {row['argument_bytes'] / 2**20:.0f} MiB "
             f"| {row['temporary_bytes'] / 2**20:.0f} MiB | {'yes' if row['fits'] else 'NO'} |"
             for method, row in rows.items()
         ]
+        lines += _loops(rows, settings["target_length"])
         parts = list(dict.fromkeys(part for row in rows.values() for part in row["parts"]))
         lines += ["", "| share of the cycles | " + " | ".join(parts) + " |"]
         lines += ["|---" * (len(parts) + 1) + "|"]
@@ -126,6 +139,23 @@ def markdown(report: Mapping[str, Any]) -> str:
             shares = " | ".join(f"{row['parts'].get(part, 0):.1%}" for part in parts)
             lines.append(f"| {method} | {shares} |")
     return "\n".join(lines) + "\n"
+
+
+def _loops(rows: Mapping[str, Any], rounds: int) -> list[str]:
+    """What is said of loops whose length is not in the program."""
+    lines = [
+        f"{method}: {loop} is of unknown length and counts {rounds} times"
+        for method, row in rows.items()
+        for loop in row["unknown_loops"]
+    ]
+    lines += [
+        f"{method}: a decoding step takes {row['step']['cycles'] / 1e6:.2f} million cycles, where "
+        f"reading {row['step']['bytes'] / 2**20:.0f} MiB of weights, keys and values takes "
+        f"{row['step']['bytes_cycles'] / 1e6:.2f}"
+        for method, row in rows.items()
+        if "step" in row
+    ]
+    return ["", *(f"- {line}" for line in lines)] if lines else []
 
 
 def _ratio(value: float | None) -> str:

@@ -19,7 +19,14 @@ from collections.abc import Iterable
 
 from coda_jax import checks
 from coda_jax.methods.base import Method, created, finish, merge, partition, trained
-from coda_jax.methods.coda import REDUCTION, Coda, max_segments, unrouted, with_reduction
+from coda_jax.methods.coda import (
+    ATTENTIONS,
+    REDUCTION,
+    Coda,
+    max_segments,
+    unrouted,
+    with_reduction,
+)
 from coda_jax.methods.full import Full
 from coda_jax.methods.lora import Lora
 from coda_jax.methods.parallel_adapter import ParallelAdapter
@@ -35,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 __all__ = [
+    "ATTENTIONS",
     "METHODS",
     "REDUCTION",
     "Method",

@@ -124,6 +124,7 @@ def attend(
     *,
     float32_logits: bool = False,
     dropout: Callable[[Array], Array] | None = None,
+    source: tuple[Array, Array, Array] | None = None,
 ) -> Float[Array, "b h q k"]:
     """softmax(q k^T + bias) v over the keys that the mask allows; T5 does not scale the logits.
 
@@ -135,6 +136,8 @@ def attend(
         mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
         float32_logits: whether logits and softmax are float32 where the computation is not.
         dropout: applied to the attention weights, if there is any.
+        source: what keys and values are products of, if it is at hand: x [B, L, D] and the matrices
+            of `Attention.matrices`.
     """
     arguments = query, key, value, bias, mask
     options = {"float32_logits": float32_logits}
@@ -153,6 +156,14 @@ def attend(
         cpu = in_blocks
     if few:
         tpu = in_one_product
+        if source is not None:
+            return lax.platform_dependent(
+                arguments,
+                source,
+                tpu=functools.partial(_attend_to_source, **options),
+                cpu=lambda arguments, source: cpu(*arguments),
+                default=lambda arguments, source: default(*arguments),
+            )
     elif key.shape[2] < _FUSED_LENGTH or key.shape[2] % _TILE:
         tpu = functools.partial(_attend, **options, average=_average_with_sum)
     return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=default)
@@ -251,6 +262,24 @@ def _attend_with_few_queries(num_groups, query, key, value, bias, mask, *, float
     return jnp.swapaxes(y.reshape(*y.shape[:3], num_heads, head_dim), 2, 3).reshape(query.shape)
 
 
+def _attend_to_source(arguments, source, *, float32_logits):
+    """Without keys and values: q (x W)^T = (q W^T) x^T, and w (x W) = (w x) W.
+
+    For a decoding step, which waits for what it reads: x is the same for all layers, for keys and
+    for values.
+    """
+    query, _, _, bias, mask = arguments
+    x, key_matrix, value_matrix = source
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    rows = product("bhqk,dhk->bhqd", query, key_matrix).astype(x.dtype)
+    logits = product("bhqd,bld->bhql", rows, x)
+    if not float32_logits:
+        logits = logits.astype(x.dtype)
+    weights = jax.nn.softmax(_biased(logits, bias, mask)).astype(x.dtype)
+    means = product("bhql,bld->bhqd", weights, x).astype(x.dtype)
+    return product("bhqd,dhk->bhqk", means, value_matrix).astype(x.dtype)
+
+
 def _average_with_sum(logits, value, dropout):
     """With the softmax's denominator as one more column of the values, which a TPU has room for."""
     del dropout
@@ -316,6 +345,14 @@ class Attention(nn.Module):
         """The keys and values of x, each [B, H, L, head_dim]."""
         return tuple(split_heads(y, self.num_heads) for y in (self.key(x), self.value(x)))
 
+    def matrices(self, width: int) -> tuple[Float[Array, "d h k"], Float[Array, "d h k"]]:
+        """What keys and values are products of x [..., width] with, each [D, H, head_dim]."""
+        identity = jnp.eye(width, dtype=self.dtype)
+        return tuple(
+            y(identity).reshape(width, self.num_heads, self.head_dim)
+            for y in (self.key, self.value)
+        )
+
     @nn.compact
     def __call__(
         self,
@@ -324,12 +361,13 @@ class Attention(nn.Module):
         mask: Bool[Array, "..."] | None = None,
         bias: Float[Array, "..."] | None = None,
         *,
+        source: tuple[Array, Array, Array] | None = None,
         deterministic: bool,
     ) -> Float[Array, "b q d"]:
         """Attends from x_q to keys and values that `keys_values` made.
 
         The keys may have fewer rows than the queries, [C, ...] with B = C * beams: the beams of a
-        row then share its keys, and mask is that of the C rows.
+        row then share its keys, and mask is that of the C rows. For source see `attend`.
         """
         key, value = keys_values
         query, dropout = self.query(x_q), None
@@ -343,6 +381,7 @@ class Attention(nn.Module):
             mask,
             float32_logits=self.float32_logits,
             dropout=dropout,
+            source=source,
         )
         return Dense(
             x_q.shape[-1],

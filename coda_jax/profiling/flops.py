@@ -1,10 +1,12 @@
-"""What a model's arithmetic should cost: floating-point operations counted by hand.
+"""What a model's arithmetic should cost: floating-point operations and bytes counted by hand.
 
 A multiplication and the addition of its result count as two, as in XLA's cost analysis. Only
 matrix products and convolutions are counted; norms, softmaxes and sorts are a few per cent more.
 
 Axis letters: B batch, N input tokens, T output tokens.
 """
+
+import numpy as np
 
 from coda_jax.methods.base import LayerFlops, Place
 from coda_jax.models import ModelConfig
@@ -32,6 +34,22 @@ def answer_flops(config: ModelConfig, batch: int, length: int, target_length: in
     )
     head = config.output_flops(length, target_length)
     return encoder_flops(config, batch, length) + batch * (sum(layers) + head)
+
+
+def step_bytes(
+    config: ModelConfig, batch: int, length: int, target_length: int, num_beams: int = 1
+) -> int:
+    """Bytes that a decoding step reads: its frozen weights, and the keys and values of each row.
+
+    Those are of N input tokens, which the M beams of a row share, and of T places of each beam.
+    """
+    projections = config.projections("decoder")
+    weights = sum(p.inputs * p.outputs for p in projections if p.rows == "tokens")
+    keys_values = sum(p.outputs for p in projections if p.rows == "context")
+    places = batch * (length + num_beams * target_length)
+    head = config.output_flops(length, 1) // 2
+    numbers = config.num_decoder_layers * (weights + keys_values * places) + head
+    return int(numbers) * np.dtype(config.dtype).itemsize
 
 
 def _layer(config: ModelConfig, place: Place) -> LayerFlops:

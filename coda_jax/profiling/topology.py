@@ -35,7 +35,8 @@ class Program:
     Attributes:
         cost: in cycles.
         flops: by XLA, and those of its custom calls.
-        seconds: of compiling.
+        lower_seconds: of tracing the function and lowering it to XLA's input.
+        compile_seconds: of XLA.
         argument_bytes: on each chip.
         temporary_bytes: on each chip.
         fits: whether a chip's memory holds both, and what the program returns.
@@ -43,7 +44,8 @@ class Program:
 
     cost: tpu.Cost
     flops: float
-    seconds: float
+    lower_seconds: float
+    compile_seconds: float
     argument_bytes: int
     temporary_bytes: int
     fits: bool
@@ -74,9 +76,10 @@ class Program:
         return {
             "cycles": self.cost.total,
             "guessed": self.cost.guessed_share,
-            "unknown_loops": sorted(self.cost.loops),
+            "unknown_loops": dict(sorted(self.cost.loops.items())),
             "flops": self.flops,
-            "compile_seconds": self.seconds,
+            "lower_seconds": self.lower_seconds,
+            "compile_seconds": self.compile_seconds,
             "argument_bytes": self.argument_bytes,
             "temporary_bytes": self.temporary_bytes,
             "fits": self.fits,
@@ -100,6 +103,11 @@ def checked(text: str) -> str:
             f"v4:2x2x1; got {text!r}"
         )
     return text
+
+
+def chip(text: str) -> tpu.Chip:
+    """The kind of chip of a topology."""
+    return tpu.CHIPS[checked(text).split(":")[0]]
 
 
 def chips(text: str, whole: bool = False) -> list[jax.Device]:
@@ -146,20 +154,20 @@ def compile_for(
     start = time.perf_counter()
     with pod.divided() if pod else contextlib.nullcontext():
         lowered = jitted.lower(*arguments)
+    middle = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if used := re.search(r"Used \S+ of \S+ hbm", str(error)):
             raise TooLargeError(used.group()) from error
         raise
-    seconds = time.perf_counter() - start
-    chip = tpu.CHIPS[name.split(":")[0]]
-    cost = tpu.cost(compiled, chip, rounds)
+    seconds = middle - start, time.perf_counter() - middle
+    cost = tpu.cost(compiled, chip(name), rounds)
     memory = compiled.memory_analysis()
     taken = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) + cost.flops
-    return Program(cost, flops, seconds, *taken, fits=sum(taken) + returned <= chip.memory)
+    return Program(cost, flops, *seconds, *taken, fits=sum(taken) + returned <= chip(name).memory)
 
 
 def row(program: Program, baseline: Program, bound: float | None, parts: Mapping) -> dict[str, Any]:

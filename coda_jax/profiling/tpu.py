@@ -68,7 +68,7 @@ class Cost:
         cycles: {path of scopes: cycles}.
         guessed: the part of these that the compiler does not estimate.
         flops: of custom calls, which XLA does not count.
-        loops: {scope: number} of loops whose length is not in the program.
+        loops: {scope: cycles of a round} of loops whose length is not in the program.
         collectives: {(kind, scope): number} of what chips reduce or exchange.
         collective_bytes: {(kind, scope): bytes} of these on each chip, as they come out.
         total: all cycles.
@@ -77,7 +77,7 @@ class Cost:
     cycles: Counter = dataclasses.field(default_factory=Counter)
     guessed: Counter = dataclasses.field(default_factory=Counter)
     flops: float = 0.0
-    loops: Counter = dataclasses.field(default_factory=Counter)
+    loops: dict[str, float] = dataclasses.field(default_factory=dict)
     collectives: Counter = dataclasses.field(default_factory=Counter)
     collective_bytes: Counter = dataclasses.field(default_factory=Counter)
     total: float = 0.0
@@ -89,9 +89,10 @@ class Cost:
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Adds so many runs of another part."""
-        for name in ("cycles", "guessed", "loops", "collectives", "collective_bytes"):
+        for name in ("cycles", "guessed", "collectives", "collective_bytes"):
             for key, value in getattr(other, name).items():
                 getattr(self, name)[key] += value * times
+        self.loops |= other.loops
         self.flops += other.flops * times
         self.total += other.total * times
 
@@ -149,7 +150,11 @@ class _Program:
             types[me] = kind
             self._count_collectives(found, line, seen)
             if op == "while":
-                found.add(self.run(_named(line, "body")), self._rounds(line, found))
+                body = self.run(_named(line, "body"))
+                rounds = self._rounds(line)
+                if rounds is None:
+                    found.loops[_scope(line)] = body.total
+                found.add(body, self.rounds if rounds is None else rounds)
             elif op in ("conditional", "call"):
                 branches = [self.run(called) for called in self._called(line)]
                 if branches:
@@ -230,7 +235,7 @@ class _Program:
         width = _BYTES.get(kind.split("[")[0], 4) * -(-columns // 128) * 128
         return max(2 * rows * width / self.chip.bytes_a_cycle, _ROW_CYCLES * rows) + 500
 
-    def _rounds(self, line: str, found: Cost) -> int:
+    def _rounds(self, line: str) -> int | None:
         known = re.search(r"known_trip_count[^0-9]*(\d+)", line)
         if known:
             return int(known.group(1))
@@ -239,8 +244,7 @@ class _Program:
         constants = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
         if "direction=LT" in root and len(constants) == 1:
             return int(constants[0])
-        found.loops[_scope(line)] += 1
-        return self.rounds
+        return None
 
     def _called(self, line: str) -> list[str]:
         names = re.findall(r"(?:to_apply|true_computation|false_computation)=%([\w.\-]+)", line)

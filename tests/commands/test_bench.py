@@ -1,5 +1,6 @@
 """`coda bench`: operations against XLA's, the profile's parts, and the whole report."""
 
+import functools
 import json
 
 import helpers
@@ -9,7 +10,7 @@ import pytest
 from coda_jax import checkpoints, cli, models, trees
 from coda_jax.commands import bench, bench_programs
 from coda_jax.methods import Coda, ParallelAdapter
-from coda_jax.profiling import breakdown
+from coda_jax.profiling import breakdown, topology, tpu
 
 WIDE = helpers.TINY.replace(
     vocab_size=256, emb_dim=128, head_dim=32, num_heads=4, mlp_dim=512, num_encoder_layers=1
@@ -32,6 +33,7 @@ def test_operations_belong_to_the_part_that_their_scopes_name():
     for operation, part in {
         "attention/query/dot_general": "attention",
         "attention.keys_values/key/dot_general": "attention",
+        "encoder_decoder_attention/query/dot_general": "attention",
         "mlp/wi_0/dot_general": "mlp",
         "adapter/wi/dot_general": "adapter",
         "router/sort": "router",
@@ -131,6 +133,35 @@ def test_every_preset_can_be_compared(name):
     assert batch["encoder_input_tokens"].shape == spec.shape
     assert batch["encoder_input_tokens"].dtype == spec.dtype
     assert dense.network().input_mask(batch["encoder_input_tokens"]).all()  # rows are full
+
+
+def test_for_tpus_shapes_are_enough_and_what_is_unknown_is_printed(tmp_path, monkeypatch, capsys):
+    """The checkpoint has no weights any more; the compiler's part is made up."""
+    checkpoints.save_hf(tmp_path / "base", helpers.TINY, helpers.random_params(helpers.TINY))
+    (tmp_path / "base" / "model.safetensors").unlink()
+
+    def compile_for(name, function, arguments, rounds):
+        cost = tpu.Cost(total=200.0)
+        cost.charge("router/dot", 100.0, guessed=True)
+        if isinstance(function, functools.partial):  # answers, not the encoder
+            cost.loops["decode/while"] = 7e6
+        return topology.Program(cost, 1.0, 2.0, 3.0, 4, 5, fits=True)
+
+    monkeypatch.setattr(topology, "compile_for", compile_for)
+    flags = ["--topology=v5e:2x2", f"--checkpoint={tmp_path / 'base'}", "--attentions=k_to_k"]
+    report = run(tmp_path, *flags, "--measures=encoder,end_to_end")
+    assert list(report["encoder"]) == list(report["end_to_end"]) == NAMES[:2]
+    row = report["end_to_end"][NAMES[1]]
+    assert (row["lower_seconds"], row["compile_seconds"]) == (2, 3)
+    printed = capsys.readouterr().out
+    assert printed.count("decode/while is of unknown length and counts 16 times") == 2
+    assert printed.count("a decoding step takes 7.00 million cycles, where reading ") == 2
+    assert f"| {NAMES[1]} | 0.00 | 1.00x | " in printed and "| 2, 3 s |" in printed
+
+
+def test_rounds_of_what_is_not_timed_are_refused(capsys):
+    assert cli.main(["bench", "--topology=v5e:2x2", "--rounds=3"]) != 0
+    assert "--rounds is a number of timed runs" in capsys.readouterr().err
 
 
 def test_unknown_measures_are_refused():

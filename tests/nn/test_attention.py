@@ -166,7 +166,8 @@ def test_float32_logits_keep_what_bfloat16_would_lose(rng):
 
 @pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("beams", [1, 3])
-def test_attention_equals_numpy_and_beams_share_keys(beams, rng):
+@pytest.mark.parametrize("with_source", [False, True])
+def test_attention_equals_numpy_and_beams_share_keys(with_source, beams, rng):
     heads, width, head_dim, rows = 2, 6, 4, 2
     module = attention.Attention(heads, head_dim)
     x_q = rng.normal(size=(rows * beams, 5, width)).astype(np.float32)
@@ -179,9 +180,13 @@ def test_attention_equals_numpy_and_beams_share_keys(beams, rng):
     kernels["out"] = rng.normal(size=(heads * head_dim, width)).astype(np.float32)
     params = {"params": {name: {"kernel": kernel} for name, kernel in kernels.items()}}
     keys_values = module.apply(params, jnp.asarray(x_kv), method="keys_values")
+    source = None
+    if with_source:
+        source = (jnp.asarray(x_kv), *module.apply(params, width, method="matrices"))
     found = module.apply(
-        params, jnp.asarray(x_q), keys_values, mask[:, None, None], deterministic=True
-    )
+        params, jnp.asarray(x_q), keys_values, mask[:, None, None], source=source,
+        deterministic=True,
+    )  # fmt: skip
 
     def split(x, name):
         x = np.repeat(x, len(x_q) // len(x), axis=0)

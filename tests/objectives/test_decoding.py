@@ -3,14 +3,15 @@
 import functools
 import itertools
 
+from helpers import as_on_tpu, logits, random_params, random_tokens, shift_right
 from helpers import config as any_config
-from helpers import logits, random_params, random_tokens, shift_right
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from coda_jax import trees
+from coda_jax.methods import Lora
 from coda_jax.models.t5.network import Transformer
 from coda_jax.objectives import Generation, beams, decoding, model_for
 
@@ -331,6 +332,27 @@ def test_only_the_self_attention_cache_is_reordered():
     assert new["cache"]["cached_value"][:, 0].tolist() == [11, 11, 12, 12]
     assert new["cache"]["cache_index"] == 3
     assert new["encoded_key"].tolist() == new["encoded_value"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_answers_on_tpus_are_the_same(num_beams, rng):
+    """Also where a method changes the keys and values of the encoding."""
+    cfg = config(CODA, Lora(targets=(r"attention/(key|value)$",)))
+    params = random_params(cfg, seed=1)
+    inputs = random_tokens(rng, [7, 3, 9, 1, 0, 5, 9, 8], 9)
+    options = Generation(max_decode_length=8, num_beams=num_beams)
+
+    def answers():
+        return jax.jit(functools.partial(generate.__wrapped__, cfg, options=options))(
+            params, inputs
+        )
+
+    expected = answers()
+    with as_on_tpu():
+        found = answers()
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+    assert len(np.unique(found[0])) > 3
 
 
 def test_cache_has_one_entry_per_input_not_per_beam(rng):

@@ -1,11 +1,15 @@
 """The counts of operations against XLA's, where layers differ and where answers are decoded."""
 
+import math
+import re
+
 from helpers import ADAPTER, config
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coda_jax import trees
 from coda_jax.methods import Coda
 from coda_jax.models import param_shapes
 from coda_jax.objectives import Seq2Seq
@@ -55,3 +59,17 @@ def test_the_answers_count_is_xlas_which_counts_one_step(methods):
     once = 2 * 2 * BATCH * LENGTH * 128 * 128
     total = flops.answer_flops(cfg, BATCH, LENGTH, steps)
     np.testing.assert_allclose(encoder + once + (total - encoder - once) / steps, found, rtol=0.05)
+
+
+def test_a_step_reads_its_weights_and_the_keys_and_values_of_all_places():
+    cfg = config(dtype=jnp.bfloat16)
+    flat = trees.flatten(param_shapes(cfg))
+    read = [
+        math.prod(leaf.shape)
+        for path, leaf in flat.items()
+        if path.startswith("decoder/") and path.endswith("/kernel")
+        if not re.search("encoder_decoder_attention/(key|value)", path)
+    ]
+    places = cfg.num_decoder_layers * cfg.num_heads * cfg.head_dim * 2
+    expected = 2 * (sum(read) + places * 3 * (7 + 4 * 5))
+    assert flops.step_bytes(cfg, 3, 7, 5, num_beams=4) == expected

@@ -13,7 +13,7 @@ FAMILY = Family(
     huggingface=HUGGINGFACE,
     inputs=INPUTS,
     profile_scopes={
-        "attention": ("attention",),
+        "attention": ("attention", "self_attention", "encoder_decoder_attention"),
         "mlp": ("mlp", "pre_mlp_layer_norm"),
         "patches": ("patch_embedder",),
     },

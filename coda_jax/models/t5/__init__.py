@@ -21,7 +21,10 @@ FAMILY = Family(
     huggingface=HUGGINGFACE,
     inputs=INPUTS,
     profile_scopes={
-        "attention": ("attention", "relpos_bias"),
+        "attention": (
+            *("attention", "relpos_bias"),
+            *("self_attention", "encoder_decoder_attention"),  # of the decoder
+        ),
         "mlp": ("mlp", "pre_mlp_layer_norm"),
     },
     infer_config=infer_config,

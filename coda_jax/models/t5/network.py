@@ -17,6 +17,9 @@ from coda_jax.nn import attention as attentions
 from coda_jax.nn import layers
 from coda_jax.nn.tokens import Tokens
 
+# Of the encoding, in a decoder's cache.
+_KEPT = ("encoded_key", "encoded_value", "key_matrix", "value_matrix")
+
 
 def _norm(cfg: T5Config, name: str) -> layers.RMSNorm:
     return layers.RMSNorm(cfg.layer_norm_epsilon, cfg.dtype, name=name)
@@ -151,14 +154,19 @@ class DecoderLayer(nn.Module):
 
         def cross_attention(q):
             attention = _attention(cfg, "encoder_decoder_attention")
+            source = None
             if self.has_variable("cache", "encoded_key"):
-                key, value = (self.get_variable("cache", f"encoded_{n}") for n in ("key", "value"))
+                key, value, *matrices = (self.get_variable("cache", name) for name in _KEPT)
+                source = (encoded, *matrices)
             else:
                 key, value = attention.keys_values(encoded)
                 if cache_encoded:
-                    self.put_variable("cache", "encoded_key", key)
-                    self.put_variable("cache", "encoded_value", value)
-            return attention(q, (key, value), cross_mask, deterministic=deterministic)
+                    matrices = attention.matrices(encoded.shape[-1])
+                    for name, array in zip(_KEPT, (key, value, *matrices), strict=True):
+                        self.put_variable("cache", name, array)
+            return attention(
+                q, (key, value), cross_mask, source=source, deterministic=deterministic
+            )
 
         def layer(tokens: Tokens, context: Tokens) -> Array:
             del context  # each token sees those before it, which may be in the cache
