@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 import importlib
 from typing import Any
 
-from coda_jax import checks
+from coda_jax import checks, methods
 from coda_jax.commands.bench_programs import (
     BASELINE,
     Programs,

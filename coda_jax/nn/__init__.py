@@ -4,7 +4,8 @@
 |---|---|
 | `tokens` | what a layer knows of its tokens; a selection of some, its gather and scatter |
 | `layers` | projections, norms, embeddings, feed-forward blocks |
-| `attention` | attention, relative positions, the decoder's cache |
+| `dot_product_attention` | softmax(q k^T + bias) v, as each platform does it best |
+| `attention` | its projections, relative positions, the decoder's cache |
 | `relative_keys` | attention with a learned vector for each distance |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |

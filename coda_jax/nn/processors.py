@@ -15,4 +15,4 @@ def multiplies_bfloat16() -> bool:
     """
     if not _CPU_INFO.exists():
         return False
-    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_CPU_INFO.read_text().split())
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_CPU_INFO.read_text(encoding="utf-8").split())

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from coda_jax.nn import layers
-from coda_jax.nn.attention import attend, join_heads, split_heads
+from coda_jax.nn.dot_product_attention import attend, join_heads, split_heads
 from coda_jax.nn.layers import Dense, Dtype
 
 
