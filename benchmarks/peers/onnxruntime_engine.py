@@ -1,4 +1,4 @@
-"""ONNX Runtime: three graphs of optimum's exporter, and a greedy loop that leaves values in place."""
+"""ONNX Runtime: three graphs of optimum's exporter, and a greedy loop over its own buffers."""
 
 import numpy as np
 import onnxruntime

@@ -1,6 +1,9 @@
 """The report of the peers, as a dictionary and as tables.
 
-{"cases": {"MODEL, batch B, N tokens in": {measure: {engine: {"seconds", "ratio", "agrees"}}}}}
+{"cases": {"MODEL, batch B, N tokens in": {measure: {engine: {
+    "median", "least", "quartiles": of the seconds; "seconds": of each round;
+    "ratio": median of the rounds' ratios of the first engine's time to this one's;
+    "agrees": see `agreement`}}}}}
 """
 
 import json
@@ -32,7 +35,11 @@ def add(report: dict, model: str, shape: tuple[int, int], seconds: dict, outputs
     for measure, engines in seconds.items():
         base, expected = engines[REFERENCE], outputs[measure][REFERENCE]
         for name, taken in engines.items():
+            low, median, high = np.quantile(taken, [0.25, 0.5, 0.75]).round(5).tolist()
             case.setdefault(measure, {})[name] = {
+                "median": median,
+                "least": min(taken),
+                "quartiles": [low, high],
                 "seconds": taken,
                 "ratio": statistics.median(a / b for a, b in zip(base, taken, strict=True)),
                 "agrees": agreement(outputs[measure][name], expected),
@@ -53,9 +60,8 @@ def agreement(output: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _cell(figures: dict) -> str:
-    taken = figures["seconds"]
-    spread = f"{1e3 * min(taken):.0f} to {1e3 * max(taken):.0f}"
-    return f"{1e3 * statistics.median(taken):.0f} ms ({spread}), {figures['ratio']:.2f}x"
+    low, high = (1e3 * value for value in figures["quartiles"])
+    return f"{1e3 * figures['median']:.0f} ms ({low:.0f} to {high:.0f}), {figures['ratio']:.2f}x"
 
 
 def _agrees(figures: dict, measure: str) -> str:
@@ -65,7 +71,7 @@ def _agrees(figures: dict, measure: str) -> str:
 
 
 def markdown(report: dict) -> str:
-    """A table for each case: median, least and most, and speed relative to the first engine."""
+    """A table for each case: median, quartiles, and speed relative to the first engine."""
     lines = [f"{name} {version}" for name, version in report.get("versions", {}).items()]
     lines = [", ".join(lines) + f"; {report.get('threads')} threads"]
     for title, measures in report["cases"].items():
@@ -83,4 +89,4 @@ def markdown(report: dict) -> str:
 def compact(report: dict) -> str:
     """The report as JSON, one engine a line."""
     text = json.dumps(report, indent=1)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
+    return re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text) + "\n"
