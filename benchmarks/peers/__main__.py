@@ -7,10 +7,10 @@
     .venv-older/bin/python benchmarks/peers/export_onnx.py FOLDER
     .venv-peers/bin/python -m benchmarks.peers FOLDER --json=benchmarks/results/cpu_peers.json
 
-All from the root of the repository. A run times one batch size and input length, and adds to the
-file of an earlier run: a long table can be measured in pieces, also of some engines at a time. The
-first engine is always among them, and ratios are those within a run. `--show` prints the tables of
-a file, and measures nothing.
+All from the root of the repository. Every batch size with every input length is a case; other lists
+of them are options. A run adds to the file of an earlier one, case by case, so a long table can be
+measured in pieces, also of some engines at a time. The first engine is always among them, and
+ratios are those within a run. `--show` prints the tables of a file, and measures nothing.
 
 Of every engine: the encoder alone where the engine has a call for that, and greedy answers, of
 which that of one token is encoder, keys and values of the encoding, and a step. Engines take turns,
@@ -21,6 +21,7 @@ import argparse
 from collections.abc import Callable
 import functools
 from importlib import import_module, metadata
+import itertools
 import json
 import os
 import pathlib
@@ -30,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.peers import tables
-from benchmarks.peers.engine import THREADS, Case, Engine
+from benchmarks.peers.engine import HUGGING_FACE, THREADS, Case, Engine
 
 os.environ["KERAS_BACKEND"] = "jax"
 PACKAGES = ("jax", "ctranslate2", "onnxruntime", "torch", "transformers", "keras", "keras-hub")
@@ -113,11 +114,10 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=pathlib.Path, nargs="?", help="of benchmarks.peers.prepare")
-    parser.add_argument("--input_length", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--target_lengths", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--input_lengths", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--target_lengths", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=[*ENGINES])
-    parser.add_argument("--no_encoder", action="store_true", help="whole answers only")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=pathlib.Path, help="file to which the report is added")
     parser.add_argument("--show", action="store_true", help="print the tables of --json")
@@ -126,24 +126,25 @@ def main() -> None:
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())
     if not options.show:
-        add_run(report, options)
+        chosen = [name for name in ENGINES if name in {*options.engines, tables.REFERENCE}]
+        for shape in itertools.product(options.batch_sizes, options.input_lengths):
+            measure_case(report, options, shape, chosen)
+            if options.json:
+                options.json.write_text(tables.compact(report))
     print(tables.markdown(report))
-    if options.json and not options.show:
-        options.json.write_text(tables.compact(report))
 
 
-def add_run(report: dict, options: argparse.Namespace) -> None:
-    """Measures one case and puts the figures in its place in the report."""
-    shape = options.batch_size, options.input_length
-    vocabulary = json.loads((options.folder / "hugging_face/config.json").read_text())["vocab_size"]
-    inputs = np.random.default_rng(0).integers(2, vocabulary, shape).astype(np.int32)
+def measure_case(
+    report: dict, options: argparse.Namespace, shape: tuple[int, int], engines: list[str]
+) -> None:
+    """Measures a batch size and input length, and puts the figures in their place in the report."""
+    config = json.loads((options.folder / HUGGING_FACE / "config.json").read_text())
+    inputs = np.random.default_rng(0).integers(2, config["vocab_size"], shape).astype(np.int32)
     case = Case(options.folder, inputs)
-    chosen = [name for name in ENGINES if name in options.engines or name == tables.REFERENCE]
     calls: dict = {}
-    for name in tqdm(chosen, desc="loading", unit="engine", leave=False):
+    for name in tqdm(engines, desc="loading", unit="engine", leave=False):
         for measure, call in measures(ENGINES[name](case), options.target_lengths).items():
-            if measure != tables.ENCODER or not options.no_encoder:
-                calls.setdefault(measure, {})[name] = call
+            calls.setdefault(measure, {})[name] = call
     seconds, outputs = time_all(calls, options.rounds)
     tables.add(report, options.folder.name, shape, seconds, outputs)
     report["threads"] = THREADS

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers.engine import Case, Engine
-from benchmarks.peers.prepare import HUGGING_FACE
+from benchmarks.peers.engine import HUGGING_FACE, Case, Engine
 from coda_jax import checkpoints
 from coda_jax.methods import comparisons
 from coda_jax.models import ModelConfig

@@ -3,8 +3,7 @@
 import ctranslate2
 import numpy as np
 
-from benchmarks.peers.engine import THREADS, Case, Engine
-from benchmarks.peers.prepare import CTRANSLATE2
+from benchmarks.peers.engine import CTRANSLATE2, THREADS, Case, Engine
 
 
 def load(case: Case, precision: str) -> Engine:

@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 
 THREADS = 2
+HUGGING_FACE, CTRANSLATE2, ONNX = "hugging_face", "ctranslate2_{}", "onnx_{}"  # folders
 
 
 @dataclasses.dataclass(frozen=True)

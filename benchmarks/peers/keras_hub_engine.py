@@ -8,8 +8,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from benchmarks.peers.engine import Case, Engine
-from benchmarks.peers.prepare import HUGGING_FACE
+from benchmarks.peers.engine import HUGGING_FACE, Case, Engine
 from coda_jax import checkpoints
 
 

@@ -3,9 +3,7 @@
 import numpy as np
 import onnxruntime
 
-from benchmarks.peers.engine import THREADS, Case, Engine
-
-ONNX = "onnx_{}"
+from benchmarks.peers.engine import ONNX, THREADS, Case, Engine
 
 
 def load(case: Case, precision: str) -> Engine:

@@ -16,11 +16,11 @@ import numpy as np
 from tokenizers import Tokenizer, models
 import transformers
 
+from benchmarks.peers.engine import CTRANSLATE2, HUGGING_FACE
 from coda_jax import checkpoints
 from coda_jax.models import ModelConfig, preset
 from coda_jax.objectives import model_for
 
-HUGGING_FACE, CTRANSLATE2 = "hugging_face", "ctranslate2_{}"
 PRECISIONS = ("float32", "int8")
 
 

@@ -3,8 +3,7 @@
 import torch
 import transformers
 
-from benchmarks.peers.engine import THREADS, Case, Engine
-from benchmarks.peers.prepare import HUGGING_FACE
+from benchmarks.peers.engine import HUGGING_FACE, THREADS, Case, Engine
 
 
 def load(case: Case, compiled: bool = False) -> Engine:
