@@ -57,6 +57,11 @@ class Normalized:
         """[..., D]."""
         return self.x.shape
 
+    @property
+    def dtype(self) -> Dtype:
+        """Of `array`."""
+        return self.x.dtype
+
     def array(self) -> Float[Array, "... d"]:
         """[..., D] in the dtype of x."""
         x = self.x.astype(jnp.float32) * self.inverse_rms
@@ -97,7 +102,7 @@ class Dense(nn.Module):
             jnp.float32,
             axes=self.kernel_axes,
         )
-        if self.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16:
+        if self.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16 == x.dtype:
             y = product_in_float32(x, kernel)
         else:
             y = product(x, kernel.astype(self.dtype), self.input_heads, self.output_heads)
