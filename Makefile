@@ -41,7 +41,7 @@ test-t5x: $(INSTALLED)
 # What TPUs would take, by their compiler: libtpu comes from PyPI and needs no TPU.
 test-tpu: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,tpu]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 1 tests/test_tpu_bars.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 1 tests/test_tpu_bars.py tests/test_tpu_pods.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,7 +6,10 @@ gin_configs/t5x.
 
 from collections.abc import Callable, Sequence
 import copy
+import dataclasses
 import functools
+import importlib
+import typing
 from typing import Any
 
 from absl import logging
@@ -21,7 +24,7 @@ from coda_jax import checks, trees
 from coda_jax.commands.check import NEW_LEAVES, check_leaves
 from coda_jax.commands.configuration import check_flags_of_t5x
 from coda_jax.methods import Method, created, trained
-from coda_jax.models import ModelConfig
+from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
 from coda_jax.objectives.seq2seq import Z_LOSS
@@ -58,6 +61,27 @@ def network(config: ModelConfig) -> nn.Module:
     """
     check_flags_of_t5x()
     return config.network()
+
+
+def example_network(config: ModelConfig) -> nn.Module | None:
+    """T5X's own network of a dense config's sizes, to be compared with; None where it has none.
+
+    Args:
+        config: without methods.
+    """
+    theirs = importlib.import_module("t5x.examples.t5.network").Transformer
+    sizes = typing.get_type_hints(theirs)["config"]
+    names = [field.name for field in dataclasses.fields(sizes)]
+    if len(config.input_spec(1, 1).shape) != 2 or not all(hasattr(config, x) for x in names):
+        return None
+    network = theirs(sizes(**{name: getattr(config, name) for name in names}))
+    init = functools.partial(network.init, enable_dropout=False)
+    made = jax.eval_shape(init, jax.random.key(0), *config.init_inputs())["params"]
+    made, ours = (
+        {path: leaf.shape for path, leaf in trees.flatten(tree).items()}
+        for tree in (made, param_shapes(config))
+    )
+    return network if made == ours else None
 
 
 def assignment_map(config: ModelConfig, new_leaves: str = "created") -> list[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from coda_jax.models import FAMILIES
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.t5.config import T5Config
 from coda_jax.models.w2v_bert.config import W2vBertConfig
+from coda_jax.nn import processors
 from coda_jax.nn.tokens import Tokens, join_frames, selections
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -214,6 +215,14 @@ def assert_same_tree(first, second):
     for path, leaf in first.items():
         assert leaf.dtype == second[path].dtype, path
         assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes(), path
+
+
+@contextlib.contextmanager
+def as_with_bfloat16():
+    """What is traced meanwhile is for a CPU that has products of bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processors, "multiplies_bfloat16", lambda: True)
+        yield
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from coda_jax.commands.bench_programs import random_batch
 from coda_jax.methods import coda
 from coda_jax.methods.soft_topk import soft_topk
 from coda_jax.models import FAMILIES, param_shapes
-from coda_jax.nn import attention, convolution, tokens
+from coda_jax.nn import convolution, dot_product_attention, tokens
 from coda_jax.objectives import ctc, model_for
 
 SCORES = jnp.arange(12.0).reshape(2, 6)
@@ -47,7 +47,7 @@ CASES = [
     ),
     (coda.num_selected, {"length": jnp.array([3, 4]), "reduction": 2.0}, {"length": SCORES}),
     (
-        attention.attend,
+        dot_product_attention.attend,
         {"query": HEADS, "key": HEADS, "value": HEADS, "bias": None, "mask": None},
         {"value": HEADS[:, :5]},
     ),

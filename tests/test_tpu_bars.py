@@ -35,6 +35,7 @@ def measured(name, measures, reductions, **sizes):
         ("t5_1_1_base", 32, 512, {3: 0.75, 4: 0.75}),
         ("t5_1_1_base", 8, 512, {3: 0.55, 4: 0.5}),
         ("pix2struct_base", 2, 4096, {8: 0.65}),
+        ("w2v_bert_large", 8, 1500, {2: 0.8, 4: 0.8}),
     ],
 )
 def test_the_encoder_gets_most_of_what_it_leaves_out(preset_name, batch_size, input_length, bars):

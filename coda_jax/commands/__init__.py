@@ -11,6 +11,7 @@
 | `loading` | a checkpoint, methods and an adapter file, put together for all commands |
 | `bench_programs` | the programs that `bench` compares |
 | `bench_topology` | `bench` for TPUs that are not there |
+| `check_topology` | `check` for pods that are not there |
 | `encodings` | what `predict` writes of an encoder |
 """
 
@@ -69,7 +70,7 @@ COMMANDS = {
         "--gin_file=runs/cache.gin --gin_file=tasks/stdlib_module.gin --gin.OUTPUT=train.npz",
     ),
     "check": Command(
-        "does a checkpoint fit a model, and what does it cost",
+        "does a checkpoint fit a model, the model a pod, and what does it cost",
         "--gin_file=runs/check.gin --gin_file=methods/coda.gin "
         "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base",
     ),

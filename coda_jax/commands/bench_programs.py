@@ -6,14 +6,15 @@ Axis letters: B batch, N input tokens, T target tokens.
 from collections.abc import Callable, Mapping, Sequence
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coda_jax import methods
+from coda_jax import methods, trees
 from coda_jax.methods import comparisons
-from coda_jax.models import ModelConfig, family_of
+from coda_jax.models import ModelConfig, family_of, param_shapes
 from coda_jax.objectives import model_for
 from coda_jax.profiling import flops
 from coda_jax.training import trainer
@@ -40,9 +41,22 @@ class Programs:
         params: the dense model's parameters, and the method's own; arrays or their shapes.
     """
 
-    def __init__(self, config: ModelConfig, params: Mapping, batch: Mapping[str, np.ndarray]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping,
+        batch: Mapping[str, np.ndarray],
+        network: nn.Module | None = None,
+    ):
+        """Args:
+            config: the method's configuration.
+            params: as the attribute.
+            batch: as of `random_batch`.
+            network: another library's in the place of the config's; it has no `end_to_end`.
+        """  # fmt: skip
         self.config, self.params = config, params
         self._model = model_for(config)
+        self._model.module = network or self._model.module
         self._batch = dict(batch)
 
     def encoder(self) -> tuple[Callable, tuple]:
@@ -107,6 +121,18 @@ def random_batch(config: ModelConfig, batch: int, length: int, target_length: in
         "decoder_target_tokens": targets,
         "decoder_loss_weights": np.ones_like(targets),
     }
+
+
+def served_shapes(config: ModelConfig) -> Mapping:
+    """Shapes of the parameters: the base's in the dtype of the computation, as it is served."""
+    created = methods.created(config)
+
+    def held(path, leaf):
+        dtype = leaf.dtype if trees.matches(path, created) else np.dtype(config.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    flat = trees.flatten(param_shapes(config))
+    return trees.unflatten({path: held(path, leaf) for path, leaf in flat.items()})
 
 
 def with_head(config: ModelConfig) -> ModelConfig:

@@ -1,25 +1,26 @@
 """`coda bench --topology=v5e:2x2`: the same comparison on TPUs that are not there, in cycles."""
 
 from collections.abc import Mapping, Sequence
+import importlib
 from typing import Any
 
-import jax
-import numpy as np
-
-from coda_jax import checks, methods, trees
+from coda_jax import checks, methods
 from coda_jax.commands.bench_programs import (
     BASELINE,
     Programs,
     compared,
     operations,
     random_batch,
+    served_shapes,
 )
-from coda_jax.models import ModelConfig, param_shapes
+from coda_jax.methods import comparisons
+from coda_jax.models import ModelConfig
 from coda_jax.profiling import breakdown, flops, topology
 
 MEASURES = ("encoder", "end_to_end", "beams", "train_step")  # of `Programs`
 # XLA counts all operations of a step, CoDA's own among them, and one round of a decoding loop.
 _BY_XLA = "train_step"
+_OF_PEERS = ("encoder", "train_step")  # decoding is no matter of their networks
 _BEAMS = {"end_to_end": 1, "beams": 4}
 
 
@@ -51,14 +52,16 @@ def measure(
         measures = [measure for measure in measures if measure == "encoder"]
     batch = random_batch(dense, batch_size, input_length, target_length)
     programs = {
-        method: Programs(config, _params(config), batch)
+        method: Programs(config, served_shapes(config), batch)
         for method, config in compared(dense, reductions, attentions).items()
     }
+    peers = _peers(dense, batch)
     report: dict[str, Any] = {}
     for measure_name in measures:
+        compared_here = programs | (peers if measure_name in _OF_PEERS else {})
         compiled = {
             method: topology.compile_for(name, *getattr(p, measure_name)(), rounds=target_length)
-            for method, p in programs.items()
+            for method, p in compared_here.items()
         }
         counted = operations(batch_size, input_length, target_length).get(
             measure_name, lambda config: None
@@ -66,7 +69,7 @@ def measure(
         baseline = compiled[BASELINE]
         report[measure_name] = {}
         for method, program in compiled.items():
-            config = programs[method].config
+            config = compared_here[method].config
             asked, of_baseline = counted(config), counted(programs[BASELINE].config)
             bound = of_baseline / asked if asked else None
             if measure_name == _BY_XLA:
@@ -79,6 +82,20 @@ def measure(
     return report
 
 
+def _peers(dense: ModelConfig, batch: Mapping) -> dict[str, Programs]:
+    """The dense model in T5X's own network, all of it trained, where T5X is present."""
+    try:
+        # By name: this module stands above the commands.
+        t5x_models = importlib.import_module("coda_jax.t5x_models")
+    except ImportError:
+        return {}
+    network = t5x_models.example_network(dense)
+    if network is None:
+        return {}
+    config = dense.replace(methods=comparisons.everything())
+    return {"T5X": Programs(config, served_shapes(config), batch, network)}
+
+
 def _step(program: topology.Program, name: str, read: int) -> dict[str, float]:
     """What a decoding step costs, the dearest loop's round, and what reading its bytes would."""
     return {
@@ -86,18 +103,6 @@ def _step(program: topology.Program, name: str, read: int) -> dict[str, float]:
         "bytes": read,
         "bytes_cycles": read / topology.chip(name).bytes_a_cycle,
     }
-
-
-def _params(config: ModelConfig) -> Mapping:
-    """Shapes of the parameters: the base's in the dtype of the computation, as it is served."""
-    created = methods.created(config)
-
-    def held(path, leaf):
-        dtype = leaf.dtype if trees.matches(path, created) else np.dtype(config.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-    flat = trees.flatten(param_shapes(config))
-    return trees.unflatten({path: held(path, leaf) for path, leaf in flat.items()})
 
 
 def markdown(report: Mapping[str, Any]) -> str:

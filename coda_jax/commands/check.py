@@ -1,4 +1,4 @@
-"""`coda check`: does a checkpoint fit a model, and what will the model cost?
+"""`coda check`: does a checkpoint fit a model, the model a pod, and what will it cost?
 
 To be asked before a pod is started. T5X drops parameters that the model lacks without a word, and
 orbax does not compare shapes; here every leaf that is missing, extra or misshapen is an error.
@@ -13,6 +13,7 @@ import jax
 from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x, t5x_shapes
+from coda_jax.commands import check_topology
 from coda_jax.data.batches import check_feature_lengths
 from coda_jax.methods import Method, partition, unrouted
 from coda_jax.models import ModelConfig, param_shapes
@@ -22,42 +23,81 @@ NEW_LEAVES = ("created", "restored")
 
 
 def check(
-    checkpoint: str,
+    checkpoint: str | None = None,
     config: ModelConfig | None = None,
     methods: Sequence[Method] = (),
     *,
     new_leaves: str = "created",
     feature_lengths: Mapping[str, int] | None = None,
     read_values: bool = False,
+    topology: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    batch_size: int | None = None,
+    dtype: Any = None,
     output: str | None = None,
 ) -> dict[str, Any]:
     """Compares a checkpoint with a model, and counts parameters and operations.
 
     Args:
         checkpoint: folder in Hugging Face layout or of T5X, or the name of a model in the cache of
-            the Hugging Face Hub.
+            the Hugging Face Hub; None for a config alone.
         config: the model's sizes; None for those that a Hugging Face checkpoint says itself.
         methods: how the model is adapted.
         new_leaves: "created" where training starts from a dense checkpoint, which must not have
             leaves of the methods; "restored" where they must be in it.
         feature_lengths: tokens of "inputs" and "targets", for the operations.
         read_values: also reads every value, which finds missing and damaged parts of files.
+        topology: TPUs, such as "v5e:4x4", for which the model's programs are compiled.
+        mesh: {"data", "model"}: their chips along each axis; None for all along "data".
+        batch_size: rows on all chips; None for 8 for each chip along "data".
+        dtype: of computation and frozen parameters; None for bfloat16.
         output: JSON file for the report.
 
     Returns:
-        The report: "parameters" and "trained_parameters", and the operations of matrix products
-        "flops_per_input_token" of the encoder, "flops_per_output_token" of the decoder (greedy),
-        and "encoder_flops_ratio", the dense encoder's with adapters divided by the model's.
+        The report: "parameters" and "trained_parameters", the operations of matrix products
+        "flops_per_input_token" of the encoder, "flops_per_output_token" of the decoder (greedy) and
+        "encoder_flops_ratio", the dense encoder's with adapters by the model's, and "topology".
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: leaves are missing, extra, misshapen or damaged (all are listed); a T5X
-            checkpoint is given without a config.
+        ValueError: leaves are missing, extra, misshapen or damaged (all are listed); the mesh fits
+            neither chips nor model; or there are no sizes.
+        ModuleNotFoundError: there is a topology and no libtpu.
     """
     lengths = {"inputs": 512, "targets": 64} if feature_lengths is None else feature_lengths
     check_feature_lengths(lengths)
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, OUTPUT=output)
     checks.flag("READ_VALUES", read_values)
+    given = check_topology.settings(topology, mesh, batch_size, dtype)
+    config = _fitting(checkpoint, config, methods, new_leaves, read_values)
+    shapes = param_shapes(config)
+    trained = trees.count(partition(config, shapes)[0])
+    report: dict[str, Any] = {"parameters": trees.count(shapes), "trained_parameters": trained}
+    report |= costs(config, **lengths)
+    for name, value in report.items():
+        print(f"{name:24}{value:>20,.2f}" if isinstance(value, float) else f"{name:24}{value:>20,}")
+    if given is not None:
+        report["topology"] = check_topology.measure(config, given, **lengths)
+        print(check_topology.markdown(report["topology"]), end="")
+    if output is not None:
+        files.write_json(output, report)
+    return report
+
+
+def _fitting(
+    checkpoint: str | None,
+    config: ModelConfig | None,
+    methods: Sequence[Method],
+    new_leaves: str,
+    read_values: bool,
+) -> ModelConfig:
+    """The config with its methods, which the checkpoint fits, if there is one."""
+    if checkpoint is None:
+        if config is None:
+            raise ValueError("there is nothing to check: give INITIAL_CHECKPOINT_PATH or PRESET")
+        if read_values:
+            raise ValueError("READ_VALUES=True has no effect without INITIAL_CHECKPOINT_PATH")
+        return config.replace(methods=tuple(methods))
     checkpoint = str(hub.find(checkpoint))
     if config is None:
         if is_t5x(Path(checkpoint)):
@@ -67,18 +107,8 @@ def check(
     check_leaves(config, checkpoint, new_leaves)
     if read_values:
         _read_values(checkpoint)
-    shapes = param_shapes(config)
-    report = {
-        "parameters": trees.count(shapes),
-        "trained_parameters": trees.count(partition(config, shapes)[0]),
-        **costs(config, **lengths),
-    }
     print(f"{checkpoint} fits the model.")
-    for name, value in report.items():
-        print(f"{name:24}{value:>20,.2f}" if isinstance(value, float) else f"{name:24}{value:>20,}")
-    if output is not None:
-        files.write_json(output, report)
-    return report
+    return config
 
 
 def check_leaves(config: ModelConfig, checkpoint: str, new_leaves: str = "created") -> None:

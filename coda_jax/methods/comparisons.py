@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from coda_jax.methods.base import Method
 from coda_jax.methods.coda import Coda
+from coda_jax.methods.full import Full
 from coda_jax.methods.parallel_adapter import ParallelAdapter
 
 BASELINE = "parallel adapter"
@@ -17,6 +18,11 @@ def name_of(reduction: float) -> str:
 def baseline(bottleneck: int = 64) -> tuple[Method, ...]:
     """The parallel adapter alone, the 1.0x of the paper's tables."""
     return (ParallelAdapter(bottleneck),)
+
+
+def everything() -> tuple[Method, ...]:
+    """The dense model, all of which is trained."""
+    return (Full(),)
 
 
 def conditional(

@@ -9,7 +9,7 @@ and an entry here. `hf_fields` is what all checkpoints of Hugging Face share.
 import dataclasses
 import difflib
 
-from coda_jax.models.base import Family, ModelConfig, init_params, param_shapes
+from coda_jax.models.base import Family, ModelConfig, init_params, param_axes, param_shapes
 from coda_jax.models.pix2struct import FAMILY as PIX2STRUCT
 from coda_jax.models.t5 import FAMILY as T5
 from coda_jax.models.w2v_bert import FAMILY as W2V_BERT
@@ -34,6 +34,7 @@ __all__ = [
     "family_of",
     "find",
     "init_params",
+    "param_axes",
     "param_shapes",
     "preset",
     "presets",

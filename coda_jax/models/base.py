@@ -245,11 +245,21 @@ def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct` that a config's network expects."""
-    return trees.unflatten(_flat_shapes(config))
+    return trees.unflatten(_made(config)["params"])
+
+
+def param_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
+    """{path: the logical names of the axes} of the parameters; see `sharding.AXIS_RULES`."""
+    axes = _made(config)["params_axes"]
+    return {path.removesuffix("_axes"): tuple(leaf.names) for path, leaf in axes.items()}
 
 
 @functools.lru_cache(maxsize=128)
-def _flat_shapes(config: ModelConfig) -> dict[str, Any]:
-    """`param_shapes` by path; tracing a network takes longer than all that is done with these."""
-    shapes = jax.eval_shape(lambda rng: init_params(config, rng), jax.random.key(0))
-    return trees.flatten(shapes)
+def _made(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The network's variables by path; tracing a network takes longer than all done with these."""
+
+    def init(rng):
+        return config.network().init(rng, *config.init_inputs(), enable_dropout=False)
+
+    variables = jax.eval_shape(init, jax.random.key(0))
+    return {name: trees.flatten(variables[name]) for name in ("params", "params_axes")}

@@ -4,8 +4,11 @@
 |---|---|
 | `tokens` | what a layer knows of its tokens; a selection of some, its gather and scatter |
 | `layers` | projections, norms, embeddings, feed-forward blocks |
-| `attention` | attention, relative keys, the decoder's cache |
+| `dot_product_attention` | softmax(q k^T + bias) v, as each platform does it best |
+| `attention` | its projections, the decoder's cache |
 | `position_bias` | T5's relative position bias |
+| `relative_keys` | attention with a learned vector for each distance |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |
+| `processors` | whether a CPU multiplies bfloat16 |
 """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.nn.layers import Dense, Dtype, LayerNorm
-from coda_jax.nn.tokens import kept_first, take
+from coda_jax.nn.tokens import kept_first, running_count, take
 
 
 def causal_convolution(
@@ -90,5 +90,5 @@ class Convolution(nn.Module):
         order = kept_first(mask, mask.shape[1])
         segments = None if segment_ids is None else take(segment_ids, order)
         y = causal_convolution(take(y, order), kernel.astype(self.dtype), segments)
-        y = take(y, jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0))  # back to their places
+        y = take(y, jnp.maximum(running_count(mask) - 1, 0))  # back to their places
         return project("wo", 1, ("mlp", "embed"))(nn.swish(norm("depthwise_layer_norm")(y)))

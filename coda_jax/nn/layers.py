@@ -18,6 +18,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from coda_jax.nn import processors
+
 Dtype = Any
 Initializer = Callable[..., Array]
 
@@ -54,6 +56,11 @@ class Normalized:
     def shape(self) -> tuple[int, ...]:
         """[..., D]."""
         return self.x.shape
+
+    @property
+    def dtype(self) -> Dtype:
+        """Of `array`."""
+        return self.x.dtype
 
     def array(self) -> Float[Array, "... d"]:
         """[..., D] in the dtype of x."""
@@ -95,7 +102,10 @@ class Dense(nn.Module):
             jnp.float32,
             axes=self.kernel_axes,
         )
-        y = product(x, kernel.astype(self.dtype), self.input_heads, self.output_heads)
+        if self.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16 == x.dtype:
+            y = product_in_float32(x, kernel)
+        else:
+            y = product(x, kernel.astype(self.dtype), self.input_heads, self.output_heads)
         if self.use_bias:
             y += partitioning.param_with_axes(
                 "bias",
@@ -132,20 +142,37 @@ def product(
     x = x.astype(kernel.dtype)
     if x.ndim == 3 and x.shape[1] == 1:
         return _product_of_rows(x[:, 0], kernel)[:, None]
-    named = functools.partial(_product_of_heads, heads)
     if kernel.dtype == jnp.float32:
+        return _product_of_heads(heads, x, kernel)
+    named = functools.partial(_rounded_product, heads)
+    if not _is_faster_rounded(kernel.dtype):
         return named(x, kernel)
-    # A CPU without products of bfloat16 is a quarter slower where a float32 result is asked for.
-    return lax.platform_dependent(
-        x, kernel, cpu=jnp.matmul, default=lambda x, kernel: named(x, kernel).astype(x.dtype)
-    )
+    return lax.platform_dependent(x, kernel, cpu=jnp.matmul, default=named)
+
+
+def _is_faster_rounded(dtype: Dtype) -> bool:
+    """Whether this CPU is faster, by a quarter, if no float32 result is asked for."""
+    return dtype == jnp.bfloat16 and not processors.multiplies_bfloat16()
+
+
+def product_in_float32(x: Float[Array, "... d"], kernel: Float[Array, "d f"]) -> Array:
+    """x W in float32, of which bfloat16 needs no conversion: its products are exact there.
+
+    Args:
+        x: [..., D].
+        kernel: W, [D, F].
+    """
+    if not x.dtype == kernel.dtype == jnp.bfloat16:
+        x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
 
 
 def _product_of_rows(x, kernel):
     """[B, D] x [D, F], of a decoding step, in which W is all there is to read."""
     rows, (inputs, features) = x.shape[0], kernel.shape
     blocked = inputs % _BLOCK == 0 and 1 < rows <= _BLOCKED_SIZE // features
-    cpu = _blocked_product if blocked else jnp.matmul
+    whole = jnp.matmul if _is_faster_rounded(kernel.dtype) else _whole_product
+    cpu = _blocked_product if blocked else whole
     return lax.platform_dependent(x, kernel, cpu=cpu, default=_whole_product)
 
 
@@ -173,6 +200,26 @@ def _product_of_heads(heads, x, kernel):
     kernel_heads = kernel.reshape(input_heads, x_heads.shape[-1], output_heads, -1)
     y = jnp.einsum("...ik,ikho->...ho", x_heads, kernel_heads, preferred_element_type=jnp.float32)
     return y.reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_product(heads, x, kernel):
+    """Rounded to the type of x, forwards and backwards: no product has factors in float32."""
+    return _product_of_heads(heads, x, kernel).astype(x.dtype)
+
+
+def _rounded_product_fwd(heads, x, kernel):
+    return _rounded_product(heads, x, kernel), (x, kernel)
+
+
+def _rounded_product_bwd(heads, saved, cotangent):
+    x, kernel = saved
+    of_kernel = jnp.einsum("...d,...f->df", x, cotangent, preferred_element_type=jnp.float32)
+    of_x = _product_of_heads(heads[::-1], cotangent, kernel.T)
+    return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
+
+
+_rounded_product.defvjp(_rounded_product_fwd, _rounded_product_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -312,7 +359,7 @@ class Embed(nn.Module):
 
     def attend(self, x: Float[Array, "b n d"]) -> Float[Array, "b n v"]:
         """Logits x E^T in float32."""
-        return x.astype(jnp.float32) @ self.embedding.astype(jnp.float32).T
+        return product_in_float32(x, self.embedding.T)
 
 
 class MlpBlock(nn.Module):

@@ -9,6 +9,7 @@ token among them, L output tokens, V vocabulary, S states of the stop texts.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -21,6 +22,7 @@ from coda_jax.nn.tokens import take
 from coda_jax.objectives import decoding, logits_processors
 from coda_jax.objectives.decoding import Cache, Inputs, Step, Stops
 from coda_jax.objectives.generation import Generation
+from coda_jax.sharding import num_parts
 
 # The log-probability of what must not be chosen, as in T5X: finite, so that no `inf - inf` arises.
 _IMPOSSIBLE = -1e7
@@ -222,9 +224,9 @@ def _advance(
     """The beams after one more token."""
     config, length, num_beams = model.config, beams.length, options.num_beams
     log_probs, finite, cache = _continuations(model, beams, step, options, rules)
-    vocab_size = log_probs.shape[1] // num_beams
     # Twice as many as live on: if M of them end, M are left.
-    log_probs, chosen = lax.top_k(log_probs, 2 * num_beams)
+    vocab_size = log_probs.shape[-1]
+    log_probs, chosen = _largest(log_probs, 2 * num_beams)
     parents, token = chosen // vocab_size, chosen % vocab_size
     tokens = lax.dynamic_update_slice(take(beams.live, parents), token[..., None], (0, 0, length))
     matched = None if beams.matched is None else take(beams.matched, parents)
@@ -259,8 +261,8 @@ def _advance(
 
 def _continuations(
     model: nn.Module, beams: _Beams, step: Step, options: Generation, rules: Rules
-) -> tuple[Float[Array, "b mv"], Bool[Array, "b 1"], Cache]:
-    """The log-probabilities of each beam with each next token, [B, M * V]; see `_Beams.finite`."""
+) -> tuple[Float[Array, "b m v"], Bool[Array, "b 1"], Cache]:
+    """The log-probabilities of each beam with each next token, [B, M, V]; see `_Beams.finite`."""
     tokens = beams.live.reshape(-1, beams.live.shape[-1])
     previous = lax.dynamic_index_in_dim(tokens, beams.length - 1, axis=1, keepdims=False)
     logits, cache = step(beams.cache, previous)
@@ -275,17 +277,50 @@ def _continuations(
     log_probs = log_probs.reshape(*beams.live.shape[:2], -1) + beams.live_log_probs[..., None]
     batch = beams.live.shape[0]
     finite = jnp.isfinite(logits).reshape(batch, -1).all(1, keepdims=True)
-    return log_probs.reshape(batch, -1), finite, cache
+    return log_probs, finite, cache
+
+
+def _largest(
+    values: Float[Array, "b m v"], count: int
+) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """The largest of each row, [B, K], and where they stand in [M * V]; of equal ones the first."""
+
+    def flat(values):
+        return tuple(lax.top_k(values.reshape(values.shape[0], -1), count))
+
+    divided = num_parts("batch", values.shape[0]) * num_parts("vocab", values.shape[2]) > 1
+    tpu = functools.partial(_largest_in_rounds, count=count) if divided else flat
+    return lax.platform_dependent(values, tpu=tpu, default=flat)
+
+
+def _largest_in_rounds(values, *, count):
+    """One after the other, of each beam, then of all: a `top_k` of TPUs is on a chip for itself.
+
+    It would be given all rows, and all of their vocabulary, from all chips.
+    """
+    lowest = jnp.finfo(values.dtype).min
+    left = jnp.maximum(values, lowest)  # what is taken is less
+    places = jnp.arange(values.shape[-1], dtype=jnp.int32)
+    found = []
+    for _ in range(min(count, values.shape[-1])):
+        place = left.argmax(-1, keepdims=True).astype(jnp.int32)
+        found.append((left.max(-1), place[..., 0]))
+        left = jnp.where(places == place, -jnp.inf, left)
+    best, place = (jnp.stack(x, axis=-1) for x in zip(*found, strict=True))
+    offsets = jnp.arange(values.shape[1], dtype=jnp.int32)[:, None] * values.shape[-1]
+    best, place = (x.reshape(x.shape[0], -1) for x in (best, place + offsets))
+    best, chosen = lax.top_k(jnp.where(best == lowest, -jnp.inf, best), count)
+    return best, take(place, chosen)
 
 
 def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:
     """Gives each beam its parent's keys and values; those of the encoding belong to all beams."""
-    first = jnp.arange(parents.shape[0])[:, None] * parents.shape[1]
-    rows = (first + parents).reshape(-1)
 
     def reorder(path, leaf):
         if path[-1].key in ("cached_key", "cached_value"):
-            return jnp.take(leaf, rows, axis=0, mode="clip")
+            # Row by row: beams stay on the chip of their input.
+            beams = leaf.reshape(*parents.shape, *leaf.shape[1:])
+            return take(beams, parents).reshape(leaf.shape)
         return leaf
 
     return jax.tree_util.tree_map_with_path(reorder, cache)

@@ -1,6 +1,8 @@
 """Programs for TPUs that are not there: chips of a topology, compiling for them, what comes out."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import os
 import re
@@ -15,6 +17,7 @@ import numpy as np
 from coda_jax.optional import needs
 from coda_jax.profiling import tpu
 from coda_jax.profiling.breakdown import OTHER, Parts, part_of
+from coda_jax.sharding import Pod
 
 # Otherwise libtpu asks a TPU's host for these, and there is none.
 _HOST = {
@@ -55,6 +58,38 @@ class Program:
             shares[part] += cycles / self.cost.total
         return shares
 
+    def collectives(self, parts: Parts) -> list[dict[str, Any]]:
+        """{"kind", "part", "count", "bytes"} of what chips reduce or exchange, the most first."""
+        counts, sizes = Counter(), Counter()
+        for (kind, path), count in self.cost.collectives.items():
+            # The last is no scope but the operation, which may be a `gather` of something else.
+            part = part_of(path.rpartition("/")[0], parts)
+            counts[kind, part] += count
+            sizes[kind, part] += self.cost.collective_bytes[kind, path]
+        return [
+            {"kind": kind, "part": part, "count": counts[kind, part], "bytes": size}
+            for (kind, part), size in sizes.most_common()
+        ]
+
+    def report(self, parts: Parts) -> dict[str, Any]:
+        """What a report says of the program, by parts as of `breakdown.parts_of`."""
+        return {
+            "cycles": self.cost.total,
+            "guessed": self.cost.guessed_share,
+            "unknown_loops": dict(sorted(self.cost.loops.items())),
+            "flops": self.flops,
+            "lower_seconds": self.lower_seconds,
+            "compile_seconds": self.compile_seconds,
+            "argument_bytes": self.argument_bytes,
+            "temporary_bytes": self.temporary_bytes,
+            "fits": self.fits,
+            "parts": self.parts(parts),
+        }
+
+
+class TooLargeError(Exception):
+    """A program that a chip's memory does not hold; the message says what it would take."""
+
 
 def checked(text: str) -> str:
     """A topology such as "v5e:2x2", checked.
@@ -75,8 +110,8 @@ def chip(text: str) -> tpu.Chip:
     return tpu.CHIPS[checked(text).split(":")[0]]
 
 
-def chips(text: str) -> list[jax.Device]:
-    """The chips of a topology.
+def chips(text: str, whole: bool = False) -> list[jax.Device]:
+    """The chips of a topology; of v4 the cores, two for each chip, unless `whole`.
 
     Raises:
         ValueError: libtpu does not know it.
@@ -85,32 +120,47 @@ def chips(text: str) -> list[jax.Device]:
     with needs("tpu"):
         import libtpu  # noqa: F401
     os.environ.update({name: value for name, value in _HOST.items() if name not in os.environ})
+    options = {"chip_config_name": "megacore"} if whole and text.startswith("v4:") else {}
     try:
-        description = topologies.get_topology_desc(topology_name=checked(text), platform="tpu")
+        description = topologies.get_topology_desc(checked(text), platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"no topology {text!r}: {str(error).splitlines()[0]}") from error
     return list(np.ravel(description.devices))
 
 
-def compile_for(name: str, function: Callable, arguments: Any, rounds: int = 1) -> Program:
-    """Compiles a function for one chip of a topology.
+def compile_for(
+    name: str, function: Callable, arguments: Any, rounds: int = 1, pod: Pod | None = None
+) -> Program:
+    """Compiles a function for one chip of a topology, or for all of them.
 
     Args:
         name: of the topology.
         function: to be compiled, or already jitted.
-        arguments: arrays or their shapes.
+        arguments: arrays or their shapes; for a pod, what its `shapes` makes of them.
         rounds: as of `tpu.cost`.
+        pod: all chips of the topology; None for one.
+
+    Raises:
+        TooLargeError: the compiler finds no way to stay within a chip's memory.
     """
-    place = SingleDeviceSharding(chips(name)[0])
+    if pod is None:
+        place = SingleDeviceSharding(chips(name)[0])
 
-    def shape(x):
-        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place)
+        def shape(x):
+            return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place)
 
+        arguments = jax.tree.map(shape, arguments)
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     start = time.perf_counter()
-    lowered = jitted.lower(*jax.tree.map(shape, arguments))
+    with pod.divided() if pod else contextlib.nullcontext():
+        lowered = jitted.lower(*arguments)
     middle = time.perf_counter()
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if used := re.search(r"Used \S+ of \S+ hbm", str(error)):
+            raise TooLargeError(used.group()) from error
+        raise
     seconds = middle - start, time.perf_counter() - middle
     cost = tpu.cost(compiled, chip(name), rounds)
     memory = compiled.memory_analysis()
@@ -131,17 +181,8 @@ def row(program: Program, baseline: Program, bound: float | None, parts: Mapping
     """
     speed_up = baseline.cost.total / program.cost.total
     return {
-        "cycles": program.cost.total,
+        **program.report(parts),
         "speed_up": speed_up,
         "bound": bound,
         "fraction_of_bound": speed_up / bound if bound else None,
-        "guessed": program.cost.guessed_share,
-        "unknown_loops": dict(sorted(program.cost.loops.items())),
-        "flops": program.flops,
-        "lower_seconds": program.lower_seconds,
-        "compile_seconds": program.compile_seconds,
-        "argument_bytes": program.argument_bytes,
-        "temporary_bytes": program.temporary_bytes,
-        "fits": program.fits,
-        "parts": program.parts(parts),
     }

@@ -7,7 +7,8 @@ none on gathers, scatters, sorts and custom calls (XLA puts dense attention into
 guessed here and reported as guessed. So compare programs of one topology with little guessed.
 
 Cycles are those of the core that the estimates are for, one of two on v4 and v5p; it is given all
-of the chip's memory and bandwidth.
+of the chip's memory and bandwidth. What chips send each other has no cycles either; it is counted
+in bytes, apart.
 """
 
 import base64
@@ -23,6 +24,10 @@ _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _ROW_CYCLES = 8  # of a gathered or scattered row: a guess
 _SOFTMAX_CYCLES = 4  # of a register of 8 x 128 in a custom call's softmax: a guess
 WAITING = "wait for a copy"
+_COLLECTIVE = re.compile(
+    r"= (\S.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|"
+    r"collective-permute|collective-broadcast)(-start)?\("
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,8 @@ class Cost:
         guessed: the part of these that the compiler does not estimate.
         flops: of custom calls, which XLA does not count.
         loops: {scope: cycles of a round} of loops whose length is not in the program.
+        collectives: {(kind, scope): number} of what chips reduce or exchange.
+        collective_bytes: {(kind, scope): bytes} of these on each chip, as they come out.
         total: all cycles.
     """
 
@@ -71,6 +78,8 @@ class Cost:
     guessed: Counter = dataclasses.field(default_factory=Counter)
     flops: float = 0.0
     loops: dict[str, float] = dataclasses.field(default_factory=dict)
+    collectives: Counter = dataclasses.field(default_factory=Counter)
+    collective_bytes: Counter = dataclasses.field(default_factory=Counter)
     total: float = 0.0
 
     @property
@@ -80,7 +89,7 @@ class Cost:
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Adds so many runs of another part."""
-        for name in ("cycles", "guessed"):
+        for name in ("cycles", "guessed", "collectives", "collective_bytes"):
             for key, value in getattr(other, name).items():
                 getattr(self, name)[key] += value * times
         self.loops |= other.loops
@@ -132,12 +141,14 @@ class _Program:
         """The cost of one run of a computation; what it copies has arrived at its end."""
         found, free, arrival = Cost(), 0.0, {}
         types: dict[str, str] = {}
+        seen: set[str] = set()
         for line in self.computations[name or self.entry]:
             parsed = re.match(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)", line)
             if not parsed:
                 continue
             me, kind, op, rest = parsed.groups()
             types[me] = kind
+            self._count_collectives(found, line, seen)
             if op == "while":
                 body = self.run(_named(line, "body"))
                 rounds = self._rounds(line)
@@ -180,6 +191,30 @@ class _Program:
         if cycles:
             found.charge(_scope(line), cycles, guessed=True)
 
+    def _count_collectives(self, found: Cost, line: str, seen: set[str]) -> None:
+        """What an instruction, or one that it fuses or starts, reduces or exchanges.
+
+        One that runs under several others is in all of them, by its channel.
+        """
+        fused = re.search(r"\bcalls=%([\w.\-]+)", line)
+        if fused and fused.group(1).startswith("all-reduce-scatter"):  # TPUs' reduce-scatter
+            line = line.replace(" fusion(", " reduce-scatter(", 1)
+        elif fused:
+            for inner in self.computations.get(fused.group(1), ()):
+                self._count_collectives(found, inner, seen)
+        sent = _COLLECTIVE.search(line)
+        channel = re.search(r"channel_id=\d+", line)
+        if not sent or (channel and channel.group() in seen):
+            return
+        seen.add(channel.group() if channel else line)
+        kind, name, starts = sent.groups()
+        arrays = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", kind)
+        if starts and name != "all-reduce":  # operands come first, results behind them
+            arrays = [array for array in arrays if not array.endswith("[]")]
+            arrays = arrays[len(arrays) // 2 :]
+        found.collectives[name, _scope(line)] += 1
+        found.collective_bytes[name, _scope(line)] += sum(map(_size, arrays))
+
     def _copied(self, kind: str) -> float:
         """Cycles of an asynchronous copy, none within the core's own memory, S(1)."""
         parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?", kind)
@@ -206,7 +241,7 @@ class _Program:
             return int(known.group(1))
         condition = self.computations.get(_named(line, "condition"), [])
         root = next((other for other in condition if "ROOT" in other), "")
-        constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+        constants = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
         if "direction=LT" in root and len(constants) == 1:
             return int(constants[0])
         return None

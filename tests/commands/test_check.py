@@ -1,6 +1,7 @@
 """`coda check`: what does not fit is listed before a run starts, and costs are those counted."""
 
 import json
+import sys
 
 from helpers import ADAPTER, GOLDEN, TINY_SPEECH, config, random_params, unpack
 import jax
@@ -123,3 +124,31 @@ def test_the_command_takes_model_and_methods(tmp_path, capsys):
         check(t5x, methods=(Coda(), ADAPTER))
     with pytest.raises(FileNotFoundError, match="nothing_here"):
         check(str(tmp_path / "nothing_here"), DENSE)
+
+
+def test_a_preset_alone_is_counted(capsys):
+    arguments = ["check", "--gin_file=runs/check.gin", "--gin_file=methods/coda.gin"]
+    assert cli.main([*arguments, "--gin.PRESET=t5_1_1_small"]) == 0
+    printed = capsys.readouterr().out
+    assert "trained_parameters" in printed and "fits" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing to check: give INITIAL_CHECKPOINT_PATH or PRESET"),
+        ({"config": DENSE, "read_values": True}, "READ_VALUES=True has no effect without INITIAL"),
+        ({"config": DENSE, "mesh": {"data": 4}}, "MESH={'data': 4} has no effect without TOPOLOGY"),
+        ({"config": DENSE, "batch_size": 8}, "BATCH_SIZE=8 has no effect without TOPOLOGY"),
+        ({"config": DENSE, "dtype": "bfloat16"}, "DTYPE='bfloat16' has no effect without TOPOLOGY"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check(**options)
+
+
+def test_a_topology_needs_the_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'coda_jax\[tpu\]'"):
+        check(config=DENSE, topology="v5e:2x2")

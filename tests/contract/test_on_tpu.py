@@ -13,10 +13,12 @@ from contract.programs import (
     tokens_of_equal_choices,
 )
 from contract.table import each_case, routed
-from helpers import as_on_tpu, encode
+from helpers import TINY_SPEECH, as_on_tpu, encode, random_frames
 import jax
 import numpy as np
+import pytest
 
+from coda_jax.methods import Coda
 from coda_jax.objectives import model_for
 
 
@@ -63,6 +65,26 @@ def test_bfloat16_is_close_to_float32(case):
         found, rounded = encoder_of(in_bfloat16(config))(params(config), inputs)
     real = tokens_of_equal_choices(exact, rounded)
     assert 1e-4 < relative_error(found[real], expected[real]) < 0.03
+
+
+@pytest.mark.parametrize("attention", ["k_to_k", "k_to_all"])
+def test_long_recordings_with_the_published_distances_are_the_same(attention, rng):
+    """Packed, with gaps in and behind the segments; most keys are farther than a vector's reach."""
+    config = TINY_SPEECH.replace(
+        methods=(Coda(2.0, attention=attention, max_segments=2),),
+        num_encoder_layers=1,
+        max_left_distance=64,
+        max_right_distance=8,
+    )
+    frames = random_frames(rng, [300, 220], 300).copy()
+    frames[0, 40:60] = 0
+    segments = np.repeat([[1, 2], [1, 1]], 150, axis=1)
+    for given in (None, np.where(frames[..., 0] > 0, segments, 0)):
+        expected, _ = encoder_of(config)(params(config), frames, given)
+        with as_on_tpu():
+            found, _ = encoder_of(config)(params(config), frames, given)
+        real = frames[..., 0] > 0
+        np.testing.assert_allclose(found[real], expected[real], atol=2e-5)
 
 
 @each_case("training")

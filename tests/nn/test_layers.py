@@ -28,6 +28,23 @@ def test_the_product_of_one_token_equals_numpy(rows, inputs, features, dtype, rn
         np.testing.assert_allclose(found, expected[:, 0], atol=5 * tolerance)
 
 
+@pytest.mark.parametrize("held", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("given", [jnp.float32, jnp.bfloat16])
+def test_a_float32_projection_is_exact_however_its_kernel_is_held(given, held, rng):
+    x = jnp.asarray(rng.normal(size=(2, 3, 8)), given)
+    kernel = jnp.asarray(rng.normal(size=(8, 5)), held)
+    dense = layers.Dense(5, ("embed", "mlp"))
+    expected = np.float64(x) @ np.float64(kernel)
+    found = dense.apply({"params": {"kernel": kernel}}, x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    norm = layers.RMSNorm().apply({"params": {"scale": jnp.ones(8)}}, x)
+    found = dense.apply({"params": {"kernel": kernel}}, norm)
+    np.testing.assert_allclose(
+        found, np.float64(norm.array()) @ np.float64(kernel), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_norms_equal_numpy(rng):
     x = rng.normal(size=(2, 3, 8)) * 5 + 2
     scale, bias = rng.normal(size=(2, 8))

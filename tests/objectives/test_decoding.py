@@ -369,3 +369,16 @@ def test_cache_has_one_entry_per_input_not_per_beam(rng):
     assert layer["encoded_key"].shape == layer["encoded_value"].shape == (2, 2, 6, 8)
     assert layer["cache"]["cached_key"].shape == (8, 2, 7, 8)
     assert layer["cache"]["cache_index"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_the_largest_continuations_are_those_of_top_k(count, rng):
+    """Equal ones, those that are not finite, and a vocabulary of less than is asked for."""
+    values = rng.integers(0, 5, (6, 3, 7)).astype(np.float32)
+    values[1, :, 2:] = -np.inf
+    values[2, 1, 3] = np.nan
+    values[3] = -np.inf
+    found = jax.jit(lambda x: beams._largest_in_rounds(x, count=count))(values)
+    expected = jax.lax.top_k(values.reshape(6, -1), count)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])

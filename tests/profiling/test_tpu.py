@@ -51,8 +51,9 @@ def compiled(text):
     return types.SimpleNamespace(as_text=lambda: text)
 
 
-def test_cycles_follow_the_flow_of_control():
-    cost = tpu.cost(compiled(PROGRAM), V5E)
+@pytest.mark.parametrize("counter", ["s32", "u32"])
+def test_cycles_follow_the_flow_of_control(counter):
+    cost = tpu.cost(compiled(PROGRAM.replace("%limit = s32", f"%limit = {counter}")), V5E)
     gathered = 100 * 8 + 500  # 8 cycles a row: more than reading and writing their bytes takes
     copied = 2**23 / V5E.bytes_a_cycle
     assert cost.cycles["jit(f)/layers_0/mlp/dot"] == 700
@@ -69,6 +70,38 @@ def test_a_loop_of_unknown_length_is_named_and_counts_as_is_said():
     cost = tpu.cost(compiled(text), V5E, rounds=3)
     assert cost.cycles["jit(f)/layers_0/mlp/dot"] == 300
     assert cost.loops == {"": 100}
+
+
+def test_what_chips_send_is_counted_in_arrays_as_they_come_out():
+    """Also what a loop repeats, a fusion hides, or runs beside other work."""
+    sent = """\
+  %gather-start = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x), metadata={op_name="e"}
+  %gather-done = bf16[16,8]{1,0} all-gather-done(%gather-start), metadata={op_name="e"}
+  %hidden = f32[8]{0} fusion(%x), kind=kCustom, calls=%small, metadata={op_name="f"}
+  %part = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="i"}
+  %one-start = f32[5]{0} all-to-all(%x), channel_id=7, metadata={op_name="h"}
+  %one-done = f32[5]{0} all-to-all(%x), channel_id=7, metadata={op_name="h"}
+  %both = (f32[2]{0}, s32[3]{0}) all-reduce(%x, %y), to_apply=%small, metadata={op_name="d"}
+"""
+    inner = '  %inner = f32[8]{0} reduce-scatter(%p), metadata={op_name="g"}\n'
+    text = PROGRAM.replace("  %sum = ", f"{sent}  %sum = ")
+    for computation in ("%small (p: f32[8]) -> f32[8] {", "%body (p: (s32[])) -> (s32[]) {"):
+        text = text.replace(f"{computation}\n", f"{computation}\n{inner}")
+    cost = tpu.cost(compiled(text), V5E)
+    assert cost.collectives == {
+        ("all-reduce", "d"): 2,
+        ("all-gather", "e"): 1,
+        ("reduce-scatter", "g"): 7 + 1,
+        ("all-to-all", "h"): 1,
+        ("reduce-scatter", "i"): 1,
+    }
+    assert cost.collective_bytes == {
+        ("all-reduce", "d"): 4000 + 20,
+        ("all-gather", "e"): 16 * 8 * 2,
+        ("reduce-scatter", "g"): 32 * (7 + 1),
+        ("all-to-all", "h"): 20,
+        ("reduce-scatter", "i"): 8,
+    }
 
 
 def test_a_program_for_another_machine_is_refused():

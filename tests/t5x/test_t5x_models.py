@@ -29,6 +29,7 @@ from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.w2v_bert.config import W2vBertConfig
 from coda_jax.nn.tokens import Selection
 from coda_jax.objectives import Seq2Seq
+from coda_jax.sharding import AXIS_RULES
 
 # Not "t5x": this folder of tests would be found under that name.
 pytest.importorskip(
@@ -112,6 +113,22 @@ def test_speech_has_our_loss_and_its_routing_is_told(rng):
 def _dense_metrics(batch):
     dense = CONFIG.dense()
     return jax.jit(lambda p: model(dense).loss_fn(p, batch, None)[1])(random_params(dense))
+
+
+def test_a_pod_is_divided_by_t5xs_default_rules():
+    partitioning = importlib.import_module("t5x.partitioning")
+    assert set(AXIS_RULES) == set(partitioning.standard_logical_axis_rules())
+
+
+def test_the_network_that_we_are_compared_with_has_our_numbers(rng):
+    cfg = config(relpos_num_buckets=32, relpos_max_distance=128)
+    network, params = t5x_models.example_network(cfg), random_params(cfg)
+    inputs, targets = random_tokens(rng, (6, 4), 6), random_tokens(rng, (4, 3), 4)
+    given = {"params": params}, inputs, shift_right(targets), targets
+    ours, theirs = (x.apply(*given, enable_dropout=False) for x in (cfg.network(), network))
+    np.testing.assert_allclose(theirs[targets > 0], ours[targets > 0], atol=1e-5)
+    assert t5x_models.example_network(TINY_SPEECH) is None
+    assert t5x_models.example_network(config()) is None  # its bias has 32 buckets
 
 
 def test_entropy_is_that_of_the_weights():

@@ -26,9 +26,9 @@ from coda_jax.methods.base import Place, conditional_layer
 from coda_jax.models.t5.network import Transformer
 from coda_jax.models.w2v_bert.config import W2vBertConfig
 from coda_jax.nn import layers
-from coda_jax.nn.attention import RelativeKeyAttention
 from coda_jax.nn.convolution import Convolution
 from coda_jax.nn.layers import LayerNorm
+from coda_jax.nn.relative_keys import RelativeKeyAttention
 from coda_jax.nn.tokens import Tokens, join_frames, split_frames, take
 
 

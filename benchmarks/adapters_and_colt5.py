@@ -1,8 +1,8 @@
-"""Our speed beside that of two torch libraries, on the same machine, shapes and weights, in turns.
+"""Our speed beside two torch libraries' adapters and routed block: same machine, shapes, in turns.
 
-    python -m venv .venv-peers
-    .venv-peers/bin/pip install -e . -r benchmarks/requirements.txt
-    .venv-peers/bin/python benchmarks/peers.py --json=benchmarks/results/peers.json
+    python -m venv .venv-older
+    .venv-older/bin/pip install -e . -r benchmarks/requirements_older.txt
+    .venv-older/bin/python benchmarks/adapters_and_colt5.py --json=benchmarks/results/adapters.json
 
 1. T5 with a parallel adapter, Hugging Face `transformers` + `adapters`. Comparable: the frozen
    model is the same, weight for weight (the script checks that the logits agree), and so are the

@@ -1,0 +1,220 @@
+"""softmax(q k^T + bias) v, in the way that is fastest on each platform.
+
+Axis letters: B batch, N tokens (Q queries, L keys), D embedding, H heads.
+"""
+
+from collections.abc import Callable
+import functools
+
+from flax.linen import partitioning
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from coda_jax.nn import processors
+from coda_jax.sharding import num_parts
+
+_MASKED_LOGIT = -1e10
+# From this many keys on XLA has a kernel for softmax and average on TPUs, if they fill its tiles.
+_FUSED_LENGTH = 512
+_TILE = 128
+# Queries of all heads up to which a TPU's matrix unit is not full.
+_FEW_QUERIES = 128
+# Logits that a CPU keeps in its caches, about.
+_CACHED_LOGITS = 2**18
+# What keys and values are products of, and the matrices; see `attend`.
+Source = tuple[Float[Array, "c l d"], Float[Array, "d h k"], Float[Array, "d h k"]]
+
+
+def attend(
+    query: Float[Array, "b h q k"],
+    key: Float[Array, "b h l k"],
+    value: Float[Array, "b h l k"],
+    bias: Float[Array, "..."] | None,
+    mask: Bool[Array, "..."] | None,
+    *,
+    float32_logits: bool = False,
+    dropout: Callable[[Array], Array] | None = None,
+    source: Source | None = None,
+) -> Float[Array, "b h q k"]:
+    """softmax(q k^T + bias) v over the keys that the mask allows; T5 does not scale the logits.
+
+    Args:
+        query: [B, H, Q, head_dim].
+        key: [B, H, L, head_dim].
+        value: [B, H, L, head_dim].
+        bias: broadcasts to [B, H, Q, L].
+        mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
+        float32_logits: whether logits and softmax are float32 where the computation is not.
+        dropout: applied to the attention weights, if there is any.
+        source: what keys and values are products of, if it is at hand: x [B, L, D] and the matrices
+            of `Attention.matrices`.
+    """
+    arguments = query, key, value, bias, mask
+    options = {"float32_logits": float32_logits}
+    if dropout is not None:
+        return _attend(*arguments, **options, dropout=dropout)
+    default = functools.partial(_attend, **options)
+    cpu = tpu = default
+    num_groups = num_parts("heads", query.shape[1])
+    few = query.shape[1] // num_groups * query.shape[2] <= _FEW_QUERIES
+    in_one_product = functools.partial(_attend_with_few_queries, num_groups, **options)
+    in_blocks = functools.partial(_attend_in_blocks, float32_logits)
+    if key.dtype == jnp.bfloat16:
+        if processors.multiplies_bfloat16():
+            cpu = in_one_product if few else in_blocks
+    elif num_groups == 1 and query.shape[0] * query.shape[2] * key.shape[2] > _CACHED_LOGITS:
+        cpu = in_blocks
+    if few:
+        tpu = in_one_product
+        if source is not None:
+            return lax.platform_dependent(
+                arguments,
+                source,
+                tpu=functools.partial(_attend_to_source, **options),
+                cpu=lambda arguments, source: cpu(*arguments),
+                default=lambda arguments, source: default(*arguments),
+            )
+    elif key.shape[2] < _FUSED_LENGTH or key.shape[2] % _TILE:
+        tpu = functools.partial(_attend, **options, average=_average_with_sum)
+    return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=default)
+
+
+def _average(logits, value, dropout):
+    weights = jax.nn.softmax(logits).astype(value.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+    return jnp.einsum("bhql,bhld->bhqd", weights, value)
+
+
+def _attend(query, key, value, bias, mask, *, float32_logits, dropout=None, average=_average):
+    if float32_logits:
+        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    logits = _biased(jnp.einsum("bhqd,bhld->bhql", query, key), bias, mask)
+    return average(logits, value, dropout)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_in_blocks(float32_logits, query, key, value, bias, mask):
+    """Head by head, a block of queries at a time, so that the logits stay in a CPU's caches.
+
+    Logits and softmax are float32. Its derivative is that of `_attend`: the loop's is slower.
+    """
+    del float32_logits  # of `_attend`, whose derivative is taken
+    rows, heads, length, _ = query.shape
+    blocks = -(-length // max(1, _CACHED_LOGITS // (rows * key.shape[2])))
+    size = -(-length // blocks)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def attend_block(place):
+        head, block = place
+
+        def part(x, of_queries=True):
+            if x is None:
+                return None
+            x = lax.dynamic_index_in_dim(x, head if x.shape[1] > 1 else 0, 1, keepdims=False)
+            if not of_queries or x.shape[1] == 1:
+                return x
+            # A slice that would end behind the last query starts earlier.
+            return lax.dynamic_slice_in_dim(x, block * size, size, 1)
+
+        logits = product("bqd,bld->bql", part(query), part(key, of_queries=False))
+        logits = _biased(logits, part(bias), part(mask))
+        exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
+        # The average is divided by the weights' sum, and not the weights: it has fewer columns.
+        weights = exponentials.astype(value.dtype)
+        sums = product("bql,bld->bqd", weights, part(value, of_queries=False))
+        return (sums / exponentials.sum(-1, keepdims=True)).astype(value.dtype)
+
+    places = jnp.unravel_index(jnp.arange(heads * blocks), (heads, blocks))
+    y = lax.map(attend_block, places).reshape(heads, blocks, rows, size, -1)
+    y = y.transpose(2, 0, 1, 3, 4)
+    last = length - (blocks - 1) * size
+    whole = y[:, :, :-1].reshape(rows, heads, length - last, value.shape[-1])
+    return jnp.concatenate([whole, y[:, :, -1, size - last :]], axis=2)
+
+
+@_attend_in_blocks.defjvp
+def _attend_in_blocks_jvp(float32_logits, primals, tangents):
+    return jax.jvp(functools.partial(_attend, float32_logits=float32_logits), primals, tangents)
+
+
+def _biased(logits, bias, mask):
+    if bias is not None:
+        logits += bias.astype(logits.dtype)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
+    return logits
+
+
+def _attend_with_few_queries(num_groups, query, key, value, bias, mask, *, float32_logits):
+    """One product for all heads of a group: their queries stand on the diagonal of [H, H head_dim].
+
+    For a decoding step, which waits for keys and values: [L, head_dim] for each head fills half of
+    a TPU's tiles, [L, H head_dim] all of them. Heads of different chips are in different groups, or
+    else their logits would be added up over the chips.
+    """
+    num_heads, head_dim = query.shape[1] // num_groups, query.shape[3]
+    diagonal = jnp.repeat(jnp.eye(num_heads, dtype=bool), head_dim, axis=1)
+
+    def joined(x):
+        return join_heads(x).reshape(x.shape[0], x.shape[2], num_groups, -1)
+
+    rows, float32 = jnp.where(diagonal, joined(query)[..., None, :], 0), jnp.float32
+    logits = jnp.einsum("bqghj,blgj->bghql", rows, joined(key), preferred_element_type=float32)
+    logits = logits.reshape(query.shape[0], -1, *logits.shape[3:])
+    if not float32_logits:
+        logits = logits.astype(query.dtype)
+    weights = jax.nn.softmax(_biased(logits, bias, mask)).astype(value.dtype)
+    weights = weights.reshape(query.shape[0], num_groups, -1, key.shape[2])
+    y = jnp.einsum("bgml,blgj->bgmj", weights, joined(value), preferred_element_type=float32)
+    y = y.reshape(*y.shape[:2], num_heads, -1, y.shape[-1])
+    y = jnp.where(diagonal[:, None], y, 0).sum(2).astype(value.dtype)
+    return jnp.swapaxes(y.reshape(*y.shape[:3], num_heads, head_dim), 2, 3).reshape(query.shape)
+
+
+def _attend_to_source(arguments, source, *, float32_logits):
+    """Without keys and values: q (x W)^T = (q W^T) x^T, and w (x W) = (w x) W.
+
+    For a decoding step, which waits for what it reads: x is the same for all layers, for keys and
+    for values.
+    """
+    query, _, _, bias, mask = arguments
+    x, key_matrix, value_matrix = source
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    rows = product("bhqk,dhk->bhqd", query, key_matrix).astype(x.dtype)
+    logits = product("bhqd,bld->bhql", rows, x)
+    if not float32_logits:
+        logits = logits.astype(x.dtype)
+    weights = jax.nn.softmax(_biased(logits, bias, mask)).astype(x.dtype)
+    means = product("bhql,bld->bhqd", weights, x).astype(x.dtype)
+    return product("bhqd,dhk->bhqk", means, value_matrix).astype(x.dtype)
+
+
+def _average_with_sum(logits, value, dropout):
+    """With the softmax's denominator as one more column of the values, which a TPU has room for."""
+    del dropout
+    highest = lax.stop_gradient(logits.max(-1, keepdims=True))
+    exponentials = jnp.exp((logits - highest).astype(jnp.float32)).astype(value.dtype)
+    ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
+    sums = jnp.einsum(
+        "bhql,bhld->bhqd",
+        exponentials,
+        jnp.concatenate([value, ones], axis=-1),
+        preferred_element_type=jnp.float32,
+    )
+    return (sums[..., :-1] / sums[..., -1:]).astype(value.dtype)
+
+
+def split_heads(x: Float[Array, "b n j"], num_heads: int) -> Float[Array, "b h n k"]:
+    """[B, N, H * head_dim] -> [B, H, N, head_dim], as the matrix products want it."""
+    x = x.reshape(*x.shape[:-1], num_heads, -1)
+    x = partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+    return jnp.swapaxes(x, 1, 2)
+
+
+def join_heads(x: Float[Array, "b h n k"]) -> Float[Array, "b n j"]:
+    """The inverse of `split_heads`."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(*x.shape[:-2], -1)

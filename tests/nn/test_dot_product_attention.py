@@ -1,0 +1,123 @@
+"""Attention on every platform against loops in numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from coda_jax.nn import attention, dot_product_attention
+
+
+def numpy_attention(query, key, value, bias, mask):
+    """Loops over examples, heads and queries; everything [B, tokens, H, head_dim]."""
+    y = np.zeros(query.shape)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[2]):
+            for q in range(query.shape[1]):
+                logits = key[b, :, h] @ query[b, q, h] + bias[b, h, q]
+                logits = np.where(mask[b, q], logits, -1e10)
+                y[b, q, h] = softmax(logits.astype(np.float64)) @ value[b, :, h]
+    return y
+
+
+@pytest.mark.parametrize("num_queries", [5, 8, 9, 11])
+@pytest.mark.parametrize("biased", ["each", "all", "not"])
+def test_blocks_of_queries_are_attended_to_as_all_are(num_queries, biased, rng, monkeypatch):
+    """Blocks of 4 queries and less, of which the last one may overlap the one before."""
+    monkeypatch.setattr(dot_product_attention, "_CACHED_LOGITS", 4 * 2 * 7)
+    query = rng.normal(size=(2, 3, num_queries, 4)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, 3, 7, 4)).astype(np.float32)
+    bias = rng.normal(size=(2 if biased == "each" else 1, 3, num_queries, 7)).astype(np.float32)
+    mask = rng.random((2, 1, num_queries if biased == "each" else 1, 7)) < 0.6
+    mask[0, :, -1] = False
+    given = (query, key, value, None if biased == "not" else bias, mask)
+
+    def loss(attend, *given):
+        y = attend(*given)
+        return (y * jnp.arange(y.size).reshape(y.shape)).sum(), y
+
+    def with_gradients(attend):
+        return jax.grad(functools.partial(loss, attend), (0, 1, 2), has_aux=True)(*given)
+
+    found = with_gradients(jax.jit(dot_product_attention.attend))
+    expected = with_gradients(
+        functools.partial(dot_product_attention._attend, float32_logits=False)
+    )
+    np.testing.assert_allclose(dot_product_attention.attend(*given), found[1], atol=1e-6)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected
+    )
+
+
+@pytest.mark.usefixtures("branches")
+@pytest.mark.parametrize("num_queries", [5, 50])  # which TPUs take in one product, and do not
+def test_attend_equals_numpy(num_queries, rng):
+    query = rng.normal(size=(2, num_queries, 3, 4)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, 7, 3, 4)).astype(np.float32)
+    bias = rng.normal(size=(2, 3, num_queries, 7)).astype(np.float32)
+    mask = rng.random((2, num_queries, 7)) < 0.6
+    mask[0, 2] = False
+    heads_first = (jnp.asarray(x).swapaxes(1, 2) for x in (query, key, value))
+    found = dot_product_attention.attend(
+        *heads_first, jnp.asarray(bias), jnp.asarray(mask[:, None])
+    )
+    found = found.swapaxes(1, 2)
+    np.testing.assert_allclose(found, numpy_attention(query, key, value, bias, mask), atol=1e-5)
+    # A query that may see no key gets the mean of the values.
+    np.testing.assert_allclose(found[0, 2], value[0].mean(0), atol=1e-5)
+    assert (mask.sum(-1) > 0).sum() > 5
+
+
+@pytest.mark.usefixtures("branches")
+def test_float32_logits_keep_what_bfloat16_would_lose(rng):
+    query, key, value = jnp.asarray(rng.normal(size=(3, 1, 1, 64, 64)), jnp.bfloat16)
+    exact = dot_product_attention.attend(
+        *(x.astype(jnp.float32) for x in (query, key, value)), None, None
+    )
+    precise = dot_product_attention.attend(query, key, value, None, None, float32_logits=True)
+    coarse = dot_product_attention.attend(query, key, value, None, None)
+    assert precise.dtype == coarse.dtype == jnp.bfloat16
+    errors = [np.abs(np.float32(x) - exact).mean() for x in (precise, coarse)]
+    assert errors[0] < errors[1] / 2
+
+
+@pytest.mark.usefixtures("branches")
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("with_source", [False, True])
+def test_attention_equals_numpy_and_beams_share_keys(with_source, beams, rng):
+    heads, width, head_dim, rows = 2, 6, 4, 2
+    module = attention.Attention(heads, head_dim)
+    x_q = rng.normal(size=(rows * beams, 5, width)).astype(np.float32)
+    x_kv = rng.normal(size=(rows, 7, width)).astype(np.float32)
+    mask = rng.random((rows, 7)) < 0.7
+    kernels = {
+        name: rng.normal(size=(width, heads * head_dim)).astype(np.float32)
+        for name in ("query", "key", "value")
+    }
+    kernels["out"] = rng.normal(size=(heads * head_dim, width)).astype(np.float32)
+    params = {"params": {name: {"kernel": kernel} for name, kernel in kernels.items()}}
+    keys_values = module.apply(params, jnp.asarray(x_kv), method="keys_values")
+    source = None
+    if with_source:
+        source = (jnp.asarray(x_kv), *module.apply(params, width, method="matrices"))
+    found = module.apply(
+        params, jnp.asarray(x_q), keys_values, mask[:, None, None], source=source,
+        deterministic=True,
+    )  # fmt: skip
+
+    def split(x, name):
+        x = np.repeat(x, len(x_q) // len(x), axis=0)
+        return (x @ kernels[name]).reshape(*x.shape[:2], heads, head_dim)
+
+    y = numpy_attention(
+        split(x_q, "query"),
+        split(x_kv, "key"),
+        split(x_kv, "value"),
+        np.zeros((rows * beams, heads, 5, 7)),
+        np.repeat(mask, beams, axis=0)[:, None].repeat(5, axis=1),
+    )
+    expected = y.reshape(*x_q.shape[:2], -1) @ kernels["out"]
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
