@@ -7,6 +7,7 @@ from typing import Any
 
 from flax.linen import partitioning
 import jax
+from jax._src import mesh as mesh_lib
 from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -126,13 +127,14 @@ def num_parts(logical_axis: str, size: int) -> int:
 
     Args:
         logical_axis: its name in `AXIS_RULES`.
-        size: of the axis, and the answer where rules divide it over a mesh that cannot be seen:
-            T5X's `with mesh:` tells nobody.
+        size: of the axis.
     """
     (axis,) = partitioning.logical_to_mesh_axes((logical_axis,)) or (None,)
-    if axis is None:
-        return 1
-    return math.gcd(jax.sharding.get_abstract_mesh().shape.get(axis, size), size)
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        # That of T5X's `with mesh:`, which nothing public shows.
+        mesh = mesh_lib.thread_resources.env.physical_mesh
+    return math.gcd(mesh.shape.get(axis, 1), size)
 
 
 def checked_mesh(name: str, mesh: Mapping[str, int] | None, num_devices: int) -> dict[str, int]:

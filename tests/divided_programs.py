@@ -53,7 +53,7 @@ def measured(cfg, name):
 
 def main():
     """Prints {formulations: {program: what it exchanges and gives}}."""
-    cfg = config(coda={"reduction": 2.0}, vocab_size=32, num_encoder_layers=1)
+    cfg = config(coda={"reduction": 2.0}, vocab_size=64, num_encoder_layers=1)
     report = {}
     for branch, names in PROGRAMS.items():
         with as_on_tpu() if branch == "tpu" else contextlib.nullcontext():

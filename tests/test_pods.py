@@ -56,18 +56,21 @@ def test_rows_are_routed_where_they_are(report, branch, name):
 def test_no_logits_keys_or_values_of_attention_are_sent(report, branch, name):
     """Neither within a layer nor where beams take over those of others."""
     for kind, shapes, scope in report[branch][name]["collectives"]:
-        inside = re.search(r"attention/(?!out|query|\(?\w*out)", scope)
-        assert not inside, (kind, shapes, scope)
-        assert "_take)/gather" not in scope or kind == "all-reduce", (kind, shapes, scope)
+        # What `out` gives is added up over "model"; a gradient has `transpose(...out)` for it.
+        inside = re.search(r"attention[./](?!out|query|\(?\w*out)", scope)
+        gradient = name == "train_step" and "keys_values" in scope
+        assert not inside or gradient, (kind, shapes, scope)
+        taken = re.search(r"take(_along_axis)?\)/gather", scope)
+        assert not taken or kind == "all-reduce", (kind, shapes, scope)
 
 
 def test_beams_do_not_send_their_logits(report):
-    """[8, 4 x 32], of which the 8 best of each beam of each row remain."""
+    """[2, 4 x 64] on a chip, of which the 8 best of each beam of all 8 rows remain."""
     sent = report["tpu"]["beams"]["collectives"]
     largest = max(
         math.prod(x) for kind, shapes, _ in sent if kind == "all-gather" for x in sizes(shapes)
     )
-    assert largest < 8 * 4 * 32
+    assert largest <= 8 * 4 * 8 < 2 * 4 * 64
 
 
 def test_what_can_be_divided_is(report):

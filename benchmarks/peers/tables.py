@@ -2,6 +2,7 @@
 
 {"cases": {"MODEL, batch B, N tokens in": {measure: {engine: {
     "median", "least", "quartiles": of the seconds; "seconds": of each round;
+    "reference": seconds of the first engine in the same run;
     "ratio": median of the rounds' ratios of the first engine's time to this one's;
     "agrees": see `agreement`}}}}}
 """
@@ -41,6 +42,7 @@ def add(report: dict, model: str, shape: tuple[int, int], seconds: dict, outputs
                 "least": min(taken),
                 "quartiles": [low, high],
                 "seconds": taken,
+                "reference": base,
                 "ratio": statistics.median(a / b for a, b in zip(base, taken, strict=True)),
                 "agrees": agreement(outputs[measure][name], expected),
             }

@@ -70,7 +70,7 @@ COMMANDS = {
         "--gin_file=runs/cache.gin --gin_file=tasks/stdlib_module.gin --gin.OUTPUT=train.npz",
     ),
     "check": Command(
-        "do a checkpoint, a model and a pod fit, and at what cost",
+        "does a checkpoint fit a model, a model a pod; the costs",
         "--gin_file=runs/check.gin --gin_file=methods/coda.gin "
         "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base",
     ),

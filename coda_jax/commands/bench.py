@@ -30,6 +30,7 @@ from coda_jax.commands.bench_programs import (
 )
 from coda_jax.methods import ATTENTIONS, REDUCTION
 from coda_jax.models import DEFAULT_PRESET, ModelConfig, preset
+from coda_jax.nn import processors
 from coda_jax.objectives import model_for
 from coda_jax.profiling import breakdown, timing, topology
 
@@ -136,9 +137,12 @@ def _compare(
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as tables for people."""
     settings, found = report["settings"], report["versions"]
+    products = ""
+    if settings["dtype"] == "bfloat16" and found["platform"] == "cpu":
+        products = f" with products of {settings['products']}"
     lines = [
-        f"{settings['model']}, {settings['dtype']}, batch {settings['batch_size']}, input "
-        f"{settings['input_length']}, target {settings['target_length']}; {found['device']}, "
+        f"{settings['model']}, {settings['dtype']}{products}, batch {settings['batch_size']}, "
+        f"input {settings['input_length']}, target {settings['target_length']}; {found['device']}, "
         f"jax {found['jax']}; medians of {settings['rounds']} rounds taken in turns.",
     ]
     for name in [name for name in MEASURES if name in report and name != "parts"]:
@@ -280,6 +284,8 @@ def bench(options: argparse.Namespace) -> None:
         )
     else:
         described["rounds"] = options.rounds or ROUNDS
+        # What a CPU multiplies bfloat16 in.
+        described["products"] = "bfloat16" if processors.multiplies_bfloat16() else "float32"
         config, params = preset(options.preset), None
         if options.checkpoint:
             config, params = checkpoints.load_hf(options.checkpoint)

@@ -102,7 +102,7 @@ def _fitting(
     if config is None:
         if is_t5x(Path(checkpoint)):
             raise ValueError(f"{checkpoint} is of T5X and does not say its sizes: give a PRESET")
-        config = checkpoints.load_hf(checkpoint)[0]
+        config = checkpoints.load_hf_config(checkpoint)
     config = config.replace(methods=tuple(methods))
     check_leaves(config, checkpoint, new_leaves)
     if read_values:

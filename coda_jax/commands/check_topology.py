@@ -103,7 +103,7 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
 
 
 def _measures(config: ModelConfig) -> list[str]:
-    """The programs that a model has: one without a head encodes, one without methods trains not."""
+    """What a model does: without a head it only encodes, without methods it does not train."""
     names = MEASURES[:1] if config.lacks_head else MEASURES
     return [name for name in names if config.methods or name != "train_step"]
 
@@ -132,6 +132,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for name, row in report["programs"].items():
         lines.append(f"| {name.replace('_', ' ')} | {_cells(row, report['memory_bytes'])} |")
+    loops = [
+        f"- {name.replace('_', ' ')}: {loop} is of unknown length and counts "
+        f"{report['targets']} times"
+        for name, row in report["programs"].items()
+        for loop in row.get("unknown_loops", ())
+    ]
+    lines += ["", *loops] if loops else []
     lines += ["", "| collectives | kind | of | number | MiB |", "|---" * 5 + "|"]
     for name, row in report["programs"].items():
         lines += [

@@ -99,6 +99,9 @@ class Method:
         Asked at every call of every module of the network. What is returned runs in the module's
         own scope: parameters that it makes lie beside the module's. A `Dense` may be called with
         `nn.layers.Normalized`: `nn.layers.product` takes it, and `.array()` multiplies it out.
+        The keys and values of a decoder's `encoder_decoder_attention` must stay linear in the
+        encoding, and the same for all rows: TPUs decode with their matrices, see
+        `nn.attention.Attention.matrices`.
         """
         del module
         return call

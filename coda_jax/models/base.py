@@ -240,7 +240,11 @@ class Family:
 
 def init_params(config: ModelConfig, rng: Array) -> dict[str, Any]:
     """The fresh parameter tree of a config's network."""
-    return config.network().init(rng, *config.init_inputs(), enable_dropout=False)["params"]
+    return _init(config, rng)["params"]
+
+
+def _init(config, rng):
+    return config.network().init(rng, *config.init_inputs(), enable_dropout=False)
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
@@ -257,9 +261,5 @@ def param_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
 @functools.lru_cache(maxsize=128)
 def _made(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """The network's variables by path; tracing a network takes longer than all done with these."""
-
-    def init(rng):
-        return config.network().init(rng, *config.init_inputs(), enable_dropout=False)
-
-    variables = jax.eval_shape(init, jax.random.key(0))
+    variables = jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
     return {name: trees.flatten(variables[name]) for name in ("params", "params_axes")}

@@ -54,7 +54,10 @@ class Attention(nn.Module):
         return tuple(split_heads(y, self.num_heads) for y in (self.key(x), self.value(x)))
 
     def matrices(self, width: int) -> tuple[Float[Array, "d h k"], Float[Array, "d h k"]]:
-        """What keys and values are products of x [..., width] with, each [D, H, head_dim]."""
+        """What keys and values are products of x [..., width] with, each [D, H, head_dim].
+
+        Right for projections that are linear, whatever methods make of them.
+        """
         identity = jnp.eye(width, dtype=self.dtype)
         return tuple(
             y(identity).reshape(width, self.num_heads, self.head_dim)

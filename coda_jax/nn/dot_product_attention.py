@@ -21,8 +21,11 @@ _FUSED_LENGTH = 512
 _TILE = 128
 # Queries of all heads up to which a TPU's matrix unit is not full.
 _FEW_QUERIES = 128
-# Logits that a CPU keeps in its caches, about.
+# Logits that a CPU keeps in its caches, about, and queries that are worth a product.
 _CACHED_LOGITS = 2**18
+_LEAST_QUERIES = 64
+# Rows of a source, as a multiple of its width, from which on its matrices are worth reading.
+_WORTH_A_SOURCE = 8
 # What keys and values are products of, and the matrices; see `attend`.
 Source = tuple[Float[Array, "c l d"], Float[Array, "d h k"], Float[Array, "d h k"]]
 
@@ -60,15 +63,14 @@ def attend(
     num_groups = num_parts("heads", query.shape[1])
     few = query.shape[1] // num_groups * query.shape[2] <= _FEW_QUERIES
     in_one_product = functools.partial(_attend_with_few_queries, num_groups, **options)
-    in_blocks = functools.partial(_attend_in_blocks, float32_logits)
     if key.dtype == jnp.bfloat16:
-        if processors.multiplies_bfloat16():
-            cpu = in_one_product if few else in_blocks
+        if processors.multiplies_bfloat16() and num_groups == 1:
+            cpu = in_one_product if few else _attend_in_blocks
     elif num_groups == 1 and query.shape[0] * query.shape[2] * key.shape[2] > _CACHED_LOGITS:
-        cpu = in_blocks
+        cpu = _attend_in_blocks
     if few:
         tpu = in_one_product
-        if source is not None:
+        if source is not None and _is_worth_reading(source[0], key):
             return lax.platform_dependent(
                 arguments,
                 source,
@@ -81,11 +83,17 @@ def attend(
     return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=default)
 
 
-def _average(logits, value, dropout):
+def _is_worth_reading(x, key):
+    """Whether keys are products of x, and x has many more rows than their matrix."""
+    rows, length, width = x.shape
+    return length == key.shape[2] and rows * length >= _WORTH_A_SOURCE * width
+
+
+def _average(logits, value, dropout, einsum=jnp.einsum):
     weights = jax.nn.softmax(logits).astype(value.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    return jnp.einsum("bhql,bhld->bhqd", weights, value)
+    return einsum("bhql,bhld->bhqd", weights, value).astype(value.dtype)
 
 
 def _attend(query, key, value, bias, mask, *, float32_logits, dropout=None, average=_average):
@@ -95,49 +103,58 @@ def _attend(query, key, value, bias, mask, *, float32_logits, dropout=None, aver
     return average(logits, value, dropout)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend_in_blocks(float32_logits, query, key, value, bias, mask):
+def _attend_in_float32(query, key, value, bias, mask):
+    """As `_attend`, with products that name float32 as the type of their results."""
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = _biased(einsum("bhqd,bhld->bhql", query, key), bias, mask)
+    return _average(logits, value, None, einsum)
+
+
+@jax.custom_jvp
+def _attend_in_blocks(query, key, value, bias, mask):
     """Head by head, a block of queries at a time, so that the logits stay in a CPU's caches.
 
-    Logits and softmax are float32. Its derivative is that of `_attend`: the loop's is slower.
+    Differentiated as a whole: the loops' own derivative is slower.
     """
-    del float32_logits  # of `_attend`, whose derivative is taken
     rows, heads, length, _ = query.shape
-    blocks = -(-length // max(1, _CACHED_LOGITS // (rows * key.shape[2])))
+    fitting = _CACHED_LOGITS // (rows * key.shape[2])
+    blocks = -(-length // max(fitting, _LEAST_QUERIES))
     size = -(-length // blocks)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def attend_block(place):
-        head, block = place
-
-        def part(x, of_queries=True):
+    def attend_head(head):
+        def of_head(x):
             if x is None:
                 return None
-            x = lax.dynamic_index_in_dim(x, head if x.shape[1] > 1 else 0, 1, keepdims=False)
-            if not of_queries or x.shape[1] == 1:
-                return x
-            # A slice that would end behind the last query starts earlier.
-            return lax.dynamic_slice_in_dim(x, block * size, size, 1)
+            return lax.dynamic_index_in_dim(x, head if x.shape[1] > 1 else 0, 1, keepdims=False)
 
-        logits = product("bqd,bld->bql", part(query), part(key, of_queries=False))
-        logits = _biased(logits, part(bias), part(mask))
-        exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
-        # The average is divided by the weights' sum, and not the weights: it has fewer columns.
-        weights = exponentials.astype(value.dtype)
-        sums = product("bql,bld->bqd", weights, part(value, of_queries=False))
-        return (sums / exponentials.sum(-1, keepdims=True)).astype(value.dtype)
+        q, k, v, head_bias, head_mask = map(of_head, (query, key, value, bias, mask))
 
-    places = jnp.unravel_index(jnp.arange(heads * blocks), (heads, blocks))
-    y = lax.map(attend_block, places).reshape(heads, blocks, rows, size, -1)
-    y = y.transpose(2, 0, 1, 3, 4)
+        def attend_block(block):
+            def of_block(x):
+                if x is None or x.shape[1] == 1:
+                    return x
+                # A slice that would end behind the last query starts earlier.
+                return lax.dynamic_slice_in_dim(x, block * size, size, 1)
+
+            logits = product("bqd,bld->bql", of_block(q), k)
+            logits = _biased(logits, of_block(head_bias), of_block(head_mask))
+            exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
+            # The average is divided by the weights' sum, and not the weights: it is smaller.
+            sums = product("bql,bld->bqd", exponentials.astype(v.dtype), v)
+            return (sums / exponentials.sum(-1, keepdims=True)).astype(v.dtype)
+
+        return lax.map(attend_block, jnp.arange(blocks))
+
+    y = lax.map(attend_head, jnp.arange(heads)).transpose(2, 0, 1, 3, 4)
     last = length - (blocks - 1) * size
     whole = y[:, :, :-1].reshape(rows, heads, length - last, value.shape[-1])
     return jnp.concatenate([whole, y[:, :, -1, size - last :]], axis=2)
 
 
 @_attend_in_blocks.defjvp
-def _attend_in_blocks_jvp(float32_logits, primals, tangents):
-    return jax.jvp(functools.partial(_attend, float32_logits=float32_logits), primals, tangents)
+def _attend_in_blocks_jvp(primals, tangents):
+    return jax.jvp(_attend_in_float32, primals, tangents)
 
 
 def _biased(logits, bias, mask):

@@ -155,13 +155,14 @@ def _is_faster_rounded(dtype: Dtype) -> bool:
     return dtype == jnp.bfloat16 and not processors.multiplies_bfloat16()
 
 
-def product_in_float32(x: Float[Array, "... d"], kernel: Float[Array, "d f"]) -> Array:
+def product_in_float32(x: Vectors, kernel: Float[Array, "d f"]) -> Array:
     """x W in float32, of which bfloat16 needs no conversion: its products are exact there.
 
     Args:
         x: [..., D].
         kernel: W, [D, F].
     """
+    x = x.array() if isinstance(x, Normalized) else x
     if not x.dtype == kernel.dtype == jnp.bfloat16:
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)

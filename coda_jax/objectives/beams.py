@@ -276,7 +276,8 @@ def _continuations(
     )
     log_probs = log_probs.reshape(*beams.live.shape[:2], -1) + beams.live_log_probs[..., None]
     batch = beams.live.shape[0]
-    finite = jnp.isfinite(logits).reshape(batch, -1).all(1, keepdims=True)
+    # Over the vocabulary first, which chips may share.
+    finite = jnp.isfinite(logits).all(-1).reshape(batch, -1).all(1, keepdims=True)
     return log_probs, finite, cache
 
 
@@ -294,9 +295,9 @@ def _largest(
 
 
 def _largest_in_rounds(values, *, count):
-    """One after the other, of each beam, then of all: a `top_k` of TPUs is on a chip for itself.
+    """One after the other, of each beam, then of all.
 
-    It would be given all rows, and all of their vocabulary, from all chips.
+    A TPU's `top_k` runs on one chip, to which all others would send their rows and logits.
     """
     lowest = jnp.finfo(values.dtype).min
     left = jnp.maximum(values, lowest)  # what is taken is less
@@ -310,7 +311,7 @@ def _largest_in_rounds(values, *, count):
     offsets = jnp.arange(values.shape[1], dtype=jnp.int32)[:, None] * values.shape[-1]
     best, place = (x.reshape(x.shape[0], -1) for x in (best, place + offsets))
     best, chosen = lax.top_k(jnp.where(best == lowest, -jnp.inf, best), count)
-    return best, take(place, chosen)
+    return best, jnp.take_along_axis(place, chosen, axis=1)
 
 
 def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:

@@ -2,6 +2,8 @@
 
 import functools
 
+from contract.programs import relative_error
+from helpers import as_with_bfloat16
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ def numpy_attention(query, key, value, bias, mask):
 def test_blocks_of_queries_are_attended_to_as_all_are(num_queries, biased, rng, monkeypatch):
     """Blocks of 4 queries and less, of which the last one may overlap the one before."""
     monkeypatch.setattr(dot_product_attention, "_CACHED_LOGITS", 4 * 2 * 7)
+    monkeypatch.setattr(dot_product_attention, "_LEAST_QUERIES", 1)
     query = rng.normal(size=(2, 3, num_queries, 4)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, 3, 7, 4)).astype(np.float32)
     bias = rng.normal(size=(2 if biased == "each" else 1, 3, num_queries, 7)).astype(np.float32)
@@ -50,6 +53,27 @@ def test_blocks_of_queries_are_attended_to_as_all_are(num_queries, biased, rng, 
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected
     )
+
+
+def test_blocks_are_precise_in_bfloat16(rng, monkeypatch):
+    """On a CPU that has such products, where nothing but the result is rounded to bfloat16."""
+    monkeypatch.setattr(dot_product_attention, "_FEW_QUERIES", 0)
+    monkeypatch.setattr(dot_product_attention, "_CACHED_LOGITS", 0)
+    given = [jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(3, 2, 3, 80, 16))]
+
+    def with_gradient(*given):
+        def total(query):
+            y = dot_product_attention.attend(query, *given[1:], None, None)
+            return jnp.square(y.astype(jnp.float32)).sum(), y
+
+        return jax.jit(jax.grad(total, has_aux=True))(given[0])
+
+    expected_gradient, expected = with_gradient(*(x.astype(jnp.float32) for x in given))
+    with as_with_bfloat16():
+        gradient, found = with_gradient(*given)
+    assert found.dtype == gradient.dtype == jnp.bfloat16
+    assert relative_error(found, expected) < 0.005
+    assert relative_error(gradient, expected_gradient) < 0.02
 
 
 @pytest.mark.usefixtures("branches")

@@ -21,10 +21,7 @@ FAMILY = Family(
     huggingface=HUGGINGFACE,
     inputs=INPUTS,
     profile_scopes={
-        "attention": (
-            *("attention", "relpos_bias"),
-            *("self_attention", "encoder_decoder_attention"),  # of the decoder
-        ),
+        "attention": ("attention", "relpos_bias", "self_attention", "encoder_decoder_attention"),
         "mlp": ("mlp", "pre_mlp_layer_norm"),
     },
     infer_config=infer_config,

@@ -17,8 +17,8 @@ from coda_jax.nn import attention as attentions
 from coda_jax.nn import layers, position_bias
 from coda_jax.nn.tokens import Tokens
 
-# Of the encoding, in a decoder's cache.
-_KEPT = ("encoded_key", "encoded_value", "key_matrix", "value_matrix")
+# What a decoder's cache holds for the attention to the encoding.
+_OF_ENCODING = ("encoded_key", "encoded_value", "key_matrix", "value_matrix")
 
 
 def _norm(cfg: T5Config, name: str) -> layers.RMSNorm:
@@ -156,13 +156,13 @@ class DecoderLayer(nn.Module):
             attention = _attention(cfg, "encoder_decoder_attention")
             source = None
             if self.has_variable("cache", "encoded_key"):
-                key, value, *matrices = (self.get_variable("cache", name) for name in _KEPT)
+                key, value, *matrices = (self.get_variable("cache", name) for name in _OF_ENCODING)
                 source = (encoded, *matrices)
             else:
                 key, value = attention.keys_values(encoded)
                 if cache_encoded:
                     matrices = attention.matrices(encoded.shape[-1])
-                    for name, array in zip(_KEPT, (key, value, *matrices), strict=True):
+                    for name, array in zip(_OF_ENCODING, (key, value, *matrices), strict=True):
                         self.put_variable("cache", name, array)
             return attention(
                 q, (key, value), cross_mask, source=source, deterministic=deterministic
@@ -341,8 +341,8 @@ class Transformer(nn.Module):
             enable_dropout: needs the RNG "dropout".
             decode: makes the cache, a mutable collection, and from then on uses it.
             max_decode_length: not used, the cache knows its length; part of T5X's signature.
-            cache_encoded: keep the keys and values of `encoded` in the cache that this call makes,
-                for all later steps.
+            cache_encoded: keep the keys and values of `encoded`, and their matrices, in the cache
+                that this call makes, for all later steps.
         """
         del decoder_positions, max_decode_length
         if decode and encoder_segment_ids is not None:

@@ -21,9 +21,20 @@ FAMILY = Family(
     huggingface=HUGGINGFACE,
     inputs=INPUTS,
     profile_scopes={
-        "attention": ("attention", "pre_attention_layer_norm"),
+        "attention": (
+            "attention",
+            "pre_attention_layer_norm",
+            "self_attention",
+            "encoder_decoder_attention",
+        ),
         "convolution": ("convolution",),
-        "mlp": ("first_mlp", "second_mlp", "pre_second_mlp_layer_norm"),
+        "mlp": (
+            "first_mlp",
+            "second_mlp",
+            "pre_second_mlp_layer_norm",
+            "mlp",
+            "pre_mlp_layer_norm",
+        ),
         "features": ("feature_projection",),
     },
 )
