@@ -12,7 +12,7 @@ from contract.programs import (
     relative_error,
     tokens_of_equal_choices,
 )
-from contract.table import CASES, each_family
+from contract.table import CASES, each_family, one_family_by_default
 from helpers import as_with_bfloat16, encode
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def fixture_processor():
         yield
 
 
-@each_family
+@one_family_by_default(1)
 def test_outputs_are_close_to_those_in_float32(family):
     config = case_of(family).config
     inputs = inputs_of(config)
@@ -56,7 +56,7 @@ def test_outputs_are_close_to_those_in_float32(family):
     assert 1e-4 < relative_error(found[real], expected[real]) < 0.03
 
 
-@each_family
+@one_family_by_default(0)
 def test_gradients_are_close_to_those_in_float32(family):
     config, batch = case_of(family).config, batch_of(case_of(family).config)
 
