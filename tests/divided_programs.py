@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 
+from flax.linen import partitioning
 from helpers import as_on_tpu, config, random_params
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from coda_jax import trees
 from coda_jax.commands.bench_programs import Programs, random_batch
 from coda_jax.models import param_axes
-from coda_jax.sharding import Pod
+from coda_jax.sharding import AXIS_RULES, Pod, num_parts
 
 MESH = {"data": 4, "model": 2}
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -51,10 +52,25 @@ def measured(cfg, name):
     }
 
 
+def parts_of_heads():
+    """[of 2 heads, of 3] without a mesh, with ours, and with one as T5X has it."""
+    pod = Pod(jax.devices(), MESH)
+
+    def parts():
+        return [num_parts("heads", size) for size in (2, 3)]
+
+    found = {"none": parts()}
+    with pod.divided():
+        found["ours"] = parts()
+    with pod.mesh, partitioning.axis_rules(AXIS_RULES):
+        found["t5x"] = parts()
+    return found
+
+
 def main():
     """Prints {formulations: {program: what it exchanges and gives}}."""
     cfg = config(coda={"reduction": 2.0}, vocab_size=64, num_encoder_layers=1)
-    report = {}
+    report = {"parts": parts_of_heads()}
     for branch, names in PROGRAMS.items():
         with as_on_tpu() if branch == "tpu" else contextlib.nullcontext():
             report[branch] = {name: measured(cfg, name) for name in names}

@@ -64,6 +64,10 @@ def test_no_logits_keys_or_values_of_attention_are_sent(report, branch, name):
         assert not taken or kind == "all-reduce", (kind, shapes, scope)
 
 
+def test_a_mesh_is_seen_however_it_is_set(report):
+    assert report["parts"] == {"none": [1, 1], "ours": [2, 1], "t5x": [2, 1]}
+
+
 def test_beams_do_not_send_their_logits(report):
     """[2, 4 x 64] on a chip, of which the 8 best of each beam of all 8 rows remain."""
     sent = report["tpu"]["beams"]["collectives"]
