@@ -71,13 +71,7 @@ def attend(
     if few:
         tpu = in_one_product
         if source is not None and _is_worth_reading(source[0], key):
-            return lax.platform_dependent(
-                arguments,
-                source,
-                tpu=functools.partial(_attend_to_source, **options),
-                cpu=lambda arguments, source: cpu(*arguments),
-                default=lambda arguments, source: default(*arguments),
-            )
+            tpu = functools.partial(_attend_to_source, source, **options)
     elif key.shape[2] < _FUSED_LENGTH or key.shape[2] % _TILE:
         tpu = functools.partial(_attend, **options, average=_average_with_sum)
     return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=default)
@@ -191,13 +185,13 @@ def _attend_with_few_queries(num_groups, query, key, value, bias, mask, *, float
     return jnp.swapaxes(y.reshape(*y.shape[:3], num_heads, head_dim), 2, 3).reshape(query.shape)
 
 
-def _attend_to_source(arguments, source, *, float32_logits):
+def _attend_to_source(source, query, key, value, bias, mask, *, float32_logits):
     """Without keys and values: q (x W)^T = (q W^T) x^T, and w (x W) = (w x) W.
 
     For a decoding step, which waits for what it reads: x is the same for all layers, for keys and
     for values.
     """
-    query, _, _, bias, mask = arguments
+    del key, value
     x, key_matrix, value_matrix = source
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     rows = product("bhqk,dhk->bhqd", query, key_matrix).astype(x.dtype)

@@ -13,6 +13,7 @@ import pytest
 from coda_jax import trees
 from coda_jax.methods import Lora
 from coda_jax.models.t5.network import Transformer
+from coda_jax.nn import dot_product_attention
 from coda_jax.objectives import Generation, beams, decoding, model_for
 
 EOS = 1
@@ -334,9 +335,11 @@ def test_only_the_self_attention_cache_is_reordered():
     assert new["encoded_key"].tolist() == new["encoded_value"].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("worth_a_source", [0, 1000])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_answers_on_tpus_are_the_same(num_beams, rng):
-    """Also where a method changes the keys and values of the encoding."""
+def test_answers_on_tpus_are_the_same(num_beams, worth_a_source, rng, monkeypatch):
+    """From the encoding itself, and from keys and values; also where a method changes these."""
+    monkeypatch.setattr(dot_product_attention, "_WORTH_A_SOURCE", worth_a_source)
     cfg = config(CODA, Lora(targets=(r"attention/(key|value)$",)))
     params = random_params(cfg, seed=1)
     inputs = random_tokens(rng, [7, 3, 9, 1, 0, 5, 9, 8], 9)
