@@ -49,7 +49,8 @@ def attend(
         value: [B, H, L, head_dim].
         bias: broadcasts to [B, H, Q, L].
         mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
-        float32_logits: whether logits and softmax are float32 where the computation is not.
+        float32_logits: whether logits and softmax are float32 where the computation is not. (Where
+            that costs nothing, they always are.)
         dropout: applied to the attention weights, if there is any.
         source: what keys and values are products of, if it is at hand: x [B, L, D] and the matrices
             of `Attention.matrices`.
@@ -62,7 +63,7 @@ def attend(
     cpu = tpu = default
     num_groups = num_parts("heads", query.shape[1])
     few = query.shape[1] // num_groups * query.shape[2] <= _FEW_QUERIES
-    in_one_product = functools.partial(_attend_with_few_queries, num_groups, **options)
+    in_one_product = functools.partial(_attend_with_few_queries, num_groups)
     if key.dtype == jnp.bfloat16:
         if processors.multiplies_bfloat16() and num_groups == 1:
             cpu = in_one_product if few else _attend_in_blocks
@@ -71,7 +72,7 @@ def attend(
     if few:
         tpu = in_one_product
         if source is not None and _is_worth_reading(source[0], key):
-            tpu = functools.partial(_attend_to_source, source, **options)
+            tpu = functools.partial(_attend_to_source, source)
     elif key.shape[2] < _FUSED_LENGTH or key.shape[2] % _TILE:
         tpu = functools.partial(_attend, **options, average=_average_with_sum)
     return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=default)
@@ -159,12 +160,13 @@ def _biased(logits, bias, mask):
     return logits
 
 
-def _attend_with_few_queries(num_groups, query, key, value, bias, mask, *, float32_logits):
+def _attend_with_few_queries(num_groups, query, key, value, bias, mask):
     """One product for all heads of a group: their queries stand on the diagonal of [H, H head_dim].
 
     For a decoding step, which waits for keys and values: [L, head_dim] for each head fills half of
     a TPU's tiles, [L, H head_dim] all of them. Heads of different chips are in different groups, or
-    else their logits would be added up over the chips.
+    else their logits would be added up over the chips. Few logits gain nothing
+    from bfloat16.
     """
     num_heads, head_dim = query.shape[1] // num_groups, query.shape[3]
     diagonal = jnp.repeat(jnp.eye(num_heads, dtype=bool), head_dim, axis=1)
@@ -175,8 +177,6 @@ def _attend_with_few_queries(num_groups, query, key, value, bias, mask, *, float
     rows, float32 = jnp.where(diagonal, joined(query)[..., None, :], 0), jnp.float32
     logits = jnp.einsum("bqghj,blgj->bghql", rows, joined(key), preferred_element_type=float32)
     logits = logits.reshape(query.shape[0], -1, *logits.shape[3:])
-    if not float32_logits:
-        logits = logits.astype(query.dtype)
     weights = jax.nn.softmax(_biased(logits, bias, mask)).astype(value.dtype)
     weights = weights.reshape(query.shape[0], num_groups, -1, key.shape[2])
     y = jnp.einsum("bgml,blgj->bgmj", weights, joined(value), preferred_element_type=float32)
@@ -185,7 +185,7 @@ def _attend_with_few_queries(num_groups, query, key, value, bias, mask, *, float
     return jnp.swapaxes(y.reshape(*y.shape[:3], num_heads, head_dim), 2, 3).reshape(query.shape)
 
 
-def _attend_to_source(source, query, key, value, bias, mask, *, float32_logits):
+def _attend_to_source(source, query, key, value, bias, mask):
     """Without keys and values: q (x W)^T = (q W^T) x^T, and w (x W) = (w x) W.
 
     For a decoding step, which waits for what it reads: x is the same for all layers, for keys and
@@ -195,10 +195,8 @@ def _attend_to_source(source, query, key, value, bias, mask, *, float32_logits):
     x, key_matrix, value_matrix = source
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     rows = product("bhqk,dhk->bhqd", query, key_matrix).astype(x.dtype)
-    logits = product("bhqd,bld->bhql", rows, x)
-    if not float32_logits:
-        logits = logits.astype(x.dtype)
-    weights = jax.nn.softmax(_biased(logits, bias, mask)).astype(x.dtype)
+    logits = _biased(product("bhqd,bld->bhql", rows, x), bias, mask)
+    weights = jax.nn.softmax(logits).astype(x.dtype)
     means = product("bhql,bld->bhqd", weights, x).astype(x.dtype)
     return product("bhqd,dhk->bhqk", means, value_matrix).astype(x.dtype)
 

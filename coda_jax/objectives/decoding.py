@@ -168,7 +168,8 @@ def advance(
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))
         scores += noise(jax.vmap(jax.random.fold_in, (0, None))(rows.keys, length))
     token = scores.argmax(-1).astype(jnp.int32)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    log_prob = chosen - jax.nn.logsumexp(logits, axis=1)
     log_prob = jnp.where(jnp.isfinite(logits).all(-1), log_prob, jnp.nan)
     token = jnp.where(rows.ended, config.pad_id, token)
     ended, matched = after(rows.matched, token, stops, config.eos_id)
