@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from coda_jax import cli
@@ -53,3 +55,9 @@ def test_a_pod_has_as_many_devices_as_chips(name):
 def test_rows_are_divided_evenly():
     with pytest.raises(ValueError, match=r"BATCH_SIZE must be a multiple of 4 chips .* got 6"):
         cli.run([*CHECK, "--gin.BATCH_SIZE=6"])
+
+
+def test_a_program_that_no_chip_holds_is_told_by_its_size():
+    huge = jax.ShapeDtypeStruct((2**33,), jnp.float32)
+    with pytest.raises(topology.TooLargeError, match=r"memory .*64.00G.* 15.75G"):
+        topology.compile_for("v5e:2x2", jnp.sin, (huge,))

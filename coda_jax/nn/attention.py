@@ -104,6 +104,12 @@ class Attention(nn.Module):
         )(join_heads(y).reshape(query.shape))
 
 
+def join_beams(x: Float[Array, "b h l k"], num_beams: int) -> Float[Array, "r h j k"]:
+    """[R * beams, H, L, head_dim] -> [R, H, beams * L, head_dim]: what all beams of a row wrote."""
+    x = x.reshape(-1, num_beams, *x.shape[1:])
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, x.shape[4])
+
+
 class KeyValueCache(nn.Module):
     """The keys and values of the tokens decoded so far.
 

@@ -131,7 +131,9 @@ class _Beams(NamedTuple):
         occupied: [B, M], False where `finished` has no beam yet.
         open: [B, 1], whether the search of a row goes on.
         finite: [B, 1], whether all logits were, of a search that went on.
-        cache: of the live beams.
+        ancestors: [B, M, L], which beam wrote what each live one sees at each place of the cache:
+            beams take over those of others, and the cache stays as it was written.
+        cache: of the decoder.
     """
 
     length: Int[Array, ""]
@@ -143,6 +145,7 @@ class _Beams(NamedTuple):
     occupied: Bool[Array, "b m"]
     open: Bool[Array, "b 1"]
     finite: Bool[Array, "b 1"]
+    ancestors: Int[Array, "b m l"]
     cache: Cache
 
 
@@ -209,6 +212,7 @@ def _first_beams(rows: decoding.Rows, num_beams: int) -> _Beams:
         occupied=jnp.zeros(tokens.shape[:2], bool),
         open=jnp.ones((tokens.shape[0], 1), bool),
         finite=jnp.ones((tokens.shape[0], 1), bool),
+        ancestors=jnp.zeros((*tokens.shape[:2], tokens.shape[2] - 1), jnp.int32),
         cache=rows.cache,
     )
 
@@ -223,6 +227,7 @@ def _advance(
 ) -> _Beams:
     """The beams after one more token."""
     config, length, num_beams = model.config, beams.length, options.num_beams
+    beams = beams._replace(ancestors=_with_own_places(beams.ancestors, length - 1))
     log_probs, finite, cache = _continuations(model, beams, step, options, rules)
     # Twice as many as live on: if M of them end, M are left.
     vocab_size = log_probs.shape[-1]
@@ -233,7 +238,6 @@ def _advance(
     ended, matched = decoding.after(matched, token, stops, config.eos_id)
 
     live_log_probs, rank = lax.top_k(log_probs + ended * _IMPOSSIBLE, num_beams)
-    cache = _reorder(cache, take(parents, rank))
 
     new_tokens = length - rules.prefix_length
     finishing = rules.finishing(ended, length == rules.longest) & beams.open
@@ -255,8 +259,15 @@ def _advance(
         occupied=occupied,
         open=beams.open & can_improve & alive & ~rules.settled(occupied),
         finite=beams.finite & (finite | ~beams.open),
+        ancestors=take(beams.ancestors, take(parents, rank)),
         cache=cache,
     )
+
+
+def _with_own_places(ancestors: Int[Array, "b m l"], place: Array) -> Int[Array, "b m l"]:
+    """From this place of the cache on, each beam sees what it writes itself."""
+    own = jnp.arange(ancestors.shape[1], dtype=jnp.int32)[:, None]
+    return jnp.where(jnp.arange(ancestors.shape[2]) < place, ancestors, own)
 
 
 def _continuations(
@@ -265,7 +276,7 @@ def _continuations(
     """The log-probabilities of each beam with each next token, [B, M, V]; see `_Beams.finite`."""
     tokens = beams.live.reshape(-1, beams.live.shape[-1])
     previous = lax.dynamic_index_in_dim(tokens, beams.length - 1, axis=1, keepdims=False)
-    logits, cache = step(beams.cache, previous)
+    logits, cache = step(beams.cache, previous, beams.ancestors)
     log_probs = logits_processors.processed(
         jax.nn.log_softmax(logits),
         tokens,
@@ -312,16 +323,3 @@ def _largest_in_rounds(values, *, count):
     best, place = (x.reshape(x.shape[0], -1) for x in (best, place + offsets))
     best, chosen = lax.top_k(jnp.where(best == lowest, -jnp.inf, best), count)
     return best, jnp.take_along_axis(place, chosen, axis=1)
-
-
-def _reorder(cache: Cache, parents: Int[Array, "b m"]) -> Cache:
-    """Gives each beam its parent's keys and values; those of the encoding belong to all beams."""
-
-    def reorder(path, leaf):
-        if path[-1].key in ("cached_key", "cached_value"):
-            # Row by row: beams stay on the chip of their input.
-            beams = leaf.reshape(*parents.shape, *leaf.shape[1:])
-            return take(beams, parents).reshape(leaf.shape)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(reorder, cache)

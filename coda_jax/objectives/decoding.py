@@ -26,7 +26,7 @@ from coda_jax.objectives.generation import Generation
 Cache = Any
 Inputs = Int[Array, "b n"] | Float[Array, "b n c"]
 Stops = UInt[Array, "s v"]
-Step = Callable[[Cache, Int[Array, " rows"]], tuple[Float[Array, "rows v"], Cache]]
+Step = Callable[..., tuple[Float[Array, "rows v"], Cache]]
 
 
 class Rows(NamedTuple):
@@ -128,8 +128,8 @@ def steps(
     """The step of a decoder, and what makes its cache.
 
     Returns:
-        (cache, previous token of each row) -> (logits of the next [R, V], cache); and (any tokens
-        [R, L]) -> an empty cache for so many.
+        (cache, previous token of each row, ancestors of beams) -> (logits of the next [R, V],
+        cache); and (any tokens [R, L]) -> an empty cache for so many.
     """
 
     def apply(variables, tokens, **kwargs):
@@ -146,8 +146,8 @@ def steps(
             **kwargs,
         )
 
-    def step(cache, previous):
-        logits, variables = apply({"cache": cache}, previous[:, None])
+    def step(cache, previous, ancestors=None):
+        logits, variables = apply({"cache": cache}, previous[:, None], ancestors=ancestors)
         return logits[:, 0], variables["cache"]
 
     return step, lambda tokens: apply({}, tokens, cache_encoded=True)[1]["cache"]

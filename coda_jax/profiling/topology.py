@@ -158,8 +158,8 @@ def compile_for(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if used := re.search(r"Used \S+ of \S+ hbm", str(error)):
-            raise TooLargeError(used.group()) from error
+        if too_large := re.search(r"Ran out of memory .*", str(error)):
+            raise TooLargeError(too_large.group()) from error
         raise
     seconds = middle - start, time.perf_counter() - middle
     cost = tpu.cost(compiled, chip(name), rounds)

@@ -13,7 +13,7 @@ from coda_jax.checkpoints.t5x import read_t5x
 from coda_jax.commands.check import check, check_leaves, costs, stored_shapes
 from coda_jax.methods import Coda, Full, partition
 from coda_jax.models.t5.config import infer_config
-from coda_jax.profiling import flops
+from coda_jax.profiling import flops, topology, tpu
 
 CODA = config(coda={"reduction": 2.0})
 DENSE = CODA.dense()
@@ -152,3 +152,30 @@ def test_a_topology_needs_the_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'coda_jax\[tpu\]'"):
         check(config=DENSE, topology="v5e:2x2")
+
+
+def test_what_each_chip_holds_and_sends_is_printed(monkeypatch, capsys):
+    """Also of a program that does not fit; the compiler's part is made up."""
+
+    def compile_for(name, function, arguments, rounds, pod):
+        assert (name, rounds) == ("v5e:2x2", 3)
+        rows = jax.tree.leaves(arguments)[-1]
+        assert rows.sharding.shard_shape(rows.shape)[0] == rows.shape[0] // 2
+        if hasattr(function, "lower"):  # the training step
+            raise topology.TooLargeError("Used 17G of 15G hbm")
+        cost = tpu.Cost(total=2e6)
+        sent = "all-reduce", "encoder/layers_0/adapter/dot"
+        cost.collectives[sent], cost.collective_bytes[sent] = 3, 2**20
+        return topology.Program(cost, 1.0, 2.0, 4.0, 2**20, 2**21, fits=True)
+
+    monkeypatch.setattr(topology, "chips", lambda name, whole: jax.devices()[:2])
+    monkeypatch.setattr(topology, "compile_for", compile_for)
+    lengths = {"inputs": 8, "targets": 3}
+    report = check(None, DENSE, CODA.methods, topology="v5e:2x2", feature_lengths=lengths)["topology"]
+    assert report["mesh"] == {"data": 2, "model": 1} and report["batch_size"] == 16
+    step = report["programs"]["train_step"]
+    assert step == {"fits": False, "refused": "Used 17G of 15G hbm"}
+    printed = capsys.readouterr().out
+    assert "| encoder | 1 MiB | 2 MiB | yes, 16 GB | 2.00 | 0% | 4 s | 3, 1.0 MiB |" in printed
+    assert "| train step |  | | NO: Used 17G of 15G hbm | | | |  |" in printed
+    assert printed.count("| all-reduce | adapter | 3 | 1.00 |") == 3

@@ -12,7 +12,7 @@ from contract.programs import (
     relative_error,
     tokens_of_equal_choices,
 )
-from contract.table import CASES, each_family, one_family_by_default
+from contract.table import CASES, one_family_by_default
 from helpers import as_with_bfloat16, encode
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_gradients_are_close_to_those_in_float32(family):
     assert relative_error(found[leaf], expected[leaf]) < 0.2
 
 
-@each_family
+@one_family_by_default(0)
 def test_no_product_of_an_answer_is_in_float32(family):
     """But the router's scores, which are no product on a CPU."""
     config, held = served(case_of(family).config)

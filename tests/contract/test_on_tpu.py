@@ -56,6 +56,7 @@ def test_packed_rows_are_the_same(case):
     assert np.isnan(beyond).any()
 
 
+@pytest.mark.all
 @each_case("rows")
 def test_bfloat16_is_close_to_float32(case):
     """Save for rows of which a layer takes other tokens."""
@@ -67,7 +68,7 @@ def test_bfloat16_is_close_to_float32(case):
     assert 1e-4 < relative_error(found[real], expected[real]) < 0.03
 
 
-@pytest.mark.parametrize("attention", ["k_to_k", "k_to_all"])
+@pytest.mark.parametrize("attention", ["k_to_k", pytest.param("k_to_all", marks=pytest.mark.all)])
 def test_long_recordings_with_the_published_distances_are_the_same(attention, rng):
     """Packed, with gaps in and behind the segments; most keys are farther than a vector's reach."""
     config = TINY_SPEECH.replace(

@@ -147,8 +147,8 @@ def test_tpus_find_the_same_root_and_the_same_choice(length, epsilon, rng):
 
     def found():
         rows = one_row_per_constraint(scores, k, jnp.ones(scores.shape, bool), segments)
-        weights = soft_topk(scores, jnp.asarray(k), epsilon=epsilon, segment_ids=segments)
-        return weights, jax.jit(lambda *rows: hard_topk(*rows))(*rows)
+        weigh = jax.jit(functools.partial(soft_topk, epsilon=epsilon))
+        return weigh(scores, k, segment_ids=segments), jax.jit(lambda *x: hard_topk(*x))(*rows)
 
     expected, choice = found()
     with as_on_tpu():

@@ -126,7 +126,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "b t d"],
         encoded: Float[Array, "r n d"],
-        self_mask: Bool[Array, "b 1 #t t"] | None,
+        self_mask: Bool[Array, "r 1 #m l"] | None,
         cross_mask: Bool[Array, "r 1 #t n"] | None,
         deterministic: bool,
         decode: bool,
@@ -147,9 +147,12 @@ class DecoderLayer(nn.Module):
                 key, value, query_positions = attentions.KeyValueCache(name="cache")(key, value)
             key_positions = jnp.arange(key.shape[2], dtype=jnp.int32)[None]
             visible = (key_positions[:, None, :] <= query_positions[:, :, None])[:, None]
-            if self_mask is not None:
-                visible &= self_mask
             bias = relpos_bias(query_positions, key_positions)
+            if self_mask is not None:
+                num_beams = self_mask.shape[-1] // key.shape[2]
+                key, value = (attentions.join_beams(x, num_beams) for x in (key, value))
+                visible = self_mask & jnp.tile(visible, num_beams)
+                bias = jnp.tile(bias, num_beams)
             return attention(u, (key, value), visible, bias, deterministic=deterministic)
 
         def cross_attention(q):
@@ -233,7 +236,7 @@ class Decoder(nn.Module):
         self,
         encoded: Float[Array, "r n d"],
         decoder_input_tokens: Int[Array, "b t"],
-        self_mask: Bool[Array, "b 1 #t t"] | None = None,
+        self_mask: Bool[Array, "r 1 #m l"] | None = None,
         cross_mask: Bool[Array, "r 1 #t n"] | None = None,
         deterministic: bool = False,
         decode: bool = False,
@@ -327,6 +330,7 @@ class Transformer(nn.Module):
         decode: bool = False,
         max_decode_length: int | None = None,
         cache_encoded: bool = False,
+        ancestors: Int[Array, "r m l"] | None = None,
     ) -> Float[Array, "b t v"]:
         """Logits, [B, T, V] float32.
 
@@ -343,14 +347,20 @@ class Transformer(nn.Module):
             max_decode_length: not used, the cache knows its length; part of T5X's signature.
             cache_encoded: keep the keys and values of `encoded`, and their matrices, in the cache
                 that this call makes, for all later steps.
+            ancestors: [R, M, L] for the M beams of a row in cached decoding: which of them wrote
+                what each sees at each place of the cache. Without it each sees what it wrote.
         """
         del decoder_positions, max_decode_length
         if decode and encoder_segment_ids is not None:
             raise ValueError("packed examples cannot be decoded: encoder_segment_ids was given")
         cross_mask = self.input_mask(encoder_input_tokens)[:, None, None, :]
-        self_mask = (
-            None if decode else (decoder_target_tokens != self.config.pad_id)[:, None, None, :]
-        )
+        self_mask = None
+        if not decode:
+            self_mask = (decoder_target_tokens != self.config.pad_id)[:, None, None, :]
+        elif ancestors is not None:
+            writers = jnp.arange(ancestors.shape[1], dtype=jnp.int32)[:, None]
+            seen = ancestors[:, None, :, None] == writers
+            self_mask = seen.reshape(*seen.shape[:3], -1)
         if encoder_segment_ids is not None:
             segments = decoder_segment_ids[:, None, :, None]
             self_mask = self_mask & (segments == decoder_segment_ids[:, None, None, :])
