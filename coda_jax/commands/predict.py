@@ -23,6 +23,7 @@ from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, l
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.models import family_of
 from coda_jax.objectives import model_for
+from coda_jax.sharding import Placement
 
 _NO_OUTPUT = -1e6  # scores below are of no output: fewer were found than asked for
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which not all bytes have come
@@ -39,6 +40,7 @@ def predict(
     scores: bool = False,
     stream: bool = False,
     embed: str | None = None,
+    placement: Placement | None = None,
 ) -> None:
     """Writes one JSON line with the input and its "prediction" for each, in their order.
 
@@ -62,6 +64,7 @@ def predict(
             with its tokens.
         embed: "mean" or "tokens" to write the encoder's outputs instead, as safetensors; see
             `encodings`.
+        placement: the devices; None for all of this host, which share the rows of a batch.
 
     Raises:
         ValueError: an option that would have no effect, or cannot be with `stream`; the output is
@@ -83,17 +86,17 @@ def predict(
     encode = requests.encoder(model.config, vocabulary, decoding.max_input_length, font)
     chunks = _chunks(records, chunk_size or held_at_once(model, decoding))
     if embed is not None:
-        write_embeddings(model, decoding, chunks, encode, output, embed)
+        write_embeddings(model, decoding, chunks, encode, output, embed, placement)
     elif model_for(model.config).describes:
-        _write(descriptions(model, decoding, chunks, encode), output)
+        _write(descriptions(model, decoding, chunks, encode, placement), output)
     else:
-        _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream)
+        decoding = with_checkpoint_defaults(decoding, model)
+        predictor = Predictor(model.config, model.params, decoding, vocabulary, placement)
+        _generate(predictor, vocabulary, chunks, encode, output, scores, stream)
 
 
-def _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream) -> None:
+def _generate(predictor, vocabulary, chunks, encode, output, scores, stream) -> None:
     """Writes or prints what a model generates."""
-    decoding = with_checkpoint_defaults(decoding, model)
-    predictor = Predictor(model.config, model.params, decoding, vocabulary)
     if stream:
         if output != "-" or scores:
             raise ValueError(

@@ -25,6 +25,7 @@ from coda_jax import files, methods, trees
 from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.objectives import Model
+from coda_jax.sharding import Placement
 from coda_jax.training import schedules
 from coda_jax.training.run_directory import (
     EXPORT,
@@ -224,10 +225,13 @@ def check_run(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def run_file(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of a `RUN_FILE`; the devices are noted, but another number may continue."""
-    devices = {"devices": jax.local_device_count(), "platform": jax.default_backend()}
-    return json.loads(json.dumps({"format_version": FORMAT_VERSION, **run, "machine": devices}))
+def run_file(run: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+    """The contents of a `RUN_FILE`; the devices are noted, but others may continue."""
+    mesh = dict(placement.mesh.shape)
+    machine = {"devices": placement.mesh.size, "platform": jax.default_backend()}
+    if mesh["model"] > 1:
+        machine["mesh"] = mesh
+    return json.loads(json.dumps({"format_version": FORMAT_VERSION, **run, "machine": machine}))
 
 
 def machine_differs(directory: pathlib.Path, run: Mapping[str, Any]) -> str | None:

@@ -135,21 +135,17 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     assert max(jax.tree.leaves(moved)) > 1e-2
 
 
-def test_two_devices_give_the_gradients_of_one():
+@pytest.mark.parametrize("mesh", [None, {"model": 2}])
+def test_two_devices_give_the_gradients_of_one(mesh, tmp_path):
     assert len(jax.local_devices()) == 2
-    model, params, batch = Seq2Seq(WITHOUT_DROPOUT), random_params(CONFIG), next(make_batches())
-    trained, frozen = trainer.partition(model, params)
-    results = []
-    for devices in (jax.local_devices(), jax.local_devices()[:1]):
-        placement = Placement(devices)
-        step = trainer.make_train_step(model, optax.sgd(1.0), 1, 0)
-        state, sums = step(
-            placement.params(first_state(trained, optax.sgd(1.0))),
-            placement.params(frozen),
-            placement.batch(batch),
-        )
-        results.append((state.trained, sums))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+    options = dataclasses.replace(OPTIONS, total_steps=1, max_grad_norm=None)
+    given = {"cfg": WITHOUT_DROPOUT, "options": options, "optimizer": optax.sgd}
+    given |= {"learning_rate": 1.0}
+    one = Placement(devices=jax.local_devices()[:1])
+    _, expected, expected_metrics = run(tmp_path / "one", placement=one, **given)
+    _, found, metrics = run(tmp_path / "two", placement=Placement(mesh), **given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    assert metrics == pytest.approx(expected_metrics, abs=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
