@@ -142,11 +142,10 @@ def memory():
         methods=METHODS["coda"], vocab_size=512, num_heads=4, mlp_dim=256, dropout_rate=0.0
     )
     model, params, report = model_for(cfg), random_params(cfg), {}
-    optimizer = optax.adamw(1e-3)
+    optimizer, options = optax.adamw(1e-3), trainer.TrainOptions(total_steps=1)
     for mesh in ({"data": 8}, {"data": 4, "model": 2}, {"data": 2, "model": 4}):
         placement = Placement(mesh)
-        state, frozen = trainer._start(model, params, optimizer, placement)
-        step = trainer.make_train_step(model, optimizer, 1, 0, trainer._places(state))
+        state, frozen, step = trainer._start(model, params, optimizer, options, placement)
         batch = placement.batch(next(batches(cfg, 1)))
         with placement.divided():
             compiled = step.lower(state, frozen, batch).compile()

@@ -76,7 +76,7 @@ def test_parameters_are_divided_by_the_names_of_their_axes():
 def test_what_does_not_divide_is_whole():
     """Such as three labels; and what Adafactor keeps of a matrix has other axes than the matrix."""
     axes = {"head/kernel": ("embed", "vocab"), "head/bias": ("vocab",)}
-    head = {"kernel": np.ones((4, 3)), "bias": np.ones(3)}
+    head = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}
     state = optax.scale_by_factored_rms(min_dim_size_to_factor=2).init({"head": head})
     for leaf in jax.tree.leaves(Placement({"model": 2}).shapes((head, state), axes)):
         assert leaf.sharding.is_fully_replicated

@@ -67,8 +67,7 @@ def predict(
         placement: the devices; None for all of this host, which share the rows of a batch.
 
     Raises:
-        ValueError: an option that would have no effect, or cannot be with `stream`; the output is
-            the file of the inputs.
+        ValueError: an option has no effect, or cannot be with `stream`; inputs are the output.
     """
     checks.paths(INPUT=inputs, OUTPUT=output, VOCABULARY=vocabulary, HEADER_FONT=font)
     checks.flag("SCORES", scores)
@@ -82,21 +81,22 @@ def predict(
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
     requests = family_of(model.config).inputs
-    records = iter(requests.read(inputs))
     encode = requests.encoder(model.config, vocabulary, decoding.max_input_length, font)
-    chunks = _chunks(records, chunk_size or held_at_once(model, decoding))
+    chunks = _chunks(iter(requests.read(inputs)), chunk_size or held_at_once(model, decoding))
     if embed is not None:
         write_embeddings(model, decoding, chunks, encode, output, embed, placement)
     elif model_for(model.config).describes:
         _write(descriptions(model, decoding, chunks, encode, placement), output)
     else:
-        decoding = with_checkpoint_defaults(decoding, model)
-        predictor = Predictor(model.config, model.params, decoding, vocabulary, placement)
-        _generate(predictor, vocabulary, chunks, encode, output, scores, stream)
+        _generate(model, decoding, vocabulary, placement, chunks, encode, output, scores, stream)
 
 
-def _generate(predictor, vocabulary, chunks, encode, output, scores, stream) -> None:
+def _generate(
+    model, decoding, vocabulary, placement, chunks, encode, output, scores, stream
+) -> None:
     """Writes or prints what a model generates."""
+    decoding = with_checkpoint_defaults(decoding, model)
+    predictor = Predictor(model.config, model.params, decoding, vocabulary, placement)
     if stream:
         if output != "-" or scores:
             raise ValueError(

@@ -63,10 +63,8 @@ def train(
     trained = objective(model.config)
     _check_divides(model.config, data, options, placement or Placement())
     data, eval_data = _checked(model, trained, data, eval_data)
-    vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
-    layout = {**model.layout, "expected": trained.expects}
+    layout, said = {**model.layout, "expected": trained.expects}, _said(trained, data)
     batches = data.batches(repeat=True, **layout)
-    said = {"vocabulary": vocabulary, "lengths": data.lengths(trained.expects)}
     params, metrics = trainer.train(
         trained,
         trained.add_leaves(model.params),
@@ -80,9 +78,7 @@ def train(
         placement=placement,
     )
     data.report(batches)
-    _, params = trees.split(params, trained.creates)
-    if export_dtype is not None and not methods.partition(model.config, params)[1]:
-        params = jax.tree.map(lambda x: x.astype(export_dtype), params)
+    params = _exported(trained, params, export_dtype)
     model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
     files.write_json(directory / "metrics.json", metrics)
     print(f"exported to {directory / EXPORT}: {json.dumps(metrics, indent=2)}")
@@ -137,6 +133,20 @@ def _checked(
         if shared:
             say(f"{rest[0].place}: {shared:,} examples are among those trained on, too")
     return data, rest[0] if rest else None
+
+
+def _said(trained: Model, data: Data) -> dict[str, Any]:
+    """What an adapter says of the data that it was trained on."""
+    vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
+    return {"vocabulary": vocabulary, "lengths": data.lengths(trained.expects)}
+
+
+def _exported(trained: Model, params: Any, dtype: Any) -> Any:
+    """The network's own parameters; in a dtype, if one is given and all of them were trained."""
+    _, params = trees.split(params, trained.creates)
+    if dtype is None or methods.partition(trained.config, params)[1]:
+        return params
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def _identity(data: Data, eval_data: Data | None, said: dict[str, Any]) -> dict[str, Any]:

@@ -234,12 +234,12 @@ def run_file(run: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
     return json.loads(json.dumps({"format_version": FORMAT_VERSION, **run, "machine": machine}))
 
 
-def machine_differs(directory: pathlib.Path, run: Mapping[str, Any]) -> str | None:
-    """A line that says that a run goes on with other devices, None if it does not."""
+def say_other_machine(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
+    """Prints a line if a run goes on with other devices."""
     there, here = files.read_json(directory / RUN_FILE).get("machine"), run["machine"]
-    if there == here:
-        return None
-    return f"the run began on {there} and goes on on {here}: the last bits will differ"
+    if there != here:
+        line = f"the run began on {there} and goes on on {here}: the last bits will differ"
+        print(line, flush=True)
 
 
 def _advice(directory: pathlib.Path) -> str:

@@ -29,7 +29,13 @@ from coda_jax.sharding import Placement
 from coda_jax.training import run_identity, schedules
 from coda_jax.training.progress import Progress
 from coda_jax.training.run_checkpoints import RunCheckpoints, recover
-from coda_jax.training.run_directory import Requests, interruption, metric_writer, owned
+from coda_jax.training.run_directory import (
+    Requests,
+    interruption,
+    metric_writer,
+    owned,
+    saved_steps,
+)
 
 Batch = dict[str, np.ndarray]
 _NORM = checks.Number(above=0)
@@ -217,9 +223,13 @@ def make_optimizer(
 
 
 def _start(
-    model: Model, params: Mapping, transform: optax.GradientTransformation, placement: Placement
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state before the first step, and the frozen leaves, on their devices."""
+    model: Model,
+    params: Mapping,
+    transform: optax.GradientTransformation,
+    options: TrainOptions,
+    placement: Placement,
+) -> tuple[TrainState, dict[str, Any], Callable]:
+    """The state before the first step and the frozen leaves, on their devices, and the step."""
     trained, frozen = partition(model, placed(model.config, params, placement))
 
     def begin(trained):
@@ -228,12 +238,9 @@ def _start(
         return jax.tree.map(jnp.copy, state)  # no buffer twice, as a step reuses each
 
     shapes = placement.shapes(jax.eval_shape(begin, trained), param_axes(model.config))
-    return jax.jit(begin, out_shardings=_places(shapes))(trained), frozen
-
-
-def _places(state: TrainState) -> TrainState:
-    """The shardings of a state."""
-    return jax.tree.map(lambda x: x.sharding, state)
+    places = jax.tree.map(lambda x: x.sharding, shapes)
+    step = make_train_step(model, transform, options.accumulation, options.seed, places)
+    return jax.jit(begin, out_shardings=places)(trained), frozen, step
 
 
 def train(
@@ -268,11 +275,9 @@ def train(
         The parameters at the end, or the best where `best_metric` is set, and their metrics.
 
     Raises:
-        ValueError: the directory holds another run, the batches end before the last step, an
-            option, a learning rate among them, is out of its range, or devices cannot share the
-            model.
-        FloatingPointError: a loss, a metric or what would be saved was not finite; the last
-            checkpoint is from before that.
+        ValueError: the directory holds another run, the batches end before the last step, an option
+            or the learning rate is out of its range, or devices cannot share the model.
+        FloatingPointError: a loss, a metric or what would be saved was not finite; it is not saved.
         Interruption: SIGTERM, SIGHUP or Ctrl-C came; the state is saved.
     """
     best_mode = options.best_mode(model, eval_batches is not None)
@@ -290,16 +295,12 @@ def train(
         metric_writer(directory) as write,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
-        state, frozen = _start(model, params, transform, placement)
+        state, frozen, step = _start(model, params, transform, options, placement)
         state, metrics = checkpoints.restore(state)
         loop = _Loop(
             model, frozen, placement, options, eval_batches, checkpoints, write, requests, rate,
-            step=make_train_step(
-                model, transform, options.accumulation, options.seed, _places(state)
-            ),
+            step,
         )  # fmt: skip
-        if int(state.step) and (line := run_identity.machine_differs(directory, run)):
-            print(line, flush=True)
         state, metrics = checkpoints.best(loop.run(state, batches, evaluated=bool(metrics)))
     return trees.merge(jax.device_get(state.trained), partition(model, params)[1]), metrics
 
@@ -321,6 +322,8 @@ def _checkpoints(
         run = {name: value for name, value in run.items() if name != "eval_data"}
     recover(directory)
     run_identity.check_run(directory, run)
+    if saved_steps(directory):
+        run_identity.say_other_machine(directory, run)
     chosen = {"best_metric": options.best_metric, "best_mode": best_mode}
     return RunCheckpoints(directory, run, options.keep, **chosen, evaluated_on=evaluated_on)
 

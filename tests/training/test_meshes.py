@@ -12,7 +12,7 @@ import divided_runs
 import pytest
 
 # Each family, each method; what is left is marked `all`.
-DEFAULT = ("t5-parallel_adapter", "pix2struct-coda", "w2v_bert-lora")
+DEFAULT = ("t5-parallel_adapter", "pix2struct-coda", "wav2vec2-bert-lora")
 
 
 def report_of(cases):

@@ -261,11 +261,13 @@ def test_a_damaged_description_is_named(folder):
         ({"mesh": {"model": 2}}, "'mesh': {'data': 1, 'model': 2}"),
     ],
 )
-def test_other_devices_and_another_mesh_are_said(folder, other, said):
+def test_other_devices_and_another_mesh_are_said(folder, other, said, capsys):
     run = run_of()
     (folder / "run.json").write_text(json.dumps(run))
-    assert run_identity.machine_differs(folder, run) is None
+    run_identity.say_other_machine(folder, run)
+    assert not capsys.readouterr().out
     run = run_of(placement=Placement(**other))
     check_run(folder, run)
-    line = run_identity.machine_differs(folder, run)
+    run_identity.say_other_machine(folder, run)
+    line = capsys.readouterr().out
     assert said in line and "the last bits will differ" in line
