@@ -22,7 +22,7 @@ from coda_jax.objectives import model_for
 from coda_jax.sharding import Placement
 from coda_jax.training import trainer
 
-MESHES = ({"data": 8}, {"data": 4, "model": 2}, {"data": 2, "model": 4})
+MESH = {"data": 4, "model": 2}
 STEPS = 4
 OPTIONS = trainer.TrainOptions(total_steps=STEPS, save_every=2, accumulation=2)
 CODA = Coda(reduction=2.0)
@@ -112,36 +112,33 @@ def same_bits(found, expected):
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
-def compared(case, folder):
-    """{mesh: how its run and answers differ from those of one device}."""
+def compared(case):
+    """How a case's runs and answers on many devices differ from those on one."""
     cfg = sized(case)
-    one = Placement(devices=jax.devices()[:1])
-    params, metrics = run(cfg, one, folder / "one")
-    before = jax.tree.map(np.asarray, random_params(cfg))
+    one, many = Placement(devices=jax.devices()[:1]), Placement(MESH)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        params, metrics = run(cfg, one, folder / "one")
+        found, found_metrics = run(cfg, many, folder / "many")
+        again, again_metrics = resumed(cfg, many, folder / "cut")
     tokens, *numbers = answers(cfg, params, one)
-    report = {}
-    for mesh in MESHES[1:2]:
-        placement = Placement(mesh)
-        found, found_metrics = run(cfg, placement, folder / "whole")
-        again, again_metrics = resumed(cfg, placement, folder / "cut")
-        found_tokens, *found_numbers = answers(cfg, params, placement)
-        report[str(mesh)] = {
-            "moved": largest(found, before),
-            "parameters": largest(found, params),
-            "metrics": largest(found_metrics, metrics),
-            "resumed": same_bits(again, found) and again_metrics == found_metrics,
-            "tokens": found_tokens == tokens,
-            "numbers": largest(found_numbers, numbers),
-        }
-    return report
+    found_tokens, *found_numbers = answers(cfg, params, many)
+    return {
+        "moved": largest(found, jax.tree.map(np.asarray, random_params(cfg))),
+        "parameters": largest(found, params),
+        "metrics": largest(found_metrics, metrics),
+        "resumed": same_bits(again, found) and again_metrics == found_metrics,
+        "tokens": found_tokens == tokens,
+        "numbers": largest(found_numbers, numbers),
+    }
 
 
 def memory():
-    """{mesh: bytes of a device in a step, by its program and by its arrays}."""
+    """[bytes of a device in a step, by its program and by its arrays], of several meshes."""
     cfg = FAMILIES["t5"].tiny.replace(
         methods=METHODS["coda"], vocab_size=512, num_heads=4, mlp_dim=256, dropout_rate=0.0
     )
-    model, params, report = model_for(cfg), random_params(cfg), {}
+    model, params, rows = model_for(cfg), random_params(cfg), []
     optimizer, options = optax.adamw(1e-3), trainer.TrainOptions(total_steps=1)
     for mesh in ({"data": 8}, {"data": 4, "model": 2}, {"data": 2, "model": 4}):
         placement = Placement(mesh)
@@ -150,24 +147,21 @@ def memory():
         with placement.divided():
             compiled = step.lower(state, frozen, batch).compile()
         found = compiled.memory_analysis()
-        held = jax.tree.leaves((state, frozen, batch))
-        report[str(mesh)] = {
-            "arguments": found.argument_size_in_bytes,
-            "temporary": found.temp_size_in_bytes,
-            "outputs": found.output_size_in_bytes,
-            "held": sum(x.addressable_shards[0].data.nbytes for x in held),
-            "frozen": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(frozen)),
-            "frozen whole": sum(x.nbytes for x in jax.tree.leaves(frozen)),
-        }
-    return report
+        rows.append(
+            {
+                "arguments": found.argument_size_in_bytes,
+                "temporary": found.temp_size_in_bytes,
+                "held": held((state, frozen, batch)),
+                "frozen": held(frozen),
+            }
+        )
+    return rows
 
 
-def main():
-    """Prints {case: how its runs differ} and the memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = {case: compared(case, pathlib.Path(folder) / case) for case in sys.argv[1:]}
-    print(json.dumps({**report, "memory": memory()}))
+def held(tree):
+    """Bytes of a tree on one device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(memory() if sys.argv[1] == "memory" else compared(sys.argv[1])))

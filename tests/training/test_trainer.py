@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
-from helpers import random_params
+from helpers import assert_same_tree, random_params
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_runs import CONFIG, OPTIONS, make_batches, run
+from training_runs import CONFIG, OPTIONS, Quick, make_batches, run
 
 from coda_jax import methods, trees
 from coda_jax.methods import Full
@@ -146,6 +146,34 @@ def test_two_devices_give_the_gradients_of_one(mesh, tmp_path):
     _, found, metrics = run(tmp_path / "two", placement=Placement(mesh), **given)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
     assert metrics == pytest.approx(expected_metrics, abs=1e-5)
+
+
+def test_a_run_over_a_mesh_goes_on_with_the_same_bits(tmp_path, capsys):
+    given = {"model": Quick, "placement": Placement({"model": 2})}
+    _, expected, metrics = run(tmp_path / "uncut", **given)
+    with pytest.raises(ValueError, match="the data ended after 3 of 6"):
+        run(tmp_path, batches=make_batches(3), **given)
+    _, found, found_metrics = run(tmp_path, **given)
+    assert_same_tree(found, expected)
+    assert found_metrics == metrics
+    assert "the run began" not in capsys.readouterr().out
+    run(tmp_path, **given | {"placement": Placement()})
+    assert "'mesh': {'data': 1, 'model': 2}} and goes on on " in capsys.readouterr().out
+
+
+def test_a_device_holds_its_share_of_a_step():
+    """By the compiler's own count of its arguments."""
+    model, optimizer, held = Seq2Seq(WITHOUT_DROPOUT), optax.adamw(1e-3), []
+    for mesh in (None, {"model": 2}):
+        placement = Placement(mesh)
+        batch = placement.batch(next(make_batches()))
+        params = random_params(CONFIG)
+        state, frozen, step = trainer._start(model, params, optimizer, OPTIONS, placement)
+        arguments = jax.tree.leaves((state, frozen, batch))
+        held.append(sum(x.addressable_shards[0].data.nbytes for x in arguments))
+    with placement.divided():
+        compiled = step.lower(state, frozen, batch).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes == held[1] < 0.6 * held[0]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
