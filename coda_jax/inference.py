@@ -15,7 +15,7 @@ from coda_jax.data.batches import bucket, cut
 from coda_jax.data.examples import input_problem
 from coda_jax.data.stop_texts import stop_table
 from coda_jax.data.vocabularies import Vocabulary
-from coda_jax.models import ModelConfig, family_of
+from coda_jax.models import ModelConfig, family_of, placed
 from coda_jax.nn.tokens import pool
 from coda_jax.objectives import Generation, Model, model_for
 from coda_jax.sharding import Placement
@@ -30,7 +30,7 @@ class Decoding(Generation):
     Attributes:
         max_input_length: the most tokens of an input, the end marker included, or vectors; None for
             the family's.
-        batch_size: inputs decoded at once; a multiple of the number of devices.
+        batch_size: inputs decoded at once; a multiple of the devices that share them.
     """
 
     max_input_length: int | None = None
@@ -99,13 +99,19 @@ class _Bucketed:
         longest: the longest of them, before it was cut.
     """
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], decoding: Decoding):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Any],
+        decoding: Decoding,
+        placement: Placement | None,
+    ):
         self.num_inputs = self.num_truncated = self.longest = 0
         self._model = model_for(config)
-        self._placement = Placement()
-        self._params = self._placement.params(params)
+        self._placement = placement or Placement()
+        self._placement.check("Decoding.batch_size", decoding.batch_size, "data")
+        self._params = placed(config, params, self._placement)
         self._batch_size = decoding.batch_size
-        self._placement.check_rows("Decoding.batch_size", decoding.batch_size)
         self._limit = decoding.max_input_length or family_of(config).inputs.longest
 
     def _batches(
@@ -175,13 +181,14 @@ class Encodings(_Bucketed):
         params: its parameters.
         decoding: the size of batches and the longest input.
         embed: see `encode_function`.
+        placement: the devices; None for all of this host, which share the rows of a batch.
 
     Attributes:
         num_inputs, num_truncated, longest: of the inputs so far: how many, how many were too long,
             and the longest.
 
     Raises:
-        ValueError: see `encode_function`.
+        ValueError: see `encode_function`; or devices cannot share the model or a batch.
     """
 
     def __init__(
@@ -190,8 +197,9 @@ class Encodings(_Bucketed):
         params: Mapping[str, Any],
         decoding: Decoding = Decoding(),
         embed: str | None = None,
+        placement: Placement | None = None,
     ):
-        super().__init__(config, params, decoding)
+        super().__init__(config, params, decoding, placement)
         self._embed = embed
         self._encode = jax.jit(encode_function(self._model, embed))
 
@@ -208,7 +216,8 @@ class Encodings(_Bucketed):
             FloatingPointError: an output is not finite; the number of its input is named.
         """
         for indices, batch in self._batches(inputs, first):
-            outputs = np.asarray(self._encode(self._params, batch))
+            with self._placement.divided():
+                outputs = np.asarray(self._encode(self._params, batch))
             for index, found in zip(indices, outputs, strict=False):  # the last batch has spares
                 real = len(inputs[index]) if self._embed == "tokens" else len(found)
                 if not np.isfinite(found[:real]).all():
@@ -224,6 +233,7 @@ class Predictor(_Bucketed):
         params: its parameters.
         decoding: how it answers.
         vocabulary: of its outputs; needed where there are stop texts.
+        placement: the devices; None for all of this host, which share the rows of a batch.
 
     Attributes:
         decoding: the same, with no option of generation left open.
@@ -232,7 +242,8 @@ class Predictor(_Bucketed):
         num_cut: outputs so far, the best of each input, that reached the limit without an end.
 
     Raises:
-        ValueError: options contradict each other, or a vocabulary is missing.
+        ValueError: options contradict each other, a vocabulary is missing, or devices cannot share
+            the model or a batch.
     """
 
     def __init__(
@@ -241,9 +252,10 @@ class Predictor(_Bucketed):
         params: Mapping[str, Any],
         decoding: Decoding = Decoding(),
         vocabulary: Vocabulary | None = None,
+        placement: Placement | None = None,
     ):
         self.decoding = decoding = decoding.resolved()
-        super().__init__(config, params, decoding)
+        super().__init__(config, params, decoding, placement)
         self._model.check_generation(decoding)
         self.num_cut = 0
         self._generate = jax.jit(generate_function(self._model, decoding))
@@ -300,7 +312,8 @@ class Predictor(_Bucketed):
         for indices, batch in self._batches(inputs, first):
             numbers = [first + index for index in indices]
             arguments = self._arguments(numbers, self._batch_size)
-            found = self._generate(self._params, batch, **arguments)
+            with self._placement.divided():
+                found = self._generate(self._params, batch, **arguments)
             tokens, scores = (np.asarray(x)[: len(indices)] for x in found)  # without spares
             self.num_cut += int(self._model.is_cut(tokens[:, 0], self.decoding).sum())
             for index, outputs, ranks in zip(indices, tokens, scores, strict=True):
@@ -321,16 +334,18 @@ class Predictor(_Bucketed):
         """
         self._check(tokens, number)
         begin, grow = self._stepwise
-        size = self._placement.mesh.size  # one input, and a spare row for each other device
+        size = self._placement.mesh.shape["data"]  # one input, and spare rows for other devices
         batch = self._batch([tokens], size)
-        encoded, rows = begin(self._params, batch, **self._arguments([number], size))
+        with self._placement.divided():
+            encoded, rows = begin(self._params, batch, **self._arguments([number], size))
         refuse = functools.partial(self._refuse, number)
         return self._streamed(batch, encoded, rows, grow, refuse)
 
     def _streamed(self, batch, encoded, rows, grow, refuse) -> Iterator[int]:
         yield from self.decoding.decoder_prefix
         for place in range(len(self.decoding.decoder_prefix) + 1, rows.tokens.shape[1]):
-            rows = grow(self._params, batch, encoded, rows, **self._stops)
+            with self._placement.divided():
+                rows = grow(self._params, batch, encoded, rows, **self._stops)
             if np.isnan(rows.log_probs[0]):
                 refuse()
             yield int(rows.tokens[0, place])

@@ -1,4 +1,4 @@
-"""Where arrays live: on the devices of one host, or divided over the chips of a pod."""
+"""Where arrays live: divided over the devices of a host, or over the chips of a pod."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -9,7 +9,6 @@ from flax.linen import partitioning
 import jax
 from jax._src import mesh as mesh_lib
 from jax.experimental import mesh_utils
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -36,88 +35,104 @@ MESH_AXES = ("data", "model")
 
 
 class Placement:
-    """The devices of one host, as a mesh with the axis "data"."""
-
-    def __init__(self, devices=None):
-        self.mesh = Mesh(np.array(devices or jax.local_devices()), ("data",))
-        self.replicated = NamedSharding(self.mesh, PartitionSpec())
-        self.by_row = NamedSharding(self.mesh, PartitionSpec("data"))
-
-    def params(self, tree: Any) -> Any:
-        """The tree on every device, copied, so that a donated buffer is never the caller's."""
-        return jax.tree.map(lambda x: jax.device_put(jnp.array(x), self.replicated), tree)
-
-    def check_rows(self, name: str, rows: int) -> None:
-        """Raises ValueError, naming the option, where so many rows do not divide evenly."""
-        if rows % self.mesh.size:
-            raise ValueError(f"{name} must be a multiple of {self.mesh.size} devices, got {rows}")
-
-    def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The batch, its rows shared out over the devices.
-
-        Raises:
-            ValueError: the rows do not divide evenly.
-        """
-        self.check_rows("the rows of a batch", len(next(iter(batch.values()))))
-        return jax.device_put(dict(batch), self.by_row)
-
-
-class Pod:
-    """Many devices as a mesh of "data" and "model", over which `AXIS_RULES` divide a program.
+    """Devices as a mesh of "data" and "model", over which `AXIS_RULES` divide arrays and programs.
 
     Attributes:
         mesh: the devices.
+        replicated: what is whole on each of them.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], mesh: Mapping[str, int]):
+    def __init__(
+        self,
+        mesh: Mapping[str, int] | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         """Args:
-            devices: as many as the mesh has.
             mesh: as of `checked_mesh`.
+            devices: None for all of this host.
         """  # fmt: skip
-        shape = tuple(mesh[axis] for axis in MESH_AXES)
-        # Where chips along one axis are not a whole side of the pod, the sides are split.
+        devices = list(devices or jax.local_devices())
+        sizes = checked_mesh("MESH", mesh, len(devices))
+        # Where chips along one axis are not a whole side of a pod, the sides are split.
         laid_out = mesh_utils.create_device_mesh(
-            shape, devices=devices, allow_split_physical_axes=True
+            tuple(sizes.values()), devices=devices, allow_split_physical_axes=True
         )
         self.mesh = Mesh(laid_out, MESH_AXES)
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self._by_row = NamedSharding(self.mesh, PartitionSpec("data"))
 
-    def shapes(self, arguments: Any, axes: Mapping[str, Sequence[str | None]]) -> Any:
-        """Arguments of a program as shapes that say how they are divided.
+    def check(self, name: str, size: int, axis: str) -> None:
+        """Raises ValueError, naming it, where a size does not divide along an axis of the mesh."""
+        if size % self.mesh.shape[axis]:
+            raise ValueError(
+                f"{name} must be a multiple of the {self.mesh.shape[axis]} devices along {axis!r} "
+                f"of the MESH, got {size}"
+            )
+
+    def shapes(self, tree: Any, axes: Mapping[str, Sequence[str | None]]) -> Any:
+        """Parameters, or what is kept beside them, as shapes that say how they are divided.
 
         Args:
-            arguments: a tree. Where the path of a leaf ends with that of a parameter, it is the
-                parameter, its gradient or what an optimizer keeps of it; others are rows.
+            tree: where the path of a leaf ends with that of a parameter, it is the parameter, its
+                gradient or what an optimizer keeps of it. Other leaves are whole, and so is an axis
+                that the devices along it cannot share evenly.
             axes: {path of a parameter: the logical names of its axes}.
-
-        Raises:
-            ValueError: an axis does not divide evenly; it is named.
         """
 
         def placed(path, leaf):
             keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
             ends = ("/".join(keys[start:]) for start in range(len(keys)))
-            name = next((end for end in ends if end in axes), None)
-            if name is None:
-                spec = PartitionSpec(*["data"][: np.ndim(leaf)])
-            else:
-                spec = partitioning.logical_to_mesh_axes(tuple(axes[name]), AXIS_RULES)
-            self._check(name or "/".join(keys), np.shape(leaf), spec)
+            logical = next((tuple(axes[end]) for end in ends if end in axes), ())
+            spec = partitioning.logical_to_mesh_axes(logical, AXIS_RULES)
+            shape = np.shape(leaf)
+            if len(logical) != len(shape):  # such as what Adafactor keeps of a matrix
+                spec = ()
+            sizes = (self.mesh.shape.get(axis, 1) for axis in spec)
+            spec = [
+                axis if length % size == 0 else None
+                for length, size, axis in zip(shape, sizes, spec, strict=False)
+            ]
             sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
-            return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
-        return jax.tree_util.tree_map_with_path(placed, arguments)
+        return jax.tree_util.tree_map_with_path(placed, tree)
 
-    def _check(self, name, shape, spec):
-        for size, axis in zip(shape, spec, strict=False):
-            if axis is not None and size % self.mesh.shape[axis]:
-                raise ValueError(
-                    f"{self.mesh.shape[axis]} chips along {axis!r} of the MESH do not divide the "
-                    f"{size} of {name} {shape}"
-                )
+    def params(self, tree: Any, axes: Mapping[str, Sequence[str | None]]) -> Any:
+        """The tree on the devices, copied: no part of it is the caller's.
+
+        Each device gets its part alone, so that no device need hold the whole.
+
+        Args:
+            tree: as of `shapes`; arrays of numpy or JAX.
+            axes: likewise.
+        """
+
+        def placed(leaf, shape):
+            values = np.asarray(leaf)
+            return jax.make_array_from_callback(
+                values.shape, shape.sharding, lambda index: np.array(values[index])
+            )
+
+        return jax.tree.map(placed, tree, self.shapes(tree, axes))
+
+    def rows(self, batch: Any) -> Any:
+        """The arrays of a batch as shapes that say how they are divided."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=self._by_row), batch
+        )
+
+    def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The batch, its rows shared out over the devices along "data".
+
+        Raises:
+            ValueError: the rows do not divide evenly.
+        """
+        self.check("the rows of a batch", len(next(iter(batch.values()))), "data")
+        return jax.device_put(dict(batch), self._by_row)
 
     @contextlib.contextmanager
     def divided(self) -> Iterator[None]:
-        """What is lowered in this block is divided as the network asks for."""
+        """What is traced in this block is divided as the network asks for."""
         with jax.set_mesh(self.mesh), partitioning.axis_rules(AXIS_RULES):
             yield
 
@@ -156,7 +171,7 @@ def checked_mesh(name: str, mesh: Mapping[str, int] | None, num_devices: int) ->
     if math.prod(sizes.values()) != num_devices:
         product = " x ".join(map(str, sizes.values()))
         raise ValueError(
-            f"{name} must be of all {num_devices} chips, got {product} = "
+            f"{name} must be of all {num_devices} devices, got {product} = "
             f"{math.prod(sizes.values())}"
         )
     return sizes

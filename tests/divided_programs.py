@@ -12,7 +12,7 @@ import numpy as np
 from coda_jax import trees
 from coda_jax.commands.bench_programs import Programs, random_batch
 from coda_jax.models import param_axes
-from coda_jax.sharding import AXIS_RULES, Pod, num_parts
+from coda_jax.sharding import AXIS_RULES, Placement, num_parts
 
 MESH = {"data": 4, "model": 2}
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -30,8 +30,9 @@ def measured(cfg, name):
     """What a program exchanges and what it gives, divided and not."""
     batch = random_batch(cfg, 8, 12, 4)
     function, arguments = getattr(Programs(cfg, random_params(cfg), batch), name)()
-    pod = Pod(jax.devices(), MESH)
-    shapes = pod.shapes(arguments, param_axes(cfg))
+    pod = Placement(MESH)
+    *held, rows = arguments
+    shapes = (*pod.shapes(held, param_axes(cfg)), pod.rows(rows))
     placed = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s.sharding), arguments, shapes)
     # Functions of their own: one program must not be taken for the other.
     jitted = function if hasattr(function, "lower") else jax.jit(lambda *x: function(*x))
@@ -54,7 +55,7 @@ def measured(cfg, name):
 
 def parts_of_heads():
     """[of 2 heads, of 3] without a mesh, with ours, and with one as T5X has it."""
-    pod = Pod(jax.devices(), MESH)
+    pod = Placement(MESH)
 
     def parts():
         return [num_parts("heads", size) for size in (2, 3)]
@@ -74,7 +75,7 @@ def main():
     for branch, names in PROGRAMS.items():
         with as_on_tpu() if branch == "tpu" else contextlib.nullcontext():
             report[branch] = {name: measured(cfg, name) for name in names}
-    held = Pod(jax.devices(), MESH).shapes(random_params(cfg), param_axes(cfg))
+    held = Placement(MESH).shapes(random_params(cfg), param_axes(cfg))
     report["parameters"] = {
         path: [leaf.shape, leaf.sharding.shard_shape(leaf.shape)]
         for path, leaf in trees.flatten(held).items()

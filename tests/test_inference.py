@@ -304,5 +304,5 @@ def test_metrics_of_a_head_that_are_not_finite_name_the_input():
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused_before_any_input():
-    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 2 devices, got 3"):
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of the 2 devices"):
         Predictor(SMALL, random_params(SMALL), Decoding(batch_size=3))

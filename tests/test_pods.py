@@ -88,7 +88,7 @@ def test_what_can_be_divided_is(report):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ({"data": 2, "model": 2}, r"MESH must be of all 8 chips, got 2 x 2 = 4"),
+        ({"data": 2, "model": 2}, r"MESH must be of all 8 devices, got 2 x 2 = 4"),
         ({"rows": 8}, r"MESH must be a dictionary such as .*, got {'rows': 8}"),
         ({"data": 0, "model": 8}, r"MESH\['data'\] must be a whole number of at least 1, got 0"),
         ([4, 2], r"MESH must be a dictionary such as"),

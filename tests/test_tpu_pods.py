@@ -38,8 +38,11 @@ def test_a_pod_is_told_of_what_its_chips_hold_and_send(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("{'data': 2}", "MESH must be of all 4 chips, got 2 x 1 = 2"),
-        ("{'data': 1, 'model': 4}", r"4 chips along 'model' of the MESH do not divide the 6 of "),
+        ("{'data': 2}", "MESH must be of all 4 devices, got 2 x 1 = 2"),
+        (
+            "{'data': 1, 'model': 4}",
+            r"num_heads must be a multiple of the 4 devices along 'model' of the MESH, got 6",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):

@@ -13,9 +13,9 @@ import jax
 from coda_jax import checks
 from coda_jax.commands.bench_programs import Programs, random_batch, served_shapes
 from coda_jax.commands.bench_topology import MEASURES
-from coda_jax.models import ModelConfig, param_axes
+from coda_jax.models import ModelConfig, check_divides, param_axes
 from coda_jax.profiling import breakdown, topology, tpu
-from coda_jax.sharding import Pod, checked_mesh
+from coda_jax.sharding import Placement, checked_mesh
 
 _ROWS = 8  # for each chip along "data"
 _HELD_WHOLE = "held_whole_bytes"
@@ -76,7 +76,8 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
         targets: T, tokens decoded, and target tokens of a training step.
     """
     config = config.replace(dtype=given.dtype, dropout_rate=0.0)
-    pod = Pod(topology.chips(given.topology, whole=True), given.mesh)
+    pod = Placement(given.mesh, topology.chips(given.topology, whole=True))
+    check_divides(config, pod)
     batch = random_batch(config, given.batch_size, inputs, targets)
     programs, axes = Programs(config, served_shapes(config), batch), param_axes(config)
     whole = pod.shapes(programs.params, axes)
@@ -97,8 +98,9 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
     }
     for name in _measures(config):
         function, arguments = getattr(programs, name)()
-        arguments = pod.shapes(arguments, axes)
-        report["programs"][name] = _row(config, given, function, arguments, targets, pod)
+        *held, batch = arguments
+        shapes = (*pod.shapes(held, axes), pod.rows(batch))
+        report["programs"][name] = _row(config, given, function, shapes, targets, pod)
     return report
 
 

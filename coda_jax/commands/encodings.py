@@ -13,12 +13,17 @@ from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.reports import say
 from coda_jax.inference import Decoding, Encodings
 from coda_jax.objectives import model_for
+from coda_jax.sharding import Placement
 
 EMBEDDING = "embeddings"  # the tensor with a vector for each input
 
 
 def descriptions(
-    model: LoadedModel, decoding: Decoding, chunks: Iterable, encode: Callable
+    model: LoadedModel,
+    decoding: Decoding,
+    chunks: Iterable,
+    encode: Callable,
+    placement: Placement | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The input and its "prediction" for each record, in their order.
 
@@ -27,9 +32,10 @@ def descriptions(
         decoding: the size of batches and the longest input.
         chunks: lists of records.
         encode: (record) -> its input.
+        placement: the devices; None for all of this host.
     """
     describe = model_for(model.config).describe
-    for record, outputs in _encoded(model, decoding, chunks, encode, None):
+    for record, outputs in _encoded(model, decoding, chunks, encode, None, placement):
         yield {**record, **describe(outputs)}
 
 
@@ -40,6 +46,7 @@ def write_embeddings(
     encode: Callable,
     output: str,
     embed: str,
+    placement: Placement | None = None,
 ) -> None:
     """Writes the encoder's outputs as safetensors, float32.
 
@@ -51,22 +58,29 @@ def write_embeddings(
         output: the file.
         embed: "mean" for one tensor "embeddings" [inputs, D]; "tokens" for a tensor [n, D] for
             each input, named by its number from 0.
+        placement: the devices; None for all of this host.
 
     Raises:
         ValueError: the output is standard output.
     """
     if output == "-":
         raise ValueError("embeddings are written to a file: give OUTPUT, such as out.safetensors")
-    found = [outputs for _, outputs in _encoded(model, decoding, chunks, encode, embed)]
+    encoded = _encoded(model, decoding, chunks, encode, embed, placement)
+    found = [outputs for _, outputs in encoded]
     one = {EMBEDDING: np.stack(found)} if embed == "mean" else None
     write_tensors(pathlib.Path(output), one or {str(i): x for i, x in enumerate(found)})
 
 
 def _encoded(
-    model: LoadedModel, decoding: Decoding, chunks: Iterable, encode: Callable, embed: str | None
+    model: LoadedModel,
+    decoding: Decoding,
+    chunks: Iterable,
+    encode: Callable,
+    embed: str | None,
+    placement: Placement | None,
 ) -> Iterable[tuple[Mapping, np.ndarray]]:
     """(record, outputs) of each input, in their order."""
-    encodings = Encodings(model.config, model.params, decoding, embed)
+    encodings = Encodings(model.config, model.params, decoding, embed, placement)
     with tqdm(unit="example", file=sys.stderr) as progress:
         done = 0
         for chunk in chunks:

@@ -16,6 +16,7 @@ from coda_jax.data.labels import check_labels
 from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.inference import Decoding, Encodings, Predictor
+from coda_jax.models import placed
 from coda_jax.objectives import model_for
 from coda_jax.sharding import Placement
 
@@ -27,6 +28,7 @@ def evaluate(
     decoding: Decoding,
     split: str | None = None,
     output: str | None = None,
+    placement: Placement | None = None,
 ) -> dict[str, dict[str, float]]:
     """Decodes the inputs of a task and compares the best outputs with its targets.
 
@@ -41,6 +43,7 @@ def evaluate(
         decoding: how outputs are made; what it leaves open, generation_config.json may say.
         split: of the task; None for "validation" or else the only one.
         output: JSON file for the metrics.
+        placement: the devices; None for all of this host, which share the rows of a batch.
 
     Returns:
         {task: {metric: value}}.
@@ -64,26 +67,29 @@ def evaluate(
     data.check_vocabulary(**model.vocabulary)
     check_labels(task, model_for(model.config).describes)
     if model_for(model.config).describes:
-        found = _of_head(model, data, decoding)
+        found = _of_head(model, data, decoding, placement)
     else:
-        found = _of_texts(model, data, decoding)
+        found = _of_texts(model, data, decoding, placement)
     print(json.dumps(found, indent=2))
     if output is not None:
         files.write_json(output, found)
     return found
 
 
-def _of_head(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:
+def _of_head(
+    model: LoadedModel, data: Data, decoding: Decoding, placement: Placement | None = None
+) -> dict[str, dict[str, float]]:
     """{task: metrics} of a head."""
     from coda_jax.training import trainer  # Here: it imports orbax, which nothing else needs.
 
     decoding.check_encodes()
-    objective, placement = model_for(model.config), Placement()
+    objective, placement = model_for(model.config), placement or Placement()
     data.check(objective.expects)
     made = functools.partial(data.batches, repeat=False, **model.layout, expected=objective.expects)
-    metrics = trainer.evaluate(objective, placement.params(model.params), made(), placement)
+    params = placed(model.config, model.params, placement)
+    metrics = trainer.evaluate(objective, params, made(), placement)
     if not all(map(math.isfinite, metrics.values())):
-        encodings = Encodings(model.config, model.params, decoding)
+        encodings = Encodings(model.config, model.params, decoding, placement=placement)
         for number, batch in enumerate(made()):
             list(encodings(list(batch["encoder_input_tokens"]), number * data.batch_size))  # raises
         raise FloatingPointError(f"metrics are not finite: {metrics}")
@@ -99,7 +105,9 @@ class _Scored:
     score: Callable[[Sequence[Sequence[int]]], dict[str, float]]
 
 
-def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, dict[str, float]]:
+def _of_texts(
+    model: LoadedModel, data: Data, decoding: Decoding, placement: Placement | None
+) -> dict[str, dict[str, float]]:
     """{task: metrics} of generated texts."""
     tasks = _tasks(data)
     targets = max(len(example["targets"]) for task in tasks for example in task.examples)
@@ -109,6 +117,7 @@ def _of_texts(model: LoadedModel, data: Data, decoding: Decoding) -> dict[str, d
         model.params,
         with_checkpoint_defaults(decoding, model, targets),
         data.vocabulary,
+        placement,
     )
     held = held_at_once(model, predictor.decoding)
     found = {task.name: task.score(_outputs(predictor, task, held)) for task in tasks}

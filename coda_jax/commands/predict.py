@@ -23,6 +23,7 @@ from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, l
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.models import family_of
 from coda_jax.objectives import model_for
+from coda_jax.sharding import Placement
 
 _NO_OUTPUT = -1e6  # scores below are of no output: fewer were found than asked for
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which not all bytes have come
@@ -39,6 +40,7 @@ def predict(
     scores: bool = False,
     stream: bool = False,
     embed: str | None = None,
+    placement: Placement | None = None,
 ) -> None:
     """Writes one JSON line with the input and its "prediction" for each, in their order.
 
@@ -62,10 +64,10 @@ def predict(
             with its tokens.
         embed: "mean" or "tokens" to write the encoder's outputs instead, as safetensors; see
             `encodings`.
+        placement: the devices; None for all of this host, which share the rows of a batch.
 
     Raises:
-        ValueError: an option that would have no effect, or cannot be with `stream`; the output is
-            the file of the inputs.
+        ValueError: an option has no effect, or cannot be with `stream`; inputs are the output.
     """
     checks.paths(INPUT=inputs, OUTPUT=output, VOCABULARY=vocabulary, HEADER_FONT=font)
     checks.flag("SCORES", scores)
@@ -79,21 +81,22 @@ def predict(
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
     requests = family_of(model.config).inputs
-    records = iter(requests.read(inputs))
     encode = requests.encoder(model.config, vocabulary, decoding.max_input_length, font)
-    chunks = _chunks(records, chunk_size or held_at_once(model, decoding))
+    chunks = _chunks(iter(requests.read(inputs)), chunk_size or held_at_once(model, decoding))
     if embed is not None:
-        write_embeddings(model, decoding, chunks, encode, output, embed)
+        write_embeddings(model, decoding, chunks, encode, output, embed, placement)
     elif model_for(model.config).describes:
-        _write(descriptions(model, decoding, chunks, encode), output)
+        _write(descriptions(model, decoding, chunks, encode, placement), output)
     else:
-        _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream)
+        _generate(model, decoding, vocabulary, placement, chunks, encode, output, scores, stream)
 
 
-def _generate(model, decoding, vocabulary, chunks, encode, output, scores, stream) -> None:
+def _generate(
+    model, decoding, vocabulary, placement, chunks, encode, output, scores, stream
+) -> None:
     """Writes or prints what a model generates."""
     decoding = with_checkpoint_defaults(decoding, model)
-    predictor = Predictor(model.config, model.params, decoding, vocabulary)
+    predictor = Predictor(model.config, model.params, decoding, vocabulary, placement)
     if stream:
         if output != "-" or scores:
             raise ValueError(

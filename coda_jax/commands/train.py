@@ -15,7 +15,7 @@ from coda_jax.data.labels import check_labels
 from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
-from coda_jax.models import ModelConfig, family_of
+from coda_jax.models import ModelConfig, check_divides, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.sharding import Placement
 from coda_jax.training import run_directory, trainer
@@ -33,6 +33,7 @@ def train(
     eval_data: Data | None = None,
     objective: Callable[[ModelConfig], Model] = model_for,
     export_dtype: Any = None,
+    placement: Placement | None = None,
 ) -> tuple[LoadedModel, dict[str, float]]:
     """Trains and exports into `directory`/export what `load_model` reads.
 
@@ -48,6 +49,7 @@ def train(
         eval_data: what to evaluate on.
         objective: (config) -> the model with what it is trained for.
         export_dtype: of the leaves, where all were trained: float32 or bfloat16.
+        placement: the devices; None for all of this host, which share the rows of a batch.
 
     Returns:
         The trained model, as it is exported, and its evaluation.
@@ -59,11 +61,10 @@ def train(
     directory = run_directory.checked(directory)
     export_dtype = checks.Maybe(checks.dtype)("export_dtype", export_dtype)
     trained = objective(model.config)
-    data, eval_data = _checked(model, trained, options, data, eval_data)
-    vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
-    layout = {**model.layout, "expected": trained.expects}
+    _check_divides(model.config, data, options, placement or Placement())
+    data, eval_data = _checked(model, trained, data, eval_data)
+    layout, said = {**model.layout, "expected": trained.expects}, _said(trained, data)
     batches = data.batches(repeat=True, **layout)
-    said = {"vocabulary": vocabulary, "lengths": data.lengths(trained.expects)}
     params, metrics = trainer.train(
         trained,
         trained.add_leaves(model.params),
@@ -74,33 +75,32 @@ def train(
         directory=directory,
         run=_identity(data, eval_data, said),
         eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
+        placement=placement,
     )
     data.report(batches)
-    _, params = trees.split(params, trained.creates)
-    if export_dtype is not None and not methods.partition(model.config, params)[1]:
-        params = jax.tree.map(lambda x: x.astype(export_dtype), params)
+    params = _exported(trained, params, export_dtype)
     model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
     files.write_json(directory / "metrics.json", metrics)
     print(f"exported to {directory / EXPORT}: {json.dumps(metrics, indent=2)}")
     return model, metrics
 
 
-def _check_rows(data: Data, options: trainer.TrainOptions) -> None:
-    """Raises ValueError where a batch cannot be shared out."""
-    Placement().check_rows("BATCH_SIZE", data.batch_size)
-    if data.batch_size % options.accumulation:
+def _check_divides(
+    config: ModelConfig, data: Data, options: trainer.TrainOptions, placement: Placement
+) -> None:
+    """Raises ValueError where devices cannot share the model, or each part of a batch."""
+    check_divides(config, placement)
+    placement.check("BATCH_SIZE", data.batch_size, "data")
+    parts = options.accumulation * placement.mesh.shape["data"]
+    if data.batch_size % parts:
         raise ValueError(
-            f"BATCH_SIZE must be a multiple of TrainOptions.accumulation={options.accumulation}, "
-            f"got {data.batch_size}"
+            f"BATCH_SIZE must be a multiple of TrainOptions.accumulation={options.accumulation} x "
+            f"{placement.mesh.shape['data']} devices = {parts}, got {data.batch_size}"
         )
 
 
 def _checked(
-    model: LoadedModel,
-    trained: Model,
-    options: trainer.TrainOptions,
-    data: Data,
-    eval_data: Data | None,
+    model: LoadedModel, trained: Model, data: Data, eval_data: Data | None
 ) -> tuple[Data, Data | None]:
     """The data with their limits, looked at; what there is to say of them is printed.
 
@@ -110,7 +110,6 @@ def _checked(
     """
     if data.task is None and data.cache is None:
         raise ValueError("there is nothing to train on: name a task or a cache file")
-    _check_rows(data, options)
     if not methods.partition(model.config, model.params)[1]:
         family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
     apart = [method.name for method in model.config.methods if not method.packs]
@@ -134,6 +133,20 @@ def _checked(
         if shared:
             say(f"{rest[0].place}: {shared:,} examples are among those trained on, too")
     return data, rest[0] if rest else None
+
+
+def _said(trained: Model, data: Data) -> dict[str, Any]:
+    """What an adapter says of the data that it was trained on."""
+    vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
+    return {"vocabulary": vocabulary, "lengths": data.lengths(trained.expects)}
+
+
+def _exported(trained: Model, params: Any, dtype: Any) -> Any:
+    """The network's own parameters; in a dtype, if one is given and all of them were trained."""
+    _, params = trees.split(params, trained.creates)
+    if dtype is None or methods.partition(trained.config, params)[1]:
+        return params
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def _identity(data: Data, eval_data: Data | None, said: dict[str, Any]) -> dict[str, Any]:

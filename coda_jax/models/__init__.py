@@ -9,7 +9,15 @@ and an entry here. `hf_fields` is what all checkpoints of Hugging Face share.
 import dataclasses
 import difflib
 
-from coda_jax.models.base import Family, ModelConfig, init_params, param_axes, param_shapes
+from coda_jax.models.base import (
+    Family,
+    ModelConfig,
+    check_divides,
+    init_params,
+    param_axes,
+    param_shapes,
+    placed,
+)
 from coda_jax.models.pix2struct import FAMILY as PIX2STRUCT
 from coda_jax.models.t5 import FAMILY as T5
 from coda_jax.models.w2v_bert import FAMILY as W2V_BERT
@@ -31,11 +39,13 @@ __all__ = [
     "FAMILIES",
     "Family",
     "ModelConfig",
+    "check_divides",
     "family_of",
     "find",
     "init_params",
     "param_axes",
     "param_shapes",
+    "placed",
     "preset",
     "presets",
 ]

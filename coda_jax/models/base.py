@@ -21,6 +21,7 @@ import numpy as np
 from coda_jax import checks, trees
 from coda_jax.methods import Method, ordered
 from coda_jax.models import hf_fields
+from coda_jax.sharding import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class ModelConfig:
         heads: patterns of the leaves that a base may lack: they are then created, and trained and
             saved with what the methods create.
         head_fields: what such a base, which `lacks_head`, does not say.
+        divided_fields: sizes that the devices along "model" of a mesh must share evenly.
         field_checks: what the value of each field must be, but for `methods`.
         vocab_size: V.
         dtype: of the computation, float32 or bfloat16.
@@ -66,6 +68,7 @@ class ModelConfig:
     family: ClassVar[str]
     heads: ClassVar[tuple[str, ...]] = ()
     head_fields: ClassVar[tuple[str, ...]] = ()
+    divided_fields: ClassVar[tuple[str, ...]] = ()
     field_checks: ClassVar[Mapping[str, checks.Check]] = {
         **dict.fromkeys(("vocab_size", "emb_dim", "num_encoder_layers"), checks.COUNT),
         **dict.fromkeys(("num_decoder_layers", "pad_id", "decoder_start_id"), checks.Whole(0)),
@@ -256,6 +259,18 @@ def param_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
     """{path: the logical names of the axes} of the parameters; see `sharding.AXIS_RULES`."""
     axes = _made(config)["params_axes"]
     return {path.removesuffix("_axes"): tuple(leaf.names) for path, leaf in axes.items()}
+
+
+def check_divides(config: ModelConfig, placement: Placement) -> None:
+    """Raises ValueError where devices cannot share what a config's network divides."""
+    for name in config.divided_fields:
+        placement.check(f"{type(config).__name__}.{name}", getattr(config, name), "model")
+
+
+def placed(config: ModelConfig, params: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+    """The parameters on their devices; see `Placement.params`, and `check_divides`."""
+    check_divides(config, placement)
+    return placement.params(params, param_axes(config))
 
 
 @functools.lru_cache(maxsize=128)

@@ -17,7 +17,7 @@ import numpy as np
 from coda_jax.optional import needs
 from coda_jax.profiling import tpu
 from coda_jax.profiling.breakdown import OTHER, Parts, part_of
-from coda_jax.sharding import Pod
+from coda_jax.sharding import Placement
 
 # Otherwise libtpu asks a TPU's host for these, and there is none.
 _HOST = {
@@ -129,14 +129,14 @@ def chips(text: str, whole: bool = False) -> list[jax.Device]:
 
 
 def compile_for(
-    name: str, function: Callable, arguments: Any, rounds: int = 1, pod: Pod | None = None
+    name: str, function: Callable, arguments: Any, rounds: int = 1, pod: Placement | None = None
 ) -> Program:
     """Compiles a function for one chip of a topology, or for all of them.
 
     Args:
         name: of the topology.
         function: to be compiled, or already jitted.
-        arguments: arrays or their shapes; for a pod, what its `shapes` makes of them.
+        arguments: arrays or their shapes; for a pod, shapes that say how they are divided.
         rounds: as of `tpu.cost`.
         pod: all chips of the topology; None for one.
 

@@ -25,6 +25,7 @@ from coda_jax import files, methods, trees
 from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.objectives import Model
+from coda_jax.sharding import Placement
 from coda_jax.training import schedules
 from coda_jax.training.run_directory import (
     EXPORT,
@@ -224,18 +225,21 @@ def check_run(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def run_file(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of a `RUN_FILE`; the devices are noted, but another number may continue."""
-    devices = {"devices": jax.local_device_count(), "platform": jax.default_backend()}
-    return json.loads(json.dumps({"format_version": FORMAT_VERSION, **run, "machine": devices}))
+def run_file(run: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+    """The contents of a `RUN_FILE`; the devices are noted, but others may continue."""
+    mesh = dict(placement.mesh.shape)
+    machine = {"devices": placement.mesh.size, "platform": jax.default_backend()}
+    if mesh["model"] > 1:
+        machine["mesh"] = mesh
+    return json.loads(json.dumps({"format_version": FORMAT_VERSION, **run, "machine": machine}))
 
 
-def machine_differs(directory: pathlib.Path, run: Mapping[str, Any]) -> str | None:
-    """A line that says that a run goes on with other devices, None if it does not."""
+def say_other_machine(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
+    """Prints a line if a run goes on with other devices."""
     there, here = files.read_json(directory / RUN_FILE).get("machine"), run["machine"]
-    if there == here:
-        return None
-    return f"the run began on {there} and goes on on {here}: the last bits will differ"
+    if there != here:
+        line = f"the run began on {there} and goes on on {here}: the last bits will differ"
+        print(line, flush=True)
 
 
 def _advice(directory: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""The trainer for one host and any number of its devices.
+"""The trainer for one host and any number of its devices, which divide batches and parameters.
 
 Only the trained leaves have gradients, optimizer state and a place in the checkpoints; the frozen
 ones are an argument of the step. A run is a function of its arguments alone: the batches come in a
@@ -23,12 +23,19 @@ import numpy as np
 import optax
 
 from coda_jax import checks, methods, trees
+from coda_jax.models import param_axes, placed
 from coda_jax.objectives import Model, Sums
 from coda_jax.sharding import Placement
 from coda_jax.training import run_identity, schedules
 from coda_jax.training.progress import Progress
 from coda_jax.training.run_checkpoints import RunCheckpoints, recover
-from coda_jax.training.run_directory import Requests, interruption, metric_writer, owned
+from coda_jax.training.run_directory import (
+    Requests,
+    interruption,
+    metric_writer,
+    owned,
+    saved_steps,
+)
 
 Batch = dict[str, np.ndarray]
 _NORM = checks.Number(above=0)
@@ -105,12 +112,17 @@ class TrainOptions:
 
 
 def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, accumulation: int, seed: int
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    seed: int,
+    places: TrainState | None = None,
 ) -> Callable[[TrainState, Mapping, Batch], tuple[TrainState, Sums]]:
     """The jitted step (state, frozen, batch) -> (state, sums); the state's buffers are reused.
 
     The gradient is that of the mean loss over all target tokens of the batch, however many parts
-    and devices it is spread over.
+    and devices it is spread over. `places` are the shardings of the next state, which XLA chooses
+    otherwise.
     """
 
     def loss(trained, frozen, batch, rng):
@@ -133,8 +145,9 @@ def make_train_step(
         if accumulation == 1:
             gradients, sums = grad(state.trained, frozen, batch, rng)
         else:
+            # A part has rows from all over the batch, so that each device has its share of it.
             parts = jax.tree.map(
-                lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch
+                lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
             )
             zeros = jax.tree.map(jnp.zeros_like, state.trained), Sums(*[jnp.zeros(())] * 5)
             (gradients, sums), _ = lax.scan(part, zeros, (jnp.arange(accumulation), parts))
@@ -143,7 +156,7 @@ def make_train_step(
         trained = optax.apply_updates(state.trained, updates)
         return TrainState(state.step + 1, trained, optimizer_state), sums
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=places and (places, places.step))
 
 
 def evaluate(
@@ -158,7 +171,8 @@ def evaluate(
     for batch in batches:
         if stop():
             return None
-        sums = _sums(model)(params, placement.batch(batch))
+        with placement.divided():
+            sums = _sums(model)(params, placement.batch(batch))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
         raise ValueError("there is no batch to evaluate on")
@@ -209,13 +223,24 @@ def make_optimizer(
 
 
 def _start(
-    model: Model, params: Mapping, transform: optax.GradientTransformation, placement: Placement
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state before the first step, and the frozen leaves, on their devices."""
-    trained, frozen = map(placement.params, partition(model, params))
-    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-    state = TrainState(jnp.zeros((), jnp.int32), trained, transform.init(trained))
-    return placement.params(state), frozen
+    model: Model,
+    params: Mapping,
+    transform: optax.GradientTransformation,
+    options: TrainOptions,
+    placement: Placement,
+) -> tuple[TrainState, dict[str, Any], Callable]:
+    """The state before the first step and the frozen leaves, on their devices, and the step."""
+    trained, frozen = partition(model, placed(model.config, params, placement))
+
+    def begin(trained):
+        trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+        state = TrainState(jnp.zeros((), jnp.int32), trained, transform.init(trained))
+        return jax.tree.map(jnp.copy, state)  # no buffer twice, as a step reuses each
+
+    shapes = placement.shapes(jax.eval_shape(begin, trained), param_axes(model.config))
+    places = jax.tree.map(lambda x: x.sharding, shapes)
+    step = make_train_step(model, transform, options.accumulation, options.seed, places)
+    return jax.jit(begin, out_shardings=places)(trained), frozen, step
 
 
 def train(
@@ -229,6 +254,7 @@ def train(
     directory: str | os.PathLike,
     run: Mapping[str, Any],
     eval_batches: Callable[[], Iterable[Batch]] | None = None,
+    placement: Placement | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Trains from `params`, or from the newest checkpoint in `directory`, to the last step.
 
@@ -243,15 +269,15 @@ def train(
         run: what identifies the data, as JSON; see `run_identity` for the rest. "eval_data" in it
             does so only where `best_metric` is set; otherwise other data are evaluated on anew.
         eval_batches: makes a pass over the evaluation data.
+        placement: the devices; None for all of this host, which share the rows of a batch.
 
     Returns:
         The parameters at the end, or the best where `best_metric` is set, and their metrics.
 
     Raises:
-        ValueError: the directory holds another run, the batches end before the last step, or an
-            option, a learning rate among them, is out of its range.
-        FloatingPointError: a loss, a metric or what would be saved was not finite; the last
-            checkpoint is from before that.
+        ValueError: the directory holds another run, the batches end before the last step, an option
+            or the learning rate is out of its range, or devices cannot share the model.
+        FloatingPointError: a loss, a metric or what would be saved was not finite; it is not saved.
         Interruption: SIGTERM, SIGHUP or Ctrl-C came; the state is saved.
     """
     best_mode = options.best_mode(model, eval_batches is not None)
@@ -259,8 +285,9 @@ def train(
     print(describe(model, params), flush=True)
     first, batches = _peek(batches, options)
     known = run_identity.identify(model, params, options, optimizer, learning_rate, first)
-    run, directory = run_identity.run_file({**known, **run}), pathlib.Path(directory).absolute()
-    placement = Placement()
+    placement = placement or Placement()
+    run = run_identity.run_file({**known, **run}, placement)
+    directory = pathlib.Path(directory).absolute()
     with (
         owned(directory),
         interruption() as requests,
@@ -268,16 +295,14 @@ def train(
         metric_writer(directory) as write,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
-        state, frozen = _start(model, params, transform, placement)
+        state, frozen, step = _start(model, params, transform, options, placement)
         state, metrics = checkpoints.restore(state)
         loop = _Loop(
             model, frozen, placement, options, eval_batches, checkpoints, write, requests, rate,
-            step=make_train_step(model, transform, options.accumulation, options.seed),
+            step,
         )  # fmt: skip
-        if int(state.step) and (line := run_identity.machine_differs(directory, run)):
-            print(line, flush=True)
         state, metrics = checkpoints.best(loop.run(state, batches, evaluated=bool(metrics)))
-    return trees.merge(jax.device_get(state.trained), jax.device_get(frozen)), metrics
+    return trees.merge(jax.device_get(state.trained), partition(model, params)[1]), metrics
 
 
 def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Iterator[Batch]]:
@@ -297,6 +322,8 @@ def _checkpoints(
         run = {name: value for name, value in run.items() if name != "eval_data"}
     recover(directory)
     run_identity.check_run(directory, run)
+    if saved_steps(directory):
+        run_identity.say_other_machine(directory, run)
     chosen = {"best_metric": options.best_metric, "best_mode": best_mode}
     return RunCheckpoints(directory, run, options.keep, **chosen, evaluated_on=evaluated_on)
 
@@ -353,7 +380,8 @@ class _Loop:
         self._stop(number)
         with Progress(total, number, self.model.report) as progress:
             for batch in itertools.islice(batches, number, total):
-                state, sums = self.step(state, self.frozen, self.placement.batch(batch))
+                with self.placement.divided():
+                    state, sums = self.step(state, self.frozen, self.placement.batch(batch))
                 number += 1
                 progress.add(number, sums)
                 saving = self._saves_at(number)

@@ -2,12 +2,12 @@
 
 import json
 
-from command_line import coda
+from command_line import coda, flags
 from helpers import ADAPTER, config, method_of, random_params
 import numpy as np
 import pytest
 
-from coda_jax import checkpoints
+from coda_jax import checkpoints, cli
 from coda_jax.commands.loading import load_model
 from coda_jax.data.cache import read_cache
 from coda_jax.data.source import Data
@@ -91,6 +91,67 @@ def test_predict_answers_in_order(trained, checkpoint, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["inputs"] for line in lines] == texts
     assert all(isinstance(line["prediction"], str) for line in lines)
+
+
+def test_a_mesh_changes_no_answer(trained, shared, checkpoint, tmp_path):
+    """Of the two devices each holds half of the heads, channels and ids."""
+    (tmp_path / "in.txt").write_text("fade\na much longer input\nb\n")
+    adapter = {"INITIAL_ADAPTER_PATH": trained / "export" / "adapter"}
+    adapter |= {"Decoding.max_decode_length": 4}
+    given = {"INITIAL_CHECKPOINT_PATH": checkpoint, "VOCABULARY": "bytes", "SCORES": True}
+    given |= adapter | {"INPUT": tmp_path / "in.txt"}
+    metrics, lines = [], []
+    for mesh in (None, {"data": 1, "model": 2}):
+        out = tmp_path / str(mesh)
+        of_task = shared | adapter | {"OUTPUT": f"{out}.json", "MESH": mesh}
+        coda("evaluate", ["runs/evaluate.gin", "tasks/jsonl.gin"], of_task)
+        metrics.append(json.loads((tmp_path / f"{mesh}.json").read_text()))
+        coda("predict", ["runs/predict.gin"], given | {"OUTPUT": f"{out}.jsonl", "MESH": mesh})
+        lines.append([json.loads(x) for x in (tmp_path / f"{mesh}.jsonl").read_text().splitlines()])
+    assert metrics[0] == metrics[1]
+    for whole, divided in zip(*lines, strict=True):
+        assert whole["prediction"] == divided["prediction"]
+        score, other = (line["predictions"][0]["score"] for line in (whole, divided))
+        assert score == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ({"data": 3}, "MESH must be of all 2 devices, got 3 x 1 = 3"),
+        ({"rows": 2}, "MESH must be a dictionary such as {'data': 4, 'model': 2}, got {'rows': 2}"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        ("train", ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]),
+        ("evaluate", ["runs/evaluate.gin", "tasks/jsonl.gin"]),
+        ("predict", ["runs/predict.gin"]),
+    ],
+)
+def test_a_mesh_that_is_none_is_told_before_a_model_is_read(
+    command, files, mesh, said, shared, tmp_path, capsys
+):
+    given = {"INITIAL_CHECKPOINT_PATH": tmp_path / "missing", "MESH": mesh}
+    if command == "predict":
+        given |= {"INPUT": tmp_path / "in.txt"}
+    else:
+        given |= {name: shared[name] for name in ("TRAIN_FILE", "VALIDATION_FILE", "VOCABULARY")}
+    given |= {"MODEL_DIR": tmp_path / "run"} if command == "train" else {}
+    assert cli.main([command, *flags(files, given)]) == 1
+    assert capsys.readouterr().err == f"coda {command}: {said}\n"
+
+
+def test_parts_of_a_batch_that_devices_cannot_share_are_told(shared, tmp_path, capsys):
+    files = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
+    given = {"MODEL_DIR": tmp_path / "run", "TrainOptions.accumulation": 4}
+    assert cli.main(["train", *flags(files, shared | given)]) == 1
+    assert capsys.readouterr().err == (
+        "coda train: BATCH_SIZE must be a multiple of TrainOptions.accumulation=4 x 2 devices = 8, "
+        "got 4\n"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_cache_gives_the_batches_of_the_task(checkpoint, shared, tmp_path):

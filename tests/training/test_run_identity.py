@@ -5,6 +5,7 @@ import functools
 import json
 
 from helpers import random_params
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,6 +14,7 @@ from training_runs import CONFIG, OPTIONS, make_batches
 
 from coda_jax import trees
 from coda_jax.objectives import Seq2Seq
+from coda_jax.sharding import Placement
 from coda_jax.training import run_identity
 from coda_jax.training.run_identity import check_run, differences, identify, run_file
 from coda_jax.training.schedules import warmup_cosine
@@ -30,9 +32,10 @@ def run_of(**changes):
         "learning_rate": 1e-2,
         "first_batch": next(make_batches()),
         "data": {"sha256": "0"},
+        "placement": Placement(),
     } | changes
-    data = given.pop("data")
-    return run_file({**identify(**given), "data": data})
+    data, given_placement = given.pop("data"), given.pop("placement")
+    return run_file({**identify(**given), "data": data}, given_placement)
 
 
 def options(**changes):
@@ -251,11 +254,20 @@ def test_a_damaged_description_is_named(folder):
         check_run(folder, run_of())
 
 
-def test_another_number_of_devices_is_said(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"devices": jax.devices()[:1]}, "'devices': 1"),
+        ({"mesh": {"model": 2}}, "'mesh': {'data': 1, 'model': 2}"),
+    ],
+)
+def test_other_devices_and_another_mesh_are_said(folder, other, said, capsys):
     run = run_of()
     (folder / "run.json").write_text(json.dumps(run))
-    assert run_identity.machine_differs(folder, run) is None
-    monkeypatch.setattr("jax.local_device_count", lambda: 8)
-    check_run(folder, run_of())
-    line = run_identity.machine_differs(folder, run_of())
-    assert "'devices': 8" in line and "the last bits will differ" in line
+    run_identity.say_other_machine(folder, run)
+    assert not capsys.readouterr().out
+    run = run_of(placement=Placement(**other))
+    check_run(folder, run)
+    run_identity.say_other_machine(folder, run)
+    line = capsys.readouterr().out
+    assert said in line and "the last bits will differ" in line

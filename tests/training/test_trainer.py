@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
-from helpers import random_params
+from helpers import assert_same_tree, random_params
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_runs import CONFIG, OPTIONS, make_batches, run
+from training_runs import CONFIG, OPTIONS, Quick, make_batches, run
 
 from coda_jax import methods, trees
 from coda_jax.methods import Full
@@ -135,21 +135,45 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     assert max(jax.tree.leaves(moved)) > 1e-2
 
 
-def test_two_devices_give_the_gradients_of_one():
+@pytest.mark.parametrize("mesh", [None, {"model": 2}])
+def test_two_devices_give_the_gradients_of_one(mesh, tmp_path):
     assert len(jax.local_devices()) == 2
-    model, params, batch = Seq2Seq(WITHOUT_DROPOUT), random_params(CONFIG), next(make_batches())
-    trained, frozen = trainer.partition(model, params)
-    results = []
-    for devices in (jax.local_devices(), jax.local_devices()[:1]):
-        placement = Placement(devices)
-        step = trainer.make_train_step(model, optax.sgd(1.0), 1, 0)
-        state, sums = step(
-            placement.params(first_state(trained, optax.sgd(1.0))),
-            placement.params(frozen),
-            placement.batch(batch),
-        )
-        results.append((state.trained, sums))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+    options = dataclasses.replace(OPTIONS, total_steps=1, max_grad_norm=None)
+    given = {"cfg": WITHOUT_DROPOUT, "options": options, "optimizer": optax.sgd}
+    given |= {"learning_rate": 1.0}
+    one = Placement(devices=jax.local_devices()[:1])
+    _, expected, expected_metrics = run(tmp_path / "one", placement=one, **given)
+    _, found, metrics = run(tmp_path / "two", placement=Placement(mesh), **given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    assert metrics == pytest.approx(expected_metrics, abs=1e-5)
+
+
+def test_a_run_over_a_mesh_goes_on_with_the_same_bits(tmp_path, capsys):
+    given = {"model": Quick, "placement": Placement({"model": 2})}
+    _, expected, metrics = run(tmp_path / "uncut", **given)
+    with pytest.raises(ValueError, match="the data ended after 3 of 6"):
+        run(tmp_path, batches=make_batches(3), **given)
+    _, found, found_metrics = run(tmp_path, **given)
+    assert_same_tree(found, expected)
+    assert found_metrics == metrics
+    assert "the run began" not in capsys.readouterr().out
+    run(tmp_path, **given | {"placement": Placement()})
+    assert "'mesh': {'data': 1, 'model': 2}} and goes on on " in capsys.readouterr().out
+
+
+def test_a_device_holds_its_share_of_a_step():
+    """By the compiler's own count of its arguments."""
+    model, optimizer, held = Seq2Seq(WITHOUT_DROPOUT), optax.adamw(1e-3), []
+    for mesh in (None, {"model": 2}):
+        placement = Placement(mesh)
+        batch = placement.batch(next(make_batches()))
+        params = random_params(CONFIG)
+        state, frozen, step = trainer._start(model, params, optimizer, OPTIONS, placement)
+        arguments = jax.tree.leaves((state, frozen, batch))
+        held.append(sum(x.addressable_shards[0].data.nbytes for x in arguments))
+    with placement.divided():
+        compiled = step.lower(state, frozen, batch).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes == held[1] < 0.6 * held[0]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):

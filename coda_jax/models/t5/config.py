@@ -42,6 +42,7 @@ class T5Config(ModelConfig):
     family: ClassVar[str] = "t5"
     heads: ClassVar[tuple[str, ...]] = (r"^head/",)
     head_fields: ClassVar[tuple[str, ...]] = ("head", "labels", "pooling")
+    divided_fields: ClassVar[tuple[str, ...]] = ("num_heads", "mlp_dim")
     head_kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
     field_checks: ClassVar[Mapping[str, checks.Check]] = {
         **ModelConfig.field_checks,
