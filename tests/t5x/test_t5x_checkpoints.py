@@ -1,5 +1,7 @@
 """T5X checkpoints against T5X itself: it restores what we save, and we load what it saves."""
 
+import importlib
+
 from flax.core import freeze
 from helpers import assert_same_tree, shapes
 import jax
@@ -8,12 +10,16 @@ import numpy as np
 import pytest
 from t5x_formats import CODA, fresh_params
 
+from coda_jax import trees
 from coda_jax.checkpoints import save_t5x
 from coda_jax.checkpoints.t5x import read_t5x
 
 t5x_checkpoints = pytest.importorskip(
     "t5x.checkpoints", reason="T5X is not installed", exc_type=ImportError
 )
+
+
+t5x_models = importlib.import_module("coda_jax.t5x_models")
 
 
 @pytest.fixture(name="params", scope="module")
@@ -73,3 +79,37 @@ def test_t5x_restores_what_is_saved(tmp_path, params):
     restored = manager.restore(path=str(path))
     assert restored.step == 5
     assert_same_tree(restored.params, params)
+
+
+def restored(cls, folder, wanted):
+    """What a manager of T5X restores of a checkpoint into a state of these parameters."""
+    from t5x import train_state
+
+    state, partitioner = t5x_state(wanted)
+    inference = train_state.InferenceState(
+        state.step, params=state.params, params_axes=state.params_axes
+    )
+    manager = cls(str(folder), inference, partitioner)
+    step = t5x_models.restoration(CODA, "restored")
+    found = manager.restore(path=str(folder / "checkpoint_5"), state_transformation_fns=[step])
+    return found.params
+
+
+def test_what_is_restored_is_compared_with_the_model_also_where_nobody_looked(tmp_path, params):
+    """T5X and orbax take arrays of other shapes, and drop those that they do not know."""
+    save_t5x(tmp_path / "good", params, step=5)
+    ours, theirs = t5x_models.CheckpointManager, t5x_checkpoints.OrbaxCheckpointManagerInterface
+    assert_same_tree(restored(ours, tmp_path / "good", params), params)
+    path = "token_embedder/embedding"
+    flat = trees.flatten(params)
+    larger = {**flat, path: np.zeros((flat[path].shape[0] + 2, flat[path].shape[1]), np.float32)}
+    save_t5x(tmp_path / "larger", trees.unflatten(larger), step=5)
+    assert restored(theirs, tmp_path / "larger", params)["token_embedder"]["embedding"].shape == (
+        larger[path].shape
+    )
+    with pytest.raises(ValueError, match=rf"\(1 leaves\):\n  wrong shape: {path} is "):
+        restored(ours, tmp_path / "larger", params)
+    extra = {**flat, "encoder/layers_2/adapter/wi/kernel": np.zeros((2, 2), np.float32)}
+    save_t5x(tmp_path / "extra", trees.unflatten(extra), step=5)
+    with pytest.raises(ValueError, match="extra: encoder/layers_2/adapter/wi/kernel"):
+        restored(theirs, tmp_path / "extra", params)
