@@ -223,14 +223,14 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
         return loss, {**metrics, **routing_metrics(intermediates, num_tokens)}
 
 
-def summarize_config(config: ModelConfig, model_dir: str, summary_writer: Any, step: int) -> None:
+def summarize_config(model_dir: str, summary_writer: Any, step: int, config: ModelConfig) -> None:
     """T5X's `summarize_config_fn`, which also says in the run's folder what its model is.
 
     Args:
+        model_dir: T5X's, as are the next two.
+        summary_writer: of TensorBoard, or None.
+        step: of the start.
         config: the run's.
-        model_dir: T5X's, as are the others.
-        summary_writer: T5X's.
-        step: T5X's.
     """
     gin_utils.summarize_gin_config(model_dir, summary_writer, step)
     if jax.process_index() == 0:

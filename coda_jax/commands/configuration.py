@@ -33,6 +33,7 @@ from coda_jax.commands.gin_macros import (
 from coda_jax.optional import needs
 
 Key = tuple[str, str, str]  # scope, full name of the configurable, parameter
+_MACROS = {"num_decodes": "NUM_BEAMS"}  # what people give T5X's own parameters as
 _BY_NAME = "coda_jax.commands.loading.configured_methods"  # calls methods that it is given by name
 
 
@@ -172,7 +173,10 @@ def _check_reached(reached: set[Key], keys: Mapping[Key, str]) -> None:
             bound = " and ".join(sorted(f"{o[0]}/{what}.{parameter}" for o in others))
             problems.append(f"{place} has no effect: it goes behind {bound}")
         else:
-            problems.append(f"{place} has no effect: nothing that this run uses reads {what}")
+            instead = f"; give {_MACROS[parameter]}" if parameter in _MACROS else ""
+            problems.append(
+                f"{place} has no effect: nothing that this run uses reads {what}{instead}"
+            )
     refuse(problems)
 
 
@@ -208,6 +212,11 @@ def reachable(function: Callable[..., Any] | None = None) -> set[Key]:
                 (reference.configurable.selector, tuple(reference.scopes) or scopes)
                 for reference in config.iterate_references(value)
             ]
+        todo += [
+            (method, scopes)
+            for _, method in config._CONFIG
+            if config._REGISTRY[method].is_method and method.rpartition(".")[0] == selector
+        ]
         if selector == _BY_NAME:
             todo += [(method, scopes) for method in _named_methods(bound.get("names"))]
     return found

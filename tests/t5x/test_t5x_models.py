@@ -23,7 +23,7 @@ import seqio
 
 from coda_jax import checkpoints, cli, gin_configs, methods, trees
 from coda_jax.checkpoints.t5x_record import read_record, run_folder, write_record
-from coda_jax.commands import gin_files
+from coda_jax.commands import configuration, gin_files
 from coda_jax.methods import Coda, Full, Lora, ParallelAdapter
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.w2v_bert.config import W2vBertConfig
@@ -331,7 +331,7 @@ def test_another_method_than_the_checkpoints_is_refused_at_once(make_model, tmp_
 
 
 def test_a_run_says_in_its_folder_what_its_model_is(tmp_path):
-    t5x_models.summarize_config(CONFIG, str(tmp_path), None, 0)
+    t5x_models.summarize_config(str(tmp_path), None, 0, config=CONFIG)
     assert read_record(run_folder(tmp_path)) == CONFIG
     assert (tmp_path / "config.gin").exists()
 
@@ -341,3 +341,20 @@ def test_beams_act_in_the_evaluation_of_a_training(make_model):
     made = make_model(files, NUM_BEAMS="4", ALPHA="0.3", **ELSEWHERE, **STDLIB)
     assert made._default_decoder_params.num_decodes == 4
     assert made.decode_fn.keywords == {"alpha": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("binding", "acts"),
+    [("t5x_models.CodaEncoderDecoderModel", True), ("models.EncoderDecoderModel", False)],
+)
+def test_beams_given_as_t5x_has_them_act_or_are_found(binding, acts, make_model, tmp_path):
+    """Those of T5X's class do nothing for ours; see `check_flags_of_t5x`."""
+    own = tmp_path / "own.gin"
+    own.write_text(
+        "from __gin__ import dynamic_registration\nfrom coda_jax import t5x_models\n"
+        f"from t5x import models\n{binding}.predict_batch_with_aux.num_decodes = 4\n"
+    )
+    make_model(["t5x/finetune.gin", "methods/coda.gin", str(own)], **ELSEWHERE, **STDLIB)
+    reached = configuration.reachable(T5X_SCRIPT.train)
+    found = [key for key in reached if key[2] == "num_decodes" and "predict_batch" in key[1]]
+    assert bool(found) == acts
