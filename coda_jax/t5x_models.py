@@ -17,7 +17,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from t5x import checkpoints as t5x_checkpoints
 from t5x import decoding, gin_utils, models, optimizers
 
 from coda_jax import checks, trees
@@ -91,7 +90,8 @@ def restoration(config: ModelConfig, new_leaves: str = "created") -> Callable:
     """What of a checkpoint T5X restores: one of its `state_transformation_fns`.
 
     These see the table of leaves of every checkpoint, wherever it lies. T5X itself would start
-    parameters that are missing from scratch, and drop those that the model lacks.
+    parameters that are missing from scratch, and drop those that the model lacks. Of shapes orbax's
+    table says nothing: Flax compares those, before the first step.
 
     Args:
         config: the run's.
@@ -116,17 +116,6 @@ def restoration(config: ModelConfig, new_leaves: str = "created") -> Callable:
         return {**state, "state": kept}
 
     return restored
-
-
-class CheckpointManager(t5x_checkpoints.OrbaxCheckpointManagerInterface):
-    """T5X's, with a comparison of shapes, of which neither it nor orbax's table of leaves knows."""
-
-    def restore(self, *args, **kwargs):
-        """T5X's; raises ValueError where a parameter has another shape than the model's."""
-        restored = super().restore(*args, **kwargs)
-        what = "the leaves of the checkpoint do"
-        trees.check_tree(self._train_state.params, restored.params, what=what)
-        return restored
 
 
 def beam_search(alpha: float = 0.6) -> Callable:

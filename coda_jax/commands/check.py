@@ -6,6 +6,7 @@ orbax does not compare shapes; here every leaf that is missing, extra or misshap
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+import types
 from typing import Any
 
 import jax
@@ -136,12 +137,8 @@ def compare_leaves(
         ValueError: leaves are missing, extra or misshapen (all are listed).
     """
     checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
-    expected = trees.flatten(param_shapes(config.dense() if new_leaves == "created" else config))
-    unsaid = {path: leaf.shape for path, leaf in expected.items()}
-    found = {
-        path: jax.ShapeDtypeStruct(unsaid.get(path, ()) if shape is None else shape, float)
-        for path, shape in shapes.items()
-    }
+    expected = param_shapes(config.dense() if new_leaves == "created" else config)
+    found = {path: types.SimpleNamespace(shape=shape) for path, shape in shapes.items()}
     what = f"the leaves of {name}, where those of the methods are to be {new_leaves}, do"
     trees.check_tree(expected, found, what=what)
 

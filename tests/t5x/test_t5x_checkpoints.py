@@ -3,6 +3,7 @@
 import importlib
 
 from flax.core import freeze
+from flax.errors import ScopeParamShapeError
 from helpers import assert_same_tree, shapes
 import jax
 import jax.numpy as jnp
@@ -81,35 +82,39 @@ def test_t5x_restores_what_is_saved(tmp_path, params):
     assert_same_tree(restored.params, params)
 
 
-def restored(cls, folder, wanted):
-    """What a manager of T5X restores of a checkpoint into a state of these parameters."""
+def restored(folder, wanted):
+    """What T5X restores of a checkpoint, with our `restoration`, into a state of parameters."""
     from t5x import train_state
 
     state, partitioner = t5x_state(wanted)
     inference = train_state.InferenceState(
         state.step, params=state.params, params_axes=state.params_axes
     )
-    manager = cls(str(folder), inference, partitioner)
+    manager = t5x_checkpoints.OrbaxCheckpointManagerInterface(str(folder), inference, partitioner)
     step = t5x_models.restoration(CODA, "restored")
     found = manager.restore(path=str(folder / "checkpoint_5"), state_transformation_fns=[step])
     return found.params
 
 
-def test_what_is_restored_is_compared_with_the_model_also_where_nobody_looked(tmp_path, params):
-    """T5X and orbax take arrays of other shapes, and drop those that they do not know."""
+def test_what_t5x_would_drop_is_found_as_it_restores(tmp_path, params):
+    """In both formats, whose tables of leaves T5X shows in different ways."""
     save_t5x(tmp_path / "good", params, step=5)
-    ours, theirs = t5x_models.CheckpointManager, t5x_checkpoints.OrbaxCheckpointManagerInterface
-    assert_same_tree(restored(ours, tmp_path / "good", params), params)
-    path = "token_embedder/embedding"
-    flat = trees.flatten(params)
-    larger = {**flat, path: np.zeros((flat[path].shape[0] + 2, flat[path].shape[1]), np.float32)}
-    save_t5x(tmp_path / "larger", trees.unflatten(larger), step=5)
-    assert restored(theirs, tmp_path / "larger", params)["token_embedder"]["embedding"].shape == (
-        larger[path].shape
-    )
-    with pytest.raises(ValueError, match=rf"\(1 leaves\):\n  wrong shape: {path} is "):
-        restored(ours, tmp_path / "larger", params)
-    extra = {**flat, "encoder/layers_2/adapter/wi/kernel": np.zeros((2, 2), np.float32)}
+    assert_same_tree(restored(tmp_path / "good", params), params)
+    state, partitioner = t5x_state(params, step=5)
+    t5x_checkpoints.Checkpointer(state, partitioner, str(tmp_path / "legacy")).save(state)
+    assert_same_tree(restored(tmp_path / "legacy", params), params)
+    extra = {**trees.flatten(params), "encoder/layers_2/adapter/wi/kernel": np.zeros((2, 2))}
     save_t5x(tmp_path / "extra", trees.unflatten(extra), step=5)
     with pytest.raises(ValueError, match="extra: encoder/layers_2/adapter/wi/kernel"):
-        restored(theirs, tmp_path / "extra", params)
+        restored(tmp_path / "extra", params)
+
+
+def test_other_shapes_which_t5x_takes_stop_the_first_step(tmp_path, params):
+    flat, path = trees.flatten(params), "token_embedder/embedding"
+    rows, width = flat[path].shape
+    larger = {**flat, path: np.zeros((rows + 2, width), np.float32)}
+    save_t5x(tmp_path, trees.unflatten(larger), step=5)
+    found = restored(tmp_path, params)
+    assert found["token_embedder"]["embedding"].shape == (rows + 2, width)
+    with pytest.raises(ScopeParamShapeError, match="embedding"):
+        CODA.network().apply({"params": found}, *CODA.init_inputs(), enable_dropout=False)
