@@ -1,4 +1,4 @@
-"""T5X's side: its model class with metrics of the routing, and its optimizer of what is trained.
+"""T5X's side: its model class with metrics of the routing, what it restores, what it trains.
 
 The network is the config's own. The only module that imports t5x. Its functions are named in
 gin_configs/t5x.
@@ -12,18 +12,20 @@ import importlib
 import typing
 from typing import Any
 
-from absl import logging
 import clu.metrics
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from t5x import decoding, models, optimizers
+from t5x import decoding, gin_utils, models, optimizers
 
 from coda_jax import checks, trees
-from coda_jax.commands.check import NEW_LEAVES, check_leaves
+from coda_jax.checkpoints.t5x import table_of
+from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder, write_record
+from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves
 from coda_jax.commands.configuration import check_flags_of_t5x
-from coda_jax.methods import Method, created, trained
+from coda_jax.commands.t5x_identity import check_restored, check_resumed
+from coda_jax.methods import Method, trained
 from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
@@ -84,27 +86,36 @@ def example_network(config: ModelConfig) -> nn.Module | None:
     return network if made == ours else None
 
 
-def assignment_map(config: ModelConfig, new_leaves: str = "created") -> list[tuple[str, Any]]:
-    """T5X's `assignment_map` for a start from a checkpoint.
+def restoration(config: ModelConfig, new_leaves: str = "created") -> Callable:
+    """What of a checkpoint T5X restores: one of its `state_transformation_fns`.
 
-    What the methods create is new, or restored; all other parameters must be in the checkpoint:
-    without the last rule, T5X would start those that it lacks from scratch. The step goes on, the
-    optimizer starts anew.
+    These see the table of leaves of every checkpoint, wherever it lies. T5X itself would start
+    parameters that are missing from scratch, and drop those that the model lacks. Of shapes orbax's
+    table says nothing: Flax compares those, before the first step.
 
     Args:
         config: the run's.
-        new_leaves: "created" or "restored".
+        new_leaves: whether the methods' leaves are "created" or "restored", unless T5X goes on with
+            its own run, whose leaves are all restored.
+
+    Returns:
+        (a checkpoint's state, the run's state) -> what is restored: the parameters, which are
+        compared with the model's, and the step; the optimizer starts anew.
 
     Raises:
         ValueError: `new_leaves` is another word.
     """
     checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
-    new = created(config) if new_leaves == "created" else ()
-    return [
-        (r"state/param_states.*", None),
-        *((f"target/.*?(?:{pattern}).*", None) for pattern in new),
-        (r"(.*)", r"\1"),
-    ]
+
+    def restored(state, _, is_resuming=False):
+        shapes = table_of(state.get("target", {}))
+        compare_leaves(config, shapes, "the checkpoint", "restored" if is_resuming else new_leaves)
+        if is_resuming:
+            return state
+        kept = {name: leaf for name, leaf in state["state"].items() if name != "param_states"}
+        return {**state, "state": kept}
+
+    return restored
 
 
 def beam_search(alpha: float = 0.6) -> Callable:
@@ -141,19 +152,30 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder model, which checks its checkpoint and logs how each layer routes.
 
     Args:
-        checkpoint: where the run starts from; its leaves are compared with the model's before
-            anything is restored, as `coda check` does. A remote one is left unchecked, with a
-            warning.
+        checkpoint: where the run starts from. Where it has the methods' leaves, its run's methods
+            are compared with the model's; the leaves of one on a local disk are compared here
+            already, so that what does not fit is said at once.
         new_leaves: whether the methods' leaves are "created" or "restored".
+        model_dir: the folder of a training, in which T5X goes on where it has checkpoints; None for
+            evaluation and inference.
+        change_methods: whether the checkpoint is used with other methods than its run's.
         *args: T5X's.
         **kwargs: T5X's.
 
     Raises:
-        ValueError: leaves are missing, extra or misshapen (all are listed); a value is out of its
-            range.
+        ValueError: leaves are missing, extra or misshapen (all are listed); a run was another one;
+            a value is out of its range.
     """
 
-    def __init__(self, *args, checkpoint: str | None = None, new_leaves: str = "created", **kwargs):
+    def __init__(
+        self,
+        *args,
+        checkpoint: str | None = None,
+        new_leaves: str = "created",
+        model_dir: str | None = None,
+        change_methods: bool = False,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         Z_LOSS("Z_LOSS", self._z_loss)
         checks.Number(least=0, below=1)("LABEL_SMOOTHING", self._label_smoothing)
@@ -161,12 +183,16 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
             factor = checks.Number(above=0)
             factor("LOSS_NORMALIZING_FACTOR", self._loss_normalizing_factor)
         checks.COUNT("DecoderParams.num_decodes", self._default_decoder_params.num_decodes)
-        if checkpoint is None:
-            return
-        if "://" in checkpoint:
-            logging.warning("%s is remote and not checked; see `coda check`.", checkpoint)
-        else:
-            check_leaves(self.module.config, checkpoint, new_leaves)
+        checks.flag("CHANGE_METHODS", change_methods)
+        config = self.module.config
+        if model_dir is not None and has_checkpoints(run_folder(model_dir)):
+            check_resumed(model_dir, config)
+        elif checkpoint is not None:
+            if new_leaves == "restored":
+                goes_on = "evaluated" if model_dir is None else "trained on"
+                check_restored(checkpoint, config, goes_on, change_methods)
+            if "://" not in checkpoint:
+                check_leaves(config, checkpoint, new_leaves)
 
     def loss_fn(self, params, batch, dropout_rng):
         """T5X's loss and metrics, and those of `routing_metrics`, from one pass; see T5X."""
@@ -184,6 +210,20 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
         loss, metrics = models.EncoderDecoderModel.loss_fn(plain, params, batch, dropout_rng)
         num_tokens = jnp.sum(self.module.input_mask(batch["encoder_input_tokens"]))
         return loss, {**metrics, **routing_metrics(intermediates, num_tokens)}
+
+
+def summarize_config(model_dir: str, summary_writer: Any, step: int, config: ModelConfig) -> None:
+    """T5X's `summarize_config_fn`, which also says in the run's folder what its model is.
+
+    Args:
+        model_dir: T5X's, as are the next two.
+        summary_writer: of TensorBoard, or None.
+        step: of the start.
+        config: the run's.
+    """
+    gin_utils.summarize_gin_config(model_dir, summary_writer, step)
+    if jax.process_index() == 0:
+        write_record(run_folder(model_dir), config)
 
 
 def routing_metrics(intermediates: Any, num_tokens: jax.Array) -> dict[str, clu.metrics.Average]:

@@ -105,7 +105,7 @@ def check_tree(
 
     Args:
         expected: tree of anything with a `shape`, e.g. from `jax.eval_shape`.
-        actual: the tree to check.
+        actual: the tree to check; a shape that is None is not known, and may be any.
         allow_missing: patterns of leaves that `actual` may lack.
         what: how the error sentence begins.
 
@@ -118,12 +118,12 @@ def check_tree(
         if path not in flat_actual:
             if not matches(path, allow_missing or ()):
                 problems.append(f"missing: {path} {tuple(leaf.shape)}")
-        elif tuple(flat_actual[path].shape) != tuple(leaf.shape):
-            found = tuple(flat_actual[path].shape)
-            problems.append(f"wrong shape: {path} is {found}, expected {tuple(leaf.shape)}")
+        elif (found := flat_actual[path].shape) is not None and tuple(found) != tuple(leaf.shape):
+            problems.append(f"wrong shape: {path} is {tuple(found)}, expected {tuple(leaf.shape)}")
     for path, leaf in flat_actual.items():
         if path not in flat_expected:
-            problems.append(f"extra: {path} {tuple(leaf.shape)}")
+            shape = "" if leaf.shape is None else f" {tuple(leaf.shape)}"
+            problems.append(f"extra: {path}{shape}")
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"{what} not match the model ({len(problems)} leaves):\n  {lines}")

@@ -182,6 +182,22 @@ def _is_spec(_, node: Mapping) -> bool:
     return node.keys() >= {"driver", "kvstore", "metadata"}
 
 
+def table_of(target: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """The table of leaves of parameters that T5X is about to restore, which may lie anywhere.
+
+    Args:
+        target: nested dicts of arrays, of what tensorstore says of them or, where orbax wrote them,
+            of their types alone.
+
+    Returns:
+        {path: shape}, None for a shape that is not said.
+    """
+    flat = traverse_util.flatten_dict(target, is_leaf=_is_spec, sep="/")
+    said = {path: x["metadata"]["shape"] if isinstance(x, Mapping) else getattr(x, "shape", None)
+            for path, x in flat.items()}  # fmt: skip
+    return {path: None if shape is None else tuple(shape) for path, shape in said.items()}
+
+
 def _parse_spec(spec: Mapping[str, Any], path: str, directory: Path) -> StoredArray:
     """Returns the array that tensorstore's description in the msgpack file speaks of."""
     try:

@@ -6,6 +6,7 @@ orbax does not compare shapes; here every leaf that is missing, extra or misshap
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+import types
 from typing import Any
 
 import jax
@@ -113,11 +114,33 @@ def _fitting(
 
 def check_leaves(config: ModelConfig, checkpoint: str, new_leaves: str = "created") -> None:
     """Raises where a checkpoint's leaves are not a model's; see `check`. No values are read."""
+    stored = trees.flatten(stored_shapes(checkpoint))
+    shapes = {path: leaf.shape for path, leaf in stored.items()}
+    compare_leaves(config, shapes, checkpoint, new_leaves)
+
+
+def compare_leaves(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    name: str,
+    new_leaves: str = "created",
+) -> None:
+    """Raises where the leaves of a checkpoint's table are not a model's.
+
+    Args:
+        config: the model's.
+        shapes: {path: shape} of the checkpoint, None for a shape that its table does not say.
+        name: the checkpoint's, for people.
+        new_leaves: see `check`.
+
+    Raises:
+        ValueError: leaves are missing, extra or misshapen (all are listed).
+    """
     checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
-    if new_leaves == "created":
-        config = config.dense()
-    what = f"the leaves of {checkpoint}, where those of the methods are to be {new_leaves}, do"
-    trees.check_tree(param_shapes(config), stored_shapes(checkpoint), what=what)
+    expected = param_shapes(config.dense() if new_leaves == "created" else config)
+    found = {path: types.SimpleNamespace(shape=shape) for path, shape in shapes.items()}
+    what = f"the leaves of {name}, where those of the methods are to be {new_leaves}, do"
+    trees.check_tree(expected, found, what=what)
 
 
 def stored_shapes(checkpoint: str) -> dict:

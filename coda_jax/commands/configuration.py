@@ -33,6 +33,7 @@ from coda_jax.commands.gin_macros import (
 from coda_jax.optional import needs
 
 Key = tuple[str, str, str]  # scope, full name of the configurable, parameter
+_MACROS = {"num_decodes": "NUM_BEAMS"}  # what people give T5X's own parameters as
 _BY_NAME = "coda_jax.commands.loading.configured_methods"  # calls methods that it is given by name
 
 
@@ -65,7 +66,7 @@ def configure(
         check_macros(command, files, given)
     keys = _parse(files, given)
     if command is not None:
-        _check_reached(command, keys)
+        _check_reached(reachable(load(command)), keys)
 
 
 def _parse(files: Sequence[GinFile], given: Sequence[Binding]) -> dict[Key, str]:
@@ -157,11 +158,10 @@ def _with_names(said: str) -> str:
     return said
 
 
-def _check_reached(command: str, keys: Mapping[Key, str]) -> None:
+def _check_reached(reached: set[Key], keys: Mapping[Key, str]) -> None:
     """Raises UsageError where a binding of one's own has no effect."""
     from gin import config
 
-    reached = reachable(load(command))
     problems = []
     for key, place in keys.items():
         scope, selector, parameter = key
@@ -173,12 +173,19 @@ def _check_reached(command: str, keys: Mapping[Key, str]) -> None:
             bound = " and ".join(sorted(f"{o[0]}/{what}.{parameter}" for o in others))
             problems.append(f"{place} has no effect: it goes behind {bound}")
         else:
-            problems.append(f"{place} has no effect: nothing that this run uses reads {what}")
+            instead = f"; give {_MACROS[parameter]}" if parameter in _MACROS else ""
+            problems.append(
+                f"{place} has no effect: nothing that this run uses reads {what}{instead}"
+            )
     refuse(problems)
 
 
-def reachable(function: Callable[..., Any]) -> set[Key]:
-    """The keys of gin's bindings that count when a function is called, and no scope is active."""
+def reachable(function: Callable[..., Any] | None = None) -> set[Key]:
+    """The keys of gin's bindings that count when a function is called, and no scope is active.
+
+    Args:
+        function: that gin files name; None where a decorator of gin's has made it configurable.
+    """
     from gin import config
 
     start = config._inverse_lookup(function)
@@ -205,6 +212,11 @@ def reachable(function: Callable[..., Any]) -> set[Key]:
                 (reference.configurable.selector, tuple(reference.scopes) or scopes)
                 for reference in config.iterate_references(value)
             ]
+        todo += [
+            (method, scopes)
+            for _, method in config._CONFIG
+            if config._REGISTRY[method].is_method and method.rpartition(".")[0] == selector
+        ]
         if selector == _BY_NAME:
             todo += [(method, scopes) for method in _named_methods(bound.get("names"))]
     return found
@@ -234,11 +246,12 @@ def _named_methods(bound: tuple[str, Any] | None) -> list[str]:
 
 
 def check_flags_of_t5x() -> None:
-    """The same for T5X's programs, which have read their gin files: what was given is read.
+    """The same for T5X's programs, which have read their gin files: what was given has an effect.
 
     Raises:
-        UsageError: a macro of one's own is read by nothing; a file that is given before the run's
-            is overwritten by it. Nothing is checked where T5X's flags are not in use.
+        UsageError: a macro or a binding of one's own is read by nothing, a name has two values, a
+            later file overwrites an earlier one that is to overwrite it, or two recipes or tasks
+            are given. Nothing is checked where T5X's flags are not in use.
     """
     with needs():
         from absl import flags
@@ -250,17 +263,24 @@ def check_flags_of_t5x() -> None:
     for name in flags.FLAGS.gin_file:
         with contextlib.suppress(UsageError):  # a file that only T5X can read, as in a bucket
             files.append(read(name, flags.FLAGS.gin_search_paths))
+    in_order(files)
     check_order_of_t5x(files)
-    own = [
-        binding
-        for file in files
-        for member in file.members()
-        if member.kind is None and not member.installed
-        for binding in member.bindings
-    ]
-    bindings = read_bindings(flags.FLAGS.gin_bindings)
-    check_values(bindings)
-    given = {b.macro: b for b in [*own, *bindings] if b.macro}
+    members = {member.path: member for file in files for member in file.members()}
+    own = [x.bindings for x in members.values() if x.kind is None and not x.installed]
+    own.append(read_bindings(flags.FLAGS.gin_bindings))
+    for together in own:
+        check_values(together)
+    given = {binding.name: binding for together in own for binding in together}
     macros = {"/".join(r.scopes) for r in config.iterate_references(config._CONFIG)}
     known = {name: Binding("", name, "", None, "") for name in macros}
-    refuse([unread(binding, known) for name, binding in given.items() if name not in macros])
+    refuse([unread(x, known) for x in given.values() if x.macro and x.macro not in macros])
+    keys = {key: x.place for x in given.values() if not x.macro for key in _keys(x)}
+    _check_reached(reachable(), keys)
+
+
+def _keys(binding: Binding) -> list[Key]:
+    """The key that gin has for a binding; [] where its file calls a module by a name of its own."""
+    from gin import config
+
+    found = config._REGISTRY.matching_selectors(binding.selector)
+    return [(binding.scope, found[0], binding.parameter)] if len(found) == 1 else []

@@ -1,11 +1,12 @@
 """`coda convert`: checkpoints from one layout to another, and the adapter file out of any of them.
 
 What is converted is known by what its folder holds:
-- `config.json`: a dense Hugging Face checkpoint;
+- `config.json`: a dense Hugging Face checkpoint, with the adapter file in its folder `adapter`, if
+  there is one: so this command writes them;
 - `adapter.json`: an adapter file, together with its base;
 - `run.json`: a run of `coda train`, together with its base where only adapters were trained;
-- a T5X checkpoint, or a run's folder of them. The config is not part of it: sizes are read off the
-  shapes, and what adapters and routers do has to be said.
+- a T5X checkpoint, or a run's folder of them. The config is not part of it: the run's folder says
+  it, or else sizes are read off the shapes, and what adapters and routers do has to be said.
 
 The step goes along, the optimizer's state does not: a run goes on in the other trainer from its
 parameters, with a fresh optimizer.
@@ -33,9 +34,10 @@ from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x
 from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
+from coda_jax.commands.t5x_identity import config_of, infer_config, write_beside
 from coda_jax.data.vocabularies import copy_files, find_files, find_fingerprint
 from coda_jax.methods import Method
-from coda_jax.models import FAMILIES, ModelConfig, family_of, param_shapes
+from coda_jax.models import ModelConfig, family_of, param_shapes
 from coda_jax.objectives import OBJECTIVES
 from coda_jax.training.run_checkpoints import STATE, DamagedError, check_leaves, read_contents
 from coda_jax.training.run_directory import CHECKPOINTS, FORMAT_VERSION, RUN_FILE, saved_steps
@@ -47,6 +49,7 @@ _MACROS = {  # what people give the options as
     "step": "STEP",
 }
 _TRAINED = "trained/"  # in the paths of a run's state
+ADAPTER = "adapter"  # of a Hugging Face folder: the adapter file that belongs to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +100,8 @@ def convert(
         base: folder of the dense checkpoint, in Hugging Face layout or of T5X, that `source` was
             trained from. A source that holds only what was trained needs it. Given with a T5X
             checkpoint, the frozen leaves have to be the base's, and get its dtype again.
-        config: sizes, for a T5X checkpoint; None to read them off its shapes.
-        methods: how the model of a T5X checkpoint is adapted.
+        config: sizes, for a T5X checkpoint; None for what its run's folder or its shapes tell.
+        methods: how the model of a T5X checkpoint is adapted; () for what its run's folder says.
         step: takes the checkpoint of that step from a run; None for the newest.
         encoder_only: whether the encoder of an encoder-decoder is written alone.
 
@@ -153,14 +156,16 @@ def _read(folder: Path, **options: Any) -> Source:
 
 
 def _read_hf(folder: Path) -> Source:
+    if (folder / ADAPTER / MANIFEST).is_file():
+        return _read_adapter(folder / ADAPTER, folder)
     return Source(*checkpoints.load_hf(folder))
 
 
-def _read_adapter(folder: Path, base: str | None = None) -> Source:
+def _read_adapter(folder: Path, base: str | os.PathLike | None = None) -> Source:
     manifest = read_manifest(folder)  # a damaged one is found before the base is read
     config, params = _load_base(base, folder)
     if config is None:
-        config = _infer_config(params, base)
+        config = infer_config(params, base)
     base_read = config, params
     config, params = checkpoints.load_adapter(folder, *base_read)
     said = {name: manifest.get(name) for name in ("vocabulary", "lengths")}
@@ -178,26 +183,6 @@ def _load_base(base: str | None, source: Path) -> tuple[ModelConfig | None, Mapp
     if (directory / CONFIG_FILE).is_file():
         return checkpoints.load_hf(directory)
     return None, read_t5x(directory)[0]
-
-
-def _infer_config(params: Mapping[str, Any], source: object) -> ModelConfig:
-    """The config that the shapes of a T5X checkpoint tell.
-
-    Raises:
-        ValueError: they tell none; each family says why.
-    """
-    problems = []
-    for family in FAMILIES.values():
-        if family.infer_config is None:
-            continue
-        try:
-            config = family.infer_config(params)
-        except ValueError as error:
-            problems.append(str(error))
-        else:
-            print(f"config, from the shapes of {source}: {config}")
-            return config
-    raise ValueError(f"{source} does not tell its config: {'; '.join(problems)}")
 
 
 def _read_run(folder: Path, base: str | None = None, step: int | None = None) -> Source:
@@ -281,9 +266,7 @@ def _read_t5x(
     step: int | None = None,
 ) -> Source:
     params, step = read_t5x(folder, step)
-    if config is None:
-        config = _infer_config(params, folder)
-    config = config.replace(methods=tuple(methods) or config.methods)
+    config = config_of(folder, params, config, methods)
     what = (
         f"with the methods {[method.name for method in config.methods]}, the leaves of {folder} do"
     )
@@ -329,7 +312,7 @@ def _write_hf(output: Path, read: Source) -> str:
         checkpoints.save_hf(output, read.config.dense(), dense)
     else:
         checkpoints.save_hf(output, *read.base)
-    _write_adapter(output / "adapter", read)
+    _write_adapter(output / ADAPTER, read)
     return "; its weights are the base alone, and only coda_jax reads what was trained, in adapter/"
 
 
@@ -343,6 +326,7 @@ def _is_refused(config: ModelConfig) -> bool:
 
 
 def _write_t5x(output: Path, read: Source) -> str:
+    write_beside(output, read.config)
     checkpoints.save_t5x(output, read.params, read.step)
     return ""
 

@@ -6,7 +6,7 @@ then one's own, in the order given, then the bindings of the command line. A nam
 means its own file, whatever lies in the current folder.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import difflib
 import functools
@@ -251,7 +251,7 @@ def _kind(path: pathlib.Path, name: str) -> tuple[str | None, str]:
 def _statements(path: pathlib.Path, name: str) -> list:
     """What gin's parser finds in a file."""
     try:
-        return list(_parser(_text(path)))
+        return list(_parser()(_text(path)))
     except UnicodeDecodeError:
         raise UsageError(f"{name} is no gin file: it is not text in UTF-8") from None
     except OSError as error:
@@ -272,7 +272,8 @@ def _said(error: Exception) -> str:
 
 
 @functools.cache
-def _delegate() -> Any:
+def _parser() -> Callable[[str], Any]:
+    """Gin's parser: (text) -> one, which gives its statements."""
     with needs():
         from gin import config_parser
 
@@ -285,14 +286,13 @@ def _delegate() -> Any:
         def macro(self, scoped_name):
             return Macro(scoped_name)
 
-    return AsWritten()
+    return functools.partial(config_parser.ConfigParser, parser_delegate=AsWritten())
 
 
-def _parser(text: str):
-    with needs():
-        from gin import config_parser
-
-    return config_parser.ConfigParser(text, _delegate())
+def bindings_of(text: str, name: str) -> list[Binding]:
+    """The bindings of a configuration that gin has written; the name is for people."""
+    found = (x for x in _parser()(text) if type(x).__name__ == "BindingStatement")
+    return [_binding(statement, f"{name}:{statement.location.line_num}") for statement in found]
 
 
 def _binding(statement, place: str) -> Binding:
@@ -310,8 +310,8 @@ def as_binding(text: str) -> str:
     """
     name, value = text.split("=", 1)
     try:
-        _parser(value.strip()).parse_value()
-        (_,) = _parser(text)  # ValueError: it is more than a binding
+        _parser()(value.strip()).parse_value()
+        (_,) = _parser()(text)  # ValueError: it is more than a binding
     except UNREADABLE:
         if value.lstrip().startswith(("'", '"', "(", "[", "{")):
             shown = value if len(value) <= 60 else f"{value[:60]}..."
@@ -334,7 +334,7 @@ def read_bindings(texts: Iterable[str]) -> list[Binding]:
         name = text.split("=", 1)[0].strip()
         try:
             line = as_binding(text)
-            (statement,) = _parser(line)
+            (statement,) = _parser()(line)
             binding = dataclasses.replace(_binding(statement, f"--gin.{text}"), line=line)
         except UNREADABLE as error:
             if isinstance(error, UsageError):

@@ -66,13 +66,18 @@ def check_macros(command: str, files: Sequence[GinFile], given: Sequence[Binding
 
 def check_values(bindings: Sequence[Binding]) -> None:
     """Raises UsageError where a file, or the command line, gives one name two values."""
-    for second, first in ((b, a) for place, b in enumerate(bindings) for a in bindings[:place]):
-        same = (first.scope, first.parameter) == (second.scope, second.parameter)
-        names = first.selector, second.selector
-        longer, shorter = sorted((f".{name}" for name in names), key=len, reverse=True)
-        differ = repr(first.value) != repr(second.value) and first.value != REQUIRED
-        if same and differ and longer.endswith(shorter):
-            raise UsageError(f"{second.name} is given twice: {first.place} and {second.place}")
+    for place, second in enumerate(bindings):
+        for first in bindings[:place]:
+            if _overwrites(second, first) and first.value != REQUIRED:
+                raise UsageError(f"{second.name} is given twice: {first.place} and {second.place}")
+
+
+def _overwrites(second: Binding, first: Binding) -> bool:
+    """Whether a later binding gives what an earlier one does another value."""
+    if (first.scope, first.parameter) != (second.scope, second.parameter):
+        return False
+    longer, shorter = sorted((f".{x.selector}" for x in (first, second)), key=len, reverse=True)
+    return longer.endswith(shorter) and repr(first.value) != repr(second.value)
 
 
 def _check_cycles(macros: Mapping[str, Binding]) -> None:
@@ -173,15 +178,32 @@ def _check_missing(
 
 
 def check_order_of_t5x(files: Sequence[GinFile]) -> None:
-    """Raises UsageError where a later run file of T5X binds what an earlier file does."""
+    """Raises UsageError where a file is overwritten by one that is to be read before it.
 
-    def names(file):
-        return {binding.name for member in file.members() for binding in member.bindings}
+    T5X reads files in the order given. What counts is that of `gin_files`: a run with what it
+    includes, files that change it, a recipe, a task, one's own.
+    """
+    earlier: list[tuple[int, Binding, str]] = []
+    for file in files:
+        members = [*file.members()]
+        runs = any(map(_is_run_of_t5x, members))
+        here = [(_rank(x, runs), binding, x.name) for x in members for binding in x.bindings]
+        for rank, binding, name in here:
+            for other, overwritten, home in earlier:
+                if rank < other and _overwrites(binding, overwritten):
+                    shown = file.name if name == file.name else f"{file.name} (in it {name})"
+                    raise UsageError(f"{shown} overwrites {binding.name} of {home}: give it first")
+        earlier += here
 
-    for place, file in enumerate(files):
-        if any(f"/{_RUNS_OF_T5X}" in member.path.as_posix() for member in file.members()):
-            for earlier in files[:place]:
-                if both := sorted(names(earlier) & names(file)):
-                    raise UsageError(
-                        f"{file.name} overwrites {both[0]} of {earlier.name}: give it first"
-                    )
+
+def _is_run_of_t5x(file: GinFile) -> bool:
+    return f"/{_RUNS_OF_T5X}" in file.path.as_posix()
+
+
+def _rank(member: GinFile, runs: bool) -> int:
+    """The place of a file in the order; `runs` is whether it comes with a run of T5X's."""
+    if member.kind in ("methods", "tasks"):
+        return 2 + ("methods", "tasks").index(member.kind)
+    if member.kind is None and not member.installed and not _is_run_of_t5x(member):
+        return 4
+    return 0 if runs else 1

@@ -18,14 +18,17 @@ first, and in which a config keeps them. A new method is a file, and an import a
 from collections.abc import Iterable
 
 from coda_jax import checks
-from coda_jax.methods.base import Method, created, finish, merge, partition, trained
+from coda_jax.methods.base import Method, acting, created, finish, merge, partition, trained
 from coda_jax.methods.coda import (
     ATTENTIONS,
     REDUCTION,
     Coda,
     max_segments,
+    reduction_of,
     unrouted,
     with_reduction,
+    with_room_of,
+    with_tuning_of,
 )
 from coda_jax.methods.full import Full
 from coda_jax.methods.lora import Lora
@@ -46,6 +49,7 @@ __all__ = [
     "METHODS",
     "REDUCTION",
     "Method",
+    "acting",
     "created",
     "find",
     "finish",
@@ -53,9 +57,12 @@ __all__ = [
     "merge",
     "ordered",
     "partition",
+    "reduction_of",
     "trained",
     "unrouted",
     "with_reduction",
+    "with_room_of",
+    "with_tuning_of",
     *(method.__name__ for method in METHODS.values()),
 ]
 

@@ -162,6 +162,16 @@ def conditional_layer(methods: tuple[Method, ...], layer: Layer, place: Place) -
     return layer
 
 
+def acting(methods: tuple[Method, ...]) -> tuple[Method, ...]:
+    """Those that change what a model answers; the others only say what is trained."""
+    hooks = ("wrap_layer", "wrap_module")
+    return tuple(
+        method
+        for method in methods
+        if method.creates or any(getattr(type(method), x) is not getattr(Method, x) for x in hooks)
+    )
+
+
 def created(config: Any) -> tuple[str, ...]:
     """Patterns of the leaves that no base has: those of the config's methods."""
     return tuple(pattern for method in config.methods for pattern in method.creates)

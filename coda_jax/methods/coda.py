@@ -164,6 +164,30 @@ def with_reduction(
     )
 
 
+def reduction_of(methods: Sequence[Method]) -> float | tuple[float, ...] | None:
+    """The reduction of the routing; None for methods that do not route."""
+    return next((method.reduction for method in methods if isinstance(method, Coda)), None)
+
+
+def with_room_of(methods: Sequence[Method], others: Sequence[Method]) -> tuple[Method, ...]:
+    """The methods with the room of others for packed examples, which changes no result."""
+    return _adjusted(methods, others, ("max_segments",))
+
+
+def with_tuning_of(methods: Sequence[Method], others: Sequence[Method]) -> tuple[Method, ...]:
+    """The methods at the reduction of others, where both route, and with their room."""
+    return _adjusted(methods, others, ("max_segments", "reduction"))
+
+
+def _adjusted(methods, others, names):
+    given = next((method for method in others if isinstance(method, Coda)), None)
+    values = {name: getattr(given, name) for name in names} if given else {}
+    return tuple(
+        dataclasses.replace(method, **values) if isinstance(method, Coda) else method
+        for method in methods
+    )
+
+
 def unrouted(methods: Sequence[Method]) -> tuple[Method, ...]:
     """The other methods."""
     return tuple(method for method in methods if not isinstance(method, Coda))

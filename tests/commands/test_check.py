@@ -10,7 +10,7 @@ import pytest
 
 from coda_jax import checkpoints, cli, trees
 from coda_jax.checkpoints.t5x import read_t5x
-from coda_jax.commands.check import check, check_leaves, costs, stored_shapes
+from coda_jax.commands.check import check, check_leaves, compare_leaves, costs, stored_shapes
 from coda_jax.methods import Coda, Full, partition
 from coda_jax.models.t5.config import infer_config
 from coda_jax.profiling import flops, topology, tpu
@@ -70,6 +70,19 @@ def test_all_leaves_that_do_not_fit_are_listed(tmp_path):
                  "wrong shape: encoder/encoder_norm/scale is (17,), expected (16,)",
                  "extra: encoder/layers_0/mlp/wo/bias (3,)"):  # fmt: skip
         assert line in str(error.value)
+
+
+def test_a_table_without_shapes_is_compared_by_its_names():
+    """As that of orbax, which T5X shows before it restores a checkpoint, wherever that lies."""
+    dense = dict.fromkeys(trees.flatten(random_params(DENSE)))
+    compare_leaves(CODA, dense, "it")
+    third = {**dense, "encoder/layers_2/mlp/wo/kernel": None}
+    with pytest.raises(ValueError, match=r"\(1 leaves\):\n  extra: encoder/layers_2/mlp/wo/kernel"):
+        compare_leaves(CODA, third, "it")
+    with pytest.raises(ValueError, match=r"the leaves of it, .*(\n.*)*missing: \S+/router/kernel"):
+        compare_leaves(CODA, dense, "it", "restored")
+    with pytest.raises(ValueError, match=r"wrong shape: encoder/encoder_norm/scale is \(3,\)"):
+        compare_leaves(CODA, {**dense, "encoder/encoder_norm/scale": (3,)}, "it")
 
 
 def test_a_missing_part_of_a_file_is_found_where_asked_for(tmp_path, capsys):

@@ -9,7 +9,8 @@ from absl import flags
 import gin
 import pytest
 
-from coda_jax.commands import COMMANDS, manual, mistakes
+from coda_jax.commands import COMMANDS, configuration, manual, mistakes
+from coda_jax.commands.check import check
 from coda_jax.commands.configuration import check_flags_of_t5x, configure
 from coda_jax.commands.gin_files import UsageError, package_names, read
 from coda_jax.commands.gin_macros import _readers
@@ -191,7 +192,9 @@ def test_no_macro_of_the_package_is_read_nowhere():
 
 @pytest.fixture
 def t5x_flags(monkeypatch):
-    """Sets T5X's flags as its programs have them."""
+    """Sets T5X's flags as its programs have them; `check` stands for T5X's own function."""
+    reached = configuration.reachable
+    monkeypatch.setattr(configuration, "reachable", lambda: reached(check))
 
     def given(files, bindings, search_paths=()):
         values = flags.FlagValues()
@@ -225,6 +228,58 @@ def test_a_file_before_t5xs_run_that_it_would_overwrite_is_refused(t5x_flags, tm
     run = str(runs / "own.gin")
     t5x_flags(["tasks/mnli.gin", run], [])
     with pytest.raises(UsageError, match=r"overwrites TASK_FEATURE_LENGTHS of tasks/mnli\.gin"):
+        check_flags_of_t5x()
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        (["methods/coda.gin", "methods/lora.gin"], "two recipes in one command"),
+        (["tasks/mnli.gin", "tasks/rte.gin"], "two tasks in one command"),
+        (
+            ["OWN", "methods/coda_k_to_all.gin"],
+            r"in it methods/coda\.gin\) overwrites REDUCTION",
+        ),
+        (
+            ["OWN", "methods/coda.gin"],
+            r"^methods/coda\.gin overwrites REDUCTION of .*give it",
+        ),
+        (["tasks/mnli.gin", "OWN", "preset.gin"], r"preset\.gin overwrites PRESET of .*own\.gin"),
+    ],
+)
+def test_an_order_in_which_t5x_would_lose_what_is_given_is_refused(
+    files, text, t5x_flags, tmp_path
+):
+    own = tmp_path / "own.gin"
+    own.write_text("REDUCTION = 5\nPRESET = 't5_1_1_base'\n")
+    configure(CHECK, [], [MODEL])
+    t5x_flags([str(own) if name == "OWN" else name for name in files], [])
+    with pytest.raises(UsageError, match=text):
+        check_flags_of_t5x()
+
+
+def test_the_order_that_counts_is_no_mistake_under_t5x(t5x_flags, tmp_path):
+    own = tmp_path / "own.gin"
+    own.write_text("include 'methods/coda.gin'\nREDUCTION = 5\n")
+    configure(CHECK, [], [MODEL])
+    for files in (["preset.gin", "methods/coda.gin", "tasks/mnli.gin"], ["preset.gin", str(own)]):
+        t5x_flags(files, ["REDUCTION = 5"])
+        check_flags_of_t5x()
+    own.write_text("REDUCTION = 5\nREDUCTION = 3\n")
+    t5x_flags([str(own)], [])
+    with pytest.raises(UsageError, match=r"REDUCTION is given twice: .*:1 and .*:2"):
+        check_flags_of_t5x()
+
+
+def test_a_binding_that_t5x_does_not_use_is_refused(t5x_flags, tmp_path):
+    own = tmp_path / "own.gin"
+    own.write_text(
+        "from __gin__ import dynamic_registration\nfrom coda_jax import inference\n"
+        "inference.Decoding.num_beams = 4\n"
+    )
+    configure([*CHECK, str(own)], [], [MODEL])
+    t5x_flags([*CHECK, str(own)], [])
+    with pytest.raises(UsageError, match=r"own\.gin:3 has no effect: nothing .* reads Decoding"):
         check_flags_of_t5x()
 
 

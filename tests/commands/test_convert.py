@@ -11,6 +11,7 @@ import pytest
 
 from coda_jax import checkpoints, cli, methods, trees
 from coda_jax.checkpoints.adapter import read_manifest
+from coda_jax.checkpoints.t5x_record import RECORD, run_folder, write_record
 from coda_jax.commands.convert import convert
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.data.vocabulary_files import SPIECE
@@ -53,6 +54,7 @@ def test_hf_to_t5x_to_hf_is_bit_identical(tmp_path, name):
 def test_what_shapes_do_not_tell_comes_from_the_config(tmp_path):
     config, params = checkpoints.load_hf(GOLDEN / "byt5")  # 16 buckets up to distance 20
     convert(GOLDEN / "byt5", tmp_path / "t5x", "t5x")
+    (tmp_path / "t5x" / RECORD).unlink()
     with pytest.raises(ValueError, match="16 buckets"):
         convert(tmp_path / "t5x", tmp_path / "hf", "hf")
     convert(tmp_path / "t5x", tmp_path / "hf", "hf", config=config)
@@ -156,6 +158,26 @@ def test_transformers_reads_a_checkpoint_of_t5x(tmp_path):
         )
 
 
+def test_a_folder_that_it_wrote_itself_comes_back_with_its_adapter(base, tmp_path, capsys):
+    """Base and `adapter/`: both are what was trained."""
+    config, params = checkpoints.load_hf(base)
+    config = config.replace(methods=METHODS)
+    params = adapted_params(config, params)
+    found = find_fingerprint(base)
+    checkpoints.save_adapter(tmp_path / "adapter", config, params, vocabulary=found)
+    convert(tmp_path / "adapter", tmp_path / "hf", "hf", base=base)
+    convert(tmp_path / "hf", tmp_path / "t5x", "t5x")
+    assert f"step 0, {trees.count(params):,} parameters" in capsys.readouterr().out
+    assert_same_tree(checkpoints.load_t5x(tmp_path / "t5x", config), params)
+    convert(tmp_path / "hf", tmp_path / "again", "adapter")
+    for name in ("adapter.json", "adapter.safetensors"):
+        first, second = (tmp_path / x / name for x in ("adapter", "again"))
+        assert first.read_bytes() == second.read_bytes()
+    (tmp_path / "hf" / "adapter" / "adapter.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="adapter"):
+        convert(tmp_path / "hf", tmp_path / "other", "t5x")
+
+
 # --- Adapter files out of training checkpoints ---
 
 
@@ -186,6 +208,27 @@ def test_the_adapter_of_a_t5x_run_belongs_to_its_base_again(t5x_run, base, tmp_p
     convert(folder, tmp_path / "other", "adapter", methods=METHODS)
     with pytest.raises(ValueError, match="belongs to another base"):  # of float32 leaves
         checkpoints.load_adapter(tmp_path / "other", base_config, base_params)
+
+
+def test_the_folder_of_a_t5x_run_says_how_it_was_trained(t5x_run, base, tmp_path):
+    folder = shutil.copytree(t5x_run[0], tmp_path / "run")
+    config = t5x_run[1]
+    write_record(run_folder(folder), config.replace(dtype="bfloat16", dropout_rate=0.0))
+    convert(folder, tmp_path / "adapter", "adapter", base=base)
+    assert checkpoints.load_adapter(tmp_path / "adapter", *checkpoints.load_hf(base))[0] == config
+    other = (Coda(reduction=5, epsilon=0.1, attention="k_to_all"), ADAPTER)
+    for source in (folder, folder / "checkpoint_20"):
+        with pytest.raises(ValueError, match=r"coda/reduction: there \[1, 2\.5\], here 5"):
+            convert(source, tmp_path / "x", "hf", methods=other)
+    with pytest.raises(ValueError, match=r"num_heads: there .*, here "):
+        convert(folder, tmp_path / "x", "hf", config=config.dense().replace(num_heads=1))
+    convert(folder, tmp_path / "t5x", "t5x", step=10)
+    convert(folder, tmp_path / "t5x", "t5x")  # the same run's
+    convert(tmp_path / "t5x", tmp_path / "hf", "hf")
+    assert read_manifest(tmp_path / "hf" / "adapter")["config"]["methods"][0]["reduction"][1] == 2.5
+    with pytest.raises(ValueError, match="t5x was trained with other settings"):
+        convert(base, tmp_path / "t5x", "t5x")
+    assert not (tmp_path / "t5x" / "checkpoint_0").exists()
 
 
 def test_a_step_of_a_t5x_run_is_chosen(t5x_run, tmp_path):

@@ -1,6 +1,9 @@
 """T5X checkpoints against T5X itself: it restores what we save, and we load what it saves."""
 
+import importlib
+
 from flax.core import freeze
+from flax.errors import ScopeParamShapeError
 from helpers import assert_same_tree, shapes
 import jax
 import jax.numpy as jnp
@@ -8,12 +11,16 @@ import numpy as np
 import pytest
 from t5x_formats import CODA, fresh_params
 
+from coda_jax import trees
 from coda_jax.checkpoints import save_t5x
 from coda_jax.checkpoints.t5x import read_t5x
 
 t5x_checkpoints = pytest.importorskip(
     "t5x.checkpoints", reason="T5X is not installed", exc_type=ImportError
 )
+
+
+t5x_models = importlib.import_module("coda_jax.t5x_models")
 
 
 @pytest.fixture(name="params", scope="module")
@@ -73,3 +80,41 @@ def test_t5x_restores_what_is_saved(tmp_path, params):
     restored = manager.restore(path=str(path))
     assert restored.step == 5
     assert_same_tree(restored.params, params)
+
+
+def restored(folder, wanted):
+    """What T5X restores of a checkpoint, with our `restoration`, into a state of parameters."""
+    from t5x import train_state
+
+    state, partitioner = t5x_state(wanted)
+    inference = train_state.InferenceState(
+        state.step, params=state.params, params_axes=state.params_axes
+    )
+    manager = t5x_checkpoints.OrbaxCheckpointManagerInterface(str(folder), inference, partitioner)
+    step = t5x_models.restoration(CODA, "restored")
+    found = manager.restore(path=str(folder / "checkpoint_5"), state_transformation_fns=[step])
+    return found.params
+
+
+def test_what_t5x_would_drop_is_found_as_it_restores(tmp_path, params):
+    """In both formats, whose tables of leaves T5X shows in different ways."""
+    save_t5x(tmp_path / "good", params, step=5)
+    assert_same_tree(restored(tmp_path / "good", params), params)
+    state, partitioner = t5x_state(params, step=5)
+    t5x_checkpoints.Checkpointer(state, partitioner, str(tmp_path / "legacy")).save(state)
+    assert_same_tree(restored(tmp_path / "legacy", params), params)
+    extra = {**trees.flatten(params), "encoder/layers_2/adapter/wi/kernel": np.zeros((2, 2))}
+    save_t5x(tmp_path / "extra", trees.unflatten(extra), step=5)
+    with pytest.raises(ValueError, match="extra: encoder/layers_2/adapter/wi/kernel"):
+        restored(tmp_path / "extra", params)
+
+
+def test_other_shapes_which_t5x_takes_stop_the_first_step(tmp_path, params):
+    flat, path = trees.flatten(params), "token_embedder/embedding"
+    rows, width = flat[path].shape
+    larger = {**flat, path: np.zeros((rows + 2, width), np.float32)}
+    save_t5x(tmp_path, trees.unflatten(larger), step=5)
+    found = restored(tmp_path, params)
+    assert found["token_embedder"]["embedding"].shape == (rows + 2, width)
+    with pytest.raises(ScopeParamShapeError, match="embedding"):
+        CODA.network().apply({"params": found}, *CODA.init_inputs(), enable_dropout=False)

@@ -1,7 +1,6 @@
 """T5X's side, against T5X itself: run with its checkout on PYTHONPATH (`make test-t5x`)."""
 
 import importlib
-import re
 import sys
 
 import gin
@@ -23,7 +22,8 @@ import pytest
 import seqio
 
 from coda_jax import checkpoints, cli, gin_configs, methods, trees
-from coda_jax.commands import gin_files
+from coda_jax.checkpoints.t5x_record import read_record, run_folder, write_record
+from coda_jax.commands import configuration, gin_files
 from coda_jax.methods import Coda, Full, Lora, ParallelAdapter
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.w2v_bert.config import W2vBertConfig
@@ -181,25 +181,38 @@ def test_each_methods_own_part_of_a_step_is_in_the_optimizer():
     np.testing.assert_allclose(found[1], 2 * found[0], rtol=1e-6)
 
 
+def table(cfg):
+    """A table of leaves without shapes, as T5X shows that of orbax."""
+    return trees.unflatten(dict.fromkeys(trees.flatten(shapes(cfg)["params"])))
+
+
+@pytest.mark.parametrize("adaptation", [(Coda(), ParallelAdapter()), (Lora(),), (Full(),)])
+def test_what_is_restored_fits_wherever_it_lies(adaptation):
+    """T5X starts what is not restored from scratch: the optimizer, and the methods' leaves."""
+    cfg = config().replace(methods=adaptation)
+    state = {"step": 7, "param_states": {"x": 1}}
+    for stored, new_leaves in ((cfg.dense(), "created"), (cfg, "restored")):
+        given = {"target": table(stored), "state": state}
+        found = t5x_models.restoration(cfg, new_leaves)(given, None)
+        assert found == {"target": table(stored), "state": {"step": 7}}
+    assert t5x_models.restoration(cfg)(given, None, is_resuming=True) is given
+    with pytest.raises(ValueError, match=r"NEW_LEAVES must be one of .* got 'dropped'"):
+        t5x_models.restoration(cfg, "dropped")
+
+
 @pytest.mark.parametrize(
-    ("adaptation", "new_leaves", "fresh"),
+    ("stored", "asked", "new_leaves", "resuming", "text"),
     [
-        ((Coda(), ParallelAdapter()), "created", r"adapter|router"),
-        ((Lora(),), "created", r"lora_"),
-        ((Coda(), ParallelAdapter()), "restored", r"^$"),
+        (CONFIG, CONFIG, "created", False, "extra: .*/router/kernel"),
+        (CONFIG.dense(), CONFIG, "restored", False, "missing: .*/router/kernel"),
+        (CONFIG, CONFIG.replace(methods=(ParallelAdapter(),)), "created", True, "extra: .*router"),
+        (config(num_encoder_layers=3), CONFIG, "created", False, "extra: .*layers_2/mlp/wo"),
     ],
 )
-def test_the_assignment_map_starts_what_is_new_and_restores_the_rest(adaptation, new_leaves, fresh):
-    """As T5X's state transformation reads it: the first pattern that matches whole decides."""
-    cfg = config().replace(methods=adaptation)
-    rules = t5x_models.assignment_map(cfg, new_leaves)
-    for path in trees.flatten(shapes(cfg)["params"]):
-        (rule, target) = next(r for r in rules if re.fullmatch(r[0], f"target/{path}"))
-        assert (target is None) == bool(re.search(fresh, path)), (path, rule)
-    assert next(r for r in rules if re.fullmatch(r[0], "state/param_states/x/v"))[1] is None
-    assert next(r for r in rules if re.fullmatch(r[0], "state/step"))[1] is not None
-    with pytest.raises(ValueError, match=r"NEW_LEAVES must be one of .* got 'dropped'"):
-        t5x_models.assignment_map(cfg, "dropped")
+def test_what_t5x_would_drop_or_start_anew_is_refused(stored, asked, new_leaves, resuming, text):
+    given = {"target": table(stored), "state": {"step": 7}}
+    with pytest.raises(ValueError, match=rf"leaves\):(\n.*)*  {text}"):
+        t5x_models.restoration(asked, new_leaves)(given, None, is_resuming=resuming)
 
 
 def test_a_run_needs_a_preset():
@@ -224,7 +237,7 @@ def fixture_make_model(monkeypatch):
     """Returns a function that makes the model of gin files and a checkpoint."""
     monkeypatch.setitem(sys.modules, "__main__", T5X_SCRIPT)
 
-    def make(files, checkpoint, **changes):
+    def make(files, checkpoint="gs://bucket/checkpoint_0", **changes):
         paths = dict.fromkeys(("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH"), f"'{checkpoint}'")
         bindings = [f"{macro}={value}" for macro, value in {**REQUIRED, **paths, **changes}.items()]
         cli.configure(files, [str(next(iter(gin_configs.__path__)))], bindings)
@@ -235,12 +248,12 @@ def fixture_make_model(monkeypatch):
 
 
 STDLIB = {"PRESET": "'t5_1_1_stdlib'"}
-ELSEWHERE = "gs://bucket/checkpoint_0"  # not read
+ELSEWHERE = {"CHECKPOINT": "None"}  # a checkpoint is compared as it is restored
 
 
 @pytest.mark.parametrize("run", ["finetune", "pretrain", "eval", "infer"])
 def test_gin_files_make_the_model(run, make_model):
-    made = make_model([f"t5x/{run}.gin", "methods/coda.gin"], ELSEWHERE, **STDLIB)
+    made = make_model([f"t5x/{run}.gin", "methods/coda.gin"], **ELSEWHERE, **STDLIB)
     assert isinstance(made, t5x_models.CodaEncoderDecoderModel)
     assert made.module.config.methods == (Coda(3), ParallelAdapter())
     assert made.module.config.emb_dim == 192
@@ -257,7 +270,7 @@ def test_other_inputs_have_a_file_that_replaces_the_network(
     name, preset, family, changes, make_model
 ):
     files = ["t5x/finetune.gin", f"t5x/{name}.gin", "methods/coda.gin"]
-    made = make_model(files, ELSEWHERE, PRESET=f"'{preset}'", **changes)
+    made = make_model(files, **ELSEWHERE, PRESET=f"'{preset}'", **changes)
     found = made.module.config
     assert isinstance(found, family) and found.methods == (Coda(3), ParallelAdapter())
     assert type(made.module) is type(found.network()) and found.num_decoder_layers >= 1
@@ -267,7 +280,7 @@ def test_other_inputs_have_a_file_that_replaces_the_network(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs_under_t5x(recipe, make_model):
     """The optimizer of a run trains what the recipe's methods train."""
-    made = make_model(["t5x/finetune.gin", f"methods/{recipe}"], ELSEWHERE, **STDLIB)
+    made = make_model(["t5x/finetune.gin", f"methods/{recipe}"], **ELSEWHERE, **STDLIB)
     found = made.module.config
     assert [m.name for m in found.methods] == list(gin.query_parameter("%METHODS"))
     leaves = shapes(found)["params"]
@@ -279,7 +292,7 @@ def test_every_recipe_runs_under_t5x(recipe, make_model):
 def test_the_checkpoint_is_compared_before_anything_is_restored(make_model, tmp_path):
     """The files say whether the methods' leaves are to be in the checkpoint."""
     recipe = ["methods/coda.gin"]
-    first = make_model(["t5x/finetune.gin", *recipe], ELSEWHERE, **STDLIB).module.config
+    first = make_model(["t5x/finetune.gin", *recipe], **ELSEWHERE, **STDLIB).module.config
     for name, cfg in (("dense", first.dense()), ("adapted", first)):
         params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(cfg)["params"])
         checkpoints.save_t5x(tmp_path / name, params)
@@ -291,3 +304,57 @@ def test_the_checkpoint_is_compared_before_anything_is_restored(make_model, tmp_
         make_model(files, tmp_path / fits, **STDLIB)
         with pytest.raises(ValueError, match="encoder/layers_0/router/kernel"):
             make_model(files, tmp_path / other, **STDLIB)
+
+
+def test_another_method_than_the_checkpoints_is_refused_at_once(make_model, tmp_path, caplog):
+    """Where the methods' leaves are restored, and where T5X goes on in the run's folder."""
+    own = tmp_path / "run"
+    recipe = ["t5x/infer.gin", "methods/coda.gin"]
+    cfg = make_model(recipe, **ELSEWHERE, **STDLIB).module.config
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(cfg)["params"])
+    checkpoint = checkpoints.save_t5x(own, params)
+    write_record(run_folder(own), cfg)
+    make_model(recipe, checkpoint, **STDLIB)
+    make_model(recipe, checkpoint, REDUCTION="5", **STDLIB)
+    assert [x for x in caplog.messages if "trained at r = 3, evaluated at r = 5" in x]
+    changed = {"Coda.attention": "'k_to_all'", **STDLIB}
+    with pytest.raises(ValueError, match="attention: there 'k_to_k', here 'k_to_all'"):
+        make_model(recipe, checkpoint, **changed)
+    made = make_model(recipe, checkpoint, CHANGE_METHODS="True", **changed)
+    assert made.module.config.methods[0].attention == "k_to_all"
+
+    training = ["t5x/finetune.gin", "methods/coda.gin"]
+    gone = tmp_path / "gone"  # T5X does not read it any more
+    make_model(training, gone, MODEL_DIR=f"'{own}'", **STDLIB)
+    with pytest.raises(ValueError, match=r"reduction: there 3.*, here 5"):
+        make_model(training, gone, MODEL_DIR=f"'{own}'", REDUCTION="5", **STDLIB)
+
+
+def test_a_run_says_in_its_folder_what_its_model_is(tmp_path):
+    t5x_models.summarize_config(str(tmp_path), None, 0, config=CONFIG)
+    assert read_record(run_folder(tmp_path)) == CONFIG
+    assert (tmp_path / "config.gin").exists()
+
+
+def test_beams_act_in_the_evaluation_of_a_training(make_model):
+    files = ["t5x/finetune.gin", "methods/coda.gin"]
+    made = make_model(files, NUM_BEAMS="4", ALPHA="0.3", **ELSEWHERE, **STDLIB)
+    assert made._default_decoder_params.num_decodes == 4
+    assert made.decode_fn.keywords == {"alpha": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("binding", "acts"),
+    [("t5x_models.CodaEncoderDecoderModel", True), ("models.EncoderDecoderModel", False)],
+)
+def test_beams_given_as_t5x_has_them_act_or_are_found(binding, acts, make_model, tmp_path):
+    """Those of T5X's class do nothing for ours; see `check_flags_of_t5x`."""
+    own = tmp_path / "own.gin"
+    own.write_text(
+        "from __gin__ import dynamic_registration\nfrom coda_jax import t5x_models\n"
+        f"from t5x import models\n{binding}.predict_batch_with_aux.num_decodes = 4\n"
+    )
+    make_model(["t5x/finetune.gin", "methods/coda.gin", str(own)], **ELSEWHERE, **STDLIB)
+    reached = configuration.reachable(T5X_SCRIPT.train)
+    found = [key for key in reached if key[2] == "num_decodes" and "predict_batch" in key[1]]
+    assert bool(found) == acts
