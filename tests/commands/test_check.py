@@ -184,7 +184,8 @@ def test_what_each_chip_holds_and_sends_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(topology, "chips", lambda name, whole: jax.devices()[:2])
     monkeypatch.setattr(topology, "compile_for", compile_for)
     lengths = {"inputs": 8, "targets": 3}
-    report = check(None, DENSE, CODA.methods, topology="v5e:2x2", feature_lengths=lengths)["topology"]
+    found = check(None, DENSE, CODA.methods, topology="v5e:2x2", feature_lengths=lengths)
+    report = found["topology"]
     assert report["mesh"] == {"data": 2, "model": 1} and report["batch_size"] == 16
     step = report["programs"]["train_step"]
     assert step == {"fits": False, "refused": "Used 17G of 15G hbm"}
