@@ -18,7 +18,16 @@ first, and in which a config keeps them. A new method is a file, and an import a
 from collections.abc import Iterable
 
 from coda_jax import checks
-from coda_jax.methods.base import Method, created, finish, merge, partition, trained
+from coda_jax.methods.base import (
+    Method,
+    check_packs,
+    check_start,
+    created,
+    finish,
+    merge,
+    partition,
+    trained,
+)
 from coda_jax.methods.coda import (
     ATTENTIONS,
     REDUCTION,
@@ -46,6 +55,8 @@ __all__ = [
     "METHODS",
     "REDUCTION",
     "Method",
+    "check_packs",
+    "check_start",
     "created",
     "find",
     "finish",

@@ -10,7 +10,7 @@ import gin
 import pytest
 
 from coda_jax.commands import COMMANDS, manual, mistakes
-from coda_jax.commands.configuration import check_flags_of_t5x, configure
+from coda_jax.commands.configuration import check_flags_of_t5x, check_rate_of_t5x, configure
 from coda_jax.commands.gin_files import UsageError, package_names, read
 from coda_jax.commands.gin_macros import _readers
 from coda_jax.training.trainer import TrainOptions
@@ -226,6 +226,35 @@ def test_a_file_before_t5xs_run_that_it_would_overwrite_is_refused(t5x_flags, tm
     t5x_flags(["tasks/mnli.gin", run], [])
     with pytest.raises(UsageError, match=r"overwrites TASK_FEATURE_LENGTHS of tasks/mnli\.gin"):
         check_flags_of_t5x()
+
+
+@pytest.mark.parametrize(
+    ("text", "reads"),
+    [
+        ("OPTIMIZER = @optax.adafactor()\noptax.adafactor.learning_rate = %LEARNING_RATE", True),
+        ("OPTIMIZER = @optax.adafactor()\noptax.adafactor.learning_rate = 0.1", False),
+        (
+            "OPTIMIZER = @optax.apply_if_finite()\noptax.apply_if_finite.inner = @x/optax.adamw()\n"
+            "x/optax.adamw.learning_rate = @schedules.checked()\n"
+            "schedules.checked.learning_rate = %LEARNING_RATE",
+            True,
+        ),
+        ("OPTIMIZER = @optax.adamw()\nother/optax.adamw.learning_rate = %LEARNING_RATE", False),
+        ("OTHER = 3", True),  # there is no optimizer
+    ],
+)
+def test_the_rate_that_t5x_logs_is_that_of_the_optimizer(text, reads):
+    head = "from __gin__ import dynamic_registration\nfrom coda_jax.training import schedules\n"
+    gin.clear_config()
+    gin.parse_config(f"{head}import optax\nLEARNING_RATE = 0.1\n{text}")
+    try:
+        if reads:
+            check_rate_of_t5x()
+        else:
+            with pytest.raises(UsageError, match="bind the optimizer's learning_rate = %LEARNING"):
+                check_rate_of_t5x()
+    finally:
+        gin.clear_config()
 
 
 def test_an_error_names_the_macro_that_gave_the_value():
