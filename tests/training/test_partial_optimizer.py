@@ -1,51 +1,16 @@
 """T5X's optimizers for a part of the parameters, with a definition like T5X's but without T5X."""
 
-from typing import Any
-
-from flax import struct
 from flax.core import FrozenDict, freeze
 import jax
 import jax.numpy as jnp
 import optax
+from optimizer_definitions import Wrapper
 import pytest
 
 from coda_jax.training.partial_optimizer import PartialOptimizer, steps_taken
 
 PARAMS = {"layer": {"new": {"kernel": jnp.ones((4, 2))}, "old": {"kernel": jnp.ones((4, 2))}}}
 AXES = {"layer": {"new": {"kernel": ("embed", "mlp")}, "old": {"kernel": ("embed", "mlp")}}}
-
-
-@struct.dataclass
-class State:
-    """As T5X's."""
-
-    step: Any
-    param_states: Any
-
-
-@struct.dataclass
-class Optimizer:
-    """As T5X's."""
-
-    optimizer_def: Any = struct.field(pytree_node=False)
-    state: State
-    target: Any
-
-
-class Wrapper:
-    """As T5X's of an optax optimizer."""
-
-    hyper_params = None
-
-    def __init__(self, optimizer):
-        self._optimizer = optimizer
-
-    def create(self, target):
-        return Optimizer(self, State(0, self._optimizer.init(target)), target)
-
-    def apply_gradient(self, hyper_params, params, state, grads):
-        updates, states = self._optimizer.update(grads, state.param_states, params)
-        return optax.apply_updates(params, updates), State(state.step + 1, states)
 
 
 @pytest.mark.parametrize(
