@@ -1,14 +1,15 @@
-"""T5X's side: its model class with metrics of the routing, what it restores, what it trains.
+"""T5X's side: its model class, which trains what the methods train, and its trainer, which checks.
 
 The network is the config's own. The only module that imports t5x. Its functions are named in
 gin_configs/t5x.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import copy
 import dataclasses
 import functools
 import importlib
+import math
 import typing
 from typing import Any
 
@@ -17,19 +18,23 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from t5x import decoding, gin_utils, models, optimizers
+import seqio
+from t5x import decoding, gin_utils, models, optimizers, trainer, utils
 
 from coda_jax import checks, trees
 from coda_jax.checkpoints.t5x import table_of
 from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder, write_record
 from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves
-from coda_jax.commands.configuration import check_flags_of_t5x
+from coda_jax.commands.configuration import check_flags_of_t5x, check_rate_of_t5x
 from coda_jax.commands.t5x_identity import check_restored, check_resumed
-from coda_jax.methods import Method, trained
+from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
+from coda_jax.data.vocabularies import Identity, check_vocabulary
+from coda_jax.methods import Method, check_packs, check_start, max_segments, partition, trained
 from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
 from coda_jax.objectives.seq2seq import Z_LOSS
+from coda_jax.training.partial_optimizer import PartialOptimizer, steps_taken
 
 
 def adapted(
@@ -86,7 +91,9 @@ def example_network(config: ModelConfig) -> nn.Module | None:
     return network if made == ours else None
 
 
-def restoration(config: ModelConfig, new_leaves: str = "created") -> Callable:
+def restoration(
+    config: ModelConfig, checkpoint: str | None, new_leaves: str = "created"
+) -> Callable:
     """What of a checkpoint T5X restores: one of its `state_transformation_fns`.
 
     These see the table of leaves of every checkpoint, wherever it lies. T5X itself would start
@@ -95,6 +102,7 @@ def restoration(config: ModelConfig, new_leaves: str = "created") -> Callable:
 
     Args:
         config: the run's.
+        checkpoint: where it starts from.
         new_leaves: whether the methods' leaves are "created" or "restored", unless T5X goes on with
             its own run, whose leaves are all restored.
 
@@ -103,9 +111,11 @@ def restoration(config: ModelConfig, new_leaves: str = "created") -> Callable:
         compared with the model's, and the step; the optimizer starts anew.
 
     Raises:
-        ValueError: `new_leaves` is another word.
+        ValueError: there is no checkpoint, so that what is frozen would stay random; `new_leaves`
+            is another word.
     """
     checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
+    check_start(config, param_shapes(config), checkpoint)
 
     def restored(state, _, is_resuming=False):
         shapes = table_of(state.get("target", {}))
@@ -116,6 +126,25 @@ def restoration(config: ModelConfig, new_leaves: str = "created") -> Callable:
         return {**state, "state": kept}
 
     return restored
+
+
+def feature_converter(
+    config: ModelConfig, pack: bool = True, **kwargs: Any
+) -> seqio.FeatureConverter:
+    """T5X's feature converter for a model: packed rows hold what its methods can keep apart.
+
+    Args:
+        config: the run's.
+        pack: whether examples share rows.
+        **kwargs: seqio's.
+
+    Raises:
+        ValueError: `pack`, where a method or the inputs do not allow it.
+    """
+    check_packs(config.methods if pack else ())
+    if len(config.input_spec(1, 1).shape) > 2:
+        return VectorsFeatureConverter(pack=pack, **kwargs)
+    return TokensFeatureConverter(max_segments(config.methods), pack=pack, **kwargs)
 
 
 def beam_search(alpha: float = 0.6) -> Callable:
@@ -148,8 +177,20 @@ def temperature_sample(temperature: float = 1.0, top_k: int = 0, top_p: float = 
     )
 
 
+def _check_vocabularies(config: ModelConfig, *vocabularies: seqio.Vocabulary) -> None:
+    """Raises ValueError where a vocabulary has more ids than the model, or another end."""
+    for vocabulary in vocabularies:
+        found = Identity("", vocabulary.vocab_size, vocabulary.eos_id, vocabulary.pad_id)
+        try:
+            check_vocabulary(found, config.vocab_size, eos_id=config.eos_id, pad_id=config.pad_id)
+        except ValueError as error:
+            raise ValueError(f"VOCABULARY is not that of the PRESET: {error}") from error
+
+
 class CodaEncoderDecoderModel(models.EncoderDecoderModel):
-    """T5X's encoder-decoder model, which checks its checkpoint and logs how each layer routes.
+    """T5X's encoder-decoder model, which checks what it is given and logs how each layer routes.
+
+    Whatever the optimizer, it trains what the methods train; see `for_what_is_trained`.
 
     Args:
         checkpoint: where the run starts from. Where it has the methods' leaves, its run's methods
@@ -164,7 +205,8 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
 
     Raises:
         ValueError: leaves are missing, extra or misshapen (all are listed); a run was another one;
-            a value is out of its range.
+            a vocabulary has more ids than the model, or another end; the optimizer cannot serve; a
+            value is out of its range.
     """
 
     def __init__(
@@ -177,6 +219,12 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        config = self.module.config
+        _check_vocabularies(config, self.input_vocabulary, self.output_vocabulary)
+        if self.optimizer_def is not None:
+            self.optimizer_def = for_what_is_trained(self.optimizer_def, config)
+        if kwargs.get("feature_converter_cls") is None:
+            self.FEATURE_CONVERTER_CLS = functools.partial(feature_converter, config)
         Z_LOSS("Z_LOSS", self._z_loss)
         checks.Number(least=0, below=1)("LABEL_SMOOTHING", self._label_smoothing)
         if not isinstance(self._loss_normalizing_factor, str | None):  # T5X checks the text
@@ -184,7 +232,6 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
             factor("LOSS_NORMALIZING_FACTOR", self._loss_normalizing_factor)
         checks.COUNT("DecoderParams.num_decodes", self._default_decoder_params.num_decodes)
         checks.flag("CHANGE_METHODS", change_methods)
-        config = self.module.config
         if model_dir is not None and has_checkpoints(run_folder(model_dir)):
             check_resumed(model_dir, config)
         elif checkpoint is not None:
@@ -255,23 +302,94 @@ def routing_metrics(intermediates: Any, num_tokens: jax.Array) -> dict[str, clu.
     return metrics
 
 
-def partial_optimizer(
-    optimizer: optax.GradientTransformation, config: ModelConfig
-) -> optimizers.OptaxWrapper:
+def for_what_is_trained(
+    optimizer: optimizers.OptimizerDef | optax.GradientTransformation, config: ModelConfig
+) -> PartialOptimizer:
     """Trains what the methods train; the rest keeps its bits and has no optimizer state.
 
     Args:
-        optimizer: of the trained parameters, with its learning rate: T5X's trainer sets none.
-        config: the run's, with its methods, whose own parts of a step are put around it.
+        optimizer: of T5X, or of optax with its learning rate, around which the methods' own parts
+            of a step are put.
+        config: the run's, with its methods.
 
     Returns:
         The optimizer definition for a T5X model.
+
+    Raises:
+        ValueError: nothing is trained; or the optimizer cannot serve.
     """
-    for method in config.methods:
-        optimizer = method.wrap_optimizer(optimizer)
+    if not config.methods:
+        raise ValueError("nothing is trained: METHODS=()")
+    if isinstance(optimizer, optimizers.MultiOptimizer):
+        raise ValueError(
+            "OPTIMIZER: T5X's MultiOptimizer cannot go on from its checkpoints; "
+            "optax.multi_transform can"
+        )
+    if isinstance(optimizer, optimizers.OptaxWrapper):
+        optimizer = optimizer.optax_optimizer
+    own = [m.name for m in config.methods if type(m).wrap_optimizer is not Method.wrap_optimizer]
+    if isinstance(optimizer, optax.GradientTransformation):
+        check_rate_of_t5x()
+        for method in config.methods:
+            optimizer = method.wrap_optimizer(optimizer)
+        optimizer = optimizers.OptaxWrapper(optimizer)
+    elif own:
+        raise ValueError(
+            f"OPTIMIZER: the methods {own} have a part in each step, which needs an optimizer of "
+            f"optax, not T5X's {type(optimizer).__name__}"
+        )
+    return PartialOptimizer(optimizer, trained(config))
 
-    def labels(params):
-        return trees.labels(params, trained(config))
 
-    transforms = {"trained": optimizer, "frozen": optax.set_to_zero()}
-    return optimizers.OptaxWrapper(optax.multi_transform(transforms, labels))
+def checked_trainer(trainer_cls: type[trainer.Trainer]) -> type[trainer.Trainer]:
+    """The class of trainers with an end at what is not finite, and the true rate in its log.
+
+    Args:
+        trainer_cls: T5X's, with what gin files give it.
+    """
+    return type("CheckedTrainer", (_Checked, trainer_cls), {})
+
+
+@jax.jit
+def _finite(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
+
+
+class _Checked:
+    """What `checked_trainer` puts before T5X's trainer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        count = steps_taken(self.train_state.param_states)
+        if count is not None:  # optax starts at 0 where T5X's step goes on from the checkpoint's
+            step, count = (int(utils.get_local_data(x)) for x in (self.train_state.step, count))
+            rate = self._learning_rate_fn
+            self._learning_rate_fn = lambda now: rate(now - (step - count))
+
+    def train(self, batch_iter, num_steps, start_step=None):
+        """Trains as T5X does, see there; FloatingPointError where a loss is not finite."""
+        summary = super().train(batch_iter, num_steps, start_step)
+        last = int(utils.get_local_data(self.train_state.step))
+        self._check(f"steps {last - num_steps + 1} to {last}", summary.result())
+        found, _ = partition(self._model.module.config, self.train_state.params)
+        for path, finite in jax.device_get(_finite(trees.flatten(found))).items():
+            if not finite:
+                raise FloatingPointError(
+                    f"the parameter {path} has values that are not finite after step {last}: "
+                    "nothing is saved after the last checkpoint"
+                )
+        return summary
+
+    def eval(self, batch_iters):
+        """Evaluates as T5X does, see there; FloatingPointError where a loss is not finite."""
+        summaries = super().eval(batch_iters)
+        for name, summary in summaries.items():
+            self._check(f"the evaluation on {name}", summary)
+        return summaries
+
+    def _check(self, what: str, summary: Mapping[str, Any]) -> None:
+        loss = float(summary["loss"].value)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of {what} is {loss}: nothing is saved after the last checkpoint"
+            )

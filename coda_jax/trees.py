@@ -9,7 +9,6 @@ import math
 import re
 from typing import Any
 
-import jax
 from jax import Array
 import numpy as np
 
@@ -51,22 +50,6 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 def matches(path: str, patterns: tuple[str, ...]) -> bool:
     """Returns True if any pattern is found in `path`."""
     return any(re.search(pattern, path) for pattern in patterns)
-
-
-def labels(params: Mapping, patterns: tuple[str, ...]) -> Mapping:
-    """Returns a tree of "trained" and "frozen", as `optax.multi_transform` takes it.
-
-    Args:
-        params: the parameter tree.
-        patterns: of the paths of what is trained.
-    """
-
-    def word(path, leaf):
-        joined = "/".join(str(key.key) for key in path)
-        return "trained" if matches(joined, patterns) else "frozen"
-
-    # Not `unflatten`: what is a FrozenDict must stay one, T5X has both.
-    return jax.tree_util.tree_map_with_path(word, params)
 
 
 def split(params: Mapping, patterns: tuple[str, ...]) -> tuple[dict, dict]:

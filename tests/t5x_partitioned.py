@@ -10,7 +10,7 @@ import optax
 import seqio
 from t5x import partitioning, train_state
 
-from coda_jax.t5x_models import CodaEncoderDecoderModel, partial_optimizer
+from coda_jax.t5x_models import CodaEncoderDecoderModel
 
 CONFIG = config(coda={"reduction": 2.0, "max_segments": 2}, vocab_size=32)
 
@@ -39,11 +39,11 @@ def make_batch():
 
 def make_step():
     """(state, step): the step takes state and batch, and returns the new state and the loss."""
-    vocabulary = seqio.ByteVocabulary()
-    optimizer = partial_optimizer(optax.adam(1e-2), CONFIG)
-    model = CodaEncoderDecoderModel(CONFIG.network(), vocabulary, vocabulary, optimizer)
+    vocabulary = seqio.PassThroughVocabulary(CONFIG.vocab_size, eos_id=1)
+    network = CONFIG.network()
+    model = CodaEncoderDecoderModel(network, vocabulary, vocabulary, optax.adam(1e-2))
     variables = {"params": random_params(CONFIG), "params_axes": shapes(CONFIG)["params_axes"]}
-    state = train_state.FlaxOptimTrainState.create(optimizer, freeze(variables))
+    state = train_state.FlaxOptimTrainState.create(model.optimizer_def, freeze(variables))
 
     def step(state, batch):
         def loss(params):

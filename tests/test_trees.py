@@ -1,6 +1,5 @@
 """Trees of parameters: paths, patterns, parts and wholes."""
 
-from flax.core import FrozenDict, freeze
 import numpy as np
 import pytest
 
@@ -45,20 +44,6 @@ def test_unflatten_refuses_a_leaf_that_is_also_a_folder():
 def test_flatten_refuses_two_leaves_of_one_path():
     with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
         trees.flatten({"a/b": np.zeros(1), "a": {"b": np.zeros(1)}})
-
-
-def test_labels_say_trained_where_a_pattern_is_found_and_frozen_elsewhere():
-    words = trees.flatten(trees.labels(tree(), PATTERNS))
-    expected = dict.fromkeys(INSIDE, "trained") | dict.fromkeys(OUTSIDE, "frozen")
-    assert words == expected
-    assert set(trees.flatten(trees.labels(tree(), ())).values()) == {"frozen"}
-
-
-def test_labels_of_a_frozen_dict_are_one():
-    """T5X has both kinds, and the optimizer compares the structures."""
-    frozen = trees.labels(freeze(tree()), PATTERNS)
-    assert isinstance(frozen, FrozenDict)
-    assert frozen.unfreeze() == trees.labels(tree(), PATTERNS)
 
 
 def test_split_gives_what_matches_and_then_the_rest():

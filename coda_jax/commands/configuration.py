@@ -5,7 +5,7 @@ the command can reach are then followed from its function, through references an
 of one's own beyond them is an error too.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import inspect
 import re
@@ -189,13 +189,20 @@ def reachable(function: Callable[..., Any] | None = None) -> set[Key]:
     from gin import config
 
     start = config._inverse_lookup(function)
-    todo = [(start.selector, ())] if start else []
-    todo += [
+    calls = [(start.selector, ())] if start else []
+    calls += [
         (selector, tuple(scope.split("/")) if scope else ())
         for scope, selector in config._CONFIG
         if _configured_from_code(config._REGISTRY[selector])
     ]
-    found, seen = set(), set()
+    return _read_by(calls)
+
+
+def _read_by(calls: Iterable[tuple[str, tuple[str, ...]]]) -> set[Key]:
+    """The keys of gin's bindings that count in some calls: (what is called, its scopes)."""
+    from gin import config
+
+    todo, found, seen = list(calls), set(), set()
     while todo:
         selector, scopes = call = todo.pop()
         if call in seen:
@@ -243,6 +250,25 @@ def _named_methods(bound: tuple[str, Any] | None) -> list[str]:
         value = config._CONFIG.get(key, {}).get("value")
     names = value if isinstance(value, list | tuple) else ()
     return [config._inverse_lookup(METHODS[name]).selector for name in names if name in METHODS]
+
+
+def check_rate_of_t5x() -> None:
+    """Checks that an OPTIMIZER of optax reads the LEARNING_RATE, which is what T5X logs.
+
+    Raises:
+        UsageError: it has a rate of its own. Nothing is checked where gin configures neither.
+    """
+    with needs():
+        from gin import config
+
+    macros = [(name, "gin.macro") for name in ("OPTIMIZER", "LEARNING_RATE")]
+    if not all(macro in config._CONFIG for macro in macros):
+        return
+    if (*macros[1], "value") not in _read_by([("gin.macro", ("OPTIMIZER",))]):
+        raise UsageError(
+            "OPTIMIZER has a learning rate of its own, and LEARNING_RATE is what T5X logs: give "
+            "LEARNING_RATE the schedule, and bind the optimizer's learning_rate = %LEARNING_RATE"
+        )
 
 
 def check_flags_of_t5x() -> None:

@@ -112,9 +112,8 @@ def _checked(
         raise ValueError("there is nothing to train on: name a task or a cache file")
     if not methods.partition(model.config, model.params)[1]:
         family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
-    apart = [method.name for method in model.config.methods if not method.packs]
-    if apart and (data.pack or (eval_data is not None and eval_data.pack)):
-        raise ValueError(f"{apart} cannot keep packed examples apart: pack=False")
+    if data.pack or (eval_data is not None and eval_data.pack):
+        methods.check_packs(model.config.methods)
     if data.cache is None:
         data = data.with_split(data.split)
     if eval_data is not None and not eval_data.exists:

@@ -18,7 +18,8 @@ Without seqio and TensorFlow:
 
 With them:
 
-- `seqio_tasks`, `seqio_vocabularies`: what is built on seqio; they import it at the top.
+- `seqio_tasks`, `seqio_vocabularies`, `seqio_converters`: what is built on seqio; they import it at
+  the top.
 - `images`: image files to patches. TensorFlow is imported when patches are made.
 - `audio`: recordings to frames. TensorFlow is imported when frames are made.
 """

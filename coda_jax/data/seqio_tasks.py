@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import difflib
 import importlib.metadata
 import os
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -252,19 +252,6 @@ class EndedTask(seqio.Task):
             return kept
         ended = tf.concat([kept[:-1], tf.constant([feature.vocabulary.eos_id], kept.dtype)], axis=0)
         return tf.cond(tf.size(values) <= limit, lambda: kept, lambda: ended)
-
-
-class VectorsFeatureConverter(seqio.EncDecFeatureConverter):
-    """seqio's converter for inputs that are float vectors [length, C], as of patches; unpacked."""
-
-    TASK_FEATURES: ClassVar = {
-        **seqio.EncDecFeatureConverter.TASK_FEATURES,
-        "inputs": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32, rank=2),
-    }
-    MODEL_FEATURES: ClassVar = {
-        **seqio.EncDecFeatureConverter.MODEL_FEATURES,
-        "encoder_input_tokens": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32, rank=2),
-    }
 
 
 def cache_task(

@@ -18,7 +18,17 @@ first, and in which a config keeps them. A new method is a file, and an import a
 from collections.abc import Iterable
 
 from coda_jax import checks
-from coda_jax.methods.base import Method, acting, created, finish, merge, partition, trained
+from coda_jax.methods.base import (
+    Method,
+    acting,
+    check_packs,
+    check_start,
+    created,
+    finish,
+    merge,
+    partition,
+    trained,
+)
 from coda_jax.methods.coda import (
     ATTENTIONS,
     REDUCTION,
@@ -50,6 +60,8 @@ __all__ = [
     "REDUCTION",
     "Method",
     "acting",
+    "check_packs",
+    "check_start",
     "created",
     "find",
     "finish",

@@ -8,7 +8,7 @@ what a run trains and what an adapter file holds follow from them alone.
 Axis letters: B batch, N tokens, K selected tokens, D embedding.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 from typing import Any, ClassVar
@@ -172,6 +172,13 @@ def acting(methods: tuple[Method, ...]) -> tuple[Method, ...]:
     )
 
 
+def check_packs(methods: Iterable[Method]) -> None:
+    """Raises ValueError where a method cannot keep packed examples apart."""
+    mixing = [method.name for method in methods if not method.packs]
+    if mixing:
+        raise ValueError(f"{mixing} cannot keep packed examples apart: pack=False")
+
+
 def created(config: Any) -> tuple[str, ...]:
     """Patterns of the leaves that no base has: those of the config's methods."""
     return tuple(pattern for method in config.methods for pattern in method.creates)
@@ -189,6 +196,26 @@ def trained(config: Any) -> tuple[str, ...]:
 def partition(config: Any, params: Mapping[str, Any]) -> tuple[dict, dict]:
     """Splits a parameter tree into what is trained and what is frozen."""
     return trees.split(params, trained(config))
+
+
+def check_start(config: Any, params: Mapping[str, Any], checkpoint: Any) -> None:
+    """Checks that what a run does not train comes from somewhere.
+
+    Args:
+        config: the run's.
+        params: its parameters, or their shapes.
+        checkpoint: where they come from; None, or nothing, for nowhere.
+
+    Raises:
+        ValueError: it is nowhere, and some are frozen.
+    """
+    frozen = trees.count(partition(config, params)[1])
+    if frozen and not checkpoint:
+        raise ValueError(
+            f"INITIAL_CHECKPOINT_PATH={checkpoint!r}: {frozen:,} of {trees.count(params):,} "
+            "parameters are frozen and would stay random; name a checkpoint, or train all of them "
+            "(methods/full.gin)"
+        )
 
 
 def _fold(config: Any, params: Mapping[str, Any], step: str) -> tuple[Any, Mapping[str, Any]]:

@@ -6,6 +6,7 @@
 | `progress` | the progress bar, and the check that losses are finite |
 | `schedules` | learning rates over a run |
 | `optimizers` | those of optax that run files name, with their numbers checked |
+| `partial_optimizer` | T5X's optimizers, for what is trained alone |
 | `run_identity` | what decides a run's result, and how another run differs |
 | `run_checkpoints` | checkpoints: whole, checked, finite |
 | `run_directory` | who may write in a run's folder, its logs; how a run is asked to stop |

@@ -16,6 +16,7 @@ from coda_jax.commands.loading import load_model
 from coda_jax.data import seqio_tasks
 from coda_jax.data.batches import batch_examples
 from coda_jax.data.cache import read_cache, write_cache
+from coda_jax.data.seqio_converters import VectorsFeatureConverter
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import load_vocabulary
 from coda_jax.methods import Coda
@@ -156,7 +157,7 @@ def test_batches_equal_those_of_seqio(files):
     )
     task = seqio.get_mixture_or_task(TASK)
     dataset = task.get_dataset(LENGTHS, "train", shuffle=False)
-    converter = seqio_tasks.VectorsFeatureConverter(pack=False)
+    converter = VectorsFeatureConverter(pack=False)
     theirs = converter(dataset, LENGTHS).batch(4).as_numpy_iterator()
     for first, second in zip(ours, theirs, strict=True):
         assert first.keys() == second.keys()

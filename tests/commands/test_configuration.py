@@ -11,7 +11,7 @@ import pytest
 
 from coda_jax.commands import COMMANDS, configuration, manual, mistakes
 from coda_jax.commands.check import check
-from coda_jax.commands.configuration import check_flags_of_t5x, configure
+from coda_jax.commands.configuration import check_flags_of_t5x, check_rate_of_t5x, configure
 from coda_jax.commands.gin_files import UsageError, package_names, read
 from coda_jax.commands.gin_macros import _readers
 from coda_jax.training.trainer import TrainOptions
@@ -281,6 +281,35 @@ def test_a_binding_that_t5x_does_not_use_is_refused(t5x_flags, tmp_path):
     t5x_flags([*CHECK, str(own)], [])
     with pytest.raises(UsageError, match=r"own\.gin:3 has no effect: nothing .* reads Decoding"):
         check_flags_of_t5x()
+
+
+@pytest.mark.parametrize(
+    ("text", "reads"),
+    [
+        ("OPTIMIZER = @optax.adafactor()\noptax.adafactor.learning_rate = %LEARNING_RATE", True),
+        ("OPTIMIZER = @optax.adafactor()\noptax.adafactor.learning_rate = 0.1", False),
+        (
+            "OPTIMIZER = @optax.apply_if_finite()\noptax.apply_if_finite.inner = @x/optax.adamw()\n"
+            "x/optax.adamw.learning_rate = @schedules.checked()\n"
+            "schedules.checked.learning_rate = %LEARNING_RATE",
+            True,
+        ),
+        ("OPTIMIZER = @optax.adamw()\nother/optax.adamw.learning_rate = %LEARNING_RATE", False),
+        ("OTHER = 3", True),  # there is no optimizer
+    ],
+)
+def test_the_rate_that_t5x_logs_is_that_of_the_optimizer(text, reads):
+    head = "from __gin__ import dynamic_registration\nfrom coda_jax.training import schedules\n"
+    gin.clear_config()
+    gin.parse_config(f"{head}import optax\nLEARNING_RATE = 0.1\n{text}")
+    try:
+        if reads:
+            check_rate_of_t5x()
+        else:
+            with pytest.raises(UsageError, match="bind the optimizer's learning_rate = %LEARNING"):
+                check_rate_of_t5x()
+    finally:
+        gin.clear_config()
 
 
 def test_an_error_names_the_macro_that_gave_the_value():

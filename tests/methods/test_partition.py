@@ -114,3 +114,16 @@ def test_a_router_serves_with_other_options_and_an_adapter_does_not():
     assert Coda(3).continues(Coda(5, epsilon=0.1)) and not Coda().continues(ADAPTER)
     assert ADAPTER.continues(type(ADAPTER)(ADAPTER.bottleneck))
     assert not ADAPTER.continues(type(ADAPTER)(ADAPTER.bottleneck + 1))
+
+
+def test_what_is_frozen_must_come_from_somewhere():
+    cfg = config({"reduction": 3}, base=ONE_LAYER)
+    params = param_shapes(cfg)
+    frozen, total = (trees.count(x) for x in (methods.partition(cfg, params)[1], params))
+    said = f"INITIAL_CHECKPOINT_PATH=None: {frozen:,} of {total:,} parameters are frozen"
+    with pytest.raises(ValueError, match=said):
+        methods.check_start(cfg, params, None)
+    with pytest.raises(ValueError, match=r"INITIAL_CHECKPOINT_PATH='': .*methods/full\.gin"):
+        methods.check_start(cfg, params, "")
+    methods.check_start(cfg, params, "checkpoint")
+    methods.check_start(cfg.replace(methods=(*cfg.methods, Full())), params, None)

@@ -91,7 +91,7 @@ def restored(folder, wanted):
         state.step, params=state.params, params_axes=state.params_axes
     )
     manager = t5x_checkpoints.OrbaxCheckpointManagerInterface(str(folder), inference, partitioner)
-    step = t5x_models.restoration(CODA, "restored")
+    step = t5x_models.restoration(CODA, "checkpoint", "restored")
     found = manager.restore(path=str(folder / "checkpoint_5"), state_transformation_fns=[step])
     return found.params
 

@@ -17,13 +17,13 @@ from helpers import (
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import seqio
 
 from coda_jax import checkpoints, cli, gin_configs, methods, trees
 from coda_jax.checkpoints.t5x_record import read_record, run_folder, write_record
 from coda_jax.commands import configuration, gin_files
+from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
 from coda_jax.methods import Coda, Full, Lora, ParallelAdapter
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.w2v_bert.config import W2vBertConfig
@@ -42,7 +42,7 @@ CONFIG = config(coda={"reduction": 2.0, "max_segments": 2})
 
 def model(cfg, optimizer=None, **kwargs):
     """T5X's model around the network of a config."""
-    vocabulary = seqio.ByteVocabulary()
+    vocabulary = seqio.PassThroughVocabulary(cfg.vocab_size, eos_id=1)
     return t5x_models.CodaEncoderDecoderModel(
         t5x_models.network(cfg), vocabulary, vocabulary, optimizer, **kwargs
     )
@@ -144,43 +144,6 @@ def test_entropy_is_that_of_the_weights():
     assert values == pytest.approx({"share": 0.25, "weight": 0.625, "entropy": entropy})
 
 
-def test_the_optimizer_leaves_frozen_parameters_alone():
-    params = random_params(CONFIG)
-    definition = t5x_models.partial_optimizer(optax.adamw(0.1), CONFIG)
-    state = definition.init_state(params)
-    moments = [leaf for leaf in jax.tree.leaves(state.param_states) if leaf.ndim]
-    trained, _ = methods.partition(CONFIG, params)
-    assert len(moments) == 2 * len(jax.tree.leaves(trained))
-    gradients = jax.tree.map(jnp.ones_like, params)
-    new, _ = definition.apply_gradient(definition.hyper_params, params, state, gradients)
-    words = trees.flatten(trees.labels(params, methods.trained(CONFIG)))
-    before, after = trees.flatten(params), trees.flatten(new)
-    for path, word in words.items():
-        assert np.array_equal(before[path], after[path]) == (word == "frozen")
-
-
-class Doubled(Full):
-    """Full tuning with twice the update."""
-
-    name = "full"
-
-    def wrap_optimizer(self, optimizer):
-        """The optimizer's updates, doubled."""
-        return optax.chain(optimizer, optax.scale(2.0))
-
-
-def test_each_methods_own_part_of_a_step_is_in_the_optimizer():
-    params = {"kernel": jnp.ones(3)}
-    found = []
-    for method in (Full(), Doubled()):
-        cfg = config().replace(methods=(method,))
-        definition = t5x_models.partial_optimizer(optax.sgd(0.1), cfg)
-        state = definition.init_state(params)
-        new, _ = definition.apply_gradient(definition.hyper_params, params, state, params)
-        found.append(1 - new["kernel"])
-    np.testing.assert_allclose(found[1], 2 * found[0], rtol=1e-6)
-
-
 def table(cfg):
     """A table of leaves without shapes, as T5X shows that of orbax."""
     return trees.unflatten(dict.fromkeys(trees.flatten(shapes(cfg)["params"])))
@@ -193,11 +156,11 @@ def test_what_is_restored_fits_wherever_it_lies(adaptation):
     state = {"step": 7, "param_states": {"x": 1}}
     for stored, new_leaves in ((cfg.dense(), "created"), (cfg, "restored")):
         given = {"target": table(stored), "state": state}
-        found = t5x_models.restoration(cfg, new_leaves)(given, None)
+        found = t5x_models.restoration(cfg, "checkpoint", new_leaves)(given, None)
         assert found == {"target": table(stored), "state": {"step": 7}}
-    assert t5x_models.restoration(cfg)(given, None, is_resuming=True) is given
+    assert t5x_models.restoration(cfg, "checkpoint")(given, None, is_resuming=True) is given
     with pytest.raises(ValueError, match=r"NEW_LEAVES must be one of .* got 'dropped'"):
-        t5x_models.restoration(cfg, "dropped")
+        t5x_models.restoration(cfg, "checkpoint", "dropped")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +175,49 @@ def test_what_is_restored_fits_wherever_it_lies(adaptation):
 def test_what_t5x_would_drop_or_start_anew_is_refused(stored, asked, new_leaves, resuming, text):
     given = {"target": table(stored), "state": {"step": 7}}
     with pytest.raises(ValueError, match=rf"leaves\):(\n.*)*  {text}"):
-        t5x_models.restoration(asked, new_leaves)(given, None, is_resuming=resuming)
+        t5x_models.restoration(asked, "checkpoint", new_leaves)(given, None, is_resuming=resuming)
+
+
+def test_what_is_frozen_starts_from_a_checkpoint():
+    cfg = config().replace(methods=(Coda(), ParallelAdapter()))
+    with pytest.raises(ValueError, match=r"INITIAL_CHECKPOINT_PATH=None: .* would stay random"):
+        t5x_models.restoration(cfg, None)
+    assert t5x_models.restoration(cfg.replace(methods=(Full(),)), None)
+
+
+class Mixing(Full):
+    """A method that cannot keep packed examples apart."""
+
+    packs = False
+
+
+def test_the_model_has_the_converter_whose_rows_it_can_take():
+    converter = model(CONFIG).FEATURE_CONVERTER_CLS(pack=True, use_custom_packing_ops=False)
+    assert isinstance(converter, TokensFeatureConverter) and converter._max_segments == 2
+    speech = model(config({"reduction": 2.0}, base=TINY_SPEECH, num_decoder_layers=1))
+    assert isinstance(speech.FEATURE_CONVERTER_CLS(pack=False), VectorsFeatureConverter)
+    with pytest.raises(ValueError, match="recordings are not packed"):
+        speech.FEATURE_CONVERTER_CLS(pack=True)
+    mixing = model(config().replace(methods=(Mixing(),))).FEATURE_CONVERTER_CLS
+    assert not mixing(pack=False).pack
+    with pytest.raises(ValueError, match=r"\['full'\] cannot keep packed examples apart"):
+        mixing(pack=True)
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused():
+    for vocabulary, message in (
+        (seqio.ByteVocabulary(), "has 259 ids, the model only 20"),
+        (seqio.PassThroughVocabulary(20, eos_id=2), "eos_id=2, the model eos_id=1"),
+    ):
+        for pair in ((vocabulary, seqio.PassThroughVocabulary(0)), (vocabulary,) * 2):
+            for given in (pair, pair[::-1]):
+                with pytest.raises(ValueError, match=message):
+                    t5x_models.CodaEncoderDecoderModel(CONFIG.network(), *given, None)
+
+
+def test_float16_is_refused():
+    with pytest.raises(ValueError, match=r"dtype must be 'float32' or 'bfloat16', got 'float16'"):
+        t5x_models.adapted(config(), (Full(),), dtype="float16")
 
 
 def test_a_run_needs_a_preset():
@@ -274,7 +279,7 @@ def test_other_inputs_have_a_file_that_replaces_the_network(
     found = made.module.config
     assert isinstance(found, family) and found.methods == (Coda(3), ParallelAdapter())
     assert type(made.module) is type(found.network()) and found.num_decoder_layers >= 1
-    assert made.FEATURE_CONVERTER_CLS.MODEL_FEATURES["encoder_input_tokens"].rank == 2
+    assert made.FEATURE_CONVERTER_CLS(pack=False).MODEL_FEATURES["encoder_input_tokens"].rank == 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
