@@ -161,21 +161,6 @@ def test_a_run_over_a_mesh_goes_on_with_the_same_bits(tmp_path, capsys):
     assert "'mesh': {'data': 1, 'model': 2}} and goes on on " in capsys.readouterr().out
 
 
-def test_a_device_holds_its_share_of_a_step():
-    """By the compiler's own count of its arguments."""
-    model, optimizer, held = Seq2Seq(WITHOUT_DROPOUT), optax.adamw(1e-3), []
-    for mesh in (None, {"model": 2}):
-        placement = Placement(mesh)
-        batch = placement.batch(next(make_batches()))
-        params = random_params(CONFIG)
-        state, frozen, step = trainer._start(model, params, optimizer, OPTIONS, placement)
-        arguments = jax.tree.leaves((state, frozen, batch))
-        held.append(sum(x.addressable_shards[0].data.nbytes for x in arguments))
-    with placement.divided():
-        compiled = step.lower(state, frozen, batch).compile()
-    assert compiled.memory_analysis().argument_size_in_bytes == held[1] < 0.6 * held[0]
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
     """Invariant 6."""
 
