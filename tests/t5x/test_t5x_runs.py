@@ -231,62 +231,6 @@ def test_a_killed_run_goes_on_from_its_checkpoint(dense, folder):
     assert all(leaf.tobytes() == before[path].tobytes() for path, leaf in frozen.items())
 
 
-# (gin file, the step at which the schedule is when the run starts from step 2)
-ADAFACTORS = {
-    "t5x_adafactor": (
-        """
-from __gin__ import dynamic_registration
-from t5x import adafactor
-
-OPTIMIZER = @adafactor.Adafactor()
-adafactor.Adafactor.logical_factor_rules = @adafactor.standard_logical_factor_rules()
-""",
-        2,
-    ),
-    "optax_adafactor": (
-        """
-from __gin__ import dynamic_registration
-import optax
-from t5x import optimizers
-
-OPTIMIZER = @optimizers.chain()
-optimizers.chain.transformations = [@optax.clip(), @optax.adafactor()]
-optax.clip.max_delta = 1.0
-optax.adafactor.learning_rate = %LEARNING_RATE
-""",
-        0,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ADAFACTORS)
-def test_other_optimizers_train_the_same_leaves_from_rows_of_many_examples(name, dense, folder):
-    """Rows that held more than the router's `max_segments` made the loss NaN."""
-    if "legacy" in str(dense):
-        pytest.skip("the format of the dense checkpoint does not matter")
-    text, offset = ADAFACTORS[name]
-    (folder / f"{name}.gin").write_text(text)
-    lines = (json.dumps({"inputs": f"{i}", "targets": f"{i % 2}"}) for i in range(400))
-    (folder / "short.jsonl").write_text("\n".join(lines))
-    directory = folder / name
-    changes = dict.fromkeys(("TRAIN_FILE", "VALIDATION_FILE"), f"'{folder}/short.jsonl'")
-    changes["utils.create_learning_rate_scheduler.factors"] = "'constant * linear_warmup'"
-    changes["utils.create_learning_rate_scheduler.warmup_steps"] = "100"
-    for steps in ("12", "22"):  # and it goes on
-        bindings = finetune(dense, directory, TRAIN_STEPS=steps, **changes)
-        del bindings["MIXTURE_OR_TASK_NAME"]
-        run("train", [*FINETUNE_FILES, "tasks/jsonl.gin", f"{name}.gin"], bindings, folder)
-    base, after = (trees.flatten(read_t5x(path)[0]) for path in (dense, directory))
-    config = adapted_config(trees.unflatten(base))
-    trained, frozen = map(trees.flatten, methods.partition(config, after))
-    for path, leaf in frozen.items():
-        assert leaf.tobytes() == base[path].tobytes(), path
-    assert all((leaf != base[path]).any() for path, leaf in trained.items() if path in base)
-    assert np.isfinite(list(logged(directory / "train", "loss").values())).all()
-    rates = logged(directory / "train", "learning_rate/current")
-    assert rates == pytest.approx({step: (step - 3 + offset) * 1e-5 for step in (12, 22)})
-
-
 # (file of t5x/, preset and changes, task, methods)
 OTHER_INPUTS = [
     ("images", ("pix2struct_tiny", {"emb_dim": 16, "mlp_dim": 24}), "digit_strips", ADAPTATION),
