@@ -110,6 +110,13 @@ def join_beams(x: Float[Array, "b h l k"], num_beams: int) -> Float[Array, "r h 
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, x.shape[4])
 
 
+def beams_mask(ancestors: Int[Array, "r m l"]) -> Bool[Array, "r 1 m j"]:
+    """[R, 1, M, M * L], what each beam sees of `join_beams`: at each place what one beam wrote."""
+    beams = jnp.arange(ancestors.shape[1], dtype=jnp.int32)[:, None]
+    seen = ancestors[:, None, :, None] == beams
+    return seen.reshape(*seen.shape[:3], -1)
+
+
 class KeyValueCache(nn.Module):
     """The keys and values of the tokens decoded so far.
 

@@ -95,7 +95,7 @@ def test_evaluate_leaves_it_to_the_model_to_pad_and_cut(model, task, monkeypatch
     seen = []
 
     class Recorder:
-        def __init__(self, config, params, decoding, vocabulary):
+        def __init__(self, config, params, decoding, vocabulary, placement):
             self.decoding = decoding
 
         def __call__(self, inputs, first):

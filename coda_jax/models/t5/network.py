@@ -151,8 +151,7 @@ class DecoderLayer(nn.Module):
             if self_mask is not None:
                 num_beams = self_mask.shape[-1] // key.shape[2]
                 key, value = (attentions.join_beams(x, num_beams) for x in (key, value))
-                visible = self_mask & jnp.tile(visible, num_beams)
-                bias = jnp.tile(bias, num_beams)
+                visible, bias = self_mask & jnp.tile(visible, num_beams), jnp.tile(bias, num_beams)
             return attention(u, (key, value), visible, bias, deterministic=deterministic)
 
         def cross_attention(q):
@@ -341,10 +340,9 @@ class Transformer(nn.Module):
             decoder_target_tokens: [B, T]; says what is padding.
             encoder_segment_ids: [B, N] for packed examples.
             decoder_segment_ids: [B, T] for packed examples.
-            decoder_positions: not used, the biases are relative; part of T5X's signature.
             enable_dropout: needs the RNG "dropout".
             decode: makes the cache, a mutable collection, and from then on uses it.
-            max_decode_length: not used, the cache knows its length; part of T5X's signature.
+            decoder_positions, max_decode_length: not used; part of T5X's signature.
             cache_encoded: keep the keys and values of `encoded`, and their matrices, in the cache
                 that this call makes, for all later steps.
             ancestors: [R, M, L] for the M beams of a row in cached decoding: which of them wrote
@@ -354,13 +352,9 @@ class Transformer(nn.Module):
         if decode and encoder_segment_ids is not None:
             raise ValueError("packed examples cannot be decoded: encoder_segment_ids was given")
         cross_mask = self.input_mask(encoder_input_tokens)[:, None, None, :]
-        self_mask = None
+        self_mask = None if ancestors is None else attentions.beams_mask(ancestors)
         if not decode:
             self_mask = (decoder_target_tokens != self.config.pad_id)[:, None, None, :]
-        elif ancestors is not None:
-            writers = jnp.arange(ancestors.shape[1], dtype=jnp.int32)[:, None]
-            seen = ancestors[:, None, :, None] == writers
-            self_mask = seen.reshape(*seen.shape[:3], -1)
         if encoder_segment_ids is not None:
             segments = decoder_segment_ids[:, None, :, None]
             self_mask = self_mask & (segments == decoder_segment_ids[:, None, None, :])
