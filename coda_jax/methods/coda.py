@@ -156,17 +156,15 @@ def with_reduction(
     Raises:
         ValueError: none of them routes.
     """
-    if not any(isinstance(method, Coda) for method in methods):
+    if _routing(methods) is None:
         raise ValueError(f"reduction={reduction} is given for a model that does not route")
-    return tuple(
-        dataclasses.replace(method, reduction=reduction) if isinstance(method, Coda) else method
-        for method in methods
-    )
+    return _replaced(methods, reduction=reduction)
 
 
 def reduction_of(methods: Sequence[Method]) -> float | tuple[float, ...] | None:
     """The reduction of the routing; None for methods that do not route."""
-    return next((method.reduction for method in methods if isinstance(method, Coda)), None)
+    routing = _routing(methods)
+    return routing and routing.reduction
 
 
 def with_room_of(methods: Sequence[Method], others: Sequence[Method]) -> tuple[Method, ...]:
@@ -180,8 +178,15 @@ def with_tuning_of(methods: Sequence[Method], others: Sequence[Method]) -> tuple
 
 
 def _adjusted(methods, others, names):
-    given = next((method for method in others if isinstance(method, Coda)), None)
-    values = {name: getattr(given, name) for name in names} if given else {}
+    given = _routing(others)
+    return _replaced(methods, **{name: getattr(given, name) for name in names if given})
+
+
+def _routing(methods: Sequence[Method]) -> Coda | None:
+    return next((method for method in methods if isinstance(method, Coda)), None)
+
+
+def _replaced(methods, **values):
     return tuple(
         dataclasses.replace(method, **values) if isinstance(method, Coda) else method
         for method in methods
@@ -195,7 +200,8 @@ def unrouted(methods: Sequence[Method]) -> tuple[Method, ...]:
 
 def max_segments(methods: Sequence[Method]) -> int | None:
     """The most examples that a packed row may hold; None for no limit."""
-    return next((method.max_segments for method in methods if isinstance(method, Coda)), None)
+    routing = _routing(methods)
+    return routing and routing.max_segments
 
 
 def num_selected(length: int | Int[Array, "..."], reduction: float) -> int | Int[Array, "..."]:

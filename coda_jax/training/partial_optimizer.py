@@ -81,9 +81,8 @@ class PartialOptimizer:
 
         def axes_of(path, leaf):
             inside = f"/{jax.tree_util.keystr(path, simple=True, separator='/')}/"
-            owners = [name for name in names if f"/{name}/" in inside]
-            fits = owners and leaves[max(owners, key=len)].shape == leaf.shape
-            return names[max(owners, key=len)] if fits else None
+            owner = max((name for name in names if f"/{name}/" in inside), key=len, default=None)
+            return names[owner] if owner and leaves[owner].shape == leaf.shape else None
 
         states = jax.tree_util.tree_map_with_path(axes_of, optimizer.state.param_states)
         state = optimizer.state.replace(step=None, param_states=states)
