@@ -21,9 +21,9 @@ _FUSED_LENGTH = 512
 _TILE = 128
 # Queries of all heads up to which a TPU's matrix unit is not full.
 _FEW_QUERIES = 128
-# Logits that a CPU keeps in its caches, about, and queries that are worth a product.
-_CACHED_LOGITS = 2**18
-_LEAST_QUERIES = 64
+# Logits of a head that a CPU keeps in its caches, about, and those that are worth a loop's round.
+_CACHED_LOGITS = 2**20
+_WORTH_A_ROUND = 2**14
 # Rows of a source, as a multiple of its width, from which on its matrices are worth reading.
 _WORTH_A_SOURCE = 8
 # What keys and values are products of, and the matrices; see `attend`.
@@ -64,11 +64,12 @@ def attend(
     num_groups = num_parts("heads", query.shape[1])
     few = query.shape[1] // num_groups * query.shape[2] <= _FEW_QUERIES
     in_one_product = functools.partial(_attend_with_few_queries, num_groups)
-    if key.dtype == jnp.bfloat16:
-        if processors.multiplies_bfloat16() and num_groups == 1:
-            cpu = in_one_product if few else _attend_in_blocks
-    elif num_groups == 1 and query.shape[0] * query.shape[2] * key.shape[2] > _CACHED_LOGITS:
-        cpu = _attend_in_blocks
+    if num_groups * num_parts("batch", query.shape[0]) == 1:
+        if key.dtype == jnp.bfloat16:
+            if processors.multiplies_bfloat16():
+                cpu = in_one_product if few else _attend_in_blocks
+        elif query.shape[2] * key.shape[2] > _WORTH_A_ROUND:
+            cpu = _attend_in_blocks
     if few:
         tpu = in_one_product
         if source is not None and _is_worth_reading(source[0], key):
@@ -107,41 +108,41 @@ def _attend_in_float32(query, key, value, bias, mask):
 
 @jax.custom_jvp
 def _attend_in_blocks(query, key, value, bias, mask):
-    """Head by head, a block of queries at a time, so that the logits stay in a CPU's caches.
+    """One head of one row after the other, in blocks of queries whose logits fit a CPU's caches.
 
     Differentiated as a whole: the loops' own derivative is slower.
     """
     rows, heads, length, _ = query.shape
-    fitting = _CACHED_LOGITS // (rows * key.shape[2])
-    blocks = -(-length // max(fitting, _LEAST_QUERIES))
+    blocks = -(-length // max(_CACHED_LOGITS // key.shape[2], 1))
     size = -(-length // blocks)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def attend_head(head):
+    def attend_head(index):
         def of_head(x):
             if x is None:
                 return None
-            return lax.dynamic_index_in_dim(x, head if x.shape[1] > 1 else 0, 1, keepdims=False)
+            row, head = index // heads, index % heads
+            return jnp.asarray(x)[row if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]
 
         q, k, v, head_bias, head_mask = map(of_head, (query, key, value, bias, mask))
 
         def attend_block(block):
             def of_block(x):
-                if x is None or x.shape[1] == 1:
+                if x is None or x.shape[0] == 1:
                     return x
                 # A slice that would end behind the last query starts earlier.
-                return lax.dynamic_slice_in_dim(x, block * size, size, 1)
+                return lax.dynamic_slice_in_dim(x, block * size, size)
 
-            logits = product("bqd,bld->bql", of_block(q), k)
+            logits = product("qd,ld->ql", of_block(q), k)
             logits = _biased(logits, of_block(head_bias), of_block(head_mask))
             exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
             # The average is divided by the weights' sum, and not the weights: it is smaller.
-            sums = product("bql,bld->bqd", exponentials.astype(v.dtype), v)
+            sums = product("ql,ld->qd", exponentials.astype(v.dtype), v)
             return (sums / exponentials.sum(-1, keepdims=True)).astype(v.dtype)
 
         return lax.map(attend_block, jnp.arange(blocks))
 
-    y = lax.map(attend_head, jnp.arange(heads)).transpose(2, 0, 1, 3, 4)
+    y = lax.map(attend_head, jnp.arange(rows * heads)).reshape(rows, heads, blocks, size, -1)
     last = length - (blocks - 1) * size
     whole = y[:, :, :-1].reshape(rows, heads, length - last, value.shape[-1])
     return jnp.concatenate([whole, y[:, :, -1, size - last :]], axis=2)

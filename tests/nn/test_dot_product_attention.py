@@ -40,8 +40,8 @@ def numpy_attention(query, key, value, bias, mask):
 )
 def test_blocks_of_queries_are_attended_to_as_all_are(num_queries, biased, rng, monkeypatch):
     """Blocks of 4 queries and less, of which the last one may overlap the one before."""
-    monkeypatch.setattr(dot_product_attention, "_CACHED_LOGITS", 4 * 2 * 7)
-    monkeypatch.setattr(dot_product_attention, "_LEAST_QUERIES", 1)
+    monkeypatch.setattr(dot_product_attention, "_CACHED_LOGITS", 4 * 7)
+    monkeypatch.setattr(dot_product_attention, "_WORTH_A_ROUND", 0)
     query = rng.normal(size=(2, 3, num_queries, 4)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, 3, 7, 4)).astype(np.float32)
     bias = rng.normal(size=(2 if biased == "each" else 1, 3, num_queries, 7)).astype(np.float32)
