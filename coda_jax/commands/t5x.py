@@ -6,12 +6,16 @@ the values tell, `t5x_run` checks as T5X makes its model.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import importlib.util
+import logging
 import os
+import pathlib
 import runpy
 import sys
 from typing import Any
+
+from absl import logging as absl_logging
 
 from coda_jax.commands.gin_files import (
     GinFile,
@@ -42,6 +46,7 @@ _PATHS = (  # macros that T5X needs as absolute paths
     "EVAL_OUTPUT_DIR",
     "INFER_OUTPUT_DIR",
 )
+_LOGGING = ("t5x", "seqio", "clu", "coda_jax")  # packages that tell how a run goes
 _CLONES = ("t5x", "airio", "jestimator")  # on no package index in a version that works
 _FLAGS = {  # T5X's own, beside those of gin
     "tfds_data_dir": "folder of sets that TensorFlow Datasets has prepared",
@@ -88,6 +93,8 @@ def t5x(options: argparse.Namespace) -> None:
     arguments += [f"--{name}={value}" for name, value in values if value is not None]
     with needs("t5x"):  # By name: this module stands above the commands.
         importlib.import_module("coda_jax.t5x_models")
+    if not options.verbose:
+        absl_logging.get_absl_handler().python_handler.addFilter(_log_of_the_run())
     _run(f"t5x.{options.program}", arguments)
 
 
@@ -165,6 +172,22 @@ def _absolute(bound: Mapping[str, Any]) -> dict[str, str]:
     paths = {name: bound[name] for name in _PATHS if isinstance(bound.get(name), str)}
     local = {name: path for name, path in paths.items() if "://" not in path}
     return {name: os.path.abspath(x) for name, x in local.items() if not os.path.isabs(x)}
+
+
+def _log_of_the_run() -> Callable[[logging.LogRecord], bool]:
+    """Which lines of T5X's log are of the run: no library's, nor gin's whole configuration.
+
+    That lies in the run's folder, as config.gin.
+    """
+    found = (importlib.util.find_spec(name).submodule_search_locations for name in _LOGGING)
+    folders = {pathlib.Path(place) for places in found for place in places}
+
+    def tells(record):
+        file = pathlib.Path(record.pathname)
+        of_the_run = not folders.isdisjoint(file.parents) and file.name != "gin_utils.py"
+        return of_the_run or record.levelno >= logging.ERROR
+
+    return tells
 
 
 def _run(module: str, arguments: Sequence[str]) -> None:

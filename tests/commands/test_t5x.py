@@ -1,6 +1,7 @@
 """`coda t5x` without T5X: what its text tells, and what T5X's programs are handed."""
 
 import importlib
+import logging
 import os
 import sys
 
@@ -204,6 +205,21 @@ def test_mistakes_that_our_checks_find_are_told_and_errors_of_t5x_keep_their_tra
     stand_in.run = theirs
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["t5x", "train", *flags(TRAIN, GIVEN)])
+
+
+def test_the_log_is_that_of_the_run(tmp_path):
+    tells = t5x._log_of_the_run()
+
+    def record(file, level="INFO"):
+        return logging.makeLogRecord(
+            {"pathname": str(file), "levelno": getattr(logging, level), "msg": "x"}
+        )
+
+    folder = tmp_path / "clones" / "t5x"
+    assert tells(record(folder / "trainer.py")) and tells(record(t5x.__file__))
+    for file in (folder / "gin_utils.py", tmp_path / "clones" / "t5x_other" / "a.py", os.__file__):
+        assert not tells(record(file)) and not tells(record(file, "WARNING"))
+        assert tells(record(file, "ERROR"))
 
 
 @pytest.mark.parametrize("missing", ["t5x", "airio", "jestimator"])

@@ -161,10 +161,10 @@ def test_a_path_that_t5x_does_not_take_is_told(name, path, message, dense, run, 
         t5x_run.network(ADAPTED, path, model_dir=str(tmp_path / "new"), total_steps=20)
     assert "\n" not in str(error.value)
     if name == "not there":
-        with pytest.raises(FileNotFoundError, match="^CHECKPOINT_PATH=/"):
+        with pytest.raises(FileNotFoundError, match=r"^CHECKPOINT_PATH=/"):
             t5x_run.network(ADAPTED, path)
     if name == "relative":
-        with pytest.raises(ValueError, match="^MODEL_DIR=new is relative"):
+        with pytest.raises(ValueError, match=r"^MODEL_DIR=new is relative"):
             t5x_run.network(ADAPTED, dense, model_dir="new", total_steps=20)
 
 
