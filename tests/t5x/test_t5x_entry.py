@@ -170,12 +170,12 @@ MISTAKES = {
     "images": (
         FILES,
         {"PRESET": "pix2struct_tiny", "PRESET_CHANGES": None},
-        "give --gin_file=t5x/images.gin right after",
+        "give --gin_file=t5x/images.gin",
     ),
     "speech": (
         FILES,
         {"PRESET": "w2v_bert_tiny", "PRESET_CHANGES": None},
-        "num_decoder_layers=0: give a speech",
+        "give --gin_file=t5x/speech.gin",
     ),
     "parameter": (FILES, {"Coda.reducton": 4}, "doesn't have a parameter named 'reducton'"),
     "recipes": ([*FILES, "methods/full.gin"], {}, "two recipes in one command"),
