@@ -23,7 +23,6 @@ from coda_jax.methods import Method, check_start, reduction_of
 from coda_jax.models import FAMILIES, ModelConfig, param_shapes
 from coda_jax.optional import needs
 
-
 _INPUT_FILES = {"patches": "t5x/images.gin", "frames": "t5x/speech.gin"}  # texts have none
 
 

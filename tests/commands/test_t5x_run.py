@@ -103,9 +103,7 @@ def test_a_run_needs_a_preset():
 def test_what_t5x_cannot_train_is_told_with_what_can():
     with pytest.raises(ValueError, match=r"num_decoder_layers=0; use `coda train`, or give a PRES"):
         t5x_run.adapted(TINY_SPEECH.replace(num_decoder_layers=0), (), unit="frames")
-    with pytest.raises(
-        ValueError, match=r"pad_id=1, decoder_start_id=0; train it with `coda train"
-    ):
+    with pytest.raises(ValueError, match=r"pad_id=1, decoder_start_id=0; train it with"):
         t5x_run.adapted(config(pad_id=1), ())
 
 
