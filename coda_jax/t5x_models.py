@@ -1,10 +1,10 @@
 """T5X's side: its model class, which trains what the methods train, and its trainer, which checks.
 
-The network is the config's own. The only module that imports t5x. Its functions are named in
-gin_configs/t5x.
+The only module that imports t5x; what a run of it needs beside T5X's classes is `commands.t5x_run`.
+Its functions are named in gin_configs/t5x.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import copy
 import dataclasses
 import functools
@@ -22,52 +22,16 @@ import seqio
 from t5x import decoding, gin_utils, models, optimizers, trainer, utils
 
 from coda_jax import checks, trees
-from coda_jax.checkpoints.t5x import table_of
-from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder, write_record
-from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves
-from coda_jax.commands.configuration import check_flags_of_t5x, check_rate_of_t5x
-from coda_jax.commands.t5x_identity import check_restored, check_resumed
+from coda_jax.checkpoints.t5x_record import run_folder, write_record
+from coda_jax.commands.configuration import check_rate_of_t5x
+from coda_jax.data.seqio_agreement import agreed, check_vocabularies
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
-from coda_jax.data.vocabularies import Identity, check_vocabulary
-from coda_jax.methods import Method, check_packs, check_start, max_segments, partition, trained
+from coda_jax.methods import Method, check_packs, max_segments, partition, trained
 from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
 from coda_jax.objectives.seq2seq import Z_LOSS
 from coda_jax.training.partial_optimizer import PartialOptimizer, steps_taken
-
-
-def adapted(
-    config: ModelConfig,
-    methods: Sequence[Method],
-    dtype: Any = "float32",
-    dropout_rate: float = 0.0,
-) -> ModelConfig:
-    """The config of a run: a preset with methods, dtype of the computation and dropout.
-
-    Raises:
-        ValueError: there is no config: a T5X checkpoint does not say its sizes; T5X cannot run it.
-    """
-    if config is None:
-        raise ValueError("a run of T5X needs the sizes of its model: give a PRESET")
-    if config.pad_id or config.decoder_start_id:
-        raise ValueError(
-            f"T5X pads with token 0 and starts decoders from it: pad_id={config.pad_id}, "
-            f"decoder_start_id={config.decoder_start_id}; train it with `coda train`"
-        )
-    if not config.num_decoder_layers:
-        raise ValueError("T5X trains encoder-decoders: num_decoder_layers=0; use `coda train`")
-    return config.replace(methods=tuple(methods), dtype=dtype, dropout_rate=dropout_rate)
-
-
-def network(config: ModelConfig) -> nn.Module:
-    """The network of a config, as T5X's `module`.
-
-    Raises:
-        UsageError: of what was given on T5X's command line, something has no effect.
-    """
-    check_flags_of_t5x()
-    return config.network()
 
 
 def example_network(config: ModelConfig) -> nn.Module | None:
@@ -89,43 +53,6 @@ def example_network(config: ModelConfig) -> nn.Module | None:
         for tree in (made, param_shapes(config))
     )
     return network if made == ours else None
-
-
-def restoration(
-    config: ModelConfig, checkpoint: str | None, new_leaves: str = "created"
-) -> Callable:
-    """What of a checkpoint T5X restores: one of its `state_transformation_fns`.
-
-    These see the table of leaves of every checkpoint, wherever it lies. T5X itself would start
-    parameters that are missing from scratch, and drop those that the model lacks. Of shapes orbax's
-    table says nothing: Flax compares those, before the first step.
-
-    Args:
-        config: the run's.
-        checkpoint: where it starts from.
-        new_leaves: whether the methods' leaves are "created" or "restored", unless T5X goes on with
-            its own run, whose leaves are all restored.
-
-    Returns:
-        (a checkpoint's state, the run's state) -> what is restored: the parameters, which are
-        compared with the model's, and the step; the optimizer starts anew.
-
-    Raises:
-        ValueError: there is no checkpoint, so that what is frozen would stay random; `new_leaves`
-            is another word.
-    """
-    checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
-    check_start(config, param_shapes(config), checkpoint)
-
-    def restored(state, _, is_resuming=False):
-        shapes = table_of(state.get("target", {}))
-        compare_leaves(config, shapes, "the checkpoint", "restored" if is_resuming else new_leaves)
-        if is_resuming:
-            return state
-        kept = {name: leaf for name, leaf in state["state"].items() if name != "param_states"}
-        return {**state, "state": kept}
-
-    return restored
 
 
 def feature_converter(
@@ -177,50 +104,40 @@ def temperature_sample(temperature: float = 1.0, top_k: int = 0, top_p: float = 
     )
 
 
-def _check_vocabularies(config: ModelConfig, *vocabularies: seqio.Vocabulary) -> None:
-    """Raises ValueError where a vocabulary has more ids than the model, or another end."""
-    for vocabulary in vocabularies:
-        found = Identity("", vocabulary.vocab_size, vocabulary.eos_id, vocabulary.pad_id)
-        try:
-            check_vocabulary(found, config.vocab_size, eos_id=config.eos_id, pad_id=config.pad_id)
-        except ValueError as error:
-            raise ValueError(f"VOCABULARY is not that of the PRESET: {error}") from error
-
-
 class CodaEncoderDecoderModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder model, which checks what it is given and logs how each layer routes.
 
     Whatever the optimizer, it trains what the methods train; see `for_what_is_trained`.
 
     Args:
-        checkpoint: where the run starts from. Where it has the methods' leaves, its run's methods
-            are compared with the model's; the leaves of one on a local disk are compared here
-            already, so that what does not fit is said at once.
-        new_leaves: whether the methods' leaves are "created" or "restored".
-        model_dir: the folder of a training, in which T5X goes on where it has checkpoints; None for
-            evaluation and inference.
-        change_methods: whether the checkpoint is used with other methods than its run's.
+        module: the network, whose config is the run's.
+        input_vocabulary: of texts, or a `seqio.PassThroughVocabulary` for other inputs.
+        output_vocabulary: of the targets.
         *args: T5X's.
+        task: T5X's MIXTURE_OR_TASK_NAME, which must have these vocabularies. Its own, which may
+            lack extra ids, take their place: T5X compares them with `==`.
+        task_module: T5X's MIXTURE_OR_TASK_MODULE.
         **kwargs: T5X's.
 
     Raises:
-        ValueError: leaves are missing, extra or misshapen (all are listed); a run was another one;
-            a vocabulary has more ids than the model, or another end; the optimizer cannot serve; a
-            value is out of its range.
+        ValueError: a vocabulary is not that of the model or of the task; there is no such task; the
+            optimizer cannot serve; a value is out of its range.
     """
 
     def __init__(
         self,
+        module: nn.Module,
+        input_vocabulary: seqio.Vocabulary,
+        output_vocabulary: seqio.Vocabulary,
         *args,
-        checkpoint: str | None = None,
-        new_leaves: str = "created",
-        model_dir: str | None = None,
-        change_methods: bool = False,
+        task: Any = None,
+        task_module: str | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
-        config = self.module.config
-        _check_vocabularies(config, self.input_vocabulary, self.output_vocabulary)
+        config, vocabularies = module.config, (input_vocabulary, output_vocabulary)
+        check_vocabularies(config, *vocabularies)
+        vocabularies = agreed(task, task_module, *vocabularies)
+        super().__init__(module, *vocabularies, *args, **kwargs)
         if self.optimizer_def is not None:
             self.optimizer_def = for_what_is_trained(self.optimizer_def, config)
         if kwargs.get("feature_converter_cls") is None:
@@ -231,15 +148,6 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
             factor = checks.Number(above=0)
             factor("LOSS_NORMALIZING_FACTOR", self._loss_normalizing_factor)
         checks.COUNT("DecoderParams.num_decodes", self._default_decoder_params.num_decodes)
-        checks.flag("CHANGE_METHODS", change_methods)
-        if model_dir is not None and has_checkpoints(run_folder(model_dir)):
-            check_resumed(model_dir, config)
-        elif checkpoint is not None:
-            if new_leaves == "restored":
-                goes_on = "evaluated" if model_dir is None else "trained on"
-                check_restored(checkpoint, config, goes_on, change_methods)
-            if "://" not in checkpoint:
-                check_leaves(config, checkpoint, new_leaves)
 
     def loss_fn(self, params, batch, dropout_rng):
         """T5X's loss and metrics, and those of `routing_metrics`, from one pass; see T5X."""
