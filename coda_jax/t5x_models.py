@@ -42,8 +42,9 @@ def adapted(
     methods: Sequence[Method],
     dtype: Any = "float32",
     dropout_rate: float = 0.0,
+    remat_policy: str = "none",
 ) -> ModelConfig:
-    """The config of a run: a preset with methods, dtype of the computation and dropout.
+    """The config of a run: a preset with methods, dtype of the computation, dropout and remat.
 
     Raises:
         ValueError: there is no config: a T5X checkpoint does not say its sizes; T5X cannot run it.
@@ -57,7 +58,8 @@ def adapted(
         )
     if not config.num_decoder_layers:
         raise ValueError("T5X trains encoder-decoders: num_decoder_layers=0; use `coda train`")
-    return config.replace(methods=tuple(methods), dtype=dtype, dropout_rate=dropout_rate)
+    run = {"dtype": dtype, "dropout_rate": dropout_rate, "remat_policy": remat_policy}
+    return config.replace(methods=tuple(methods), **run)
 
 
 def network(config: ModelConfig) -> nn.Module:
