@@ -33,6 +33,7 @@ from coda_jax.checkpoints.config_json import from_json, from_version_1
 from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x
+from coda_jax.checkpoints.t5x_scanned import to_scanned
 from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
 from coda_jax.commands.t5x_identity import config_of, infer_config, write_beside
 from coda_jax.data.vocabularies import copy_files, find_files, find_fingerprint
@@ -83,6 +84,7 @@ def convert(
     methods: Sequence[Method] = (),
     step: int | None = None,
     encoder_only: bool = False,
+    scan_layers: bool = False,
 ) -> None:
     """Writes a checkpoint in another layout.
 
@@ -104,6 +106,8 @@ def convert(
         methods: how the model of a T5X checkpoint is adapted; () for what its run's folder says.
         step: takes the checkpoint of that step from a run; None for the newest.
         encoder_only: whether the encoder of an encoder-decoder is written alone.
+        scan_layers: in layout "t5x", whether a dense model is written with its layers stacked, as
+            T5X's scalable T5 has them; methods are merged where they can be.
 
     Raises:
         FileExistsError: if the output holds something.
@@ -115,6 +119,8 @@ def convert(
     checks.OneOf([*WRITERS])("LAYOUT", layout)
     checks.Maybe(checks.Whole(0))("STEP", step)
     checks.flag("ENCODER_ONLY", encoder_only)
+    if checks.flag("SCAN_LAYERS", scan_layers) and layout != "t5x":
+        raise ValueError(f"SCAN_LAYERS=True is of LAYOUT='t5x', not of {layout!r}")
     if layout != "t5x":
         files.check_new(output)
     folder = hub.find(source)
@@ -128,7 +134,7 @@ def convert(
     if layout == "hf":
         beside |= _find_generation_config(read, folders)
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
-        note = WRITERS[layout](Path(new), read)
+        note = (_write_scanned if scan_layers else WRITERS[layout])(Path(new), read)
         if layout != "adapter":
             copy_files(beside, Path(new))
     said = f"step {read.step}, {trees.count(read.params):,} parameters"
@@ -329,6 +335,14 @@ def _write_t5x(output: Path, read: Source) -> str:
     write_beside(output, read.config)
     checkpoints.save_t5x(output, read.params, read.step)
     return ""
+
+
+def _write_scanned(output: Path, read: Source) -> str:
+    config, params = methods_lib.merge(read.config, read.params)
+    stacked = to_scanned(config, params)
+    write_beside(output, config)
+    checkpoints.save_t5x(output, stacked, read.step)
+    return ", of T5X's scalable T5"
 
 
 def _write_adapter(output: Path, read: Source) -> str:
