@@ -45,6 +45,11 @@ def is_t5x(directory: Path) -> bool:
     return _is_legacy(directory) or _is_orbax(directory) or bool(_steps(directory))
 
 
+def is_local_t5x(path: str) -> bool:
+    """Returns whether a path is that of a T5X checkpoint, or of such a run, on a local disk."""
+    return "://" not in path and is_t5x(Path(path))
+
+
 def load_t5x(
     directory: str | os.PathLike, config: ModelConfig, step: int | None = None
 ) -> dict[str, Any]:
@@ -83,11 +88,21 @@ def read_t5x(directory: str | os.PathLike, step: int | None = None) -> tuple[dic
     stored, inline, state = _list(directory)
     flat = {**inline, **read_arrays(stored, directory)}
     _check_floating(flat, directory)
+    flat = {path: np.asarray(x, order="C") for path, x in _layer_by_layer(flat, directory).items()}
+    return trees.unflatten(flat), _step(state, directory)
+
+
+def t5x_step(directory: str | os.PathLike, step: int | None = None) -> int:
+    """Returns the training step alone; arguments and errors are those of `load_t5x`."""
+    directory = find_t5x(directory, step)
+    return _step(_list(directory)[2], directory)
+
+
+def _step(state: Mapping[str, Any], directory: Path) -> int:
     step = state.get("state/step", 0)
     if isinstance(step, StoredArray):
         step = read_arrays({"state/step": step}, directory)["state/step"]
-    flat = _layer_by_layer(flat, directory)
-    return trees.unflatten({p: np.asarray(leaf, order="C") for p, leaf in flat.items()}), int(step)
+    return int(step)
 
 
 def t5x_shapes(directory: str | os.PathLike, step: int | None = None) -> dict:
@@ -218,6 +233,12 @@ def table_of(target: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     said = {path: x["metadata"]["shape"] if isinstance(x, Mapping) else getattr(x, "shape", None)
             for path, x in flat.items()}  # fmt: skip
     return {path: None if shape is None else tuple(shape) for path, shape in said.items()}
+
+
+def with_leaves(target: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What T5X is about to restore, with further leaves of these paths."""
+    flat = traverse_util.flatten_dict(target, is_leaf=_is_spec, sep="/")
+    return traverse_util.unflatten_dict({**flat, **leaves}, sep="/")
 
 
 def _parse_spec(spec: Mapping[str, Any], path: str, directory: Path) -> StoredArray:

@@ -33,6 +33,7 @@ from coda_jax.checkpoints.config_json import from_json, from_version_1
 from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x
+from coda_jax.checkpoints.t5x_partial import frozen_leaves, is_partial, lacks_base
 from coda_jax.checkpoints.t5x_scanned import to_scanned
 from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
 from coda_jax.commands.t5x_identity import config_of, infer_config, write_beside
@@ -181,10 +182,7 @@ def _read_adapter(folder: Path, base: str | os.PathLike | None = None) -> Source
 def _load_base(base: str | None, source: Path) -> tuple[ModelConfig | None, Mapping[str, Any]]:
     """The config, if it is known, and the parameters of a dense checkpoint."""
     if base is None:
-        raise ValueError(
-            f"{source} holds only what was trained: give the base that it belongs to, with "
-            "--gin.INITIAL_CHECKPOINT_PATH=..."
-        )
+        raise lacks_base(source)
     directory = hub.find(base)
     if (directory / CONFIG_FILE).is_file():
         return checkpoints.load_hf(directory)
@@ -273,13 +271,16 @@ def _read_t5x(
 ) -> Source:
     params, step = read_t5x(folder, step)
     config = config_of(folder, params, config, methods)
+    partial = is_partial(config, trees.flatten(params))
+    base_config, base_params = _load_base(base, folder) if base or partial else (None, None)
+    if partial:
+        params = trees.merge(params, frozen_leaves(config, folder, base, base_params))
     what = (
         f"with the methods {[method.name for method in config.methods]}, the leaves of {folder} do"
     )
     trees.check_tree(param_shapes(config), params, what=what)
     base_read = None
     if base is not None:
-        base_config, base_params = _load_base(base, folder)
         params = _onto_base(config, params, base_params, folder)
         base_read = base_config or config.dense(), base_params
     return Source(*methods_lib.finish(config, params), step, base=base_read)

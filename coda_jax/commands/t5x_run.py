@@ -1,19 +1,37 @@
-"""A run of T5X: its model's config and network, and what it restores. Nothing here imports t5x.
+"""A run of T5X: its model, and what it starts from, checked before T5X builds anything.
 
-The gin files of gin_configs/t5x name these functions.
+The gin files of gin_configs/t5x name these functions. Nothing here imports t5x.
 """
 
 from collections.abc import Callable, Sequence
+import os
+from pathlib import Path
+import re
 from typing import Any
 
+from absl import logging
 from flax import linen as nn
 
 from coda_jax import checks
-from coda_jax.checkpoints.t5x import table_of
-from coda_jax.commands.check import NEW_LEAVES, compare_leaves
+from coda_jax.checkpoints.huggingface import CONFIG_FILE
+from coda_jax.checkpoints.t5x import (
+    PREFIX,
+    find_t5x,
+    is_local_t5x,
+    is_of_scalable_t5,
+    read_t5x,
+    t5x_step,
+    table_of,
+)
+from coda_jax.checkpoints.t5x_partial import is_partial
+from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder
+from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves, start
 from coda_jax.commands.configuration import check_flags_of_t5x
-from coda_jax.methods import Method, check_start
+from coda_jax.commands.t5x_identity import check_restored, check_resumed, recorded
+from coda_jax.commands.t5x_partial import check_base, completed
+from coda_jax.methods import Method, check_start, reduction_of
 from coda_jax.models import ModelConfig, param_shapes
+from coda_jax.optional import needs
 
 
 def adapted(
@@ -36,23 +54,68 @@ def adapted(
             f"decoder_start_id={config.decoder_start_id}; train it with `coda train`"
         )
     if not config.num_decoder_layers:
-        raise ValueError("T5X trains encoder-decoders: num_decoder_layers=0; use `coda train`")
+        raise ValueError(
+            "T5X trains encoder-decoders, and this PRESET has num_decoder_layers=0: give a speech "
+            "model a decoder with t5x/speech.gin, or train it with `coda train`"
+        )
     run = {"dtype": dtype, "dropout_rate": dropout_rate, "remat_policy": remat_policy}
     return config.replace(methods=tuple(methods), **run)
 
 
-def network(config: ModelConfig) -> nn.Module:
-    """The network of a config, as T5X's `module`.
+def network(
+    config: ModelConfig,
+    checkpoint: str | Sequence[str] | None = None,
+    new_leaves: str = "found",
+    change_methods: bool = False,
+    model_dir: str | None = None,
+    total_steps: int | None = None,
+    relative_steps: int | None = None,
+) -> nn.Module:
+    """The network of a run, T5X's `module`, which T5X makes first of all; the run is checked here.
+
+    Args:
+        config: the run's.
+        checkpoint: where the run starts from; several where T5X evaluates them in turn. Those on
+            a local disk are compared here, others as they are restored.
+        new_leaves: whether the methods' leaves are "created" or "restored", or as they are "found".
+        change_methods: whether the checkpoint is used with other methods than its run's.
+        model_dir: the folder of a training, in which T5X goes on where it has checkpoints; None for
+            evaluation and inference.
+        total_steps: at which a training ends.
+        relative_steps: T5X's, which count from the checkpoint, and then alone.
 
     Raises:
         UsageError: of what was given on T5X's command line, something has no effect.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: T5X would refuse it, or misread it: a path, the leaves (all are listed), the
+            steps; or a run was another one.
     """
     check_flags_of_t5x()
+    checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
+    checks.flag("CHANGE_METHODS", change_methods)
+    trains = model_dir is not None
+    if trains:
+        _check_absolute("MODEL_DIR", model_dir)
+    last = checks.COUNT("TRAIN_STEPS", total_steps) if trains and not relative_steps else None
+    if trains and has_checkpoints(run_folder(model_dir)):
+        _check_resumed(config, model_dir, last)
+        return config.network()
+    for path in [checkpoint] if isinstance(checkpoint, str) else checkpoint or ():
+        _check_place("INITIAL_CHECKPOINT_PATH" if trains else "CHECKPOINT_PATH", path)
+        found = new_leaves if _is_remote(path) else check_leaves(config, path, new_leaves)
+        if found == "restored":
+            check_restored(path, config, "trained on" if trains else "evaluated", change_methods)
+        _check_start_step(path, last)
     return config.network()
 
 
 def restoration(
-    config: ModelConfig, checkpoint: str | None, new_leaves: str = "created"
+    config: ModelConfig,
+    checkpoint: str | None,
+    new_leaves: str = "found",
+    change_methods: bool = False,
+    base: str | None = None,
+    model_dir: str | None = None,
 ) -> Callable:
     """What of a checkpoint T5X restores: one of its `state_transformation_fns`.
 
@@ -63,26 +126,125 @@ def restoration(
     Args:
         config: the run's.
         checkpoint: where it starts from.
-        new_leaves: whether the methods' leaves are "created" or "restored", unless T5X goes on with
-            its own run, whose leaves are all restored.
+        new_leaves: see `network`; where T5X goes on with its own run, all leaves are restored.
+        change_methods: see `network`.
+        base: the checkpoint that a run started from, for those of its checkpoints that hold only
+            what was trained.
+        model_dir: see `network`.
 
     Returns:
         (a checkpoint's state, the run's state) -> what is restored: the parameters, which are
-        compared with the model's, and the step; the optimizer starts anew.
+        compared with the model's, and the step; the optimizer starts anew. What is not stored as
+        T5X restores it is there as arrays: layers that were stacked, and leaves of the base.
 
     Raises:
-        ValueError: there is no checkpoint, so that what is frozen would stay random; `new_leaves`
-            is another word.
+        ValueError: there is no checkpoint, so that what is frozen would stay random, or no base
+            though it is needed; `new_leaves` is another word.
     """
     checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
     check_start(config, param_shapes(config), checkpoint)
+    goes_on = model_dir is not None and has_checkpoints(run_folder(model_dir))
+    check_base(config, model_dir if goes_on else checkpoint, base)
 
-    def restored(state, _, is_resuming=False):
-        shapes = table_of(state.get("target", {}))
-        compare_leaves(config, shapes, "the checkpoint", "restored" if is_resuming else new_leaves)
-        if is_resuming:
+    def whole(state, wanted, place):
+        target = state.get("target", {})
+        if not is_partial(config, table_of(target)):
             return state
+        return {**state, "target": completed(config, target, wanted["target"], place, base)}
+
+    def restored(state, wanted, is_resuming=False):
+        if is_resuming:
+            shapes = table_of(state.get("target", {}))
+            compare_leaves(config, shapes, "the checkpoint in MODEL_DIR", "restored")
+            return whole(state, wanted, model_dir)
+        if is_local_t5x(checkpoint) and is_of_scalable_t5(checkpoint):
+            state = {**state, "target": read_t5x(checkpoint)[0]}
+        shapes = table_of(state.get("target", {}))
+        found = compare_leaves(config, shapes, checkpoint, new_leaves)
+        saved = None
+        if found == "restored":
+            if new_leaves == "found" and _is_remote(checkpoint):  # `network` could not know it
+                check_restored(checkpoint, config, "trained on", change_methods)
+            saved = recorded(checkpoint, config)
+        said = start(config, found, saved and reduction_of(saved.methods))
+        logging.info("%s is %s", checkpoint, said)
         kept = {name: leaf for name, leaf in state["state"].items() if name != "param_states"}
-        return {**state, "state": kept}
+        return {**whole(state, wanted, checkpoint), "state": kept}
 
     return restored
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _check_resumed(config: ModelConfig, model_dir: str, total_steps: int | None) -> None:
+    """Checks that T5X can go on in a run's folder.
+
+    A run that is complete is none of its mistakes: it is started again where machines are.
+    """
+    check_resumed(model_dir, config)
+    if _is_remote(model_dir):
+        return
+    newest = find_t5x(model_dir)
+    check_leaves(config, str(newest), "restored")
+    step = t5x_step(newest)
+    if total_steps is not None and total_steps < step:
+        raise ValueError(
+            f"TRAIN_STEPS={total_steps}, and the run in MODEL_DIR={model_dir} has {step}: give "
+            "more, or another MODEL_DIR"
+        )
+
+
+def _check_absolute(name: str, path: str) -> None:
+    if not _is_remote(path) and not os.path.isabs(path):
+        raise ValueError(
+            f"{name}={path} is relative, and T5X takes absolute paths: give {os.path.abspath(path)}"
+        )
+
+
+def _check_place(name: str, path: str) -> None:
+    """Raises where a path is not that of a checkpoint that T5X reads; only local ones are known."""
+    _check_absolute(name, path)
+    if _is_remote(path):
+        return
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{name}={path}: there is no such folder")
+    if os.path.isfile(os.path.join(path, CONFIG_FILE)):
+        raise ValueError(
+            f"{name}={path} is in Hugging Face's layout: `coda convert` with LAYOUT='t5x' makes it "
+            "T5X's"
+        )
+    if (newest := find_t5x(path)) != Path(path) and _restore_mode() == "specific":
+        raise ValueError(
+            f"{name}={path} is the folder of a run, and T5X takes one checkpoint: give {newest}, "
+            "the newest in it"
+        )
+
+
+def _restore_mode() -> Any:
+    """T5X's, as gin has it: one checkpoint is "specific", others take a folder of them."""
+    with needs():
+        import gin
+
+    try:
+        mode = gin.query_parameter("RestoreCheckpointConfig.mode")
+    except ValueError:  # gin configures nothing
+        return "specific"
+    return mode.scoped_configurable_fn() if hasattr(mode, "scoped_configurable_fn") else mode
+
+
+def _check_start_step(path: str, total_steps: int | None) -> None:
+    """Raises ValueError where a training ends before the step of the checkpoint it starts from."""
+    if total_steps is None:
+        return
+    if _is_remote(path):
+        named = re.search(rf"/{PREFIX}_(\d+)/?$", path)
+        step = int(named[1]) if named else 0
+    else:
+        step = t5x_step(path)
+    if total_steps <= step:
+        raise ValueError(
+            f"TRAIN_STEPS={total_steps} counts the checkpoint's steps, too, which are {step}: "
+            f"for 1000 more give {step + 1000}"
+        )
