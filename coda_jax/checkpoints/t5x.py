@@ -45,11 +45,6 @@ def is_t5x(directory: Path) -> bool:
     return _is_legacy(directory) or _is_orbax(directory) or bool(_steps(directory))
 
 
-def is_local_t5x(path: str) -> bool:
-    """Returns whether a path is that of a T5X checkpoint, or of such a run, on a local disk."""
-    return "://" not in path and is_t5x(Path(path))
-
-
 def load_t5x(
     directory: str | os.PathLike, config: ModelConfig, step: int | None = None
 ) -> dict[str, Any]:

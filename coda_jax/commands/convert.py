@@ -12,7 +12,7 @@ The step goes along, the optimizer's state does not: a run goes on in the other 
 parameters, with a fresh optimizer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import os
@@ -107,8 +107,7 @@ def convert(
         methods: how the model of a T5X checkpoint is adapted; () for what its run's folder says.
         step: takes the checkpoint of that step from a run; None for the newest.
         encoder_only: whether the encoder of an encoder-decoder is written alone.
-        scan_layers: in layout "t5x", whether a dense model is written with its layers stacked, as
-            T5X's scalable T5 has them; methods are merged where they can be.
+        scan_layers: whether layers are stacked for T5X's scalable T5, with methods merged into them.
 
     Raises:
         FileExistsError: if the output holds something.
@@ -120,26 +119,28 @@ def convert(
     checks.OneOf([*WRITERS])("LAYOUT", layout)
     checks.Maybe(checks.Whole(0))("STEP", step)
     checks.flag("ENCODER_ONLY", encoder_only)
-    if checks.flag("SCAN_LAYERS", scan_layers) and layout != "t5x":
-        raise ValueError(f"SCAN_LAYERS=True is of LAYOUT='t5x', not of {layout!r}")
+    write = _writer(layout, scan_layers)
     if layout != "t5x":
         files.check_new(output)
     folder = hub.find(source)
     read = _read(folder, base=base, config=config, methods=tuple(methods) or None, step=step)
-    if encoder_only:
-        config, params = checkpoints.encoder_of(read.config, read.params)
-        base_read = checkpoints.encoder_of(*read.base) if read.base else None
-        read = dataclasses.replace(read, config=config, params=params, base=base_read)
+    read = _encoder_of(read) if encoder_only else read
     folders = [folder, *([hub.find(base)] if base else [])]
     beside = _find_vocabulary(read, folders)
     if layout == "hf":
         beside |= _find_generation_config(read, folders)
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
-        note = (_write_scanned if scan_layers else WRITERS[layout])(Path(new), read)
+        note = write(Path(new), read)
         if layout != "adapter":
             copy_files(beside, Path(new))
     said = f"step {read.step}, {trees.count(read.params):,} parameters"
     print(f"{source}, {said}, is now in {output} ({layout}{note})")
+
+
+def _encoder_of(read: Source) -> Source:
+    config, params = checkpoints.encoder_of(read.config, read.params)
+    base_read = checkpoints.encoder_of(*read.base) if read.base else None
+    return dataclasses.replace(read, config=config, params=params, base=base_read)
 
 
 def _read(folder: Path, **options: Any) -> Source:
@@ -375,6 +376,15 @@ def _find_vocabulary(read: Source, folders: list[Path]) -> dict[str, str]:
             )
         return find_files(folder)
     return {}
+
+
+def _writer(layout: str, scan_layers: bool) -> Callable[[Path, Source], str]:
+    """What writes a layout; raises ValueError where SCAN_LAYERS has no effect."""
+    if not checks.flag("SCAN_LAYERS", scan_layers):
+        return WRITERS[layout]
+    if layout != "t5x":
+        raise ValueError(f"SCAN_LAYERS=True is of LAYOUT='t5x', not of {layout!r}")
+    return _write_scanned
 
 
 WRITERS = {"hf": _write_hf, "t5x": _write_t5x, "adapter": _write_adapter}

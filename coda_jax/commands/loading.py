@@ -24,8 +24,6 @@ from coda_jax.models import ModelConfig, family_of, init_params, param_shapes, p
 from coda_jax.objectives import model_for
 from coda_jax.optional import needs
 
-RUN_CHECKS = {name: ModelConfig.field_checks[name] for name in ModelConfig.run_fields}
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -172,9 +170,7 @@ def load_model(
         methods: how to adapt; None or () for those of `adapter_checkpoint`, or for none. Given with
             it, they may differ in what changes no leaf, and train more.
         reduction: replaces that of the routing.
-        dtype: of the computation, float32 or bfloat16.
-        dropout_rate: in training.
-        remat_policy: what a layer computes again for its gradient, see `nn.remat`.
+        dtype, dropout_rate, remat_policy: see `ModelConfig`.
         seed: of what is created.
         head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
         encoder_only: whether the encoder is taken alone, as it is for a head or an adapter of one.
@@ -184,8 +180,7 @@ def load_model(
             contradict `adapter_checkpoint`; a value is out of range, or of no use.
     """
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, INITIAL_ADAPTER_PATH=adapter_checkpoint)
-    run = {"dtype": dtype, "dropout_rate": dropout_rate, "remat_policy": remat_policy}
-    run = {name: RUN_CHECKS[name](name.upper(), value) for name, value in run.items()}
+    run = _checked(dtype=dtype, dropout_rate=dropout_rate, remat_policy=remat_policy)
     rng, given = jax.random.key(checks.SEED("SEED", seed)), config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
@@ -209,6 +204,11 @@ def load_model(
         config = config.replace(methods=with_reduction(config.methods, reduction))
     adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
     return LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
+
+
+def _checked(**run: Any) -> dict[str, Any]:
+    """Values of the config's `run_fields`; an error has their names as macros."""
+    return {x: ModelConfig.field_checks[x](x.upper(), value) for x, value in run.items()}
 
 
 def sized(decoding: Decoding, model: LoadedModel) -> Decoding:

@@ -1,16 +1,25 @@
-"""Runs of T5X that save only what they train (SAVE_TRAINED_ONLY): what T5X saves and restores then.
+"""Leaves that T5X does not find in a checkpoint as it restores them, and is given as arrays.
 
-T5X's functions on a checkpoint's state, its `state_transformation_fns`, leave out the frozen leaves
-as it saves, and give it those of the base as it restores. Nothing here imports t5x.
+They are those that a run left out as it saved (SAVE_TRAINED_ONLY), which are its base's, and those
+of T5X's scalable T5, whose layers are stacked. T5X's functions on a checkpoint's state, its
+`state_transformation_fns`, can do both. Nothing here imports t5x.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coda_jax import checks, trees
-from coda_jax.checkpoints.t5x import is_local_t5x, read_t5x, t5x_shapes, with_leaves
+from coda_jax.checkpoints.t5x import (
+    is_of_scalable_t5,
+    is_t5x,
+    read_t5x,
+    t5x_shapes,
+    table_of,
+    with_leaves,
+)
 from coda_jax.checkpoints.t5x_partial import (
     frozen_fingerprints,
     frozen_leaves,
@@ -74,41 +83,68 @@ def noted_base(
     return frozen_fingerprints(config, read_t5x(base)[0]) if trained_only else None
 
 
-def completed(
+def whole(
     config: ModelConfig,
-    target: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    checkpoint: str,
-    base: str | None,
-) -> dict[str, Any]:
-    """What T5X restores of a checkpoint of what was trained, with the base's leaves as arrays.
+    checkpoint: str | Sequence[str] | None,
+    base: str | None = None,
+    model_dir: str | None = None,
+) -> Callable:
+    """Makes a checkpoint's table that of the whole model: a first `state_transformation_fns`.
+
+    What is not stored as T5X restores it is then there as arrays: the leaves of a scalable T5, and
+    those that a run left out as it saved.
 
     Args:
         config: the run's.
-        target: the table of the checkpoint's parameters.
-        wanted: the run's parameters, or their shapes and dtypes.
-        checkpoint: its folder, or that of its run.
-        base: the checkpoint that the run started from.
+        checkpoint: where it starts from.
+        base: the checkpoint that the run whose checkpoint it is started from.
+        model_dir: the folder of a training, in which T5X goes on where it has checkpoints; None for
+            evaluation and inference.
+
+    Returns:
+        (a checkpoint's state, the run's state) -> the checkpoint's state, whole.
 
     Raises:
-        ValueError: there is no base, or it is another one.
+        ValueError: a base is needed, and none is given.
     """
+    goes_on = model_dir is not None and has_checkpoints(run_folder(model_dir))
+    _check_base(config, model_dir if goes_on else checkpoint, base)
+
+    def filled(state, wanted, is_resuming=False):
+        target, place = state.get("target", {}), model_dir if is_resuming else checkpoint
+        if not is_resuming and _is_local(place) and is_of_scalable_t5(place):
+            target = read_t5x(place)[0]
+        if is_partial(config, table_of(target)):
+            target = with_leaves(target, _of_base(config, place, base, wanted["target"]))
+        return {**state, "target": target}
+
+    return filled
+
+
+def _is_local(checkpoint: Any) -> bool:
+    """Whether it is a T5X checkpoint, or such a run, on a local disk."""
+    return isinstance(checkpoint, str) and "://" not in checkpoint and is_t5x(Path(checkpoint))
+
+
+def _check_base(config: ModelConfig, checkpoint: Any, base: str | None) -> None:
+    """Raises ValueError where a checkpoint on a local disk needs a base, and none is given."""
+    if not _is_local(checkpoint) or not is_partial(config, trees.flatten(t5x_shapes(checkpoint))):
+        return
+    if base is None:
+        raise lacks_base(checkpoint)
+    if base == checkpoint:
+        raise ValueError(
+            f"{checkpoint} holds only what was trained: a training starts from all leaves, which "
+            "`coda convert` with LAYOUT='t5x' and INITIAL_CHECKPOINT_PATH writes"
+        )
+
+
+def _of_base(
+    config: ModelConfig, checkpoint: str, base: str | None, wanted: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """{path: array in the dtype that is wanted} of the leaves that a checkpoint lacks."""
     if base is None:
         raise lacks_base(checkpoint)
     frozen = trees.flatten(frozen_leaves(config, checkpoint, base, read_t5x(base)[0]))
     dtypes = {path: leaf.dtype for path, leaf in trees.flatten(wanted).items()}
-    return with_leaves(target, {p: np.asarray(x, dtypes[p]) for p, x in frozen.items()})
-
-
-def check_base(config: ModelConfig, checkpoint: Any, base: str | None) -> None:
-    """Raises ValueError where a checkpoint on a local disk needs a base, and none is given."""
-    if not isinstance(checkpoint, str) or not is_local_t5x(checkpoint):
-        return
-    if is_partial(config, trees.flatten(t5x_shapes(checkpoint))):
-        if base is None:
-            raise lacks_base(checkpoint)
-        if base == checkpoint:
-            raise ValueError(
-                f"{checkpoint} holds only what was trained: a training starts from all leaves, "
-                "which `coda convert` with LAYOUT='t5x' and INITIAL_CHECKPOINT_PATH writes"
-            )
+    return {path: np.asarray(leaf, dtypes[path]) for path, leaf in frozen.items()}

@@ -14,21 +14,11 @@ from flax import linen as nn
 
 from coda_jax import checks
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
-from coda_jax.checkpoints.t5x import (
-    PREFIX,
-    find_t5x,
-    is_local_t5x,
-    is_of_scalable_t5,
-    read_t5x,
-    t5x_step,
-    table_of,
-)
-from coda_jax.checkpoints.t5x_partial import is_partial
+from coda_jax.checkpoints.t5x import PREFIX, find_t5x, t5x_step, table_of
 from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder
 from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves, start
 from coda_jax.commands.configuration import check_flags_of_t5x
 from coda_jax.commands.t5x_identity import check_restored, check_resumed, recorded
-from coda_jax.commands.t5x_partial import check_base, completed
 from coda_jax.methods import Method, check_start, reduction_of
 from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.optional import needs
@@ -114,8 +104,6 @@ def restoration(
     checkpoint: str | None,
     new_leaves: str = "found",
     change_methods: bool = False,
-    base: str | None = None,
-    model_dir: str | None = None,
 ) -> Callable:
     """What of a checkpoint T5X restores: one of its `state_transformation_fns`.
 
@@ -128,38 +116,23 @@ def restoration(
         checkpoint: where it starts from.
         new_leaves: see `network`; where T5X goes on with its own run, all leaves are restored.
         change_methods: see `network`.
-        base: the checkpoint that a run started from, for those of its checkpoints that hold only
-            what was trained.
-        model_dir: see `network`.
 
     Returns:
         (a checkpoint's state, the run's state) -> what is restored: the parameters, which are
-        compared with the model's, and the step; the optimizer starts anew. What is not stored as
-        T5X restores it is there as arrays: layers that were stacked, and leaves of the base.
+        compared with the model's, and the step; the optimizer starts anew.
 
     Raises:
-        ValueError: there is no checkpoint, so that what is frozen would stay random, or no base
-            though it is needed; `new_leaves` is another word.
+        ValueError: there is no checkpoint, so that what is frozen would stay random; `new_leaves`
+            is another word.
     """
     checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
     check_start(config, param_shapes(config), checkpoint)
-    goes_on = model_dir is not None and has_checkpoints(run_folder(model_dir))
-    check_base(config, model_dir if goes_on else checkpoint, base)
 
-    def whole(state, wanted, place):
-        target = state.get("target", {})
-        if not is_partial(config, table_of(target)):
-            return state
-        return {**state, "target": completed(config, target, wanted["target"], place, base)}
-
-    def restored(state, wanted, is_resuming=False):
-        if is_resuming:
-            shapes = table_of(state.get("target", {}))
-            compare_leaves(config, shapes, "the checkpoint in MODEL_DIR", "restored")
-            return whole(state, wanted, model_dir)
-        if is_local_t5x(checkpoint) and is_of_scalable_t5(checkpoint):
-            state = {**state, "target": read_t5x(checkpoint)[0]}
+    def restored(state, _, is_resuming=False):
         shapes = table_of(state.get("target", {}))
+        if is_resuming:
+            compare_leaves(config, shapes, "the checkpoint in MODEL_DIR", "restored")
+            return state
         found = compare_leaves(config, shapes, checkpoint, new_leaves)
         saved = None
         if found == "restored":
@@ -169,7 +142,7 @@ def restoration(
         said = start(config, found, saved and reduction_of(saved.methods))
         logging.info("%s is %s", checkpoint, said)
         kept = {name: leaf for name, leaf in state["state"].items() if name != "param_states"}
-        return {**whole(state, wanted, checkpoint), "state": kept}
+        return {**state, "state": kept}
 
     return restored
 

@@ -15,7 +15,7 @@ from coda_jax.checkpoints.t5x_record import RECORD, run_folder, write_record
 from coda_jax.commands import t5x_run
 from coda_jax.commands.check import check_leaves
 from coda_jax.commands.convert import convert
-from coda_jax.commands.t5x_partial import noted_base, saved
+from coda_jax.commands.t5x_partial import noted_base, saved, whole
 from coda_jax.methods import Coda, Full, partition
 
 CONFIG = config(relpos_num_buckets=32, relpos_max_distance=128)
@@ -51,11 +51,14 @@ def fixture_run(request, tmp_path):
 
 def restored(config, folder, base, resuming, params):
     """What T5X gets for the newest checkpoint of a run."""
-    path = f"{folder}/checkpoint_7"
-    given = (base, "found", False, base, folder) if resuming else (path, "restored", False, base)
+    path = base if resuming else f"{folder}/checkpoint_7"
     state = {"target": read_t5x(folder)[0], "state": {"step": 7}}
-    step = t5x_run.restoration(config, *given)
-    return step(state, {"target": params}, is_resuming=resuming)["target"]
+    for step in (
+        whole(config, path, base, folder if resuming else None),
+        t5x_run.restoration(config, path),
+    ):
+        state = step(state, {"target": params}, is_resuming=resuming)
+    return state["target"]
 
 
 @pytest.mark.parametrize("resuming", [True, False])
@@ -102,7 +105,7 @@ def test_a_training_does_not_start_from_it(run):
     _, folder, _ = run
     path = f"{folder}/checkpoint_7"
     with pytest.raises(ValueError, match="a training starts from all leaves, which `coda convert`"):
-        t5x_run.restoration(CONFIG, path, base=path, model_dir=f"{folder}/other")
+        whole(CONFIG, path, path, f"{folder}/other")
 
 
 def test_who_does_not_ask_saves_everything(tmp_path):
