@@ -27,7 +27,7 @@ from coda_jax.commands.configuration import check_rate_of_t5x
 from coda_jax.data.seqio_agreement import agreed, check_vocabularies
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
 from coda_jax.methods import Method, check_packs, max_segments, partition, trained
-from coda_jax.models import FAMILIES, ModelConfig, param_shapes
+from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
 from coda_jax.objectives.seq2seq import Z_LOSS
@@ -104,23 +104,6 @@ def temperature_sample(temperature: float = 1.0, top_k: int = 0, top_p: float = 
     )
 
 
-_INPUT_FILES = {"patches": "t5x/images.gin", "frames": "t5x/speech.gin"}  # for texts there is none
-
-
-def _check_inputs(config: ModelConfig, vocabulary: seqio.Vocabulary) -> None:
-    """Raises ValueError where a run is not given the file of gin_configs/t5x for its inputs."""
-    unit = FAMILIES[config.family].inputs.unit
-    passed = isinstance(vocabulary, seqio.PassThroughVocabulary)
-    if not passed and unit in _INPUT_FILES:
-        raise ValueError(
-            f"PRESET is of a model of {unit}, and the run of one of texts: give "
-            f"--gin_file={_INPUT_FILES[unit]} right after the run's file"
-        )
-    if passed and not vocabulary.size and unit not in _INPUT_FILES:
-        files = " or ".join(_INPUT_FILES.values())
-        raise ValueError(f"PRESET is of a model of {unit}: leave out {files}")
-
-
 class CodaEncoderDecoderModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder model, which checks what it is given and logs how each layer routes.
 
@@ -152,7 +135,6 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
         **kwargs,
     ):
         config, vocabularies = module.config, (input_vocabulary, output_vocabulary)
-        _check_inputs(config, input_vocabulary)
         check_vocabularies(config, *vocabularies)
         vocabularies = agreed(task, task_module, *vocabularies)
         super().__init__(module, *vocabularies, *args, **kwargs)

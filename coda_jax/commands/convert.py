@@ -107,7 +107,7 @@ def convert(
         methods: how the model of a T5X checkpoint is adapted; () for what its run's folder says.
         step: takes the checkpoint of that step from a run; None for the newest.
         encoder_only: whether the encoder of an encoder-decoder is written alone.
-        scan_layers: whether layers are stacked for T5X's scalable T5, with methods merged into them.
+        scan_layers: whether layers are stacked for T5X's scalable T5, methods merged into them.
 
     Raises:
         FileExistsError: if the output holds something.

@@ -20,8 +20,10 @@ from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves, st
 from coda_jax.commands.configuration import check_flags_of_t5x
 from coda_jax.commands.t5x_identity import check_restored, check_resumed, recorded
 from coda_jax.methods import Method, check_start, reduction_of
-from coda_jax.models import ModelConfig, param_shapes
+from coda_jax.models import FAMILIES, ModelConfig, param_shapes
 from coda_jax.optional import needs
+
+_INPUT_FILES = {"patches": "t5x/images.gin", "frames": "t5x/speech.gin"}  # texts have none
 
 
 def adapted(
@@ -30,14 +32,28 @@ def adapted(
     dtype: Any = "float32",
     dropout_rate: float = 0.0,
     remat_policy: str = "none",
+    unit: str = "tokens",
 ) -> ModelConfig:
     """The config of a run: a preset with methods, dtype of the computation, dropout and remat.
 
+    Args:
+        config: the preset.
+        methods: how it is adapted.
+        dtype: of the computation.
+        dropout_rate: in training.
+        remat_policy: what a layer computes again for its gradient, see `nn.remat`.
+        unit: what the run's inputs are made of, see `models.Inputs`.
+
     Raises:
-        ValueError: there is no config: a T5X checkpoint does not say its sizes; T5X cannot run it.
+        ValueError: there is no config: a T5X checkpoint does not say its sizes; it has other
+            inputs; T5X cannot run it.
     """
     if config is None:
         raise ValueError("a run of T5X needs the sizes of its model: give a PRESET")
+    if (own := FAMILIES[config.family].inputs.unit) != unit:
+        file = _INPUT_FILES.get(own)
+        remedy = f"give --gin_file={file}" if file else f"leave out {_INPUT_FILES.get(unit)}"
+        raise ValueError(f"PRESET is of a model of {own}, and the run of one of {unit}: {remedy}")
     if config.pad_id or config.decoder_start_id:
         raise ValueError(
             f"T5X pads with token 0 and starts decoders from it: pad_id={config.pad_id}, "
@@ -45,8 +61,8 @@ def adapted(
         )
     if not config.num_decoder_layers:
         raise ValueError(
-            "T5X trains encoder-decoders, and this PRESET has num_decoder_layers=0: give a speech "
-            "model a decoder with t5x/speech.gin, or train it with `coda train`"
+            "T5X trains encoder-decoders: num_decoder_layers=0; use `coda train`, or give a PRESET "
+            "of speech NUM_DECODER_LAYERS"
         )
     run = {"dtype": dtype, "dropout_rate": dropout_rate, "remat_policy": remat_policy}
     return config.replace(methods=tuple(methods), **run)

@@ -1,6 +1,15 @@
 """A run of T5X: its config, what it starts from, and what it restores; without T5X."""
 
-from helpers import ADAPTER, GOLDEN, config, random_params, shapes
+from helpers import (
+    ADAPTER,
+    GOLDEN,
+    TINY,
+    TINY_IMAGES,
+    TINY_SPEECH,
+    config,
+    random_params,
+    shapes,
+)
 import jax
 import numpy as np
 import pytest
@@ -91,9 +100,25 @@ def test_a_run_needs_a_preset():
         t5x_run.adapted(None, ())
 
 
-def test_speech_without_a_decoder_is_told_what_gives_it_one():
-    with pytest.raises(ValueError, match=r"num_decoder_layers=0: .* with t5x/speech.gin, or train"):
-        t5x_run.adapted(config(num_decoder_layers=0), ())
+def test_what_t5x_cannot_train_is_told_with_what_can():
+    with pytest.raises(ValueError, match=r"num_decoder_layers=0; use `coda train`, or give a PRES"):
+        t5x_run.adapted(TINY_SPEECH.replace(num_decoder_layers=0), (), unit="frames")
+    with pytest.raises(ValueError, match=r"pad_id=1, decoder_start_id=0; train it with"):
+        t5x_run.adapted(config(pad_id=1), ())
+
+
+@pytest.mark.parametrize(
+    ("base", "unit", "message"),
+    [
+        (TINY_IMAGES, "tokens", r"of patches, and .* of tokens: give --gin_file=t5x/images\.gin$"),
+        (TINY_SPEECH, "tokens", r"of frames, and .* of tokens: give --gin_file=t5x/speech\.gin$"),
+        (TINY_SPEECH, "patches", r"of frames, and .* patches: give --gin_file=t5x/speech\.gin$"),
+        (TINY, "frames", r"of tokens, and the run of one of frames: leave out t5x/speech\.gin$"),
+    ],
+)
+def test_other_inputs_than_those_of_the_preset_are_refused(base, unit, message):
+    with pytest.raises(ValueError, match=message):
+        t5x_run.adapted(base, (), unit=unit)
 
 
 # --- What a run starts from. ---
