@@ -9,6 +9,7 @@ In both the parameters are under `target`. The optimizer's state is never read.
 """
 
 from collections.abc import Mapping
+import functools
 import os
 from pathlib import Path
 import re
@@ -128,11 +129,16 @@ def is_of_scalable_t5(directory: str | os.PathLike) -> bool:
 
 
 def _layer_by_layer(flat: dict[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
-    """The leaves under the names of T5X's T5; that they are taken apart is logged."""
+    """The leaves under the names of T5X's T5."""
     if not is_scalable({path: leaf.shape for path, leaf in flat.items()}):
         return flat
-    logging.warning("%s is of T5X's scalable T5: its layers are taken apart", directory)
+    _say_taken_apart(directory)
     return to_layers(flat, directory)
+
+
+@functools.cache  # once, however often a checkpoint is looked at
+def _say_taken_apart(directory: Path) -> None:
+    logging.warning("%s is of T5X's scalable T5: its layers are taken apart", directory)
 
 
 def _list(directory: Path) -> tuple[dict[str, StoredArray], dict[str, Any], dict[str, Any]]:

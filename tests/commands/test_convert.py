@@ -53,16 +53,18 @@ def test_hf_to_t5x_to_hf_is_bit_identical(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["v1_1", "v1_0"])
-def test_a_scanned_checkpoint_makes_the_round_trip(tmp_path, name, capsys):
+def test_a_scanned_checkpoint_makes_the_round_trip(tmp_path, name, capsys, caplog):
     """Stacked for T5X's scalable T5, and back, with and without what says its config."""
     config, params = checkpoints.load_hf(GOLDEN / name)
     convert(GOLDEN / name, tmp_path / "t5x", "t5x", scan_layers=True)
     assert "(t5x, of T5X's scalable T5)" in capsys.readouterr().out
     assert is_of_scalable_t5(tmp_path / "t5x")
+    said = "t5x/checkpoint_0 is of T5X's scalable T5: its layers are taken apart"
     for output in ("hf", "without"):
         convert(tmp_path / "t5x", tmp_path / output, "hf")
         assert_same_tree(checkpoints.load_hf(tmp_path / output)[1], params)
         (tmp_path / "t5x" / RECORD).unlink(missing_ok=True)
+    assert [said in message for message in caplog.messages] == [True]
     assert checkpoints.load_hf(tmp_path / "hf")[0] == config
 
 
