@@ -167,7 +167,13 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
         return loss, {**metrics, **routing_metrics(intermediates, num_tokens)}
 
 
-def summarize_config(model_dir: str, summary_writer: Any, step: int, config: ModelConfig) -> None:
+def summarize_config(
+    model_dir: str,
+    summary_writer: Any,
+    step: int,
+    config: ModelConfig,
+    base: Callable[[], Mapping[str, str] | None] = lambda: None,
+) -> None:
     """T5X's `summarize_config_fn`, which also says in the run's folder what its model is.
 
     Args:
@@ -175,10 +181,11 @@ def summarize_config(model_dir: str, summary_writer: Any, step: int, config: Mod
         summary_writer: of TensorBoard, or None.
         step: of the start.
         config: the run's.
+        base: gives the fingerprints of the leaves that are not saved, if any.
     """
     gin_utils.summarize_gin_config(model_dir, summary_writer, step)
     if jax.process_index() == 0:
-        write_record(run_folder(model_dir), config)
+        write_record(run_folder(model_dir), config, base())
 
 
 def routing_metrics(intermediates: Any, num_tokens: jax.Array) -> dict[str, clu.metrics.Average]:

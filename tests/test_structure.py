@@ -127,8 +127,8 @@ FAMILY_WORDS = {
     *(path.parent.name for path in (PACKAGE / "models").glob("*/__init__.py")),
 }
 METHOD_WORDS = {*METHODS, *(method.__name__ for method in METHODS.values())}
-# Of certain models, by their nature.
-NAMING = ("coda_jax/demos/", "tasks/experiments.py")
+# Of certain models, by their nature, or with words of others: "full" is also a policy of T5X.
+NAMING = ("coda_jax/demos/", "tasks/experiments.py", "coda_jax/nn/remat.py")
 
 
 def said(tree):

@@ -35,7 +35,6 @@ from coda_jax.models import ModelConfig, param_shapes
 FORMAT_VERSION = 2
 TENSORS = "adapter.safetensors"
 MANIFEST = "adapter.json"
-_COMPUTE = ("dtype", "dropout_rate", "methods")  # fields in which base and adapter may differ
 _KEYS = {
     1: {"format_version", "package_version", "base_config", *version_1.KINDS, "leaves",
         "base_fingerprint", "tensors_sha256"},
@@ -266,7 +265,7 @@ def _check_config(directory: Path, given: ModelConfig, stored: ModelConfig) -> N
     """Raises ValueError where the base is of another family or has other sizes and options."""
     if given.family != stored.family:
         raise ValueError(f"{directory} belongs to a {stored.family!r}, not to a {given.family!r}")
-    skipped = (*_COMPUTE, *(given.head_fields if given.lacks_head else ()))
+    skipped = ("methods", *given.run_fields, *(given.head_fields if given.lacks_head else ()))
     different = stored.differences(given, skipped)
     if different:
         raise ValueError(f"{directory} belongs to another base: {'; '.join(different)}")
@@ -304,5 +303,5 @@ def load_adapter(
     _, frozen = methods.partition(stored, params)
     trees.check_tree(expected_frozen, frozen, what="the base parameters do")
     _check_base(directory, manifest, stored, frozen)
-    stored = stored.replace(dtype=config.dtype, dropout_rate=config.dropout_rate)
-    return stored, trees.merge(frozen, saved)
+    computed = {name: getattr(config, name) for name in config.run_fields}
+    return stored.replace(**computed), trees.merge(frozen, saved)

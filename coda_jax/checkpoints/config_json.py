@@ -1,7 +1,8 @@
 """Configurations as JSON: the one codec, for adapter files and for runs.
 
 A config is an object with its family, its fields, and its methods as a list of objects with their
-names and fields. Dtypes are written by name, tuples as lists.
+names and fields. Dtypes are written by name, tuples as lists. What a layer computes again for its
+gradient is not written: it is of a run on some machine.
 """
 
 from collections.abc import Mapping
@@ -73,7 +74,8 @@ def _fields(config: Any) -> dict[str, Any]:
         if field.name == "dtype":
             value = jnp.dtype(value).name
         values[field.name] = list(value) if isinstance(value, tuple) else value
-    values.pop("methods", None)
+    for name in ("methods", "remat_policy"):
+        values.pop(name, None)
     return values
 
 

@@ -9,18 +9,20 @@ In both the parameters are under `target`. The optimizer's state is never read.
 """
 
 from collections.abc import Mapping
+import functools
 import os
 from pathlib import Path
 import re
 from typing import Any
 
+from absl import logging
 from flax import serialization, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from coda_jax import trees
-from coda_jax.checkpoints.t5x_scanned import to_layers
+from coda_jax.checkpoints.t5x_scanned import BIAS, is_scalable, to_layers
 from coda_jax.checkpoints.zarr_arrays import (
     StoredArray,
     array_shapes,
@@ -82,7 +84,8 @@ def read_t5x(directory: str | os.PathLike, step: int | None = None) -> tuple[dic
     stored, inline, state = _list(directory)
     flat = {**inline, **read_arrays(stored, directory)}
     _check_floating(flat, directory)
-    return trees.unflatten(to_layers(flat, directory)), _step(state, directory)
+    flat = {path: np.asarray(x, order="C") for path, x in _layer_by_layer(flat, directory).items()}
+    return trees.unflatten(flat), _step(state, directory)
 
 
 def t5x_step(directory: str | os.PathLike, step: int | None = None) -> int:
@@ -101,16 +104,41 @@ def _step(state: Mapping[str, Any], directory: Path) -> int:
 def t5x_shapes(directory: str | os.PathLike, step: int | None = None) -> dict:
     """Returns the tree of `jax.ShapeDtypeStruct` of a T5X checkpoint, whose values are not read.
 
-    The leaves are as T5X sees them: those of a scalable T5 are not unstacked. Arguments and errors
-    are those of `load_t5x`, save that damage to values is not found.
+    Arguments and errors are those of `load_t5x`, save that damage to values is not found.
     """
     directory = find_t5x(directory, step)
     stored, inline, _ = _list(directory)
     flat = {**inline, **array_shapes(stored, directory)}
     _check_floating(flat, directory)
+    if is_scalable({path: leaf.shape for path, leaf in flat.items()}):
+        # In the place of arrays what takes no memory, but for biases, which may be shared or not.
+        biases = {path: array for path, array in stored.items() if path.endswith(BIAS)}
+        empty = {path: np.broadcast_to(np.zeros((), x.dtype), x.shape) for path, x in flat.items()}
+        flat = _layer_by_layer({**empty, **inline, **read_arrays(biases, directory)}, directory)
     return trees.unflatten(
         {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
     )
+
+
+def is_of_scalable_t5(directory: str | os.PathLike) -> bool:
+    """Whether a checkpoint is one of T5X's scalable T5; arguments and errors as of `load_t5x`."""
+    directory = find_t5x(directory)
+    stored, inline, _ = _list(directory)
+    leaves = {**inline, **array_shapes(stored, directory)}
+    return is_scalable({path: leaf.shape for path, leaf in leaves.items()})
+
+
+def _layer_by_layer(flat: dict[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
+    """The leaves under the names of T5X's T5."""
+    if not is_scalable({path: leaf.shape for path, leaf in flat.items()}):
+        return flat
+    _say_taken_apart(directory)
+    return to_layers(flat, directory)
+
+
+@functools.cache  # once, however often a checkpoint is looked at
+def _say_taken_apart(directory: Path) -> None:
+    logging.warning("%s is of T5X's scalable T5: its layers are taken apart", directory)
 
 
 def _list(directory: Path) -> tuple[dict[str, StoredArray], dict[str, Any], dict[str, Any]]:
@@ -206,6 +234,12 @@ def table_of(target: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     said = {path: x["metadata"]["shape"] if isinstance(x, Mapping) else getattr(x, "shape", None)
             for path, x in flat.items()}  # fmt: skip
     return {path: None if shape is None else tuple(shape) for path, shape in said.items()}
+
+
+def with_leaves(target: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What T5X is about to restore, with further leaves of these paths."""
+    flat = traverse_util.flatten_dict(target, is_leaf=_is_spec, sep="/")
+    return traverse_util.unflatten_dict({**flat, **leaves}, sep="/")
 
 
 def _parse_spec(spec: Mapping[str, Any], path: str, directory: Path) -> StoredArray:

@@ -1,12 +1,15 @@
 """What a T5X checkpoint does not say, its model's config: a JSON beside the checkpoints of a run.
 
 `model.json` has `format_version`, `package_version` and `config`, as an adapter file's manifest has
-them. Its folder may be in a bucket, as T5X's may (gs://...).
+them, and where the checkpoints hold only what was trained `base`, the fingerprints of the rest. Its
+folder may be in a bucket, as T5X's may (gs://...).
 """
 
+from collections.abc import Mapping
 import json
 import os
 import re
+from typing import Any
 
 from etils import epath
 
@@ -39,6 +42,23 @@ def read_record(folder: epath.Path) -> ModelConfig | None:
     Raises:
         ValueError: the record is damaged, or of an unknown version.
     """
+    record = _read(folder)
+    return None if record is None else config_json.from_json(record.get("config"), folder / RECORD)
+
+
+def read_base(folder: epath.Path) -> dict[str, str] | None:
+    """{path: SHA-256} of the leaves that a run's checkpoints lack, see `t5x_partial`; or None.
+
+    Raises:
+        ValueError: the record is damaged, or of an unknown version.
+    """
+    base = (_read(folder) or {}).get("base")
+    if base is not None and not isinstance(base, dict):
+        raise ValueError(f"{folder / RECORD} has no fingerprints of its base: {base!r}")
+    return base
+
+
+def _read(folder: epath.Path) -> dict[str, Any] | None:
     file = folder / RECORD
     if not file.exists():
         return None
@@ -48,15 +68,24 @@ def read_record(folder: epath.Path) -> ModelConfig | None:
             f"{file} has format_version={record.get('format_version')!r}; this version reads "
             f"{FORMAT_VERSION}"
         )
-    return config_json.from_json(record.get("config"), file)
+    return record
 
 
-def write_record(folder: epath.Path, config: ModelConfig) -> None:
-    """Writes the config of a run's model beside its checkpoints; replaces another one whole."""
+def write_record(
+    folder: epath.Path, config: ModelConfig, base: Mapping[str, str] | None = None
+) -> None:
+    """Writes what a run's model is beside its checkpoints; replaces another record whole.
+
+    Args:
+        folder: the run's.
+        config: of its model.
+        base: {path: SHA-256} of the leaves that its checkpoints lack; None where they have all.
+    """
     record = {
         "format_version": FORMAT_VERSION,
         "package_version": coda_jax.__version__,
         "config": config_json.to_json(config),
+        **({} if base is None else {"base": dict(base)}),
     }
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{RECORD}.tmp"

@@ -14,6 +14,7 @@ import jax
 from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x, t5x_shapes
+from coda_jax.checkpoints.t5x_partial import is_partial
 from coda_jax.checkpoints.t5x_scanned import is_stacked
 from coda_jax.commands import check_topology
 from coda_jax.data.batches import check_feature_lengths
@@ -135,7 +136,8 @@ def compare_leaves(
         new_leaves: see `check`.
 
     Returns:
-        "restored" where the methods' leaves are in the checkpoint, "created" where they are new.
+        "restored" where the methods' leaves are in the checkpoint, be it that it has no others, as
+        SAVE_TRAINED_ONLY leaves it; "created" where they are new.
 
     Raises:
         ValueError: the checkpoint is of another kind; or leaves are missing, extra or misshapen
@@ -148,6 +150,8 @@ def compare_leaves(
         new_leaves = "restored" if there else "created"
     _check_kind(config, shapes, name, new_leaves, own, there)
     expected = param_shapes(config.dense() if new_leaves == "created" else config)
+    if new_leaves == "restored" and is_partial(config, shapes):
+        expected = partition(config, expected)[0]
     found = {path: types.SimpleNamespace(shape=shape) for path, shape in shapes.items()}
     what = f"the leaves of {name}, where those of the methods are to be {new_leaves}, do"
     trees.check_tree(expected, found, what=what)
@@ -166,8 +170,8 @@ def _check_kind(
     names = tuple(method.name for method in config.methods)
     if stacked := [path for path in shapes if is_stacked(path)]:
         raise ValueError(
-            f"{name} is of T5X's scalable T5, whose layers are stacked ({stacked[0]}): "
-            f"`coda convert` with LAYOUT='t5x' writes it layer by layer"
+            f"{name} is of T5X's scalable T5, whose stacked layers ({stacked[0]}) are read from a "
+            "local disk alone: copy it, or `coda convert` with LAYOUT='t5x' takes them apart"
         )
     if new_leaves == "restored" and own and not there:
         raise ValueError(

@@ -12,7 +12,7 @@ The step goes along, the optimizer's state does not: a run goes on in the other 
 parameters, with a fresh optimizer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import os
@@ -33,6 +33,8 @@ from coda_jax.checkpoints.config_json import from_json, from_version_1
 from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x
+from coda_jax.checkpoints.t5x_partial import frozen_leaves, is_partial, lacks_base
+from coda_jax.checkpoints.t5x_scanned import to_scanned
 from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
 from coda_jax.commands.t5x_identity import config_of, infer_config, write_beside
 from coda_jax.data.vocabularies import copy_files, find_files, find_fingerprint
@@ -83,6 +85,7 @@ def convert(
     methods: Sequence[Method] = (),
     step: int | None = None,
     encoder_only: bool = False,
+    scan_layers: bool = False,
 ) -> None:
     """Writes a checkpoint in another layout.
 
@@ -104,6 +107,7 @@ def convert(
         methods: how the model of a T5X checkpoint is adapted; () for what its run's folder says.
         step: takes the checkpoint of that step from a run; None for the newest.
         encoder_only: whether the encoder of an encoder-decoder is written alone.
+        scan_layers: whether layers are stacked for T5X's scalable T5, methods merged into them.
 
     Raises:
         FileExistsError: if the output holds something.
@@ -115,24 +119,28 @@ def convert(
     checks.OneOf([*WRITERS])("LAYOUT", layout)
     checks.Maybe(checks.Whole(0))("STEP", step)
     checks.flag("ENCODER_ONLY", encoder_only)
+    write = _writer(layout, scan_layers)
     if layout != "t5x":
         files.check_new(output)
     folder = hub.find(source)
     read = _read(folder, base=base, config=config, methods=tuple(methods) or None, step=step)
-    if encoder_only:
-        config, params = checkpoints.encoder_of(read.config, read.params)
-        base_read = checkpoints.encoder_of(*read.base) if read.base else None
-        read = dataclasses.replace(read, config=config, params=params, base=base_read)
+    read = _encoder_of(read) if encoder_only else read
     folders = [folder, *([hub.find(base)] if base else [])]
     beside = _find_vocabulary(read, folders)
     if layout == "hf":
         beside |= _find_generation_config(read, folders)
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
-        note = WRITERS[layout](Path(new), read)
+        note = write(Path(new), read)
         if layout != "adapter":
             copy_files(beside, Path(new))
     said = f"step {read.step}, {trees.count(read.params):,} parameters"
     print(f"{source}, {said}, is now in {output} ({layout}{note})")
+
+
+def _encoder_of(read: Source) -> Source:
+    config, params = checkpoints.encoder_of(read.config, read.params)
+    base_read = checkpoints.encoder_of(*read.base) if read.base else None
+    return dataclasses.replace(read, config=config, params=params, base=base_read)
 
 
 def _read(folder: Path, **options: Any) -> Source:
@@ -175,10 +183,7 @@ def _read_adapter(folder: Path, base: str | os.PathLike | None = None) -> Source
 def _load_base(base: str | None, source: Path) -> tuple[ModelConfig | None, Mapping[str, Any]]:
     """The config, if it is known, and the parameters of a dense checkpoint."""
     if base is None:
-        raise ValueError(
-            f"{source} holds only what was trained: give the base that it belongs to, with "
-            "--gin.INITIAL_CHECKPOINT_PATH=..."
-        )
+        raise lacks_base(source)
     directory = hub.find(base)
     if (directory / CONFIG_FILE).is_file():
         return checkpoints.load_hf(directory)
@@ -267,13 +272,16 @@ def _read_t5x(
 ) -> Source:
     params, step = read_t5x(folder, step)
     config = config_of(folder, params, config, methods)
+    partial = is_partial(config, trees.flatten(params))
+    base_config, base_params = _load_base(base, folder) if base or partial else (None, None)
+    if partial:
+        params = trees.merge(params, frozen_leaves(config, folder, base, base_params))
     what = (
         f"with the methods {[method.name for method in config.methods]}, the leaves of {folder} do"
     )
     trees.check_tree(param_shapes(config), params, what=what)
     base_read = None
     if base is not None:
-        base_config, base_params = _load_base(base, folder)
         params = _onto_base(config, params, base_params, folder)
         base_read = base_config or config.dense(), base_params
     return Source(*methods_lib.finish(config, params), step, base=base_read)
@@ -331,6 +339,14 @@ def _write_t5x(output: Path, read: Source) -> str:
     return ""
 
 
+def _write_scanned(output: Path, read: Source) -> str:
+    config, params = methods_lib.merge(read.config, read.params)
+    stacked = to_scanned(config, params)
+    write_beside(output, config)
+    checkpoints.save_t5x(output, stacked, read.step)
+    return ", of T5X's scalable T5"
+
+
 def _write_adapter(output: Path, read: Source) -> str:
     said = {"vocabulary": read.vocabulary, "lengths": read.lengths}
     checkpoints.save_adapter(output, read.config, read.params, **said)
@@ -360,6 +376,15 @@ def _find_vocabulary(read: Source, folders: list[Path]) -> dict[str, str]:
             )
         return find_files(folder)
     return {}
+
+
+def _writer(layout: str, scan_layers: bool) -> Callable[[Path, Source], str]:
+    """What writes a layout; raises ValueError where SCAN_LAYERS has no effect."""
+    if not checks.flag("SCAN_LAYERS", scan_layers):
+        return WRITERS[layout]
+    if layout != "t5x":
+        raise ValueError(f"SCAN_LAYERS=True is of LAYOUT='t5x', not of {layout!r}")
+    return _write_scanned
 
 
 WRITERS = {"hf": _write_hf, "t5x": _write_t5x, "adapter": _write_adapter}

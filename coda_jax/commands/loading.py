@@ -24,8 +24,6 @@ from coda_jax.models import ModelConfig, family_of, init_params, param_shapes, p
 from coda_jax.objectives import model_for
 from coda_jax.optional import needs
 
-DROPOUT = ModelConfig.field_checks["dropout_rate"]
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -155,6 +153,7 @@ def load_model(
     reduction: float | tuple[float, ...] | None = None,
     dtype: Any = "float32",
     dropout_rate: float = 0.0,
+    remat_policy: str = "none",
     seed: int = 0,
     head: Mapping[str, Any] | None = None,
     encoder_only: bool = False,
@@ -171,8 +170,7 @@ def load_model(
         methods: how to adapt; None or () for those of `adapter_checkpoint`, or for none. Given with
             it, they may differ in what changes no leaf, and train more.
         reduction: replaces that of the routing.
-        dtype: of the computation, float32 or bfloat16.
-        dropout_rate: in training.
+        dtype, dropout_rate, remat_policy: see `ModelConfig`.
         seed: of what is created.
         head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
         encoder_only: whether the encoder is taken alone, as it is for a head or an adapter of one.
@@ -182,7 +180,7 @@ def load_model(
             contradict `adapter_checkpoint`; a value is out of range, or of no use.
     """
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, INITIAL_ADAPTER_PATH=adapter_checkpoint)
-    dtype, dropout_rate = checks.dtype("DTYPE", dtype), DROPOUT("DROPOUT_RATE", dropout_rate)
+    run = _checked(dtype=dtype, dropout_rate=dropout_rate, remat_policy=remat_policy)
     rng, given = jax.random.key(checks.SEED("SEED", seed)), config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
@@ -191,7 +189,7 @@ def load_model(
     if head or encoder_only:
         config, params = encoder_of(config, params)
         given = _headed(given, config, head or {})
-    config = config.replace(dtype=dtype, dropout_rate=dropout_rate)
+    config = config.replace(**run)
     if adapter_checkpoint is None:
         given_methods = methods or (given.methods if given else ())
         config = _with_head_of(config, given).replace(methods=tuple(given_methods))
@@ -206,6 +204,11 @@ def load_model(
         config = config.replace(methods=with_reduction(config.methods, reduction))
     adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
     return LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
+
+
+def _checked(**run: Any) -> dict[str, Any]:
+    """Values of the config's `run_fields`; an error has their names as macros."""
+    return {x: ModelConfig.field_checks[x](x.upper(), value) for x, value in run.items()}
 
 
 def sized(decoding: Decoding, model: LoadedModel) -> Decoding:
@@ -300,7 +303,7 @@ def _check_sizes(given: ModelConfig, stored: ModelConfig, checkpoint: object) ->
     """Raises ValueError where a config differs in more than how it computes and is trained."""
     if type(given) is not type(stored):
         raise ValueError(f"{checkpoint} is a {stored.family!r}, not a {given.family!r}")
-    different = given.dense().differences(stored, ("dtype", "dropout_rate"))
+    different = given.dense().differences(stored, given.run_fields)
     if different:
         raise ValueError(f"{checkpoint} is not of the given config: {'; '.join(different)}")
 

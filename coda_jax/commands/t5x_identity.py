@@ -26,7 +26,6 @@ from coda_jax.models import FAMILIES, ModelConfig
 from coda_jax.training.run_identity import differences
 
 _CONFIG_GIN = "config.gin"  # T5X writes it into the folder of a run
-_COMPUTE = ("dtype", "dropout_rate")  # fields in which two runs of a model may differ
 
 
 def check_resumed(model_dir: str | os.PathLike, config: ModelConfig) -> None:
@@ -178,7 +177,7 @@ def _differing(
     here: Sequence[methods.Method] | None = None,
 ) -> list[str]:
     """A line for each value of a saved config with these methods that is another one here."""
-    compute = {name: getattr(config, name) for name in _COMPUTE}
+    compute = {name: getattr(config, name) for name in config.run_fields}
     here = config.methods if here is None else here
     saved = saved.replace(methods=tuple(there), **compute)
     return differences(to_json(saved), to_json(config.replace(methods=tuple(here))))

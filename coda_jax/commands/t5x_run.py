@@ -31,15 +31,17 @@ def adapted(
     methods: Sequence[Method],
     dtype: Any = "float32",
     dropout_rate: float = 0.0,
+    remat_policy: str = "none",
     unit: str = "tokens",
 ) -> ModelConfig:
-    """The config of a run: a preset with methods, dtype of the computation and dropout.
+    """The config of a run: a preset with methods, dtype of the computation, dropout and remat.
 
     Args:
         config: the preset.
         methods: how it is adapted.
         dtype: of the computation.
         dropout_rate: in training.
+        remat_policy: what a layer computes again for its gradient, see `nn.remat`.
         unit: what the run's inputs are made of, see `models.Inputs`.
 
     Raises:
@@ -62,7 +64,8 @@ def adapted(
             "T5X trains encoder-decoders: num_decoder_layers=0; use `coda train`, or give a PRESET "
             "of speech NUM_DECODER_LAYERS"
         )
-    return config.replace(methods=tuple(methods), dtype=dtype, dropout_rate=dropout_rate)
+    run = {"dtype": dtype, "dropout_rate": dropout_rate, "remat_policy": remat_policy}
+    return config.replace(methods=tuple(methods), **run)
 
 
 def network(

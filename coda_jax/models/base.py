@@ -21,6 +21,7 @@ import numpy as np
 from coda_jax import checks, trees
 from coda_jax.methods import Method, ordered
 from coda_jax.models import hf_fields
+from coda_jax.nn.remat import POLICIES
 from coda_jax.sharding import Placement
 
 
@@ -51,6 +52,7 @@ class ModelConfig:
         heads: patterns of the leaves that a base may lack: they are then created, and trained and
             saved with what the methods create.
         head_fields: what such a base, which `lacks_head`, does not say.
+        run_fields: how a run computes, in which two runs of one model may differ.
         divided_fields: sizes that the devices along "model" of a mesh must share evenly.
         field_checks: what the value of each field must be, but for `methods`.
         vocab_size: V.
@@ -59,6 +61,7 @@ class ModelConfig:
         num_encoder_layers: layers of the encoder.
         num_decoder_layers: layers of the decoder.
         dropout_rate: used where `enable_dropout` is set.
+        remat_policy: what a layer computes again for its gradient, see `nn.remat`.
         pad_id: the token that fills up a row.
         eos_id: the token that ends a target; -1 where none does.
         decoder_start_id: the token from which a decoder starts.
@@ -68,6 +71,7 @@ class ModelConfig:
     family: ClassVar[str]
     heads: ClassVar[tuple[str, ...]] = ()
     head_fields: ClassVar[tuple[str, ...]] = ()
+    run_fields: ClassVar[tuple[str, ...]] = ("dtype", "dropout_rate", "remat_policy")
     divided_fields: ClassVar[tuple[str, ...]] = ()
     field_checks: ClassVar[Mapping[str, checks.Check]] = {
         **dict.fromkeys(("vocab_size", "emb_dim", "num_encoder_layers"), checks.COUNT),
@@ -75,6 +79,7 @@ class ModelConfig:
         "eos_id": checks.Whole(-1),
         "dropout_rate": checks.Number(least=0, below=1),
         "dtype": checks.dtype,
+        "remat_policy": checks.OneOf([*POLICIES]),
     }
 
     vocab_size: int
@@ -83,6 +88,7 @@ class ModelConfig:
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     dropout_rate: float = 0.1
+    remat_policy: str = "none"
     pad_id: int = 0
     eos_id: int = 1
     decoder_start_id: int = 0

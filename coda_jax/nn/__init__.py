@@ -10,5 +10,6 @@
 | `relative_keys` | attention with a learned vector for each distance |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |
+| `remat` | layers that compute again what their gradient needs |
 | `processors` | whether a CPU multiplies bfloat16 |
 """

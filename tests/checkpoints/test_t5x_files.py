@@ -5,7 +5,16 @@ What T5X itself wrote is in golden/t5x; tests/t5x runs T5X, where it is installe
 
 import shutil
 
-from helpers import GOLDEN, assert_same_tree, logits, unpack
+from helpers import (
+    GOLDEN,
+    TINY_IMAGES,
+    TINY_SPEECH,
+    assert_same_tree,
+    config,
+    logits,
+    random_params,
+    unpack,
+)
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,8 +24,11 @@ from t5x_formats import CODA, KINDS, fresh_params, write, write_legacy
 
 from coda_jax import trees
 from coda_jax.checkpoints import load_t5x, save_t5x
-from coda_jax.checkpoints.t5x import read_t5x
+from coda_jax.checkpoints.t5x import is_of_scalable_t5, read_t5x, t5x_shapes
+from coda_jax.checkpoints.t5x_scanned import to_scanned
 from coda_jax.models.t5.config import infer_config
+
+SCANNED = config(relpos_num_buckets=32, relpos_max_distance=128)
 
 
 @pytest.fixture(name="params", scope="module")
@@ -192,22 +204,61 @@ def num_layers(stack):
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scanned_layers_are_unstacked(tmp_path, params, kind, axis):
+    """Values, and the shapes alone, for which only the biases are read."""
     write(kind, tmp_path, scalable(params, axis))
+    assert is_of_scalable_t5(tmp_path)
     assert_same_tree(load_t5x(tmp_path, CODA), params)
+    if kind == "legacy":
+        for chunk in tmp_path.glob("*mlp*/[0-9]*"):
+            chunk.unlink()
+    found, expected = (trees.flatten(tree) for tree in (t5x_shapes(tmp_path), params))
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in found.items()} == {
+        path: (leaf.shape, leaf.dtype) for path, leaf in expected.items()
+    }
 
 
-@pytest.mark.parametrize("axis", [None, 1])
-def test_a_bias_in_every_layer_is_refused(tmp_path, params, axis):
-    tree = scalable(params, axis)
-    if axis is None:
-        tree["encoder"]["layers_1"]["relpos_bias"]["rel_embedding"] = np.ones((2, 8), np.float32)
-    else:
-        bias = np.array(tree["encoder"]["encoder"]["relpos_bias"]["rel_embedding"])
-        bias[0, 1, 0] += 1
-        tree["encoder"]["encoder"]["relpos_bias"]["rel_embedding"] = bias
+def dense_params(cfg):
+    return jax.tree.map(np.asarray, random_params(cfg))
+
+
+def test_what_is_stacked_is_what_t5x_stacks():
+    params = dense_params(SCANNED)
+    assert_same_tree(to_scanned(SCANNED, params), scalable(params, 1))
+    eleven = SCANNED.replace(num_encoder_layers=11)  # whose names are not sorted as their numbers
+    stacked = to_scanned(eleven, dense_params(eleven))["encoder"]["encoder"]["mlp"]["wo"]["kernel"]
+    last = dense_params(eleven)["encoder"]["layers_10"]["mlp"]["wo"]["kernel"]
+    np.testing.assert_array_equal(stacked[:, 10], last)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "text"),
+    [
+        (CODA, r"no place for \d+ leaves .* such as decoder/layers_0/adapter/wi/kernel"),
+        (config(), r"does not compute .* \{'relpos_num_buckets': 8, 'relpos_max_distance': 16\}"),
+        (TINY_IMAGES, r"no place for \d+ leaves"),
+        (TINY_SPEECH, r"no place for \d+ leaves"),
+    ],
+)
+def test_what_t5x_could_not_scan_is_refused(cfg, text):
+    with pytest.raises(ValueError, match=text):
+        to_scanned(cfg, dense_params(cfg))
+    encoder = SCANNED.encoder_only()
+    with pytest.raises(ValueError, match=r"does not compute .* \{'num_decoder_layers': 0\}"):
+        to_scanned(encoder, dense_params(encoder))
+
+
+@pytest.mark.parametrize("layers", ["stacked", "apart", "ours"])
+def test_layers_that_differ_in_their_bias_keep_it(tmp_path, layers):
+    """As those of umT5: in both stacks, though one layer of a decoder differs from no other."""
+    cfg = SCANNED.replace(shared_relpos_bias=False)
+    params = dense_params(cfg)
+    tree = to_scanned(cfg, params) if layers == "stacked" else params
+    if layers == "apart":
+        tree = scalable(params, None)
     write_legacy(tmp_path, tree, inline=trees.flatten(tree))
-    with pytest.raises(ValueError, match=r"umT5.*encoder/layers_0 are in: \['layers_1'\]"):
-        load_t5x(tmp_path, CODA)
+    assert is_of_scalable_t5(tmp_path) == (layers != "ours")
+    assert_same_tree(load_t5x(tmp_path, cfg), params)
+    assert infer_config(t5x_shapes(tmp_path)) == cfg.replace(methods=())
 
 
 @pytest.mark.parametrize(

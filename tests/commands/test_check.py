@@ -47,6 +47,14 @@ def test_shapes_are_those_of_what_is_loaded(routed):
         }
 
 
+def test_a_scanned_checkpoint_is_compared_layer_by_layer(tmp_path):
+    folder = unpack("t5x/scanned", tmp_path)
+    cfg = infer_config(read_t5x(folder)[0])
+    check_leaves(cfg, str(folder))
+    with pytest.raises(ValueError, match=r"(\n.*)*  missing: encoder/layers_2/mlp/wo/kernel"):
+        check_leaves(cfg.replace(num_encoder_layers=3), str(folder))
+
+
 def test_adapters_and_routers_are_created_or_restored_as_they_are_found(dense, routed):
     assert check_leaves(CODA, dense) == check_leaves(CODA, dense, "created") == "created"
     assert check_leaves(CODA, routed) == check_leaves(CODA, routed, "restored") == "restored"

@@ -11,6 +11,7 @@ import pytest
 
 from coda_jax import checkpoints, cli, methods, trees
 from coda_jax.checkpoints.adapter import read_manifest
+from coda_jax.checkpoints.t5x import is_of_scalable_t5
 from coda_jax.checkpoints.t5x_record import RECORD, run_folder, write_record
 from coda_jax.commands.convert import convert
 from coda_jax.data.vocabularies import find_fingerprint
@@ -49,6 +50,39 @@ def test_hf_to_t5x_to_hf_is_bit_identical(tmp_path, name):
     again_config, again = checkpoints.load_hf(tmp_path / "hf")
     assert again_config == config
     assert_same_tree(again, params)
+
+
+@pytest.mark.parametrize("name", ["v1_1", "v1_0"])
+def test_a_scanned_checkpoint_makes_the_round_trip(tmp_path, name, capsys, caplog):
+    """Stacked for T5X's scalable T5, and back, with and without what says its config."""
+    config, params = checkpoints.load_hf(GOLDEN / name)
+    convert(GOLDEN / name, tmp_path / "t5x", "t5x", scan_layers=True)
+    assert "(t5x, of T5X's scalable T5)" in capsys.readouterr().out
+    assert is_of_scalable_t5(tmp_path / "t5x")
+    said = "t5x/checkpoint_0 is of T5X's scalable T5: its layers are taken apart"
+    for output in ("hf", "without"):
+        convert(tmp_path / "t5x", tmp_path / output, "hf")
+        assert_same_tree(checkpoints.load_hf(tmp_path / output)[1], params)
+        (tmp_path / "t5x" / RECORD).unlink(missing_ok=True)
+    assert [said in message for message in caplog.messages] == [True]
+    assert checkpoints.load_hf(tmp_path / "hf")[0] == config
+
+
+def test_what_is_merged_is_scanned_and_other_methods_are_not(base, tmp_path):
+    base_config, base_params = checkpoints.load_hf(base)
+    for name, adaptation in (("lora", (Lora(rank=2),)), ("coda", METHODS)):
+        config = base_config.replace(methods=adaptation)
+        params = adapted_params(config, base_params)
+        checkpoints.save_adapter(tmp_path / name, config, params)
+    convert(tmp_path / "lora", tmp_path / "t5x", "t5x", base=base, scan_layers=True)
+    config = base_config.replace(methods=(Lora(rank=2),))
+    merged = methods.merge(config, adapted_params(config, base_params))[1]
+    assert_same_tree(checkpoints.load_t5x(tmp_path / "t5x", base_config), merged)
+    with pytest.raises(ValueError, match=r"no place for \d+ leaves of this model, such as .*/adap"):
+        convert(tmp_path / "coda", tmp_path / "x", "t5x", base=base, scan_layers=True)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="SCAN_LAYERS=True is of LAYOUT='t5x', not of 'hf'"):
+        convert(base, tmp_path / "x", "hf", scan_layers=True)
 
 
 def test_what_shapes_do_not_tell_comes_from_the_config(tmp_path):

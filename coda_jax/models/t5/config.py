@@ -223,9 +223,12 @@ TINY = T5Config(  # for tests and examples
 
 _LOGITS = "decoder/logits_dense/kernel"  # of all T5 but 1.0
 _T5X_BUCKETS = 32
+_BIASES = {  # by whether the layers share one
+    True: "encoder/relpos_bias/rel_embedding",
+    False: "encoder/layers_0/relpos_bias/rel_embedding",
+}
 _TELLING = {  # matrices from whose shapes the sizes are read
     "embedding": "token_embedder/embedding",
-    "bias": "encoder/relpos_bias/rel_embedding",
     "query": "encoder/layers_0/attention/query/kernel",
     "mlp": "encoder/layers_0/mlp/wo/kernel",
 }
@@ -241,8 +244,10 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
         ValueError: leaves that tell a size are missing, or they look like no known T5.
     """
     flat = trees.flatten(params)
-    shapes = {name: getattr(flat.get(path), "shape", ()) for name, path in _TELLING.items()}
-    missing = [_TELLING[name] for name, shape in shapes.items() if len(shape) != 2]
+    shared = _BIASES[False] not in flat
+    telling = {**_TELLING, "bias": _BIASES[shared]}
+    shapes = {name: getattr(flat.get(path), "shape", ()) for name, path in telling.items()}
+    missing = [telling[name] for name, shape in shapes.items() if len(shape) != 2]
     if missing:
         raise ValueError(f"these parameters are not a T5's, they lack the matrices {missing}")
     gated, tied = "encoder/layers_0/mlp/wi_0/kernel" in flat, _LOGITS not in flat
@@ -272,4 +277,5 @@ def infer_config(params: Mapping[str, Any]) -> T5Config:
         mlp_dim=shapes["mlp"][0],
         mlp_activations=("gelu", "linear") if gated else ("relu",),
         logits_via_embedding=tied,
+        shared_relpos_bias=shared,
     )

@@ -15,6 +15,7 @@ from coda_jax.methods.base import Place, applied_to_modules, conditional_layer
 from coda_jax.models.t5.config import T5Config
 from coda_jax.nn import attention as attentions
 from coda_jax.nn import layers, position_bias
+from coda_jax.nn.remat import rematerialised
 from coda_jax.nn.tokens import Tokens
 
 # What a decoder's cache holds for the attention to the encoding.
@@ -211,10 +212,10 @@ class Encoder(nn.Module):
         shared = self.relative_positions and cfg.shared_relpos_bias
         shared_bias = _relpos_bias(cfg, bidirectional=True) if shared else None
         x = dropout(self.embedding(encoder_input_tokens))
+        layer = rematerialised(EncoderLayer, cfg.remat_policy, static_argnums=(4,))
         for i in range(cfg.num_encoder_layers):
-            x = EncoderLayer(cfg, shared_bias, i, name=f"layers_{i}")(
-                x, mask, segment_ids, deterministic
-            )
+            made = layer(cfg, shared_bias, i, name=f"layers_{i}")
+            x = made(x, mask, segment_ids, deterministic)
         x = _norm(cfg, "encoder_norm")(x).array()
         return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
 
@@ -248,10 +249,10 @@ class Decoder(nn.Module):
         if cfg.shared_relpos_bias:
             shared_bias = _relpos_bias(cfg, bidirectional=False)
         y = dropout(self.shared_embedding(decoder_input_tokens))
+        layer = rematerialised(DecoderLayer, cfg.remat_policy, static_argnums=(5, 6, 7))
         for i in range(cfg.num_decoder_layers):
-            y = DecoderLayer(cfg, shared_bias, i, name=f"layers_{i}")(
-                y, encoded, self_mask, cross_mask, deterministic, decode, cache_encoded
-            )
+            made = layer(cfg, shared_bias, i, name=f"layers_{i}")
+            y = made(y, encoded, self_mask, cross_mask, deterministic, decode, cache_encoded)
         y = dropout(_norm(cfg, "decoder_norm")(y).array())
         if cfg.logits_via_embedding:
             # Brings the logits of the shared embedding, whose entries have unit scale, to order 1.

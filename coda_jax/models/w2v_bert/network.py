@@ -29,6 +29,7 @@ from coda_jax.nn import layers
 from coda_jax.nn.convolution import Convolution
 from coda_jax.nn.layers import LayerNorm
 from coda_jax.nn.relative_keys import RelativeKeyAttention
+from coda_jax.nn.remat import rematerialised
 from coda_jax.nn.tokens import Tokens, join_frames, split_frames, take
 
 
@@ -131,8 +132,9 @@ class ConformerEncoder(nn.Module):
         x = FeatureProjection(cfg, name="feature_projection")(features)
         x = jnp.where(mask[..., None], x, 0)
         x = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
+        layer = rematerialised(ConformerLayer, cfg.remat_policy, static_argnums=(4,))
         for i in range(cfg.num_encoder_layers):
-            x = ConformerLayer(cfg, i, name=f"layers_{i}")(x, mask, segment_ids, deterministic)
+            x = layer(cfg, i, name=f"layers_{i}")(x, mask, segment_ids, deterministic)
         return x
 
 
