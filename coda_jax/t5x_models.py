@@ -1,10 +1,10 @@
 """T5X's side: its model class, which trains what the methods train, and its trainer, which checks.
 
-The network is the config's own. The only module that imports t5x. Its functions are named in
-gin_configs/t5x.
+The only module that imports t5x; what a run of it needs beside T5X's classes is `commands.t5x_run`.
+Its functions are named in gin_configs/t5x.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import copy
 import dataclasses
 import functools
@@ -22,15 +22,14 @@ import seqio
 from t5x import decoding, gin_utils, models, optimizers, trainer, utils
 
 from coda_jax import checks, trees
-from coda_jax.checkpoints.t5x import table_of
 from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder, write_record
-from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves
-from coda_jax.commands.configuration import check_flags_of_t5x, check_rate_of_t5x
+from coda_jax.commands.check import check_leaves
+from coda_jax.commands.configuration import check_rate_of_t5x
 from coda_jax.commands.t5x_data import record_data
 from coda_jax.commands.t5x_identity import check_restored, check_resumed
+from coda_jax.data.seqio_agreement import check_vocabularies
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
-from coda_jax.data.vocabularies import Identity, check_vocabulary
-from coda_jax.methods import Method, check_packs, check_start, max_segments, partition, trained
+from coda_jax.methods import Method, check_packs, max_segments, partition, trained
 from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
@@ -38,39 +37,6 @@ from coda_jax.objectives.seq2seq import Z_LOSS
 from coda_jax.training.partial_optimizer import PartialOptimizer, steps_taken
 from coda_jax.training.preemption import StopsOnRequest
 from coda_jax.training.run_directory import Interruption
-
-
-def adapted(
-    config: ModelConfig,
-    methods: Sequence[Method],
-    dtype: Any = "float32",
-    dropout_rate: float = 0.0,
-) -> ModelConfig:
-    """The config of a run: a preset with methods, dtype of the computation and dropout.
-
-    Raises:
-        ValueError: there is no config: a T5X checkpoint does not say its sizes; T5X cannot run it.
-    """
-    if config is None:
-        raise ValueError("a run of T5X needs the sizes of its model: give a PRESET")
-    if config.pad_id or config.decoder_start_id:
-        raise ValueError(
-            f"T5X pads with token 0 and starts decoders from it: pad_id={config.pad_id}, "
-            f"decoder_start_id={config.decoder_start_id}; train it with `coda train`"
-        )
-    if not config.num_decoder_layers:
-        raise ValueError("T5X trains encoder-decoders: num_decoder_layers=0; use `coda train`")
-    return config.replace(methods=tuple(methods), dtype=dtype, dropout_rate=dropout_rate)
-
-
-def network(config: ModelConfig) -> nn.Module:
-    """The network of a config, as T5X's `module`.
-
-    Raises:
-        UsageError: of what was given on T5X's command line, something has no effect.
-    """
-    check_flags_of_t5x()
-    return config.network()
 
 
 def example_network(config: ModelConfig) -> nn.Module | None:
@@ -92,43 +58,6 @@ def example_network(config: ModelConfig) -> nn.Module | None:
         for tree in (made, param_shapes(config))
     )
     return network if made == ours else None
-
-
-def restoration(
-    config: ModelConfig, checkpoint: str | None, new_leaves: str = "created"
-) -> Callable:
-    """What of a checkpoint T5X restores: one of its `state_transformation_fns`.
-
-    These see the table of leaves of every checkpoint, wherever it lies. T5X itself would start
-    parameters that are missing from scratch, and drop those that the model lacks. Of shapes orbax's
-    table says nothing: Flax compares those, before the first step.
-
-    Args:
-        config: the run's.
-        checkpoint: where it starts from.
-        new_leaves: whether the methods' leaves are "created" or "restored", unless T5X goes on with
-            its own run, whose leaves are all restored.
-
-    Returns:
-        (a checkpoint's state, the run's state) -> what is restored: the parameters, which are
-        compared with the model's, and the step; the optimizer starts anew.
-
-    Raises:
-        ValueError: there is no checkpoint, so that what is frozen would stay random; `new_leaves`
-            is another word.
-    """
-    checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
-    check_start(config, param_shapes(config), checkpoint)
-
-    def restored(state, _, is_resuming=False):
-        shapes = table_of(state.get("target", {}))
-        compare_leaves(config, shapes, "the checkpoint", "restored" if is_resuming else new_leaves)
-        if is_resuming:
-            return state
-        kept = {name: leaf for name, leaf in state["state"].items() if name != "param_states"}
-        return {**state, "state": kept}
-
-    return restored
 
 
 def feature_converter(
@@ -180,16 +109,6 @@ def temperature_sample(temperature: float = 1.0, top_k: int = 0, top_p: float = 
     )
 
 
-def _check_vocabularies(config: ModelConfig, *vocabularies: seqio.Vocabulary) -> None:
-    """Raises ValueError where a vocabulary has more ids than the model, or another end."""
-    for vocabulary in vocabularies:
-        found = Identity("", vocabulary.vocab_size, vocabulary.eos_id, vocabulary.pad_id)
-        try:
-            check_vocabulary(found, config.vocab_size, eos_id=config.eos_id, pad_id=config.pad_id)
-        except ValueError as error:
-            raise ValueError(f"VOCABULARY is not that of the PRESET: {error}") from error
-
-
 class CodaEncoderDecoderModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder model, which checks what it is given and logs how each layer routes.
 
@@ -223,7 +142,7 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
     ):
         super().__init__(*args, **kwargs)
         config = self.module.config
-        _check_vocabularies(config, self.input_vocabulary, self.output_vocabulary)
+        check_vocabularies(config, self.input_vocabulary, self.output_vocabulary)
         if self.optimizer_def is not None:
             self.optimizer_def = for_what_is_trained(self.optimizer_def, config)
         if kwargs.get("feature_converter_cls") is None:

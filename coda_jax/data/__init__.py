@@ -20,6 +20,7 @@ With them:
 
 - `seqio_tasks`, `seqio_vocabularies`, `seqio_converters`: what is built on seqio; they import it at
   the top.
+- `seqio_agreement`: whether seqio's vocabularies are those of a model.
 - `images`: image files to patches. TensorFlow is imported when patches are made.
 - `audio`: recordings to frames. TensorFlow is imported when frames are made.
 """

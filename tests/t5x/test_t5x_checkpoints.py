@@ -1,7 +1,5 @@
 """T5X checkpoints against T5X itself: it restores what we save, and we load what it saves."""
 
-import importlib
-
 from flax.core import freeze
 from flax.errors import ScopeParamShapeError
 from helpers import assert_same_tree, shapes
@@ -14,13 +12,11 @@ from t5x_formats import CODA, fresh_params
 from coda_jax import trees
 from coda_jax.checkpoints import save_t5x
 from coda_jax.checkpoints.t5x import read_t5x
+from coda_jax.commands import t5x_run
 
 t5x_checkpoints = pytest.importorskip(
     "t5x.checkpoints", reason="T5X is not installed", exc_type=ImportError
 )
-
-
-t5x_models = importlib.import_module("coda_jax.t5x_models")
 
 
 @pytest.fixture(name="params", scope="module")
@@ -91,7 +87,7 @@ def restored(folder, wanted):
         state.step, params=state.params, params_axes=state.params_axes
     )
     manager = t5x_checkpoints.OrbaxCheckpointManagerInterface(str(folder), inference, partitioner)
-    step = t5x_models.restoration(CODA, "checkpoint", "restored")
+    step = t5x_run.restoration(CODA, "checkpoint", "restored")
     found = manager.restore(path=str(folder / "checkpoint_5"), state_transformation_fns=[step])
     return found.params
 

@@ -24,7 +24,7 @@ from coda_jax import checkpoints, cli, gin_configs, methods, trees
 from coda_jax.checkpoints.t5x_record import read_record, run_folder, write_record
 from coda_jax.commands import configuration, gin_files
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
-from coda_jax.methods import Coda, Full, Lora, ParallelAdapter
+from coda_jax.methods import Coda, Full, ParallelAdapter
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.w2v_bert.config import W2vBertConfig
 from coda_jax.nn.tokens import Selection
@@ -44,7 +44,7 @@ def model(cfg, optimizer=None, **kwargs):
     """T5X's model around the network of a config."""
     vocabulary = seqio.PassThroughVocabulary(cfg.vocab_size, eos_id=1)
     return t5x_models.CodaEncoderDecoderModel(
-        t5x_models.network(cfg), vocabulary, vocabulary, optimizer, **kwargs
+        cfg.network(), vocabulary, vocabulary, optimizer, **kwargs
     )
 
 
@@ -144,47 +144,6 @@ def test_entropy_is_that_of_the_weights():
     assert values == pytest.approx({"share": 0.25, "weight": 0.625, "entropy": entropy})
 
 
-def table(cfg):
-    """A table of leaves without shapes, as T5X shows that of orbax."""
-    return trees.unflatten(dict.fromkeys(trees.flatten(shapes(cfg)["params"])))
-
-
-@pytest.mark.parametrize("adaptation", [(Coda(), ParallelAdapter()), (Lora(),), (Full(),)])
-def test_what_is_restored_fits_wherever_it_lies(adaptation):
-    """T5X starts what is not restored from scratch: the optimizer, and the methods' leaves."""
-    cfg = config().replace(methods=adaptation)
-    state = {"step": 7, "param_states": {"x": 1}}
-    for stored, new_leaves in ((cfg.dense(), "created"), (cfg, "restored")):
-        given = {"target": table(stored), "state": state}
-        found = t5x_models.restoration(cfg, "checkpoint", new_leaves)(given, None)
-        assert found == {"target": table(stored), "state": {"step": 7}}
-    assert t5x_models.restoration(cfg, "checkpoint")(given, None, is_resuming=True) is given
-    with pytest.raises(ValueError, match=r"NEW_LEAVES must be one of .* got 'dropped'"):
-        t5x_models.restoration(cfg, "checkpoint", "dropped")
-
-
-@pytest.mark.parametrize(
-    ("stored", "asked", "new_leaves", "resuming", "text"),
-    [
-        (CONFIG, CONFIG, "created", False, "extra: .*/router/kernel"),
-        (CONFIG.dense(), CONFIG, "restored", False, "missing: .*/router/kernel"),
-        (CONFIG, CONFIG.replace(methods=(ParallelAdapter(),)), "created", True, "extra: .*router"),
-        (config(num_encoder_layers=3), CONFIG, "created", False, "extra: .*layers_2/mlp/wo"),
-    ],
-)
-def test_what_t5x_would_drop_or_start_anew_is_refused(stored, asked, new_leaves, resuming, text):
-    given = {"target": table(stored), "state": {"step": 7}}
-    with pytest.raises(ValueError, match=rf"leaves\):(\n.*)*  {text}"):
-        t5x_models.restoration(asked, "checkpoint", new_leaves)(given, None, is_resuming=resuming)
-
-
-def test_what_is_frozen_starts_from_a_checkpoint():
-    cfg = config().replace(methods=(Coda(), ParallelAdapter()))
-    with pytest.raises(ValueError, match=r"INITIAL_CHECKPOINT_PATH=None: .* would stay random"):
-        t5x_models.restoration(cfg, None)
-    assert t5x_models.restoration(cfg.replace(methods=(Full(),)), None)
-
-
 class Mixing(Full):
     """A method that cannot keep packed examples apart."""
 
@@ -202,27 +161,6 @@ def test_the_model_has_the_converter_whose_rows_it_can_take():
     assert not mixing(pack=False).pack
     with pytest.raises(ValueError, match=r"\['full'\] cannot keep packed examples apart"):
         mixing(pack=True)
-
-
-def test_a_vocabulary_beyond_the_embedding_is_refused():
-    for vocabulary, message in (
-        (seqio.ByteVocabulary(), "has 259 ids, the model only 20"),
-        (seqio.PassThroughVocabulary(20, eos_id=2), "eos_id=2, the model eos_id=1"),
-    ):
-        for pair in ((vocabulary, seqio.PassThroughVocabulary(0)), (vocabulary,) * 2):
-            for given in (pair, pair[::-1]):
-                with pytest.raises(ValueError, match=message):
-                    t5x_models.CodaEncoderDecoderModel(CONFIG.network(), *given, None)
-
-
-def test_float16_is_refused():
-    with pytest.raises(ValueError, match=r"dtype must be 'float32' or 'bfloat16', got 'float16'"):
-        t5x_models.adapted(config(), (Full(),), dtype="float16")
-
-
-def test_a_run_needs_a_preset():
-    with pytest.raises(ValueError, match="needs the sizes of its model: give a PRESET"):
-        t5x_models.adapted(None, ())
 
 
 REQUIRED = {
