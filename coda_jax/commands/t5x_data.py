@@ -12,6 +12,7 @@ from typing import Any
 from absl import logging
 import jax
 
+from coda_jax import checks
 from coda_jax.checkpoints.t5x_record import (
     DATA_RECORD,
     DataRecord,
@@ -70,6 +71,7 @@ def resumed(
     Raises:
         ValueError: the run began with other data; each value that differs is named.
     """
+    checks.flag("CHANGE_DATA", change_data)
     batches = get_dataset(dataset, *args, **kwargs)
     taken = _taken(model_dir, data, change_data)
     return batches.skip(taken) if taken else batches

@@ -6,20 +6,19 @@ trainer keeps no state between the steps of a part of the training: it is kept h
 
 from collections.abc import Iterable, Iterator
 import contextlib
-import signal
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
 
-from coda_jax.training.run_directory import Interruption, Requests, interruption
+from coda_jax.training.run_directory import Interruption, interruption
 
 
 class StopsOnRequest:
     """What is put before T5X's trainer, so that it stops on SIGTERM, SIGHUP or Ctrl-C.
 
     Several processes stop after the same step, that of JAX's preemption service, which SIGTERM to
-    any of them sets; it is there where `jax.distributed` is.
+    any of them sets; it is there where `jax.distributed` is. It counts T5X's steps, as orbax does.
 
     Attributes:
         stopped: the error that is raised, a class of T5X's PreemptionError.
@@ -29,8 +28,9 @@ class StopsOnRequest:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._state = self._requests = None
+        self._agreed = False
         self._open = contextlib.ExitStack()
-        self._requests, self._state = Requests(), None
         if jax.process_count() == 1:
             self._requests = self._open.enter_context(interruption())
 
@@ -63,19 +63,31 @@ class StopsOnRequest:
             self.train_state, last = self._state, asked.step
         else:
             last = start_step + num_steps
-        self._requests.stop(f"step {last} is saved", self.stopped)
+        if self._asked(last):
+            self._stop(f"step {last} is saved")
         return summary
 
     def _until_asked(self, batches: Iterable[Any], step: int) -> Iterator[Any]:
         """The batches, the first of them for a step; raises _Asked before one after a request."""
-        for number, batch in enumerate(batches):
-            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
-                step + number
-            ):
-                self._requests.receive(signal.SIGTERM, None)
-            if number and self._requests():
-                raise _Asked(step + number)
+        for now, batch in enumerate(batches, start=step):
+            if self._asked(now) and now > step:
+                raise _Asked(now)
             yield batch
+
+    def _asked(self, step: int) -> bool:
+        """Whether the run is to stop before a step: several processes before the same one."""
+        if self._requests is not None:
+            return self._requests()
+        self._agreed = self._agreed or ocp.utils.reached_preemption(step)
+        return self._agreed
+
+    def _stop(self, text: str) -> None:
+        if self._requests is None:
+            raise self.stopped(f"stopped by SIGTERM: {text}")
+        try:
+            self._requests.stop(text)
+        except Interruption as error:
+            raise self.stopped(str(error), error.exit_code - 128) from None
 
 
 class _Asked(Exception):

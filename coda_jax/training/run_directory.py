@@ -76,11 +76,11 @@ class Requests:
             if signum == signal.SIGINT:
                 print("\nstopping after this step; Ctrl-C again does not save", file=sys.stderr)
 
-    def stop(self, text: str, kind: type[Interruption] = Interruption) -> None:
-        """Raises Interruption, of a kind, if the run was asked to stop."""
+    def stop(self, text: str) -> None:
+        """Raises Interruption if the run was asked to stop."""
         if self._first is not None:
             message = f"stopped by {self._first.name}: {text}{_go_on()}"
-            raise kind(message, self._first)
+            raise Interruption(message, self._first)
 
 
 def _go_on() -> str:

@@ -4,7 +4,7 @@ import os
 import signal
 
 import jax
-from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
 import pytest
 
 from coda_jax.training.preemption import StopsOnRequest
@@ -98,7 +98,7 @@ def test_several_processes_stop_where_jax_says(monkeypatch):
         return step == 102
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    monkeypatch.setattr(ocp.utils, "reached_preemption", reached)
     handler = signal.getsignal(signal.SIGTERM)
     trainer = Trainer()
     assert signal.getsignal(signal.SIGTERM) is handler  # which is the preemption service's
