@@ -29,6 +29,7 @@ INSTALL_REQUIRES = [
     "seqio>=0.0.20,<0.1",  # tasks, vocabularies, metrics
     "tensorflow>=2.21,<2.22",  # seqio's data pipelines
     "tensorflow-datasets>=4.9.10,<5",  # data sets of seqio tasks
+    "importlib_resources>=6,<8",  # which it imports to prepare one, and does not ask for
     "clu>=0.0.12,<0.1",  # logs for TensorBoard
     "tensorboard>=2.21,<2.22",  # without it TensorFlow cannot write them
     "rouge-score>=0.1.2,<0.2",  # ROUGE, the metric of summaries

@@ -24,6 +24,7 @@ from t5x import decoding, gin_utils, models, optimizers, trainer, utils
 from coda_jax import checks, trees
 from coda_jax.checkpoints.t5x_record import run_folder, write_record
 from coda_jax.commands.configuration import check_rate_of_t5x
+from coda_jax.commands.t5x_data import record_data
 from coda_jax.data.seqio_agreement import agreed, check_vocabularies
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
 from coda_jax.methods import Method, check_packs, max_segments, partition, trained
@@ -32,6 +33,8 @@ from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
 from coda_jax.objectives.seq2seq import Z_LOSS
 from coda_jax.training.partial_optimizer import PartialOptimizer, steps_taken
+from coda_jax.training.preemption import StopsOnRequest
+from coda_jax.training.run_directory import Interruption
 
 
 def example_network(config: ModelConfig) -> nn.Module | None:
@@ -172,20 +175,23 @@ def summarize_config(
     summary_writer: Any,
     step: int,
     config: ModelConfig,
+    data: Mapping[str, Any],
     base: Callable[[], Mapping[str, str] | None] = lambda: None,
 ) -> None:
-    """T5X's `summarize_config_fn`, which also says in the run's folder what its model is.
+    """T5X's `summarize_config_fn`, which also says in the run's folder what model and data are.
 
     Args:
         model_dir: T5X's, as are the next two.
         summary_writer: of TensorBoard, or None.
         step: of the start.
         config: the run's.
+        data: the `identity` of the run's.
         base: gives the fingerprints of the leaves that are not saved, if any.
     """
     gin_utils.summarize_gin_config(model_dir, summary_writer, step)
     if jax.process_index() == 0:
         write_record(run_folder(model_dir), config, base())
+        record_data(model_dir, data, step)
 
 
 def routing_metrics(intermediates: Any, num_tokens: jax.Array) -> dict[str, clu.metrics.Average]:
@@ -256,13 +262,19 @@ def for_what_is_trained(
     return PartialOptimizer(optimizer, trained(config))
 
 
+class Stopped(trainer.PreemptionError, Interruption):
+    """The run was asked to stop, and T5X has saved its state."""
+
+
 def checked_trainer(trainer_cls: type[trainer.Trainer]) -> type[trainer.Trainer]:
-    """The class of trainers with an end at what is not finite, and the true rate in its log.
+    """The class of trainers with the true rate in its log, which ends at what is not finite.
+
+    It also ends where it is asked to, see `StopsOnRequest`; T5X then saves its state.
 
     Args:
         trainer_cls: T5X's, with what gin files give it.
     """
-    return type("CheckedTrainer", (_Checked, trainer_cls), {})
+    return type("CheckedTrainer", (_Checked, StopsOnRequest, trainer_cls), {"stopped": Stopped})
 
 
 @jax.jit
@@ -283,9 +295,18 @@ class _Checked:
 
     def train(self, batch_iter, num_steps, start_step=None):
         """Trains as T5X does, see there; FloatingPointError where a loss is not finite."""
-        summary = super().train(batch_iter, num_steps, start_step)
+        try:
+            summary = super().train(batch_iter, num_steps, start_step)
+        except Stopped:
+            self._check_parameters()
+            raise
         last = int(utils.get_local_data(self.train_state.step))
         self._check(f"steps {last - num_steps + 1} to {last}", summary.result())
+        self._check_parameters()
+        return summary
+
+    def _check_parameters(self) -> None:
+        last = int(utils.get_local_data(self.train_state.step))
         found, _ = partition(self._model.module.config, self.train_state.params)
         for path, finite in jax.device_get(_finite(trees.flatten(found))).items():
             if not finite:
@@ -293,7 +314,6 @@ class _Checked:
                     f"the parameter {path} has values that are not finite after step {last}: "
                     "nothing is saved after the last checkpoint"
                 )
-        return summary
 
     def eval(self, batch_iters):
         """Evaluates as T5X does, see there; FloatingPointError where a loss is not finite."""

@@ -6,7 +6,7 @@ BoolQ, SQuAD and ReCoRD are byte for byte those of the public T5 tasks (Raffel e
 know them. Test splits without labels, as MNLI's, are left out: a score would mean nothing.
 
 The data come from TFDS, which downloads them into $TFDS_DATA_DIR when they are first read, or from
-a folder. Registering reads neither.
+a folder. Registering reads neither. seqio can cache the tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -383,11 +383,11 @@ def task(name: str, vocabulary: str, directory: str | None = None) -> str:
     source = _source(name, directory)
 
     def add(registered: str) -> seqio.Task:
-        noise_steps = [spec.noise] if spec.noise else []
+        tokens = [spec.texts, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder()]
         return seqio_tasks.add_task(
             registered,
             source,
-            [spec.texts, seqio.preprocessors.tokenize, *noise_steps],
+            [*tokens, spec.noise] if spec.noise else tokens,
             seqio_tasks.seqio_vocabulary(vocabulary),
             postprocess_fn=spec.postprocess,
             metric_fns=spec.metric_fns,

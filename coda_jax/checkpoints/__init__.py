@@ -6,7 +6,7 @@
 | `swap_in` | from a dense checkpoint to one with the leaves of its methods |
 | `adapter` | adapter files: what was trained, without its base |
 | `t5x`, `t5x_scanned`, `zarr_arrays` | T5X's checkpoints, without T5X |
-| `t5x_record` | the config of a T5X run's model, beside its checkpoints |
+| `t5x_record` | model and data of a T5X run, beside its checkpoints |
 | `t5x_partial` | T5X's checkpoints of what was trained alone, and their base |
 | `weights` | the weights of a folder, in whichever format they are |
 | `tensor_files` | safetensors files and their shards |

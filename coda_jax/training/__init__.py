@@ -9,5 +9,6 @@
 | `partial_optimizer` | T5X's optimizers, for what is trained alone |
 | `run_identity` | what decides a run's result, and how another run differs |
 | `run_checkpoints` | checkpoints: whole, checked, finite |
+| `preemption` | how T5X's trainer is asked to stop |
 | `run_directory` | who may write in a run's folder, its logs; how a run is asked to stop |
 """

@@ -147,6 +147,7 @@ REQUIRED = {
     "TASK_FEATURE_LENGTHS": "{'inputs': 8, 'targets': 4}",
     "TRAIN_STEPS": "100",
     "LEARNING_RATE": "0.1",
+    "BEST_METRIC": "training_eval/task/loss",
 }
 KINDS = {"rendered_text": "pix2struct_tiny", "spoken": "w2v_bert_tiny", "best_rq": "w2v_bert_tiny"}
 

@@ -8,18 +8,27 @@ import json
 import os
 from pathlib import Path
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import gin
 import jax
 import numpy as np
 import pytest
 import seqio
+from t5x_programs import (
+    FINETUNE_FILES,
+    METHOD,
+    OUR_GIN,
+    SHARED,
+    SIZES,
+    VOCABULARY,
+    finetune,
+    logged,
+    run,
+)
 
-from coda_jax import bundled, checkpoints, cli, gin_configs, methods, trees
+from coda_jax import bundled, checkpoints, cli, methods, trees
 from coda_jax.checkpoints.t5x import read_t5x
 from coda_jax.commands import convert
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
@@ -27,7 +36,7 @@ from coda_jax.methods import Coda, Lora, ParallelAdapter
 from coda_jax.models import init_params, preset
 from coda_jax.models.t5.config import infer_config
 from coda_jax.objectives import Seq2Seq
-from coda_jax.tasks import offline, offline_images, offline_speech  # noqa: F401 (the tasks)
+from coda_jax.tasks import offline_images, offline_speech  # noqa: F401 (the tasks)
 
 # Not "t5x": this folder of tests would be found under that name.
 pytest.importorskip(
@@ -36,17 +45,6 @@ pytest.importorskip(
 t5x = importlib.import_module("t5x")
 t5x_partitioned = importlib.import_module("t5x_partitioned")
 
-GIN = str(next(iter(gin_configs.__path__)))
-VOCABULARY = str(Path(offline.VOCABULARY_FILE).parent)
-SIZES = {
-    "vocab_size": 4096,
-    "emb_dim": 8,
-    "num_heads": 2,
-    "num_encoder_layers": 2,
-    "num_decoder_layers": 2,
-    "head_dim": 4,
-    "mlp_dim": 16,
-}
 # T5X's own network, model and optimizer, with our vocabulary and a task that needs no download.
 DENSE_GIN = """
 from __gin__ import dynamic_registration
@@ -63,41 +61,6 @@ utils.create_learning_rate_scheduler.warmup_steps = 10
 utils.SaveCheckpointConfig.period = 2
 network.T5Config.dtype = 'float32'
 """
-OUR_GIN = """
-from __gin__ import dynamic_registration
-from coda_jax.models.t5 import config as t5
-from coda_jax.tasks import offline
-
-CONFIG = @t5.T5Config()
-t5.T5Config.mlp_activations = ('gelu', 'linear')
-"""
-SHARED = {
-    "MIXTURE_OR_TASK_NAME": "'stdlib_module'",
-    "TASK_FEATURE_LENGTHS": "{'inputs': 64, 'targets': 16}",
-    "BATCH_SIZE": "8",
-    "DROPOUT_RATE": "0.0",
-    "USE_CACHED_TASKS": "False",
-    "RANDOM_SEED": "0",
-}
-METHOD = ["methods/coda.gin"]
-
-
-def command(program, files, bindings, folder):
-    """The command line of a program of T5X, with gin files written for the test in its folder."""
-    flags = [f"--gin_search_paths={GIN},{folder}"]
-    flags += [f"--gin_file={name}" for name in files]
-    flags += [f"--gin.{name}={value}" for name, value in bindings.items()]
-    return [sys.executable, "-m", f"t5x.{program}", *flags]
-
-
-def run(program, files, bindings, folder):
-    # One device: T5X would divide the model among all devices of a CPU.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    result = subprocess.run(
-        command(program, files, bindings, folder), env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -126,43 +89,11 @@ def fixture_dense(request, folder):
     return directory / "checkpoint_2"
 
 
-def finetune(dense, directory, **changes):
-    return {
-        **SHARED,
-        "VOCABULARY": f"'{VOCABULARY}'",
-        "MODEL_DIR": f"'{directory}'",
-        "INITIAL_CHECKPOINT_PATH": f"'{dense}'",
-        "TRAIN_STEPS": "22",
-        "EVAL_STEPS": "1",
-        "EVALUATOR_NUM_EXAMPLES": "8",
-        "EVAL_PERIOD": "10",
-        "DTYPE": "'float32'",
-        "SaveCheckpointConfig.period": "10",
-        "ParallelAdapter.bottleneck": "4",
-        "Coda.max_segments": "8",
-        **changes,
-    }
-
-
-FINETUNE_FILES = ["t5x/finetune.gin", "ours.gin", *METHOD]
-
-
 ADAPTATION = (Coda(3, max_segments=8), ParallelAdapter(bottleneck=4))
 
 
 def adapted_config(base):
     return infer_config(base).replace(methods=ADAPTATION, dropout_rate=0.0)
-
-
-def logged(folder, name):
-    """{step: value} of a metric in T5X's TensorBoard file."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    events = accumulator.Tensors(name)
-    return {event.step: float(make_ndarray(event.tensor_proto)) for event in events}
 
 
 def validation_loss(directory, step, task="stdlib_module"):
@@ -208,27 +139,6 @@ def test_finetuning_changes_what_is_trained_only_and_has_our_loss(dense, folder)
     run("train", FINETUNE_FILES, bindings, folder)
     expected = our_loss(config, checkpoints.load_t5x(directory, config, 12))
     np.testing.assert_allclose(validation_loss(again, 12), expected, rtol=1e-5)
-
-
-def test_a_killed_run_goes_on_from_its_checkpoint(dense, folder):
-    if "legacy" in str(dense):
-        pytest.skip("the format of the dense checkpoint does not matter to a resumed run")
-    directory = folder / "killed"
-    line = command("train", FINETUNE_FILES, finetune(dense, directory, TRAIN_STEPS="32"), folder)
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (directory / "checkpoint_12").is_dir():
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-    assert not (directory / "checkpoint_32").exists()
-    killed_at = max(int(path.name.split("_")[1]) for path in directory.glob("checkpoint_?[0-9]"))
-    config = adapted_config(read_t5x(dense)[0])
-    before = trees.flatten(checkpoints.load_t5x(directory, config, killed_at))
-    run("train", FINETUNE_FILES, finetune(dense, directory, TRAIN_STEPS="32"), folder)
-    after = checkpoints.load_t5x(directory, config, 32)
-    trained, frozen = map(trees.flatten, methods.partition(config, after))
-    assert all((leaf != before[path]).any() for path, leaf in trained.items())
-    assert all(leaf.tobytes() == before[path].tobytes() for path, leaf in frozen.items())
 
 
 # (file of t5x/, preset and changes, task, methods)

@@ -5,11 +5,13 @@ TFDS is served by TFDS's own mock: real names, versions and schemas, records fro
 
 import collections
 import contextlib
+import json
 import re
 import socket
 from unittest import mock
 
 from language_tasks import as_bytes, read
+import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
@@ -54,6 +56,30 @@ RECORDS = {
     },
 }
 SQUAD, RECORD = RECORDS["squad"], RECORDS["record"]
+
+
+class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A set of TFDS, as one of its own modules has them."""
+
+    __module__ = "tensorflow_datasets.text.prepared"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": [("key", {"text": "A text."})]}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+def test_a_set_of_tfds_is_prepared_with_what_is_installed(tmp_path):
+    """For which TFDS imports what it does not ask for."""
+    builder = Prepared(data_dir=tmp_path)
+    builder.download_and_prepare()
+    assert [x["text"] for x in builder.as_dataset("train").as_numpy_iterator()] == [b"A text."]
 
 
 @contextlib.contextmanager
@@ -196,6 +222,44 @@ def test_registering_reads_nothing_and_the_splits_are_known(name, monkeypatch):
         read(task.name, "test2")
     with pytest.raises(AssertionError, match="must not call"):  # So the reading would be noticed.
         task.source.get_dataset("train")
+
+
+def write_seqio_cache(folder, examples):
+    """What seqio's own program writes for the split "train", which needs Apache Beam."""
+    folder.mkdir()
+    described = {
+        key: {"dtype": tensor.dtype.name, "shape": [None] * tensor.shape.rank}
+        for key, tensor in examples[0].items()
+    }
+    info = {"features": described, "num_shards": 1, "seqio_version": seqio.__version__}
+    (folder / "info.train.json").write_text(json.dumps(info))
+    (folder / "stats.train.json").write_text(json.dumps({"examples": len(examples)}))
+    with tf.io.TFRecordWriter(str(folder / "train.tfrecord-00000-of-00001")) as writer:
+        for example in examples:
+            features = {}
+            for key, tensor in example.items():
+                values = np.ravel(tensor.numpy()).tolist()
+                kind = "bytes_list" if tensor.dtype == tf.string else "int64_list"
+                features[key] = {kind: {"value": values}}
+            given = tf.train.Features(
+                feature={k: tf.train.Feature(**x) for k, x in features.items()}
+            )
+            writer.write(tf.train.Example(features=given).SerializeToString())
+    (folder / "COMPLETED").touch()
+
+
+def test_tokens_that_seqio_has_cached_are_read_in_the_place_of_tfds(tmp_path, monkeypatch):
+    name = language.task("rte", "bytes")
+    task, lengths = seqio.get_mixture_or_task(name), {"inputs": 100, "targets": 100}
+    with tfds_with({"train": [RECORDS["rte"]]}):
+        expected = [*task.get_dataset(lengths, "train", shuffle=False).as_numpy_iterator()]
+        tokens = [*task.preprocess_precache(task.source.get_dataset("train", shuffle=False))]
+    write_seqio_cache(tmp_path / name, tokens)
+    monkeypatch.setattr(seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [str(tmp_path)])
+    cached = task.get_dataset(lengths, "train", shuffle=False, use_cached=True)
+    for found in (*cached.as_numpy_iterator(), *expected):
+        assert found["inputs"].tolist() == expected[0]["inputs"].tolist()
+        assert found["targets"].tolist() == expected[0]["targets"].tolist()
 
 
 @pytest.mark.parametrize(
