@@ -28,7 +28,7 @@ _NUMBER, _ID = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds that a process waits for what another does
 _SECONDS_BETWEEN_LOOKS = 1.0
 _FAILURE = "coda_jax/failure"  # the key of the first failure's message
-_numbers = itertools.count()  # of the values that the first process tells: the same in all
+_numbers = itertools.count()  # of what processes tell and wait for: the same in all
 _left = threading.Event()
 
 
@@ -104,6 +104,12 @@ def from_first(function: Callable[[], Any]) -> Any:
         _client().key_value_set(key, json.dumps(value))
         return value
     return json.loads(_client().blocking_key_value_get(key, _FOREVER))
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have called this, in the same order."""
+    if are_several():
+        _client().wait_at_barrier(f"coda_jax/barriers/{next(_numbers)}", _FOREVER)
 
 
 def check_same(what: str, arrays: Callable[[], Iterable[Any]]) -> None:
@@ -215,6 +221,6 @@ def _leave() -> None:
     """Waits until the others are done, too."""
     if not are_several():
         return
-    _client().wait_at_barrier("coda_jax/end", _FOREVER)
+    wait_for_all()
     _left.set()
     jax.distributed.shutdown()

@@ -202,6 +202,16 @@ def test_where_one_fails_all_end_with_its_message(failing, shared, tmp_path):
 
 
 @pytest.mark.all
+def test_a_run_folder_that_is_not_shared_is_refused(shared, tmp_path):
+    """As on hosts with disks of their own."""
+    commands = [training(shared, tmp_path / str(host), **JOINED) for host in (0, 1)]
+    found = joined.finished(joined.start(commands), timeout=90)
+    assert [status for status, *_ in found] == [1, 1]
+    assert "1 is another folder here than where process 0 runs: name one in a file" in found[1][2]
+    assert "process 1 of 2 failed: MODEL_DIR=" in found[0][2]
+
+
+@pytest.mark.all
 def test_processes_with_other_settings_are_refused(shared, tmp_path):
     commands = [training(shared, tmp_path, SEED=seed, **JOINED) for seed in (0, 1)]
     found = joined.finished(joined.start(commands), timeout=90)

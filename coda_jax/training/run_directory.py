@@ -8,6 +8,7 @@ import itertools
 import os
 import pathlib
 import re
+import secrets
 import shlex
 import signal
 import sys
@@ -129,12 +130,17 @@ def owned(directory: pathlib.Path) -> Iterator[None]:
     """While open, no other run may train in the folder, which is made if there is none.
 
     Raises:
-        ValueError: one does.
+        ValueError: one does; or the processes of this run have different folders of that name.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if not processes.is_first():  # which holds it for all
+    with _locked(directory) if processes.is_first() else contextlib.nullcontext():
+        if processes.are_several():
+            _check_is_shared(directory)
         yield
-        return
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -150,6 +156,22 @@ def owned(directory: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _check_is_shared(directory: pathlib.Path) -> None:
+    mark = pathlib.Path(directory, processes.from_first(lambda: f".{secrets.token_hex(8)}.shared"))
+    if processes.is_first():
+        mark.touch()
+    processes.wait_for_all()
+    found = mark.exists()
+    processes.wait_for_all()
+    if processes.is_first():
+        mark.unlink()
+    if not found:
+        raise ValueError(
+            f"MODEL_DIR={directory} is another folder here than where process 0 runs: name one in "
+            "a file system that all processes share"
+        )
 
 
 @contextlib.contextmanager
