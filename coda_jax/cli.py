@@ -154,7 +154,10 @@ def _call(options: argparse.Namespace) -> None:
     configure(options.gin_file, options.gin_search_paths, options.gin_bindings, options.command)
     import gin
 
-    gin.get_configurable(function)()
+    from coda_jax import processes  # Here: it imports JAX, which not every command needs.
+
+    with processes.ending_together(mistakes.told):
+        gin.get_configurable(function)()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from coda_jax import checks, trees
+from coda_jax import checks, processes, trees
 from coda_jax.data.batches import bucket, cut
 from coda_jax.data.examples import input_problem
 from coda_jax.data.stop_texts import stop_table
@@ -125,6 +125,7 @@ class _Bucketed:
         size = self._batch_size
         for number, values in enumerate(inputs, start=first):
             self._check(values, number)
+        processes.check_same("the inputs", lambda: inputs)
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         for start in range(0, len(order), size):
             indices = order[start : start + size]
@@ -181,7 +182,7 @@ class Encodings(_Bucketed):
         params: its parameters.
         decoding: the size of batches and the longest input.
         embed: see `encode_function`.
-        placement: the devices; None for all of this host, which share the rows of a batch.
+        placement: the devices; None for all, which share the rows of a batch.
 
     Attributes:
         num_inputs, num_truncated, longest: of the inputs so far: how many, how many were too long,
@@ -217,7 +218,7 @@ class Encodings(_Bucketed):
         """
         for indices, batch in self._batches(inputs, first):
             with self._placement.divided():
-                outputs = np.asarray(self._encode(self._params, batch))
+                outputs = processes.fetch(self._encode(self._params, batch))
             for index, found in zip(indices, outputs, strict=False):  # the last batch has spares
                 real = len(inputs[index]) if self._embed == "tokens" else len(found)
                 if not np.isfinite(found[:real]).all():
@@ -233,7 +234,7 @@ class Predictor(_Bucketed):
         params: its parameters.
         decoding: how it answers.
         vocabulary: of its outputs; needed where there are stop texts.
-        placement: the devices; None for all of this host, which share the rows of a batch.
+        placement: the devices; None for all, which share the rows of a batch.
 
     Attributes:
         decoding: the same, with no option of generation left open.
@@ -314,7 +315,7 @@ class Predictor(_Bucketed):
             arguments = self._arguments(numbers, self._batch_size)
             with self._placement.divided():
                 found = self._generate(self._params, batch, **arguments)
-            tokens, scores = (np.asarray(x)[: len(indices)] for x in found)  # without spares
+            tokens, scores = (x[: len(indices)] for x in processes.fetch(found))  # without spares
             self.num_cut += int(self._model.is_cut(tokens[:, 0], self.decoding).sum())
             for index, outputs, ranks in zip(indices, tokens, scores, strict=True):
                 if np.isnan(ranks).any():

@@ -1,4 +1,4 @@
-"""Where arrays live: divided over the devices of a host, or over the chips of a pod."""
+"""Where arrays live: divided over the devices of all processes, or over the chips of a pod."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -49,9 +49,9 @@ class Placement:
     ):
         """Args:
             mesh: as of `checked_mesh`.
-            devices: None for all of this host.
+            devices: None for all, those of other processes too.
         """  # fmt: skip
-        devices = list(devices or jax.local_devices())
+        devices = list(devices or jax.devices())
         sizes = checked_mesh("MESH", mesh, len(devices))
         # Where chips along one axis are not a whole side of a pod, the sides are split.
         laid_out = mesh_utils.create_device_mesh(
@@ -107,13 +107,7 @@ class Placement:
             axes: likewise.
         """
 
-        def placed(leaf, shape):
-            values = np.asarray(leaf)
-            return jax.make_array_from_callback(
-                values.shape, shape.sharding, lambda index: np.array(values[index])
-            )
-
-        return jax.tree.map(placed, tree, self.shapes(tree, axes))
+        return divided_as(self.shapes(tree, axes), tree)
 
     def rows(self, batch: Any) -> Any:
         """The arrays of a batch as shapes that say how they are divided."""
@@ -124,17 +118,38 @@ class Placement:
     def batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch, its rows shared out over the devices along "data".
 
+        Args:
+            batch: the whole of it, the same in every process.
+
         Raises:
             ValueError: the rows do not divide evenly.
         """
         self.check("the rows of a batch", len(next(iter(batch.values()))), "data")
-        return jax.device_put(dict(batch), self._by_row)
+        shapes = {name: np.shape(rows) for name, rows in batch.items()}
+        return jax.make_array_from_process_local_data(self._by_row, dict(batch), shapes)
 
     @contextlib.contextmanager
     def divided(self) -> Iterator[None]:
         """What is traced in this block is divided as the network asks for."""
         with jax.set_mesh(self.mesh), partitioning.axis_rules(AXIS_RULES):
             yield
+
+
+def divided_as(like: Any, tree: Any) -> Any:
+    """A tree's arrays on devices, copied; each is given its part alone.
+
+    Args:
+        like: arrays, or shapes, that say how theirs are divided.
+        tree: arrays of numpy or JAX, the same in every process.
+    """
+
+    def placed(leaf, shape):
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            values.shape, shape.sharding, lambda index: np.array(values[index])
+        )
+
+    return jax.tree.map(placed, tree, like)
 
 
 def num_parts(logical_axis: str, size: int) -> int:
@@ -170,8 +185,9 @@ def checked_mesh(name: str, mesh: Mapping[str, int] | None, num_devices: int) ->
     sizes = {axis: checks.COUNT(f"{name}[{axis!r}]", mesh.get(axis, 1)) for axis in MESH_AXES}
     if math.prod(sizes.values()) != num_devices:
         product = " x ".join(map(str, sizes.values()))
+        of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         raise ValueError(
-            f"{name} must be of all {num_devices} devices, got {product} = "
+            f"{name} must be of all {num_devices} devices{of}, got {product} = "
             f"{math.prod(sizes.values())}"
         )
     return sizes

@@ -25,6 +25,7 @@ ORDER = [
         "methods",
         "data",
         "nn",
+        "processes",
         "sharding",
         "trees",
         "hub",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from coda_jax import processes
 from coda_jax.checkpoints.tensor_files import write_tensors
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.reports import say
@@ -32,7 +33,7 @@ def descriptions(
         decoding: the size of batches and the longest input.
         chunks: lists of records.
         encode: (record) -> its input.
-        placement: the devices; None for all of this host.
+        placement: the devices; None for all.
     """
     describe = model_for(model.config).describe
     for record, outputs in _encoded(model, decoding, chunks, encode, None, placement):
@@ -58,7 +59,7 @@ def write_embeddings(
         output: the file.
         embed: "mean" for one tensor "embeddings" [inputs, D]; "tokens" for a tensor [n, D] for
             each input, named by its number from 0.
-        placement: the devices; None for all of this host.
+        placement: the devices; None for all.
 
     Raises:
         ValueError: the output is standard output.
@@ -68,7 +69,8 @@ def write_embeddings(
     encoded = _encoded(model, decoding, chunks, encode, embed, placement)
     found = [outputs for _, outputs in encoded]
     one = {EMBEDDING: np.stack(found)} if embed == "mean" else None
-    write_tensors(pathlib.Path(output), one or {str(i): x for i, x in enumerate(found)})
+    if processes.is_first():
+        write_tensors(pathlib.Path(output), one or {str(i): x for i, x in enumerate(found)})
 
 
 def _encoded(
@@ -81,7 +83,8 @@ def _encoded(
 ) -> Iterable[tuple[Mapping, np.ndarray]]:
     """(record, outputs) of each input, in their order."""
     encodings = Encodings(model.config, model.params, decoding, embed, placement)
-    with tqdm(unit="example", file=sys.stderr) as progress:
+    silent = not processes.is_first()
+    with tqdm(unit="example", file=sys.stderr, disable=silent) as progress:
         done = 0
         for chunk in chunks:
             outputs = {}

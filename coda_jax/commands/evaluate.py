@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from coda_jax import checks, files
+from coda_jax import checks, files, processes
 from coda_jax.commands.loading import LoadedModel, held_at_once, with_checkpoint_defaults
 from coda_jax.data import jsonl
 from coda_jax.data.labels import check_labels
@@ -43,7 +43,7 @@ def evaluate(
         decoding: how outputs are made; what it leaves open, generation_config.json may say.
         split: of the task; None for "validation" or else the only one.
         output: JSON file for the metrics.
-        placement: the devices; None for all of this host, which share the rows of a batch.
+        placement: the devices; None for all, which share the rows of a batch.
 
     Returns:
         {task: {metric: value}}.
@@ -71,7 +71,7 @@ def evaluate(
     else:
         found = _of_texts(model, data, decoding, placement)
     print(json.dumps(found, indent=2))
-    if output is not None:
+    if output is not None and processes.is_first():
         files.write_json(output, found)
     return found
 
@@ -143,7 +143,8 @@ def _tasks(data: Data) -> list[_Scored]:
 def _outputs(predictor: Predictor, task: _Scored, size: int) -> list[list[int]]:
     """The tokens of the best output of each example."""
     outputs: list[list[int]] = [[]] * len(task.examples)
-    with tqdm(total=len(outputs), desc=task.name, unit="example") as progress:
+    silent = not processes.is_first()
+    with tqdm(total=len(outputs), desc=task.name, unit="example", disable=silent) as progress:
         for start in range(0, len(outputs), size):
             inputs = [example["inputs"] for example in task.examples[start : start + size]]
             for place, tokens in predictor(inputs, first=start):

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import itertools
 import json
+import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
-from coda_jax import checks, files
+from coda_jax import checks, files, processes
 from coda_jax.commands.encodings import descriptions, write_embeddings
 from coda_jax.commands.loading import (
     LoadedModel,
@@ -64,7 +65,7 @@ def predict(
             with its tokens.
         embed: "mean" or "tokens" to write the encoder's outputs instead, as safetensors; see
             `encodings`.
-        placement: the devices; None for all of this host, which share the rows of a batch.
+        placement: the devices; None for all, which share the rows of a batch.
 
     Raises:
         ValueError: an option has no effect, or cannot be with `stream`; inputs are the output.
@@ -73,6 +74,9 @@ def predict(
     checks.flag("SCORES", scores)
     checks.flag("STREAM", stream)
     checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
+    if processes.are_several() and (inputs == "-" or stream):
+        given = "INPUT='-' is" if inputs == "-" else "STREAM=True prints what is"
+        raise ValueError(f"{given} of one process: several read a file that each of them has")
     if output != "-":
         files.prepare(output, inputs)
     if embed is not None or model_for(model.config).describes:
@@ -118,9 +122,9 @@ def _chunks(records: Iterator, size: int) -> Iterator[list]:
 def _write(lines: Iterable[Mapping[str, Any]], output: str) -> None:
     """Writes lines of JSON as they come, to a file or, for "-", standard output."""
     with contextlib.ExitStack() as stack:
-        file = sys.stdout
-        if output != "-":
-            file = stack.enter_context(open(output, "w", encoding="utf-8"))
+        path, file = output if processes.is_first() else os.devnull, sys.stdout
+        if path != "-":
+            file = stack.enter_context(open(path, "w", encoding="utf-8"))
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
@@ -129,7 +133,8 @@ def _write(lines: Iterable[Mapping[str, Any]], output: str) -> None:
 def _answers(predictor, vocabulary, encode, chunks, scores: bool) -> Iterator[dict[str, Any]]:
     """The lines of all chunks of records."""
     text, done = _texts(predictor.decoding, vocabulary), 0
-    with tqdm(unit="example", file=sys.stderr) as progress:
+    silent = not processes.is_first()
+    with tqdm(unit="example", file=sys.stderr, disable=silent) as progress:
         for chunk in chunks:
             answers = {}
             for index, *found in predictor.candidates(list(map(encode, chunk)), done):

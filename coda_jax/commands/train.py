@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from coda_jax import checkpoints, checks, files, methods, trees
+from coda_jax import checkpoints, checks, files, methods, processes, trees
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.examples import num_shared
 from coda_jax.data.labels import check_labels
@@ -49,7 +49,7 @@ def train(
         eval_data: what to evaluate on.
         objective: (config) -> the model with what it is trained for.
         export_dtype: of the leaves, where all were trained: float32 or bfloat16.
-        placement: the devices; None for all of this host, which share the rows of a batch.
+        placement: the devices; None for all, which share the rows of a batch.
 
     Returns:
         The trained model, as it is exported, and its evaluation.
@@ -80,7 +80,8 @@ def train(
     data.report(batches)
     params = _exported(trained, params, export_dtype)
     model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
-    files.write_json(directory / "metrics.json", metrics)
+    if processes.is_first():
+        files.write_json(directory / "metrics.json", metrics)
     print(f"exported to {directory / EXPORT}: {json.dumps(metrics, indent=2)}")
     return model, metrics
 
@@ -105,8 +106,8 @@ def _checked(
     """The data with their limits, looked at; what there is to say of them is printed.
 
     Raises:
-        ValueError: there is nothing to train on, data do not fit the model, or a base would come
-            out that has no place in Hugging Face's layout.
+        ValueError: there is nothing to train on, data do not fit the model, a frozen model would
+            stay random, or a base would come out that has no place in Hugging Face's layout.
     """
     if data.task is None and data.cache is None:
         raise ValueError("there is nothing to train on: name a task or a cache file")
@@ -114,6 +115,7 @@ def _checked(
         family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
     if data.pack or (eval_data is not None and eval_data.pack):
         methods.check_packs(model.config.methods)
+    methods.check_start(model.config, model.params, model.directory)
     if data.cache is None:
         data = data.with_split(data.split)
     if eval_data is not None and not eval_data.exists:
@@ -184,13 +186,17 @@ def export(
     finished, params = methods.finish(config, params)
     trained, frozen = methods.partition(config, params)
     check_finite(trees.flatten(trained), f"nothing is exported to {folder}")
-    with files.atomic_folder(folder) as new:
-        if not frozen:
-            _, dense = trees.split(params, methods.created(finished))
-            checkpoints.save_hf(new, finished.dense(), dense)
-            beside = find_files(base_directory) if base_directory else {}
-            copy_files(beside or data.vocabulary_files(), new)
-        if finished.methods:
-            said = {"vocabulary": vocabulary, "lengths": lengths}
-            checkpoints.save_adapter(new / "adapter", finished, params, **said)
+
+    def write():
+        with files.atomic_folder(folder) as new:
+            if not frozen:
+                _, dense = trees.split(params, methods.created(finished))
+                checkpoints.save_hf(new, finished.dense(), dense)
+                beside = find_files(base_directory) if base_directory else {}
+                copy_files(beside or data.vocabulary_files(), new)
+            if finished.methods:
+                said = {"vocabulary": vocabulary, "lengths": lengths}
+                checkpoints.save_adapter(new / "adapter", finished, params, **said)
+
+    processes.from_first(write)
     return LoadedModel(finished, params, base_directory, lengths=lengths)

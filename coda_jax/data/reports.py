@@ -5,13 +5,15 @@ import sys
 
 from tqdm import tqdm
 
+from coda_jax import processes
 from coda_jax.data.batches import FEATURES, Batches
 from coda_jax.data.examples import Expected, Scan
 
 
 def say(line: str) -> None:
-    """Prints a line to standard error, above the bars of progress."""
-    tqdm.write(line, file=sys.stderr)
+    """Prints a line to standard error, above the bars of progress; the first process alone does."""
+    if processes.is_first():
+        tqdm.write(line, file=sys.stderr)
 
 
 def binding(limits: Mapping[str, int], longest: Mapping[str, int]) -> str:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
-from coda_jax import checks, trees
+from coda_jax import checks, processes, trees
 from coda_jax.methods import Method, ordered
 from coda_jax.models import hf_fields
 from coda_jax.nn.remat import POLICIES
@@ -274,8 +274,13 @@ def check_divides(config: ModelConfig, placement: Placement) -> None:
 
 
 def placed(config: ModelConfig, params: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-    """The parameters on their devices; see `Placement.params`, and `check_divides`."""
+    """The parameters on their devices; see `Placement.params`, and `check_divides`.
+
+    Raises:
+        ValueError: devices cannot share the model, or processes have other parameters.
+    """
     check_divides(config, placement)
+    processes.check_same("the parameters", lambda: trees.flatten(params).values())
     return placement.params(params, param_axes(config))
 
 

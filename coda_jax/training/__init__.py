@@ -1,4 +1,4 @@
-"""Training on one host.
+"""Training, on one host or several.
 
 | file | holds |
 |---|---|

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from coda_jax import processes
 from coda_jax.objectives import Sums
 
 
@@ -19,7 +20,8 @@ class Progress:
     ):
         self._metrics_of = metrics_of
         self._step = start
-        self._bar = tqdm(total=total_steps, initial=start, unit="step")
+        silent = not processes.is_first()
+        self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=silent)
         self._pending: list[tuple[int, Sums]] = []
         self._since = time.monotonic()
 

@@ -1,11 +1,14 @@
 """The checkpoints of a run: saved whole or not at all, and checked when they are read.
 
 Each step has a folder, written by orbax: the state, and `CONTENTS`, which says in JSON what the
-state's leaves must be (a SHA-256 each) and how it was evaluated.
+state's leaves must be (a SHA-256 each) and how it was evaluated. Where several processes share a
+run, each writes its part of the state; the first moves and removes checkpoints, and says which are
+read.
 """
 
 from collections.abc import Mapping, Sequence
 import errno
+import functools
 import math
 import os
 import pathlib
@@ -16,8 +19,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from coda_jax import files
+from coda_jax import files, processes
 from coda_jax.checkpoints.adapter import json_sha256, leaf_sha256
+from coda_jax.sharding import divided_as
 from coda_jax.training.run_directory import CHECKPOINTS, RUN_FILE, saved_steps
 
 STATE, CONTENTS = "state", "contents"  # in the folder of a step
@@ -160,7 +164,7 @@ class RunCheckpoints:
         self._checkpointer.wait_until_finished()
         self._remove_surplus()
         step, metrics = int(state.step), dict(metrics or {})
-        leaves = _by_path(jax.device_get(state))
+        leaves = _by_path(processes.fetch(state))
         self._check_finite(step, leaves, metrics)
         contents = {
             "step": step,
@@ -169,7 +173,7 @@ class RunCheckpoints:
             "leaves": {path: leaf_sha256(leaf) for path, leaf in leaves.items()},
         }
         contents["sha256"] = json_sha256(contents, "sha256")
-        if not saved_steps(self._directory):
+        if processes.is_first() and not saved_steps(self._directory):
             files.write_json(self._directory / RUN_FILE, self._run)
         items = {STATE: ocp.args.StandardSave(state), CONTENTS: ocp.args.JsonSave(contents)}
         self._checkpointer.save(self._folder / str(step), args=ocp.args.Composite(**items))
@@ -184,10 +188,11 @@ class RunCheckpoints:
         """Saves a state again, with its evaluation; a kill leaves one of the two."""
         self._checkpointer.wait_until_finished()
         self._check_finite(int(state.step), {}, metrics)
-        self._move(int(state.step), _REPLACED)
+        processes.from_first(lambda: self._move(int(state.step), _REPLACED))
         self.save(state, metrics)
         self._checkpointer.wait_until_finished()
-        shutil.rmtree(self._directory / _REPLACED)
+        if processes.is_first():
+            shutil.rmtree(self._directory / _REPLACED)
 
     def restore(self, state: Any) -> tuple[Any, dict[str, float]]:
         """The newest sound checkpoint in the place of `state`, and its metrics.
@@ -198,7 +203,8 @@ class RunCheckpoints:
         Raises:
             ValueError: no checkpoint is sound; each is named.
         """
-        return self._first_sound(state, saved_steps(self._directory)[::-1])
+        steps = processes.from_first(lambda: saved_steps(self._directory)[::-1])
+        return self._first_sound(state, steps)
 
     def best(self, state: Any) -> tuple[Any, dict[str, float]]:
         """The best checkpoint where a metric chooses, else the newest; and its metrics.
@@ -207,7 +213,8 @@ class RunCheckpoints:
             ValueError: as for `restore`.
         """
         self._checkpointer.wait_until_finished()
-        return self._first_sound(state, [step for _, step in self._ranked()])
+        steps = processes.from_first(lambda: [step for _, step in self._ranked()])
+        return self._first_sound(state, steps)
 
     def _rank(self, step: int) -> float:
         """What orders the checkpoints, the best last: infinite where it is damaged."""
@@ -236,7 +243,7 @@ class RunCheckpoints:
                 damaged[step] = str(error)
                 continue
             for number, reason in damaged.items():
-                self._move(number, DAMAGED)
+                processes.from_first(functools.partial(self._move, number, DAMAGED))
                 print(
                     f"the checkpoint of step {number} is damaged ({reason}) and is now in "
                     f"{self._directory / DAMAGED}; that of step {step} is taken",
@@ -253,8 +260,9 @@ class RunCheckpoints:
     def _read(self, step: int, state: Any) -> tuple[Any, dict[str, float]]:
         folder = self._folder / str(step)
         contents = read_contents(folder)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
+        # Whole in each process, so that all find the same damage.
+        whole = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
+        items = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(whole)})
         try:
             restored = self._checkpointer.restore(folder, args=items)[STATE]
         except MemoryError:
@@ -263,12 +271,15 @@ class RunCheckpoints:
             if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
                 raise
             raise DamagedError(f"it cannot be read: {_first_line(error)}") from error
-        check_leaves(contents, _by_path(jax.device_get(restored)))
+        check_leaves(contents, _by_path(restored))
         of_these = contents.get("evaluated_on") == self._evaluated_on
+        restored = divided_as(state, restored)
         return restored, dict(contents["evaluation"]) if of_these else {}
 
     def _remove_surplus(self) -> None:
         """Removes what is not to be kept of the checkpoints that are complete and sound."""
+        if not processes.is_first():
+            return
         newest = saved_steps(self._directory)[-1:]
         sound = [step for rank, step in self._ranked() if rank < math.inf]
         for step in {*sound[self._keep :]} - {*newest}:

@@ -4,15 +4,17 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import fcntl
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
+import secrets
 import shlex
 import signal
 import sys
 import threading
 
-from coda_jax import files
+from coda_jax import files, processes
 from coda_jax.data.reports import say
 from coda_jax.optional import needs
 
@@ -44,7 +46,7 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in found if re.fullmatch("0|[1-9][0-9]*", path.name))
 
 
-class Interruption(Exception):
+class Interruption(processes.Joint):
     """The run was asked to stop; its state is saved and the same command continues it.
 
     Attributes:
@@ -57,14 +59,19 @@ class Interruption(Exception):
 
 
 class Requests:
-    """The signals that asked a run to stop."""
+    """The signals that asked a run to stop; those of all its processes."""
 
     def __init__(self):
         self._first: signal.Signals | None = None
+        self._numbers = itertools.count(1)
+        self._agreed = False
 
     def __call__(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self._first is not None
+        """Whether the run was asked to stop: at the same call in all processes."""
+        if not processes.are_several():
+            return self._first is not None
+        self._agreed = self._agreed or processes.asked_to_stop(next(self._numbers))
+        return self._agreed
 
     def receive(self, signum: int, frame: object) -> None:
         """Notes a signal; a second Ctrl-C does not wait for the state to be saved."""
@@ -75,12 +82,14 @@ class Requests:
             self._first = signal.Signals(signum)
             if signum == signal.SIGINT:
                 print("\nstopping after this step; Ctrl-C again does not save", file=sys.stderr)
+            if processes.are_several():
+                os.kill(os.getpid(), signal.SIGTERM)  # of which JAX tells the others
 
     def stop(self, text: str) -> None:
         """Raises Interruption if the run was asked to stop."""
-        if self._first is not None:
-            message = f"stopped by {self._first.name}: {text}{_go_on()}"
-            raise Interruption(message, self._first)
+        if self():
+            signum = self._first or signal.SIGTERM
+            raise Interruption(f"stopped by {signum.name}: {text}{_go_on()}", signum)
 
 
 def _go_on() -> str:
@@ -103,7 +112,11 @@ def interruption() -> Iterator[Requests]:
     requests, previous = Requests(), {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for signum in _SIGNALS:
+            noted = set(_SIGNALS)
+            if processes.are_several():
+                processes.hear_termination()
+                noted.remove(signal.SIGTERM)
+            for signum in noted:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     previous[signum] = signal.signal(signum, requests.receive)
         yield requests
@@ -114,12 +127,20 @@ def interruption() -> Iterator[Requests]:
 
 @contextlib.contextmanager
 def owned(directory: pathlib.Path) -> Iterator[None]:
-    """While open, no other process may train in the folder, which is made if there is none.
+    """While open, no other run may train in the folder, which is made if there is none.
 
     Raises:
-        ValueError: one does.
+        ValueError: one does; or the processes of this run have different folders of that name.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory) if processes.is_first() else contextlib.nullcontext():
+        if processes.are_several():
+            _check_is_shared(directory)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -137,10 +158,27 @@ def owned(directory: pathlib.Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _check_is_shared(directory: pathlib.Path) -> None:
+    mark = pathlib.Path(directory, processes.from_first(lambda: f".{secrets.token_hex(8)}.shared"))
+    if processes.is_first():
+        mark.touch()
+    processes.wait_for_all()
+    found = mark.exists()
+    processes.wait_for_all()
+    if processes.is_first():
+        mark.unlink()
+    if not found:
+        raise ValueError(
+            f"MODEL_DIR={directory} is another folder here than where process 0 runs: name one in "
+            "a file system that all processes share"
+        )
+
+
 @contextlib.contextmanager
 def metric_writer(directory: str | pathlib.Path) -> Iterator[Callable[[int, Mapping], None]]:
     """Yields write(step, metrics): to TensorBoard, through clu, where that is installed."""
-    if not all(map(importlib.util.find_spec, ("clu", "tensorflow", "tensorboard"))):
+    installed = all(map(importlib.util.find_spec, ("clu", "tensorflow", "tensorboard")))
+    if not installed or not processes.is_first():
         yield lambda step, metrics: None
         return
     with needs():  # imports tensorflow, which accelerator hosts may lack

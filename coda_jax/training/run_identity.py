@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coda_jax import files, methods, trees
+from coda_jax import files, methods, processes, trees
 from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.objectives import Model
@@ -226,12 +226,25 @@ def check_run(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
 
 
 def run_file(run: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-    """The contents of a `RUN_FILE`; the devices are noted, but others may continue."""
+    """The contents of a `RUN_FILE`; the devices are noted, but others may continue.
+
+    Raises:
+        ValueError: this process has been given another run than the first one; the values are
+            listed.
+    """
     mesh = dict(placement.mesh.shape)
     machine = {"devices": placement.mesh.size, "platform": jax.default_backend()}
     if mesh["model"] > 1:
         machine["mesh"] = mesh
-    return json.loads(json.dumps({"format_version": FORMAT_VERSION, **run, "machine": machine}))
+    if jax.process_count() > 1:
+        machine["processes"] = jax.process_count()
+    run = json.loads(json.dumps({"format_version": FORMAT_VERSION, **run, "machine": machine}))
+    if lines := differences(processes.from_first(lambda: run), run):
+        raise ValueError(
+            f"process {jax.process_index()} (here) has another run than process 0 (there):\n  "
+            + "\n  ".join(lines)
+        )
+    return run
 
 
 def say_other_machine(directory: pathlib.Path, run: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The trainer for one host and any number of its devices, which divide batches and parameters.
+"""The trainer: any number of devices, of one process or several, divide batches and parameters.
 
 Only the trained leaves have gradients, optimizer state and a place in the checkpoints; the frozen
 ones are an argument of the step. A run is a function of its arguments alone: the batches come in a
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coda_jax import checks, methods, trees
+from coda_jax import checks, methods, processes, trees
 from coda_jax.models import param_axes, placed
 from coda_jax.objectives import Model, Sums
 from coda_jax.sharding import Placement
@@ -269,7 +269,7 @@ def train(
         run: what identifies the data, as JSON; see `run_identity` for the rest. "eval_data" in it
             does so only where `best_metric` is set; otherwise other data are evaluated on anew.
         eval_batches: makes a pass over the evaluation data.
-        placement: the devices; None for all of this host, which share the rows of a batch.
+        placement: the devices; None for all, which share the rows of a batch.
 
     Returns:
         The parameters at the end, or the best where `best_metric` is set, and their metrics.
@@ -302,7 +302,7 @@ def train(
             step,
         )  # fmt: skip
         state, metrics = checkpoints.best(loop.run(state, batches, evaluated=bool(metrics)))
-    return trees.merge(jax.device_get(state.trained), partition(model, params)[1]), metrics
+    return trees.merge(processes.fetch(state.trained), partition(model, params)[1]), metrics
 
 
 def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Iterator[Batch]]:
@@ -320,7 +320,7 @@ def _checkpoints(
     evaluated_on = run.get("eval_data")
     if options.best_metric is None:  # they decide nothing
         run = {name: value for name, value in run.items() if name != "eval_data"}
-    recover(directory)
+    processes.from_first(lambda: recover(directory))
     run_identity.check_run(directory, run)
     if saved_steps(directory):
         run_identity.say_other_machine(directory, run)

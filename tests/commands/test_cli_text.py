@@ -1,6 +1,7 @@
 """The commands for texts: train, evaluate, predict and cache of a tiny model of bytes."""
 
 import json
+import re
 
 from command_line import coda, flags
 from helpers import ADAPTER, config, method_of, random_params
@@ -52,6 +53,21 @@ def trained(tmp_path_factory, shared):
     files = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
     coda("train", files, shared | given)
     return directory
+
+
+def test_a_frozen_model_that_would_stay_random_is_refused(shared, tmp_path, capsys):
+    sizes = {name: getattr(CONFIG, name) for name in ("emb_dim", "mlp_dim", "num_encoder_layers")}
+    given = {"MODEL_DIR": tmp_path, "TRAIN_STEPS": 1, "INITIAL_CHECKPOINT_PATH": None}
+    given |= {"PRESET": "t5_1_1_small", "PRESET_CHANGES": {**sizes, "vocab_size": 384}}
+    files = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
+    assert cli.main(["train", *flags(files, shared | given)]) == 1
+    said = capsys.readouterr().err
+    assert re.search(
+        r"coda train: INITIAL_CHECKPOINT_PATH=None: [\d,]+ of [\d,]+ parameters are frozen and "
+        r"would stay random; name a checkpoint, or train all of them \(methods/full.gin\)",
+        said,
+    )
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_train_exports_an_adapter_for_the_checkpoint(trained, checkpoint):

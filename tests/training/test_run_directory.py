@@ -273,6 +273,7 @@ def test_a_run_in_another_thread_takes_no_signals():
 
 # A run in a process of its own, on a host that has neither TensorFlow nor seqio.
 SCRIPT = """
+import pathlib
 import sys
 sys.path[:0] = {path!r}
 for name in ("tensorflow", "seqio", "gin", "t5x"):
@@ -287,7 +288,7 @@ from coda_jax.training.trainer import TrainOptions
 from helpers import random_params
 from training_runs import CONFIG
 result, _ = train(
-    sys.argv[1], LoadedModel(CONFIG, random_params(CONFIG), None),
+    sys.argv[1], LoadedModel(CONFIG, random_params(CONFIG), pathlib.Path(sys.argv[1])),
     data=Data({{"inputs": 8, "targets": 4}}, cache=sys.argv[2], batch_size=4),
     options=TrainOptions(60, save_every=5, log_every=5), optimizer=optax.adamw,
     learning_rate=1e-2)
