@@ -10,6 +10,7 @@ import pytest
 
 from coda_jax import checkpoints, cli, trees
 from coda_jax.checkpoints.t5x import read_t5x
+from coda_jax.checkpoints.t5x_scanned import to_scanned
 from coda_jax.commands.check import check, check_leaves, compare_leaves, costs, stored_shapes
 from coda_jax.methods import Coda, Full, partition
 from coda_jax.models.t5.config import infer_config
@@ -17,6 +18,7 @@ from coda_jax.profiling import flops, topology, tpu
 
 CODA = config(coda={"reduction": 2.0})
 DENSE = CODA.dense()
+SCANNED = config(relpos_num_buckets=32, relpos_max_distance=128)
 
 
 def save(folder, flat):
@@ -94,12 +96,12 @@ def test_the_leaves_that_a_partly_adapted_checkpoint_lacks_are_listed(new_leaves
         check_leaves(CODA, checkpoint, new_leaves)
 
 
-def test_a_checkpoint_of_stacked_layers_is_named_as_one(tmp_path):
-    unpack("t5x/scanned", tmp_path)
-    with pytest.raises(
-        ValueError, match=r"scalable T5, whose layers are stacked \(decoder/dec"
-    ) as e:
-        check_leaves(CODA, str(tmp_path))
+def test_a_checkpoint_of_stacked_layers_that_lies_elsewhere_is_named_as_one():
+    """T5X shows its table of leaves, whose values are not read."""
+    stacked = to_scanned(SCANNED, random_params(SCANNED))
+    table = dict.fromkeys(trees.flatten(stacked))
+    with pytest.raises(ValueError, match=r"scalable T5, whose stacked layers \(decoder/dec") as e:
+        compare_leaves(SCANNED, table, "gs://bucket/checkpoint_5")
     assert "`coda convert` with LAYOUT='t5x'" in str(e.value) and "\n" not in str(e.value)
 
 

@@ -2,13 +2,13 @@
 
 import functools
 
-from contract.programs import params
+from contract.programs import params, relative_error
 from helpers import ADAPTER, random_tokens
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coda_jax import trees
 from coda_jax.commands.bench_programs import random_batch
 from coda_jax.methods import Coda, Lora
 from coda_jax.models import FAMILIES, param_axes, param_shapes
@@ -16,15 +16,19 @@ from coda_jax.nn.remat import POLICIES
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives import model_for
 
-METHODS = (Coda(2.0), Lora(rank=2), ADAPTER)
-FAMILY_NAMES = [
-    pytest.param(name, marks=[] if name == "t5" else pytest.mark.all) for name in FAMILIES
+CASES = [
+    pytest.param(family, policy, marks=[] if family + policy == "t5full" else pytest.mark.all)
+    for family in FAMILIES
+    for policy in ("minimal", "full")
 ]
 
 
-def config_of(family, policy="none", **changes):
+ROUTED = (Coda(2.0), ADAPTER)
+
+
+def config_of(family, policy="none", methods=ROUTED):
     tiny = FAMILIES[family].tiny
-    return tiny.replace(methods=METHODS, dropout_rate=0.0, remat_policy=policy, **changes)
+    return tiny.replace(methods=methods, dropout_rate=0.0, remat_policy=policy)
 
 
 def batch_of(config):
@@ -44,16 +48,18 @@ def step(config):
 
 
 def assert_close(first, second):
-    def compare(one, other):
-        np.testing.assert_allclose(one, other, atol=1e-6 * max(1.0, float(jnp.abs(one).max())))
+    """The losses, each leaf of the gradients, and all of them together."""
+    (loss, gradient), (other_loss, other_gradient) = first, second
+    np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
+    leaves, others = trees.flatten(gradient), trees.flatten(other_gradient)
+    assert all(relative_error(others[path], leaf) < 1e-5 for path, leaf in leaves.items())
+    whole, other = (np.concatenate([x.reshape(-1) for x in y.values()]) for y in (leaves, others))
+    assert relative_error(other, whole) < 1e-6
 
-    jax.tree.map(compare, first, second)
 
-
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("policy", ["minimal", "full"])
+@pytest.mark.parametrize(("family", "policy"), CASES)
 def test_gradients_are_the_same_and_less_is_kept(family, policy):
-    plain, config = (config_of(family, x, num_encoder_layers=3) for x in ("none", policy))
+    plain, config = (config_of(family, x) for x in ("none", policy))
     assert param_axes(config) == param_axes(plain)
     assert jax.tree.structure(param_shapes(config)) == jax.tree.structure(param_shapes(plain))
     given = params(plain), batch_of(plain)
@@ -62,12 +68,21 @@ def test_gradients_are_the_same_and_less_is_kept(family, policy):
     assert after < 0.9 * before
 
 
+@pytest.mark.all
+def test_modules_are_changed_inside_a_layer_too():
+    plain, config = (config_of("t5", x, (Lora(rank=2),)) for x in ("none", "full"))
+    given = params(plain), batch_of(plain)
+    assert_close(step(plain)(*given), step(config)(*given))
+
+
+@pytest.mark.all
 def test_dropout_is_drawn_again_as_it_was():
     plain, config = (config_of("t5", x).replace(dropout_rate=0.3) for x in ("none", "full"))
     given = params(plain), batch_of(plain)
     assert_close(step(plain)(*given), step(config)(*given))
 
 
+@pytest.mark.all
 def test_what_layers_pick_is_still_told_and_answers_are_the_same(rng):
     plain, config = config_of("t5"), config_of("t5", "full")
     tokens = random_tokens(rng, [9, 5], 9)
