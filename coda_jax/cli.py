@@ -71,7 +71,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         )
         if row.reads_gin:
             _add_gin_flags(flags)
-        elif name == command:
+        if row.has_flags and name == command:
             load(name, "add_flags")(flags)
         _add_common_flags(flags)
     return made
@@ -101,8 +101,8 @@ def _add_common_flags(flags: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(options, bindings) of a command line.
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, with those of `--gin.` as `gin_bindings`.
 
     Raises:
         UsageError: the command line is not understood.
@@ -122,7 +122,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         raise UsageError(_unknown(options.command, unknown[0]))
     if reads_gin:
         options.gin_search_paths = [p for t in options.gin_search_paths for p in t.split(",") if p]
-    return options, [text.removeprefix("--gin.") for text in bindings]
+        options.gin_bindings = [text.removeprefix("--gin.") for text in bindings]
+    return options
 
 
 def _unknown(command: str, text: str) -> str:
@@ -142,15 +143,15 @@ def _unknown(command: str, text: str) -> str:
 
 def run(arguments: Sequence[str]) -> None:
     """Runs a command; errors are raised as they come."""
-    _call(*parse_arguments(arguments))
+    _call(parse_arguments(arguments))
 
 
-def _call(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+def _call(options: argparse.Namespace) -> None:
     function = load(options.command)
-    if not COMMANDS[options.command].reads_gin:
+    if COMMANDS[options.command].has_flags:
         function(options)
         return
-    configure(options.gin_file, options.gin_search_paths, bindings, options.command)
+    configure(options.gin_file, options.gin_search_paths, options.gin_bindings, options.command)
     import gin
 
     gin.get_configurable(function)()
@@ -164,14 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     prog, traceback = parser().prog, False
     try:
-        options, bindings = parse_arguments(arguments)
+        options = parse_arguments(arguments)
         prog, traceback = f"coda {options.command}", options.traceback
         environment.quiet(options.command, options.verbose)
         programs = environment.keep_programs(not options.no_program_cache)
         if options.verbose:
             print(programs, file=sys.stderr)
         environment.collect_garbage_rarely()
-        _call(options, bindings)
+        _call(options)
         sys.stdout.flush()
     except BrokenPipeError:  # as in `coda predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

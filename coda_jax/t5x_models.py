@@ -22,12 +22,10 @@ import seqio
 from t5x import decoding, gin_utils, models, optimizers, trainer, utils
 
 from coda_jax import checks, trees
-from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder, write_record
-from coda_jax.commands.check import check_leaves
+from coda_jax.checkpoints.t5x_record import run_folder, write_record
 from coda_jax.commands.configuration import check_rate_of_t5x
 from coda_jax.commands.t5x_data import record_data
-from coda_jax.commands.t5x_identity import check_restored, check_resumed
-from coda_jax.data.seqio_agreement import check_vocabularies
+from coda_jax.data.seqio_agreement import agreed, check_vocabularies
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
 from coda_jax.methods import Method, check_packs, max_segments, partition, trained
 from coda_jax.models import ModelConfig, param_shapes
@@ -115,34 +113,34 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
     Whatever the optimizer, it trains what the methods train; see `for_what_is_trained`.
 
     Args:
-        checkpoint: where the run starts from. Where it has the methods' leaves, its run's methods
-            are compared with the model's; the leaves of one on a local disk are compared here
-            already, so that what does not fit is said at once.
-        new_leaves: whether the methods' leaves are "created" or "restored".
-        model_dir: the folder of a training, in which T5X goes on where it has checkpoints; None for
-            evaluation and inference.
-        change_methods: whether the checkpoint is used with other methods than its run's.
+        module: the network, whose config is the run's.
+        input_vocabulary: of texts, or a `seqio.PassThroughVocabulary` for other inputs.
+        output_vocabulary: of the targets.
         *args: T5X's.
+        task: T5X's MIXTURE_OR_TASK_NAME, which must have these vocabularies. Its own, which may
+            lack extra ids, take their place: T5X compares them with `==`.
+        task_module: T5X's MIXTURE_OR_TASK_MODULE.
         **kwargs: T5X's.
 
     Raises:
-        ValueError: leaves are missing, extra or misshapen (all are listed); a run was another one;
-            a vocabulary has more ids than the model, or another end; the optimizer cannot serve; a
-            value is out of its range.
+        ValueError: a vocabulary is not that of the model or of the task; there is no such task; the
+            optimizer cannot serve; a value is out of its range.
     """
 
     def __init__(
         self,
+        module: nn.Module,
+        input_vocabulary: seqio.Vocabulary,
+        output_vocabulary: seqio.Vocabulary,
         *args,
-        checkpoint: str | None = None,
-        new_leaves: str = "created",
-        model_dir: str | None = None,
-        change_methods: bool = False,
+        task: Any = None,
+        task_module: str | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
-        config = self.module.config
-        check_vocabularies(config, self.input_vocabulary, self.output_vocabulary)
+        config, vocabularies = module.config, (input_vocabulary, output_vocabulary)
+        check_vocabularies(config, *vocabularies)
+        vocabularies = agreed(task, task_module, *vocabularies)
+        super().__init__(module, *vocabularies, *args, **kwargs)
         if self.optimizer_def is not None:
             self.optimizer_def = for_what_is_trained(self.optimizer_def, config)
         if kwargs.get("feature_converter_cls") is None:
@@ -153,15 +151,6 @@ class CodaEncoderDecoderModel(models.EncoderDecoderModel):
             factor = checks.Number(above=0)
             factor("LOSS_NORMALIZING_FACTOR", self._loss_normalizing_factor)
         checks.COUNT("DecoderParams.num_decodes", self._default_decoder_params.num_decodes)
-        checks.flag("CHANGE_METHODS", change_methods)
-        if model_dir is not None and has_checkpoints(run_folder(model_dir)):
-            check_resumed(model_dir, config)
-        elif checkpoint is not None:
-            if new_leaves == "restored":
-                goes_on = "evaluated" if model_dir is None else "trained on"
-                check_restored(checkpoint, config, goes_on, change_methods)
-            if "://" not in checkpoint:
-                check_leaves(config, checkpoint, new_leaves)
 
     def loss_fn(self, params, batch, dropout_rng):
         """T5X's loss and metrics, and those of `routing_metrics`, from one pass; see T5X."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import dataclasses
 import itertools
 
-TRAINERS = ("coda", "t5x")
+COMMANDS = {"coda": "coda train", "t5x": "coda t5x train"}
+TRAINERS = (*COMMANDS,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Experiment:
         return ("coda",) if self.inputs == "speech" else TRAINERS
 
     def arguments(self, trainer: str) -> list[str]:
-        """What follows `coda train` or `python -m t5x.train`, but for paths and TRAIN_STEPS.
+        """What follows `coda train` or `coda t5x train`, but for paths and TRAIN_STEPS.
 
         Raises:
             ValueError: the trainer is unknown, or cannot run it.
@@ -58,8 +59,7 @@ class Experiment:
         files += [f"methods/{self.recipe}.gin", f"tasks/{self.task}.gin"]
         values = {"REDUCTION": self.reduction, "BATCH_SIZE": self.batch_size}
         given = [f"--gin.{name}={value}" for name, value in values.items() if value is not None]
-        # T5X reads VALUE as gin does, so that a text has quotes of its own.
-        return [*(f"--gin_file={f}" for f in files), f"--gin.PRESET='{self.preset}'", *given]
+        return [*(f"--gin_file={f}" for f in files), f"--gin.PRESET={self.preset}", *given]
 
 
 def _text() -> Iterator[Experiment]:
@@ -96,11 +96,10 @@ Made by `python -m coda_jax.tasks.experiments > docs/experiments.md`. Each row i
 
     coda train ARGUMENTS --gin.INITIAL_CHECKPOINT_PATH=... --gin.MODEL_DIR=... --gin.TRAIN_STEPS=...
 
-or, with T5X (docs/t5x.md says how to set it up; texts have quotes of their own there), by
+or, with T5X (docs/t5x.md says how to set it up), by
 
-    python -m t5x.train --gin_search_paths=.../coda_jax/gin_configs ARGUMENTS \\
-      --gin.INITIAL_CHECKPOINT_PATH="'...'" --gin.MODEL_DIR="'...'" --gin.VOCABULARY="'...'" \\
-      --gin.TRAIN_STEPS=...
+    coda t5x train ARGUMENTS --gin.INITIAL_CHECKPOINT_PATH=... --gin.MODEL_DIR=... \\
+      --gin.TRAIN_STEPS=... --gin.VOCABULARY=...
 
 Tasks of images take a `DIRECTORY` too. What the paper does not say is T5's for fine-tuning.
 """
@@ -110,13 +109,11 @@ def markdown() -> str:
     """docs/experiments.md: the arguments of every experiment for every trainer that can run it."""
     lines = [_HEAD]
     for trainer in TRAINERS:
-        lines += [f"## {'`coda train`' if trainer == 'coda' else 'T5X'}", ""]
+        lines += [f"## `{COMMANDS[trainer]}`", ""]
         lines += ["| experiment | arguments |", "|---|---|"]
         for experiment in EXPERIMENTS:
             if trainer in experiment.trainers:
-                arguments = " ".join(
-                    f'"{text}"' if "'" in text else text for text in experiment.arguments(trainer)
-                )
+                arguments = " ".join(experiment.arguments(trainer))
                 lines.append(f"| {experiment.name} | `{arguments}` |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

@@ -82,10 +82,20 @@ def read_t5x(directory: str | os.PathLike, step: int | None = None) -> tuple[dic
     stored, inline, state = _list(directory)
     flat = {**inline, **read_arrays(stored, directory)}
     _check_floating(flat, directory)
+    return trees.unflatten(to_layers(flat, directory)), _step(state, directory)
+
+
+def t5x_step(directory: str | os.PathLike, step: int | None = None) -> int:
+    """Returns the training step alone; arguments and errors are those of `load_t5x`."""
+    directory = find_t5x(directory, step)
+    return _step(_list(directory)[2], directory)
+
+
+def _step(state: Mapping[str, Any], directory: Path) -> int:
     step = state.get("state/step", 0)
     if isinstance(step, StoredArray):
         step = read_arrays({"state/step": step}, directory)["state/step"]
-    return trees.unflatten(to_layers(flat, directory)), int(step)
+    return int(step)
 
 
 def t5x_shapes(directory: str | os.PathLike, step: int | None = None) -> dict:

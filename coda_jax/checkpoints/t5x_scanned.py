@@ -17,6 +17,11 @@ OUT = r"attention/out/kernel$"  # [H, head_dim, D]
 BIAS = "relpos_bias/rel_embedding"
 
 
+def is_stacked(path: str) -> bool:
+    """Whether a leaf is of all layers of a stack, as a scalable T5 has them."""
+    return path.startswith(tuple(f"{stack}/{stack}/" for stack in STACKS))
+
+
 def to_layers(flat: Mapping[str, np.ndarray], source: object) -> dict[str, np.ndarray]:
     """Renames and reshapes the leaves of a scalable T5; those of a T5 are returned as they are.
 

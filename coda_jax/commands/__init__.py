@@ -15,6 +15,7 @@
 | `t5x_run` | the model of a T5X run, and what it restores |
 | `t5x_identity` | what the folder of a T5X run says of it, compared with what is asked |
 | `t5x_data` | a T5X run that goes on takes the batches that it has not taken yet |
+| `t5x_best` | which checkpoints T5X keeps |
 | `encodings` | what `predict` writes of an encoder |
 """
 
@@ -31,15 +32,17 @@ class Command:
     Attributes:
         summary: a line for people.
         example: arguments that work, for the help and for errors.
-        reads_gin: whether gin files configure the function, which then takes no arguments. A
-            command that has flags of its own instead adds them in `add_flags(parser)`, and its
-            function takes what was parsed.
+        reads_gin: whether it is given gin files. They configure its function, which then takes no
+            arguments, unless it has flags.
+        has_flags: whether it has flags of its own, which the `add_flags(parser)` of its module
+            adds; its function takes what was parsed.
         one_of: macros of which one must have a value.
     """
 
     summary: str
     example: str
     reads_gin: bool = True
+    has_flags: bool = False
     one_of: tuple[tuple[str, ...], ...] = ()
 
 
@@ -90,5 +93,14 @@ COMMANDS = {
         "what routing saves on this machine",
         "--preset=t5_1_1_base --input_length=512 --batch_size=4 --reductions=3,5",
         reads_gin=False,
+        has_flags=True,
+    ),
+    "t5x": Command(
+        "T5X's training, evaluation and inference, on pods",
+        "train --gin_file=t5x/finetune.gin --gin_file=methods/coda.gin --gin_file=tasks/mnli.gin "
+        "--gin.PRESET=t5_1_1_base --gin.VOCABULARY=spiece.model "
+        "--gin.INITIAL_CHECKPOINT_PATH=checkpoint_1000000 --gin.MODEL_DIR=my_run "
+        "--gin.TRAIN_STEPS=1010000",
+        has_flags=True,
     ),
 }

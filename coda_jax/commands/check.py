@@ -4,7 +4,7 @@ To be asked before a pod is started. T5X drops parameters that the model lacks w
 orbax does not compare shapes; here every leaf that is missing, extra or misshapen is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 import types
 from typing import Any
@@ -14,13 +14,14 @@ import jax
 from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x, t5x_shapes
+from coda_jax.checkpoints.t5x_scanned import is_stacked
 from coda_jax.commands import check_topology
 from coda_jax.data.batches import check_feature_lengths
-from coda_jax.methods import Method, partition, unrouted
+from coda_jax.methods import METHODS, Method, created, partition, unrouted
 from coda_jax.models import ModelConfig, param_shapes
 from coda_jax.profiling import flops
 
-NEW_LEAVES = ("created", "restored")
+NEW_LEAVES = ("found", "created", "restored")
 
 
 def check(
@@ -28,7 +29,7 @@ def check(
     config: ModelConfig | None = None,
     methods: Sequence[Method] = (),
     *,
-    new_leaves: str = "created",
+    new_leaves: str = "found",
     feature_lengths: Mapping[str, int] | None = None,
     read_values: bool = False,
     topology: str | None = None,
@@ -44,8 +45,8 @@ def check(
             the Hugging Face Hub; None for a config alone.
         config: the model's sizes; None for those that a Hugging Face checkpoint says itself.
         methods: how the model is adapted.
-        new_leaves: "created" where training starts from a dense checkpoint, which must not have
-            leaves of the methods; "restored" where they must be in it.
+        new_leaves: "created" where the checkpoint must be dense, so that a training starts the
+            methods' leaves anew; "restored" where they must be in it; "found" for whichever it is.
         feature_lengths: tokens of "inputs" and "targets", for the operations.
         read_values: also reads every value, which finds missing and damaged parts of files.
         topology: TPUs, such as "v5e:4x4", for which the model's programs are compiled.
@@ -105,27 +106,27 @@ def _fitting(
             raise ValueError(f"{checkpoint} is of T5X and does not say its sizes: give a PRESET")
         config = checkpoints.load_hf_config(checkpoint)
     config = config.replace(methods=tuple(methods))
-    check_leaves(config, checkpoint, new_leaves)
+    found = check_leaves(config, checkpoint, new_leaves)
     if read_values:
         _read_values(checkpoint)
-    print(f"{checkpoint} fits the model.")
+    print(f"{checkpoint} fits the model: {start(config, found)}.")
     return config
 
 
-def check_leaves(config: ModelConfig, checkpoint: str, new_leaves: str = "created") -> None:
-    """Raises where a checkpoint's leaves are not a model's; see `check`. No values are read."""
+def check_leaves(config: ModelConfig, checkpoint: str, new_leaves: str = "found") -> str:
+    """`compare_leaves` of a checkpoint in Hugging Face's or T5X's layout. No values are read."""
     stored = trees.flatten(stored_shapes(checkpoint))
     shapes = {path: leaf.shape for path, leaf in stored.items()}
-    compare_leaves(config, shapes, checkpoint, new_leaves)
+    return compare_leaves(config, shapes, checkpoint, new_leaves)
 
 
 def compare_leaves(
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...] | None],
     name: str,
-    new_leaves: str = "created",
-) -> None:
-    """Raises where the leaves of a checkpoint's table are not a model's.
+    new_leaves: str = "found",
+) -> str:
+    """Compares the leaves of a checkpoint's table with a model's.
 
     Args:
         config: the model's.
@@ -133,14 +134,78 @@ def compare_leaves(
         name: the checkpoint's, for people.
         new_leaves: see `check`.
 
+    Returns:
+        "restored" where the methods' leaves are in the checkpoint, "created" where they are new.
+
     Raises:
-        ValueError: leaves are missing, extra or misshapen (all are listed).
+        ValueError: the checkpoint is of another kind; or leaves are missing, extra or misshapen
+            (all are listed).
     """
     checks.OneOf(NEW_LEAVES)("NEW_LEAVES", new_leaves)
+    own = [x for x in trees.flatten(param_shapes(config)) if trees.matches(x, created(config))]
+    there = [path for path in own if path in shapes]
+    if new_leaves == "found":
+        new_leaves = "restored" if there else "created"
+    _check_kind(config, shapes, name, new_leaves, own, there)
     expected = param_shapes(config.dense() if new_leaves == "created" else config)
     found = {path: types.SimpleNamespace(shape=shape) for path, shape in shapes.items()}
     what = f"the leaves of {name}, where those of the methods are to be {new_leaves}, do"
     trees.check_tree(expected, found, what=what)
+    return new_leaves
+
+
+def _check_kind(
+    config: ModelConfig,
+    shapes: Iterable[str],
+    name: str,
+    new_leaves: str,
+    own: Sequence[str],
+    there: Sequence[str],
+) -> None:
+    """Raises ValueError where a checkpoint is dense, adapted or stacked, and should not be."""
+    names = tuple(method.name for method in config.methods)
+    if stacked := [path for path in shapes if is_stacked(path)]:
+        raise ValueError(
+            f"{name} is of T5X's scalable T5, whose layers are stacked ({stacked[0]}): "
+            f"`coda convert` with LAYOUT='t5x' writes it layer by layer"
+        )
+    if new_leaves == "restored" and own and not there:
+        raise ValueError(
+            f"{name} is a dense checkpoint: it has none of the {len(own)} leaves of METHODS={names}"
+            f", such as {own[0]}. Give an adapted one; a training creates them with "
+            "NEW_LEAVES='found'"
+        )
+    if new_leaves == "created" and there:
+        raise ValueError(
+            f"{name} is an adapted checkpoint: it has {len(there)} leaves of METHODS={names}, such "
+            f"as {there[0]}. Give a dense one, or NEW_LEAVES='found' to go on from these"
+        )
+    others = [method for method in METHODS.values() if method.name not in names]
+    extra = {x: m.name for m in others for x in shapes if trees.matches(x, m.creates)}
+    if extra:
+        first, owner = min(extra.items())
+        raise ValueError(
+            f"{name} was adapted with {sorted({*extra.values()})}: METHODS={names} does not use "
+            f"{len(extra)} of its leaves, such as {first} of {owner!r}. Give its recipe, a file of "
+            "methods/, or a dense checkpoint"
+        )
+
+
+def start(config: ModelConfig, new_leaves: str, reduction: float | None = None) -> str:
+    """How a training starts from a checkpoint, in words.
+
+    Args:
+        config: the run's.
+        new_leaves: what `compare_leaves` found.
+        reduction: with which the checkpoint was trained, if that is known.
+    """
+    names = ", ".join(method.name for method in config.methods if method.creates)
+    if not names:
+        return "a checkpoint of the whole model"
+    if new_leaves == "created":
+        return f"a dense checkpoint, and the leaves of {names} start anew"
+    trained = "" if reduction is None else f" (r = {reduction:g})"
+    return f"an adapted checkpoint{trained}, and the leaves of {names} are restored"
 
 
 def stored_shapes(checkpoint: str) -> dict:

@@ -11,7 +11,7 @@ import inspect
 import re
 from typing import Any
 
-from coda_jax.commands import load
+from coda_jax.commands import COMMANDS, load
 from coda_jax.commands.gin_files import (
     Binding,
     GinFile,
@@ -62,8 +62,10 @@ def configure(
     for together in (*(file.bindings for file in files), given):
         check_values(together)
     if command is not None:
-        check_kinds(command, named, files)
-        check_macros(command, files, given)
+        row = COMMANDS[command]
+        example = f"for example: coda {command} {row.example}"
+        check_kinds(command, named, files, example)
+        check_macros(example, files, given, row.one_of)
     keys = _parse(files, given)
     if command is not None:
         _check_reached(reachable(load(command)), keys)

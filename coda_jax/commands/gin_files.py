@@ -220,7 +220,8 @@ def _read(path: pathlib.Path, name: str, search_paths: tuple, outer: tuple) -> G
     for statement in _statements(path, name):
         what = type(statement).__name__
         if what == "ImportStatement":
-            imports[statement.bound_name()] = statement.partial_path()
+            whole = statement.alias or statement.is_from
+            imports[statement.bound_name()] = statement.module if whole else statement.bound_name()
         elif what == "IncludeStatement":
             place = f"{name}:{statement.location.line_num}"
             if bindings:

@@ -27,12 +27,13 @@ _FEW = 3  # files that are worth naming
 _RUNS_OF_T5X = "t5x/configs/runs/"
 
 
-def check_kinds(command: str, named: Sequence[GinFile], files: Sequence[GinFile]) -> None:
+def check_kinds(
+    command: str, named: Sequence[GinFile], files: Sequence[GinFile], example: str
+) -> None:
     """Raises UsageError unless there is a run, and the files are for its command."""
-    example = f"for example: coda {command} {COMMANDS[command].example}"
     for file in files:
         if file.kind == "t5x":
-            raise UsageError(f"{file.name} is for the programs of T5X, see docs/t5x.md")
+            raise UsageError(f"{file.name} is for `coda t5x`, see docs/t5x.md")
     configured = {name for file in files for name in commands_of(file)}
     if command in configured:
         return
@@ -47,8 +48,23 @@ def commands_of(file: GinFile) -> set[str]:
     return {name for name in COMMANDS if f"coda_jax.commands.{name}.{name}" in file.configures}
 
 
-def check_macros(command: str, files: Sequence[GinFile], given: Sequence[Binding]) -> None:
-    """Raises UsageError where macros are missing, or of one's own are read by nothing."""
+def check_macros(
+    example: str,
+    files: Sequence[GinFile],
+    given: Sequence[Binding],
+    one_of: Sequence[Sequence[str]] = (),
+) -> None:
+    """Checks the macros of a command.
+
+    Args:
+        example: of a command that works, for errors.
+        files: in the order in which they are read.
+        given: on the command line.
+        one_of: see `Command`.
+
+    Raises:
+        UsageError: macros are missing, or of one's own are read by nothing.
+    """
     bound = {b.name: b for b in [*(b for file in files for b in file.bindings), *given]}
     macros = {name: binding for name, binding in bound.items() if binding.macro}
     _check_cycles(macros)
@@ -57,11 +73,12 @@ def check_macros(command: str, files: Sequence[GinFile], given: Sequence[Binding
         of_kind = [file.name for file in files if file.kind == kind]
         if of_kind and macro not in read_by:
             raise UsageError(f"this run takes no {what}: leave out {of_kind[-1]}")
-    own = [b for file in files if file.kind is None for b in file.bindings if b.macro]
+    theirs = [file for file in files if file.kind is None and not file.installed]
+    own = [b for file in theirs for b in file.bindings if b.macro]
     beyond = [b for b in [*given, *own] if b.macro and b.macro not in read_by]
     known = {name: macros[name] for name in read_by if name in macros}
     refuse([unread(binding, known) for binding in beyond])
-    _check_missing(command, macros, read_by)
+    _check_missing(example, macros, read_by, one_of)
 
 
 def check_values(bindings: Sequence[Binding]) -> None:
@@ -149,11 +166,12 @@ def _homes(name: str) -> list[str]:
 
 
 def _check_missing(
-    command: str, macros: Mapping[str, Binding], read_by: Mapping[str, Binding]
+    example: str,
+    macros: Mapping[str, Binding],
+    read_by: Mapping[str, Binding],
+    one_of: Sequence[Sequence[str]],
 ) -> None:
     """Raises UsageError where a macro has no value."""
-    row = COMMANDS[command]
-    example = f"for example: coda {command} {row.example}"
     if _METHODS in read_by and _METHODS not in macros:
         recipes = ", ".join(package_names("methods"))
         raise UsageError(
@@ -169,12 +187,21 @@ def _check_missing(
     if missing:
         flags = " ".join(f"--gin.{name}=..." for name in missing)
         raise UsageError(f"{', '.join(missing)} must be given: {flags}; {example}")
-    for names in row.one_of:
+    for names in one_of:
         if all(name in macros and macros[name].value is None for name in names):
             raise UsageError(
                 f"{' or '.join(names)} must be given: by a file of tasks/, such as "
                 "--gin_file=tasks/jsonl.gin, or with --gin.NAME=VALUE"
             )
+
+
+def in_order_of_t5x(files: Sequence[GinFile]) -> list[GinFile]:
+    """The files in the order in which T5X is to read them, see `check_order_of_t5x`."""
+
+    def place(file):
+        return 0 if any(map(_is_run_of_t5x, file.members())) else _rank(file, runs=False)
+
+    return sorted(files, key=place)
 
 
 def check_order_of_t5x(files: Sequence[GinFile]) -> None:

@@ -12,7 +12,7 @@ from coda_jax.commands import COMMANDS
 from coda_jax.commands.gin_files import PACKAGE, package_folder, package_names
 
 _WIDTH = 100
-_MACRO = re.compile(r"^([A-Z][A-Z0-9_]*) = (.*?)(?:\s+# (.*))?$", re.MULTILINE)
+_MACRO = re.compile(r"^([A-Z][A-Z0-9_]*) = (.*?)(?: +# (.*))?$", re.MULTILINE)
 _INCLUDE = re.compile(rf"^include '{PACKAGE}(.*)'", re.MULTILINE)
 
 
@@ -53,9 +53,10 @@ def epilog(command: str) -> str:
     if not row.reads_gin:
         return parts[0]
     run, *others = re.findall(r"--gin_file=(\S+)", row.example)
-    files = runs(command)
+    kind = run.partition("/")[0]
+    files = runs(command) if kind == "runs" else package_names(kind)
     if files != [run]:
-        parts.append("files of runs/:\n" + _table({name: summary(name) for name in files}))
+        parts.append(f"files of {kind}/:\n" + _table({name: summary(name) for name in files}))
     for kind, macro in (("methods", "METHODS"), ("tasks", "MIXTURE_OR_TASK_NAME")):
         if any(f"%{macro}" in text for text in texts(run)):
             names = " ".join(name.rpartition("/")[2] for name in package_names(kind))

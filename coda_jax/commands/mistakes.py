@@ -1,8 +1,8 @@
 """Which errors are a user's mistakes, and what is printed of them.
 
 A mistake is told by its type: a value, a file, numbers that are not finite, a missing package, too
-little memory. An error of another type, or one that JAX or Flax raise themselves, is one of the
-program and keeps its traceback.
+little memory. An error of another type, or one that JAX, Flax or a program of T5X raise themselves,
+is one of the program and keeps its traceback.
 """
 
 import re
@@ -42,8 +42,12 @@ def told(error: BaseException) -> str | None:
         return f"out of memory: {message.splitlines()[0]}\nA smaller BATCH_SIZE needs less"
     if isinstance(error, ModuleNotFoundError) and "pip install" in message:
         return message
-    home = _raised_in(error)
+    homes = _raised_through(error)
+    home = homes[-1] if homes else ""
     if home != "gin" and (not isinstance(error, _TYPES) or home in _INNER):
+        return None
+    ours_or_t5xs = [package for package in homes if package in ("coda_jax", "t5x")]
+    if home != "gin" and ours_or_t5xs[-1:] == ["t5x"]:
         return None
     if isinstance(error, MemoryError):
         return f"out of memory{': ' * bool(message)}{message}"
@@ -84,10 +88,10 @@ def _with_macros(message: str) -> str:
     return message
 
 
-def _raised_in(error: BaseException) -> str:
-    """The package whose code raised an error."""
-    trace, name = error.__traceback__, ""
+def _raised_through(error: BaseException) -> list[str]:
+    """The packages through whose code an error came; the last one raised it."""
+    trace, names = error.__traceback__, []
     while trace is not None:
-        name = trace.tb_frame.f_globals.get("__name__") or ""
+        names.append((trace.tb_frame.f_globals.get("__name__") or "").partition(".")[0])
         trace = trace.tb_next
-    return name.partition(".")[0]
+    return names

@@ -46,8 +46,8 @@ def check_resumed(model_dir: str | os.PathLike, config: ModelConfig) -> None:
         raise ValueError(
             f"{model_dir} holds a run with other settings:\n  "
             + "\n  ".join(lines)
-            + "\nGive these again, or name another MODEL_DIR: with t5x/restore_pretrained.gin "
-            "and INITIAL_CHECKPOINT_PATH it goes on from a checkpoint of this one"
+            + "\nGive these again, or name another MODEL_DIR: with "
+            "INITIAL_CHECKPOINT_PATH it goes on from a checkpoint of this one"
         )
 
 

@@ -119,7 +119,7 @@ def test_a_preset_starts_at_random(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", models.presets())
 def test_every_preset_can_be_compared(name):
     """As the flag reads it; the comparison has the paper's adapters, at each reduction."""
-    options, _ = cli.parse_arguments(["bench", f"--preset={name}"])
+    options = cli.parse_arguments(["bench", f"--preset={name}"])
     dense = models.preset(options.preset)
     found = bench_programs.compared(dense, [3, 5])
     assert found.pop("parallel adapter").methods == (ParallelAdapter(64),)

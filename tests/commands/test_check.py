@@ -47,15 +47,52 @@ def test_shapes_are_those_of_what_is_loaded(routed):
         }
 
 
-def test_adapters_and_routers_are_either_created_or_restored(dense, routed):
-    check_leaves(CODA, dense, "created")
-    check_leaves(CODA, routed, "restored")
-    with pytest.raises(ValueError, match=r"to be created, do(.*\n)*  extra: .*/router/kernel"):
+def test_adapters_and_routers_are_created_or_restored_as_they_are_found(dense, routed):
+    assert check_leaves(CODA, dense) == check_leaves(CODA, dense, "created") == "created"
+    assert check_leaves(CODA, routed) == check_leaves(CODA, routed, "restored") == "restored"
+    full = DENSE.replace(methods=(Full(),))
+    assert all(check_leaves(full, dense, word) for word in ("found", "created", "restored"))
+    with pytest.raises(ValueError, match=r"is an adapted checkpoint: it has 14 leaves .* NEW_LEAV"):
         check_leaves(CODA, routed, "created")
-    with pytest.raises(ValueError, match=r"to be restored, do(.*\n)*  missing: .*/adapter/wi/"):
+    with pytest.raises(ValueError, match=r"is a dense checkpoint: it has none of the 14 leaves of"):
         check_leaves(CODA, dense, "restored")
     with pytest.raises(ValueError, match=r"NEW_LEAVES must be one of .* got 'dropped'"):
         check_leaves(CODA, dense, "dropped")
+
+
+OTHER_METHODS = {
+    "full": ((Full(),), r"adapted with \['coda', 'parallel_adapter'\]: METHODS=\('full',\) does"),
+    "adapter": ((ADAPTER,), r"adapted with \['coda'\]: .* use 2 of .* such as .*router/kernel"),
+    "none": ((), r"adapted with \['coda', 'parallel_adapter'\]: METHODS=\(\) does not use 14 of"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_the_methods_of_an_adapted_checkpoint_are_named_in_a_line(name, routed):
+    methods, message = OTHER_METHODS[name]
+    with pytest.raises(ValueError, match=message) as error:
+        check_leaves(DENSE.replace(methods=methods), routed)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("new_leaves", ["found", "restored"])
+def test_the_leaves_that_a_partly_adapted_checkpoint_lacks_are_listed(new_leaves, tmp_path):
+    flat = dict(trees.flatten(random_params(CODA)))
+    del flat["encoder/layers_1/router/kernel"]
+    checkpoint = save(tmp_path / "partly", flat)
+    with pytest.raises(
+        ValueError, match=r"\(1 leaves\):\n  missing: encoder/layers_1/router/kernel"
+    ):
+        check_leaves(CODA, checkpoint, new_leaves)
+
+
+def test_a_checkpoint_of_stacked_layers_is_named_as_one(tmp_path):
+    unpack("t5x/scanned", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"scalable T5, whose layers are stacked \(decoder/dec"
+    ) as e:
+        check_leaves(CODA, str(tmp_path))
+    assert "`coda convert` with LAYOUT='t5x'" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_all_leaves_that_do_not_fit_are_listed(tmp_path):
@@ -79,7 +116,7 @@ def test_a_table_without_shapes_is_compared_by_its_names():
     third = {**dense, "encoder/layers_2/mlp/wo/kernel": None}
     with pytest.raises(ValueError, match=r"\(1 leaves\):\n  extra: encoder/layers_2/mlp/wo/kernel"):
         compare_leaves(CODA, third, "it")
-    with pytest.raises(ValueError, match=r"the leaves of it, .*(\n.*)*missing: \S+/router/kernel"):
+    with pytest.raises(ValueError, match=r"it is a dense checkpoint"):
         compare_leaves(CODA, dense, "it", "restored")
     with pytest.raises(ValueError, match=r"wrong shape: encoder/encoder_norm/scale is \(3,\)"):
         compare_leaves(CODA, {**dense, "encoder/encoder_norm/scale": (3,)}, "it")
@@ -110,7 +147,9 @@ def test_costs_are_counted_for_the_lengths_that_are_asked_for(dense, tmp_path, c
     assert 4 * report["flops_per_output_token"] + encoder == pytest.approx(answer)
     baseline = flops.encoder_flops(CODA.replace(methods=(ADAPTER,)), 1, 32)
     assert report["encoder_flops_ratio"] == baseline / encoder > 1.5
-    assert f"{trees.count(params):,}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{trees.count(params):,}" in printed
+    assert "a dense checkpoint, and the leaves of coda, parallel_adapter start anew" in printed
 
 
 def test_what_is_trained_follows_from_the_methods(dense):

@@ -321,8 +321,8 @@ def test_an_error_names_the_macro_that_gave_the_value():
     assert mistakes.told(ValueError("Data.task is None")) == "Data.task is None"  # of two macros
 
 
-def test_every_command_that_reads_gin_files_is_tried_here():
-    assert {name for name, row in COMMANDS.items() if row.reads_gin} == set(GIVEN)
+def test_every_command_that_gin_files_configure_is_tried_here():
+    assert {name for name, row in COMMANDS.items() if not row.has_flags} == set(GIVEN)
 
 
 @pytest.mark.parametrize(

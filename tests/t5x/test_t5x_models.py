@@ -23,6 +23,7 @@ import seqio
 from coda_jax import checkpoints, cli, gin_configs, methods, trees
 from coda_jax.checkpoints.t5x_record import read_record, run_folder, write_record
 from coda_jax.commands import configuration, gin_files
+from coda_jax.data import seqio_tasks
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
 from coda_jax.methods import Coda, Full, ParallelAdapter
 from coda_jax.models.pix2struct.config import Pix2StructConfig
@@ -165,14 +166,26 @@ def test_the_model_has_the_converter_whose_rows_it_can_take():
 
 REQUIRED = {
     "VOCABULARY": "'bytes'",
-    "MIXTURE_OR_TASK_NAME": "'unused'",
+    "MIXTURE_OR_TASK_NAME": "'bytes_to_bytes'",
     "TASK_FEATURE_LENGTHS": "{'inputs': 8, 'targets': 4}",
     "TRAIN_STEPS": "10",
-    **dict.fromkeys(("MODEL_DIR", "EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR"), "'unused'"),
+    **dict.fromkeys(("MODEL_DIR", "EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR"), "'/unused'"),
 }
 
 
 RECIPES = sorted(path.name for path in (gin_files.package_folder() / "methods").glob("*.gin"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tasks():
+    """A task of bytes, another without extra ids, and one of vectors."""
+    source = seqio_tasks.MemorySource(lambda _: {}, ("train",))
+    for name, vocabulary, vectors in (
+        ("bytes_to_bytes", seqio_tasks.seqio_vocabulary("bytes"), False),
+        ("plain_bytes", seqio.ByteVocabulary(), False),
+        ("vectors_to_bytes", seqio_tasks.seqio_vocabulary("bytes"), True),
+    ):
+        seqio_tasks.add_task(name, source, [], vocabulary, vectors=vectors)
 
 
 @pytest.fixture(name="make_model")
@@ -213,11 +226,27 @@ def test_other_inputs_have_a_file_that_replaces_the_network(
     name, preset, family, changes, make_model
 ):
     files = ["t5x/finetune.gin", f"t5x/{name}.gin", "methods/coda.gin"]
-    made = make_model(files, **ELSEWHERE, PRESET=f"'{preset}'", **changes)
+    changes = {**ELSEWHERE, "PRESET": f"'{preset}'", **changes}
+    made = make_model(files, MIXTURE_OR_TASK_NAME="'vectors_to_bytes'", **changes)
     found = made.module.config
     assert isinstance(found, family) and found.methods == (Coda(3), ParallelAdapter())
     assert type(made.module) is type(found.network()) and found.num_decoder_layers >= 1
     assert made.FEATURE_CONVERTER_CLS(pack=False).MODEL_FEATURES["encoder_input_tokens"].rank == 2
+    with pytest.raises(ValueError, match="another vocabulary for its inputs than VOCABULARY: Byte"):
+        make_model(files, **changes)
+    changes.pop("NUM_DECODER_LAYERS", None)
+    with pytest.raises(ValueError, match=rf"of tokens: give --gin_file=t5x/{name}\.gin"):
+        make_model(["t5x/finetune.gin", "methods/coda.gin"], **changes)
+
+
+def test_a_task_without_extra_ids_has_the_vocabulary_of_the_model(make_model):
+    """T5X compares the vocabularies with `==`, which extra ids make unequal."""
+    files, given = ["t5x/finetune.gin", "methods/coda.gin"], {**ELSEWHERE, **STDLIB}
+    made = make_model(files, MIXTURE_OR_TASK_NAME="'plain_bytes'", **given)
+    theirs = seqio.ByteVocabulary()
+    assert (made.input_vocabulary, made.output_vocabulary) == (theirs, theirs)
+    with pytest.raises(ValueError, match=r"no task or mixture 'plain_byte' .*plain_bytes"):
+        make_model(files, MIXTURE_OR_TASK_NAME="'plain_byte'", **given)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -233,20 +262,34 @@ def test_every_recipe_runs_under_t5x(recipe, make_model):
 
 
 def test_the_checkpoint_is_compared_before_anything_is_restored(make_model, tmp_path):
-    """The files say whether the methods' leaves are to be in the checkpoint."""
+    """A training takes what there is, unless NEW_LEAVES demands one kind."""
     recipe = ["methods/coda.gin"]
     first = make_model(["t5x/finetune.gin", *recipe], **ELSEWHERE, **STDLIB).module.config
+    saved = {}
     for name, cfg in (("dense", first.dense()), ("adapted", first)):
         params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(cfg)["params"])
-        checkpoints.save_t5x(tmp_path / name, params)
-    for files, fits, other in (
-        (["t5x/finetune.gin", *recipe], "dense", "adapted"),
-        (["t5x/finetune.gin", *recipe, "t5x/restore_pretrained.gin"], "adapted", "dense"),
-        (["t5x/infer.gin", *recipe], "adapted", "dense"),
+        saved[name] = checkpoints.save_t5x(tmp_path / name, params)
+        make_model(["t5x/finetune.gin", *recipe], saved[name], **STDLIB)
+    for run, given, fits, other in (
+        ("finetune", {"NEW_LEAVES": "'created'"}, "dense", "adapted"),
+        ("finetune", {"NEW_LEAVES": "'restored'"}, "adapted", "dense"),
+        ("infer", {}, "adapted", "dense"),
     ):
-        make_model(files, tmp_path / fits, **STDLIB)
-        with pytest.raises(ValueError, match="encoder/layers_0/router/kernel"):
-            make_model(files, tmp_path / other, **STDLIB)
+        files = [f"t5x/{run}.gin", *recipe]
+        make_model(files, saved[fits], **given, **STDLIB)
+        with pytest.raises(ValueError, match=f"is an? {other} checkpoint: it has"):
+            make_model(files, saved[other], **given, **STDLIB)
+
+
+def test_a_folder_of_checkpoints_is_for_an_evaluation_of_all_of_them(make_model, tmp_path):
+    recipe = ["methods/full.gin"]
+    cfg = make_model(["t5x/eval.gin", *recipe], **ELSEWHERE, **STDLIB).module.config
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(cfg)["params"])
+    checkpoints.save_t5x(tmp_path, params)
+    with pytest.raises(ValueError, match=r"CHECKPOINT_PATH=.* is the folder of a run"):
+        make_model(["t5x/eval.gin", *recipe], tmp_path, **STDLIB)
+    mode = {"RestoreCheckpointConfig.mode": "'all'"}
+    assert make_model(["t5x/eval.gin", *recipe], tmp_path, **mode, **STDLIB)
 
 
 def test_another_method_than_the_checkpoints_is_refused_at_once(make_model, tmp_path, caplog):

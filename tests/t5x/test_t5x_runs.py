@@ -136,7 +136,7 @@ def test_finetuning_changes_what_is_trained_only_and_has_our_loss(dense, folder)
     again = folder / f"again_{dense.parent.name}"
     bindings = finetune(directory / "checkpoint_12", again, TRAIN_STEPS="13")
     bindings |= {"train.run_eval_before_training": "True"}
-    run("train", [*FINETUNE_FILES, "t5x/restore_pretrained.gin"], bindings, folder)
+    run("train", FINETUNE_FILES, bindings, folder)
     expected = our_loss(config, checkpoints.load_t5x(directory, config, 12))
     np.testing.assert_allclose(validation_loss(again, 12), expected, rtol=1e-5)
 

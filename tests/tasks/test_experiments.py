@@ -36,8 +36,8 @@ def test_names_are_different_and_every_experiment_of_the_paper_is_there():
 def test_every_row_is_parsed_and_instantiated(experiment):
     """Its config, its methods and its options are those that the row names."""
     given = [*experiment.arguments("coda"), *(f"--gin.{k}={v}" for k, v in PATHS.items())]
-    options, bindings = cli.parse_arguments(["train", *given])
-    cli.configure(options.gin_file, options.gin_search_paths, bindings)
+    options = cli.parse_arguments(["train", *given])
+    cli.configure(options.gin_file, options.gin_search_paths, options.gin_bindings)
     config = gin.get_configurable(loading.configured_preset)()
     methods = gin.get_configurable(loading.configured_methods)()
     adapted = config.replace(methods=methods)
