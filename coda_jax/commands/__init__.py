@@ -16,6 +16,7 @@
 | `t5x_partial` | what T5X saves of a run, and is given where its checkpoint is not whole |
 | `t5x_identity` | what the folder of a T5X run says of it, compared with what is asked |
 | `t5x_data` | a T5X run that goes on takes the batches that it has not taken yet |
+| `t5x_best` | which checkpoints T5X keeps |
 | `encodings` | what `predict` writes of an encoder |
 """
 

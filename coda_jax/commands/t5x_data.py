@@ -124,5 +124,5 @@ def _taken(model_dir: str | os.PathLike, data: Mapping[str, Any], change_data: b
             f"{folder}: the data began at step {record.first_step}, after its last checkpoint, of "
             f"step {steps[-1]}: put the checkpoints back, or remove {DATA_RECORD}"
         )
-    logging.info("%s goes on after %s batches of its data", model_dir, f"{taken:,}")
+    logging.info("%s goes on after %s batches, which are made again first", model_dir, f"{taken:,}")
     return taken

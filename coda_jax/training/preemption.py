@@ -6,6 +6,7 @@ trainer keeps no state between the steps of a part of the training: it is kept h
 
 from collections.abc import Iterable, Iterator
 import contextlib
+import signal
 from typing import Any
 
 import jax
@@ -64,7 +65,9 @@ class StopsOnRequest:
         else:
             last = start_step + num_steps
         if self._asked(last):
-            self._stop(f"step {last} is saved")
+            signum = self._signal()
+            text = f"stopped by {signum.name}: step {last} is saved; the same command goes on"
+            raise self.stopped(text, signum)
         return summary
 
     def _until_asked(self, batches: Iterable[Any], step: int) -> Iterator[Any]:
@@ -81,13 +84,13 @@ class StopsOnRequest:
         self._agreed = self._agreed or ocp.utils.reached_preemption(step)
         return self._agreed
 
-    def _stop(self, text: str) -> None:
-        if self._requests is None:
-            raise self.stopped(f"stopped by SIGTERM: {text}")
+    def _signal(self) -> signal.Signals:
         try:
-            self._requests.stop(text)
-        except Interruption as error:
-            raise self.stopped(str(error), error.exit_code - 128) from None
+            if self._requests is not None:
+                self._requests.stop("")
+        except Interruption as request:
+            return signal.Signals(request.exit_code - 128)
+        return signal.SIGTERM
 
 
 class _Asked(Exception):

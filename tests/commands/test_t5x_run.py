@@ -1,8 +1,5 @@
 """A run of T5X: its config, what it starts from, and what it restores; without T5X."""
 
-import functools
-import inspect
-
 from helpers import (
     ADAPTER,
     GOLDEN,
@@ -101,26 +98,6 @@ def test_float16_is_refused():
 def test_a_run_needs_a_preset():
     with pytest.raises(ValueError, match="needs the sizes of its model: give a PRESET"):
         t5x_run.adapted(None, ())
-
-
-def test_the_best_are_kept_by_a_metric_with_its_folder():
-    """T5X reads the defaults of a partial, and takes a class for any other checkpointer."""
-
-    def checkpointer(*, metric_name_to_monitor="train/accuracy", metric_mode="max", keep=None):
-        del metric_name_to_monitor, metric_mode, keep
-
-    found = t5x_run.keeps_best(checkpointer, "training_eval/mnli/loss", "min")
-    assert isinstance(found, functools.partial)
-    given = {name: x.default for name, x in inspect.signature(found).parameters.items()}
-    assert given == {
-        "metric_name_to_monitor": "training_eval/mnli/loss",
-        "metric_mode": "min",
-        "keep": None,
-    }
-    with pytest.raises(ValueError, match=r"BEST_METRIC='loss' has no folder of events before"):
-        t5x_run.keeps_best(checkpointer, "loss")
-    with pytest.raises(ValueError, match=r"BEST_MODE must be one of \('max', 'min'\), got 'least'"):
-        t5x_run.keeps_best(checkpointer, "train/loss", "least")
 
 
 def test_what_t5x_cannot_train_is_told_with_what_can():

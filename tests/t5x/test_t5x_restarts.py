@@ -24,6 +24,7 @@ pytest.importorskip(
 )
 
 FIRST, PERIOD, LAST = 2, 3, 20
+CONFIG = T5Config(**SIZES, mlp_activations=("gelu", "linear"))
 OPTIMIZERS = {
     "adamw": "",
     "t5x_adafactor": """
@@ -54,7 +55,7 @@ def fixture_folder(tmp_path_factory):
     (folder / "ours.gin").write_text(OUR_GIN + "".join(sizes))
     for name, text in OPTIMIZERS.items():
         (folder / f"{name}.gin").write_text(text)
-    params = jax.jit(init_params, static_argnums=0)(T5Config(**SIZES), jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
     checkpoints.save_t5x(folder / "dense", params, step=FIRST)
     return folder
 

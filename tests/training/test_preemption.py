@@ -75,8 +75,10 @@ def test_a_request_ends_the_run_after_the_step_that_it_takes(trainer, signum):
     given = batches()
     trainer.train(given, 2, start_step=100)
     os.kill(os.getpid(), signum)  # between two parts: a step is taken, as this one is saved
-    with pytest.raises(Trainer.stopped, match=f"stopped by {signum.name}: step 103 is saved"):
+    message = f"stopped by {signum.name}: step 103 is saved; the same command goes on"
+    with pytest.raises(Trainer.stopped, match=message) as error:
         trainer.train(given, 3, start_step=102)
+    assert error.value.exit_code == 128 + signum
     assert trainer.train_state == 111 and next(given) == 10000
     trainer.close()
     assert trainer.closed and signal.signal(signum, before) is signal.default_int_handler
