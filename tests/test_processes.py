@@ -26,34 +26,35 @@ def results(folder, how):
     return params, json.loads((folder / how / "report.json").read_text())
 
 
-def assert_as_one_device(case, folder, devices):
-    """Two processes train and answer as one device does, and go on with the same bits."""
-    joined_runs.main(case, folder, "one")
-    joined.run(joined_runs.__file__, case, folder, "joined", devices=devices)
-    (params, report), (expected, other) = results(folder, "joined"), results(folder, "one")
-    assert report["resumed"], "a run that was cut off ends with other bits"
-    assert divided_runs.largest(params, expected) < 1e-5
-    assert divided_runs.largest(report["metrics"], other["metrics"]) < 1e-5
-    if report["answers"]:
-        tokens, *numbers = report["answers"]
-        assert tokens == other["answers"][0]
-        assert divided_runs.largest(numbers, other["answers"][1:]) < 1e-5
-    names = sorted(path.name for path in (folder / "joined" / "cut").iterdir())
-    assert "checkpoints" in names and "run.json" in names
-    run = json.loads((folder / "joined" / "cut" / "run.json").read_text())
-    assert run["machine"]["processes"] == 2 and run["machine"]["devices"] == 2 * devices
-
-
-def test_two_processes_train_and_go_on_as_one_device(tmp_path):
-    """Two devices each, as data 2 x model 2."""
-    assert_as_one_device("quick", tmp_path, devices=2)
+def test_a_state_of_two_processes_is_gathered_saved_and_restored(tmp_path):
+    """Of one device each; and what one of them has alone is refused."""
+    joined.run(joined_runs.__file__, "state", tmp_path, "joined", devices=1)
+    assert sorted(path.name for path in (tmp_path / "joined").iterdir()) == [
+        "checkpoints",
+        "run.json",
+    ]
 
 
 @pytest.mark.all
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_of_four_devices_train_and_answer_as_one_device(case, tmp_path):
     """As data 4 x model 2; four steps of Adam with dropout, in two parts."""
-    assert_as_one_device(case, tmp_path, devices=4)
+    joined_runs.main(case, tmp_path, "one")
+    joined.run(joined_runs.__file__, case, tmp_path, "joined")
+    (params, report), (expected, other) = results(tmp_path, "joined"), results(tmp_path, "one")
+    assert report["resumed"], "a run that was cut off ends with other bits"
+    assert divided_runs.largest(params, expected) < 1e-5
+    assert divided_runs.largest(report["metrics"], other["metrics"]) < 1e-5
+    tokens, *numbers = report["answers"]
+    assert tokens == other["answers"][0]
+    assert divided_runs.largest(numbers, other["answers"][1:]) < 1e-5
+    run = json.loads((tmp_path / "joined" / "cut" / "run.json").read_text())
+    assert run["machine"] == {
+        "devices": 8,
+        "platform": "cpu",
+        "mesh": divided_runs.MESH,
+        "processes": 2,
+    }
 
 
 @pytest.mark.all

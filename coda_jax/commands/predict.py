@@ -70,13 +70,8 @@ def predict(
     Raises:
         ValueError: an option has no effect, or cannot be with `stream`; inputs are the output.
     """
-    checks.paths(INPUT=inputs, OUTPUT=output, VOCABULARY=vocabulary, HEADER_FONT=font)
-    checks.flag("SCORES", scores)
-    checks.flag("STREAM", stream)
+    _check_options(inputs, output, vocabulary, font, scores, stream)
     checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
-    if processes.are_several() and (inputs == "-" or stream):
-        given = "INPUT='-' is" if inputs == "-" else "STREAM=True prints what is"
-        raise ValueError(f"{given} of one process: several read a file that each of them has")
     if output != "-":
         files.prepare(output, inputs)
     if embed is not None or model_for(model.config).describes:
@@ -93,6 +88,15 @@ def predict(
         _write(descriptions(model, decoding, chunks, encode, placement), output)
     else:
         _generate(model, decoding, vocabulary, placement, chunks, encode, output, scores, stream)
+
+
+def _check_options(inputs, output, vocabulary, font, scores, stream) -> None:
+    checks.paths(INPUT=inputs, OUTPUT=output, VOCABULARY=vocabulary, HEADER_FONT=font)
+    checks.flag("SCORES", scores)
+    checks.flag("STREAM", stream)
+    if processes.are_several() and (inputs == "-" or stream):
+        given = "INPUT='-'" if inputs == "-" else "STREAM=True"
+        raise ValueError(f"{given} is for one process: several answer a file into a file")
 
 
 def _generate(

@@ -80,8 +80,7 @@ def train(
     data.report(batches)
     params = _exported(trained, params, export_dtype)
     model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
-    if processes.is_first():
-        files.write_json(directory / "metrics.json", metrics)
+    processes.from_first(lambda: files.write_json(directory / "metrics.json", metrics))
     print(f"exported to {directory / EXPORT}: {json.dumps(metrics, indent=2)}")
     return model, metrics
 
