@@ -1,4 +1,4 @@
-"""T5X's programs with checkpoints that are not whole: from stacked layers to what was trained alone.
+"""T5X's programs with checkpoints that are not whole: stacked layers, what was trained alone.
 
 Each program takes half a minute.
 """
