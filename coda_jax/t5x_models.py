@@ -23,7 +23,7 @@ from t5x import decoding, gin_utils, models, optimizers, trainer, utils
 
 from coda_jax import checks, trees
 from coda_jax.checkpoints.t5x_record import run_folder, write_record
-from coda_jax.commands.configuration import check_rate_of_t5x
+from coda_jax.commands.configuration import check_rate_of_t5x, register_methods
 from coda_jax.data.seqio_agreement import agreed, check_vocabularies
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
 from coda_jax.methods import Method, check_packs, max_segments, partition, trained
@@ -32,6 +32,8 @@ from coda_jax.nn.tokens import selections
 from coda_jax.objectives import Generation
 from coda_jax.objectives.seq2seq import Z_LOSS
 from coda_jax.training.partial_optimizer import PartialOptimizer, steps_taken
+
+register_methods()  # before T5X reads gin files
 
 
 def example_network(config: ModelConfig) -> nn.Module | None:
