@@ -27,9 +27,10 @@ def numpy(params):
     return jax.tree.map(np.asarray, params)
 
 
-@pytest.fixture(name="run", params=[np.float32, ml_dtypes.bfloat16, "scanned"])
-def fixture_run(request, tmp_path):
+@pytest.fixture(name="run", scope="module", params=[np.float32, ml_dtypes.bfloat16, "scanned"])
+def fixture_run(request, tmp_path_factory):
     """(base, folder of a run from it, with a checkpoint of what it trained, its leaves)."""
+    tmp_path = tmp_path_factory.mktemp("partial")
     base, folder = tmp_path / "base", str(tmp_path / "run")
     dtype = np.float32 if request.param == "scanned" else request.param
     dense = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), random_params(CONFIG.dense()))
@@ -79,6 +80,7 @@ def test_another_base_or_none_is_refused_in_two_lines(run, resuming, tmp_path):
     if not resuming:
         with pytest.raises(ValueError, match=r"only what was trained: give the base that it"):
             restored(CONFIG, folder, None, resuming, params)
+    folder = str(shutil.copytree(folder, tmp_path / "run"))
     (run_folder(folder) / RECORD).unlink()
     with pytest.raises(ValueError, match=r"model.json of its run, which says of which base, is no"):
         restored(CONFIG, folder, base, resuming, params)
