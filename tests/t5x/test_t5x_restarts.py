@@ -69,6 +69,7 @@ class Run:
         dense = folder / "dense" / f"checkpoint_{FIRST}"
         self._bindings = finetune(dense, self.directory, TRAIN_STEPS=str(LAST))
         self._bindings |= {"EVAL_PERIOD": str(PERIOD), "DROPOUT_RATE": "0.1"}
+        self._bindings["train.infer_eval_dataset_cfg"] = "None"  # answers take long to compile
         self._bindings["SaveCheckpointConfig.period"] = str(PERIOD)
         self._folder = folder
 
