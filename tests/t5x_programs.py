@@ -5,7 +5,11 @@ from pathlib import Path
 import subprocess
 import sys
 
-from coda_jax import gin_configs
+import jax
+
+from coda_jax import checkpoints, gin_configs
+from coda_jax.models import init_params
+from coda_jax.models.t5.config import T5Config
 from coda_jax.tasks import offline
 
 GIN = str(next(iter(gin_configs.__path__)))
@@ -36,6 +40,15 @@ SHARED = {
     "RANDOM_SEED": "0",
 }
 METHOD = ["methods/coda.gin"]
+
+
+def write_model(folder, step):
+    """Writes what runs of the tiny model start from: ours.gin, and a dense checkpoint of a step."""
+    sizes = (f"t5.T5Config.{size} = {value}\n" for size, value in SIZES.items())
+    (folder / "ours.gin").write_text(OUR_GIN + "".join(sizes))
+    config = T5Config(**SIZES, mlp_activations=("gelu", "linear"))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    return checkpoints.save_t5x(folder / "dense", params, step)
 
 
 def command(program, files, bindings, folder):
