@@ -156,7 +156,7 @@ def _call(options: argparse.Namespace) -> None:
 
     from coda_jax import processes  # Here: it imports JAX, which not every command needs.
 
-    with processes.ending_together(mistakes.told):
+    with processes.ending_together(mistakes.told, mistakes.exit_code):
         gin.get_configurable(function)()
 
 

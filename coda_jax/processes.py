@@ -5,6 +5,7 @@ reads the same data and makes the same batches, of which its devices take their 
 alone writes files and prints; where one fails, all end.
 """
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import itertools
@@ -169,11 +170,14 @@ def asked_to_stop(number: int) -> bool:
 
 
 @contextlib.contextmanager
-def ending_together(told: Callable[[BaseException], str | None]) -> Iterator[None]:
+def ending_together(
+    told: Callable[[BaseException], str | None], status: Callable[[BaseException], int]
+) -> Iterator[None]:
     """Where one process fails in this block, all end, with its message; else all wait for the last.
 
     Args:
         told: (error) -> what is said of it; None for its type and text.
+        status: (error) -> what the process that failed ends with.
     """
     try:
         yield
@@ -181,22 +185,24 @@ def ending_together(told: Callable[[BaseException], str | None]) -> Iterator[Non
         _leave()
         raise
     except BaseException as error:
-        _tell_failure(told(error) or f"{type(error).__name__}: {error}")
+        if are_several():
+            _tell_failure(told(error) or f"{type(error).__name__}: {error}", status(error))
         raise
     _leave()
 
 
-def _tell_failure(message: str) -> None:
-    """Ends the other processes, each with a message that names this one."""
-    if not are_several():
-        return
+def _tell_failure(message: str, status: int) -> None:
+    """Ends the other processes, each with a message that names this one, and then this one."""
     text = f"process {jax.process_index()} of {jax.process_count()} failed: {message}"
     try:
         _client().key_value_set(_FAILURE, text)
         _left.set()
+        atexit.register(_end, status)  # once it has said what is wrong
+        late = threading.Timer(10 * _SECONDS_BETWEEN_LOOKS, _end, [status])  # where threads hang
+        late.daemon = True
+        late.start()
     except jax.errors.JaxRuntimeError:  # another one has failed before, and ends this one
         time.sleep(4 * _SECONDS_BETWEEN_LOOKS)
-    _let_others_look()
 
 
 def _watch() -> None:
@@ -206,15 +212,17 @@ def _watch() -> None:
             message = _client().key_value_try_get(_FAILURE)
         except jax.errors.JaxRuntimeError:  # nobody has failed
             continue
-        print(message, file=sys.stderr, flush=True)
-        _let_others_look()
-        os._exit(1)
+        print(message, file=sys.stderr)
+        _end(1)
 
 
-def _let_others_look() -> None:
-    """Without the first process, which answers them, the others end without a word."""
-    if is_first():
+def _end(status: int) -> None:
+    """Ends this process without waiting for what it computes, which others take part in."""
+    if is_first():  # without which the others end with no word of what is wrong
         time.sleep(2 * _SECONDS_BETWEEN_LOOKS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave() -> None:

@@ -59,7 +59,7 @@ def whole(case, placement, folder):
 def main(case, folder, how):
     """Writes parameters and all else of a run into files of a folder; the first process does."""
     folder = pathlib.Path(folder) / how
-    with processes.ending_together(str):
+    with processes.ending_together(str, lambda _: 1):
         if case == "state":
             state(processes.placement({"model": 2}, distributed=True), folder)
             return

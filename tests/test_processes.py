@@ -74,7 +74,7 @@ def test_one_process_needs_no_other(tmp_path):
     assert not processes.are_several() and processes.is_first()
     assert processes.from_first(lambda: {"a": 1}) == {"a": 1}
     processes.check_same("what is not read", lambda: 1 / 0)
-    with processes.ending_together(str):
+    with processes.ending_together(str, len):
         tree = processes.fetch({"a": np.arange(3)})
     np.testing.assert_array_equal(tree["a"], [0, 1, 2])
 
