@@ -77,6 +77,13 @@ def test_every_field_of_a_config_comes_back():
     assert through_json(config) == config
 
 
+def test_what_is_computed_again_is_of_no_model():
+    """A run may go on with another policy, and what reads its files knows nothing of it."""
+    config = TINY.replace(remat_policy="full")
+    assert to_json(config) == to_json(TINY) and "remat_policy" not in to_json(config)
+    assert through_json(config) == TINY
+
+
 def test_a_field_that_was_not_written_has_its_default():
     assert from_json({"family": "t5", "vocab_size": 20}, "a file").emb_dim == 512
     found = from_json({**FIELDS, "methods": [{"name": "coda"}]}, "a file")
