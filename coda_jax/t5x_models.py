@@ -23,7 +23,7 @@ from t5x import decoding, gin_utils, models, optimizers, trainer, utils
 
 from coda_jax import checks, trees
 from coda_jax.checkpoints.t5x_record import run_folder, write_record
-from coda_jax.commands.configuration import check_rate_of_t5x
+from coda_jax.commands.configuration import check_rate_of_t5x, register_methods
 from coda_jax.commands.t5x_data import record_data
 from coda_jax.data.seqio_agreement import agreed, check_vocabularies
 from coda_jax.data.seqio_converters import TokensFeatureConverter, VectorsFeatureConverter
@@ -35,6 +35,8 @@ from coda_jax.objectives.seq2seq import Z_LOSS
 from coda_jax.training.partial_optimizer import PartialOptimizer, steps_taken
 from coda_jax.training.preemption import StopsOnRequest
 from coda_jax.training.run_directory import Interruption
+
+register_methods()  # before T5X reads gin files
 
 
 def example_network(config: ModelConfig) -> nn.Module | None:

@@ -80,11 +80,8 @@ def _parse(files: Sequence[GinFile], given: Sequence[Binding]) -> dict[Key, str]
     with needs():  # Here: `coda bench` runs where gin is not installed.
         import gin
 
-    from coda_jax.methods import METHODS
-
     gin.clear_config()
-    for method in METHODS.values():  # so that any field can be bound, whichever recipe is given
-        gin.external_configurable(method, module="coda_jax.methods")
+    register_methods()
     keys: dict[Key, str] = {}
     sources = [(file.text(), file.name, file.kind is None) for file in files]
     sources += [(binding.line, binding.place, True) for binding in given]
@@ -94,6 +91,17 @@ def _parse(files: Sequence[GinFile], given: Sequence[Binding]) -> dict[Key, str]
     with _explained("gin"):
         gin.finalize()
     return keys
+
+
+def register_methods() -> None:
+    """Lets gin bind any field of any method, whichever recipe is given."""
+    with needs():
+        import gin
+
+    from coda_jax.methods import METHODS
+
+    for method in METHODS.values():
+        gin.external_configurable(method, module="coda_jax.methods")
 
 
 @contextlib.contextmanager

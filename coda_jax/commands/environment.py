@@ -53,7 +53,7 @@ class _QuietTensorFlow(importlib.abc.MetaPathFinder):
             execute = spec.loader.exec_module
 
             def execute_quietly(module):
-                with _without_early_logs():
+                with without_early_logs():
                     execute(module)
 
             spec.loader.exec_module = execute_quietly
@@ -61,7 +61,7 @@ class _QuietTensorFlow(importlib.abc.MetaPathFinder):
 
 
 @contextlib.contextmanager
-def _without_early_logs() -> Iterator[None]:
+def without_early_logs() -> Iterator[None]:
     """While open, lines of logs that are written to the process's standard error are left out."""
     sys.stderr.flush()
     saved = os.dup(2)

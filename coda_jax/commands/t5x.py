@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from coda_jax.commands.environment import without_early_logs
 from coda_jax.commands.gin_files import (
     GinFile,
     Macro,
@@ -94,6 +95,7 @@ def t5x(options: argparse.Namespace) -> None:
     with needs("t5x"):  # By name: this module stands above the commands.
         importlib.import_module("coda_jax.t5x_models")
     if not options.verbose:
+        _look_for_gpus()
         absl_logging.get_absl_handler().python_handler.addFilter(_log_of_the_run())
     _run(f"t5x.{options.program}", arguments)
 
@@ -172,6 +174,15 @@ def _absolute(bound: Mapping[str, Any]) -> dict[str, str]:
     paths = {name: bound[name] for name in _PATHS if isinstance(bound.get(name), str)}
     local = {name: path for name, path in paths.items() if "://" not in path}
     return {name: os.path.abspath(x) for name, x in local.items() if not os.path.isabs(x)}
+
+
+def _look_for_gpus() -> None:
+    """Has TensorFlow look for GPUs, as T5X will, without a line of log where there are none."""
+    with needs():
+        import tensorflow as tf
+
+    with without_early_logs():
+        tf.config.list_physical_devices("GPU")
 
 
 def _log_of_the_run() -> Callable[[logging.LogRecord], bool]:

@@ -154,9 +154,10 @@ def provider(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Task | 
         known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
         if found not in known:
             near = difflib.get_close_matches(found, known) or sorted(known)[:3]
+            nearest = f"; the nearest are {near}" if near else ""
             raise ValueError(
-                f"no task or mixture {found!r} is registered; the nearest are {near}. Does a gin "
-                "file import the module that registers it?"
+                f"no task or mixture {found!r} is registered{nearest}. Does a gin file import the "
+                "module that registers it?"
             )
         found = seqio.get_mixture_or_task(found)
     missing = [key for key in FEATURES if key not in found.output_features]

@@ -52,9 +52,9 @@ def test_adapters_and_routers_are_created_or_restored_as_they_are_found(dense, r
     assert check_leaves(CODA, routed) == check_leaves(CODA, routed, "restored") == "restored"
     full = DENSE.replace(methods=(Full(),))
     assert all(check_leaves(full, dense, word) for word in ("found", "created", "restored"))
-    with pytest.raises(ValueError, match=r"is an adapted checkpoint: it has 14 leaves .* NEW_LEAV"):
+    with pytest.raises(ValueError, match=r"is an adapted checkpoint: it has 8 leaves .* NEW_LEAV"):
         check_leaves(CODA, routed, "created")
-    with pytest.raises(ValueError, match=r"is a dense checkpoint: it has none of the 14 leaves of"):
+    with pytest.raises(ValueError, match=r"is a dense checkpoint: it has none of the 8 leaves of"):
         check_leaves(CODA, dense, "restored")
     with pytest.raises(ValueError, match=r"NEW_LEAVES must be one of .* got 'dropped'"):
         check_leaves(CODA, dense, "dropped")
@@ -63,7 +63,7 @@ def test_adapters_and_routers_are_created_or_restored_as_they_are_found(dense, r
 OTHER_METHODS = {
     "full": ((Full(),), r"adapted with \['coda', 'parallel_adapter'\]: METHODS=\('full',\) does"),
     "adapter": ((ADAPTER,), r"adapted with \['coda'\]: .* use 2 of .* such as .*router/kernel"),
-    "none": ((), r"adapted with \['coda', 'parallel_adapter'\]: METHODS=\(\) does not use 14 of"),
+    "none": ((), r"adapted with \['coda', 'parallel_adapter'\]: METHODS=\(\) does not use 8 of"),
 }
 
 

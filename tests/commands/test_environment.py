@@ -81,11 +81,11 @@ def test_the_oldest_programs_are_removed_where_they_are_too_many(cache, monkeypa
 
 
 def test_early_logs_are_left_out_and_all_else_is_not(capfd):
-    with environment._without_early_logs():
+    with environment.without_early_logs():
         os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called are\n")
         os.write(2, b"I0000 00:00:1795673546.784293   19665 cudart_stub.cc:31] no cuda\n")
         print("what the user must see", file=sys.stderr)
-    with pytest.raises(ImportError), environment._without_early_logs():
+    with pytest.raises(ImportError), environment.without_early_logs():
         os.write(2, b"why it fails\n")
         raise ImportError
     assert capfd.readouterr().err == "what the user must see\nwhy it fails\n"
