@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, TextIO
 import zlib
 
 import jax
@@ -70,7 +70,9 @@ def join() -> None:
             f"DISTRIBUTED=True, but it is not known which process this is of how many ({error}): "
             f"set JAX_COORDINATOR_ADDRESS=HOST:PORT of the first, {_NUMBER}, and {_ID} from 0"
         ) from error
-    threading.Thread(target=_watch, daemon=True).start()
+    # Of its own, as standard error is somewhere else while TensorFlow is imported.
+    errors = os.fdopen(os.dup(2), "w", encoding="utf-8")
+    threading.Thread(target=_watch, args=[errors], daemon=True).start()
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -202,14 +204,14 @@ def _tell_failure(message: str, status: int) -> None:
         time.sleep(4 * _SECONDS_BETWEEN_LOOKS)
 
 
-def _watch() -> None:
-    """Ends this process where another one tells of its failure."""
+def _watch(errors: TextIO) -> None:
+    """Ends this process where another one tells of its failure, which is printed."""
     while not _left.wait(_SECONDS_BETWEEN_LOOKS):
         try:
             message = _client().key_value_try_get(_FAILURE)
         except jax.errors.JaxRuntimeError:  # nobody has failed
             continue
-        print(message, file=sys.stderr)
+        print(message, file=errors, flush=True)
         _end(1, _time_for_others())
 
 
