@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, TextIO
 import zlib
 
 import jax
@@ -70,7 +70,9 @@ def join() -> None:
             f"DISTRIBUTED=True, but it is not known which process this is of how many ({error}): "
             f"set JAX_COORDINATOR_ADDRESS=HOST:PORT of the first, {_NUMBER}, and {_ID} from 0"
         ) from error
-    threading.Thread(target=_watch, daemon=True).start()
+    # Of its own, as standard error is somewhere else while TensorFlow is imported.
+    errors = os.fdopen(os.dup(2), "w", encoding="utf-8")
+    threading.Thread(target=_watch, args=[errors], daemon=True).start()
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -177,18 +179,18 @@ def ending_together(
 
     Args:
         told: (error) -> what is said of it; None for its type and text.
-        status: (error) -> what the process that failed ends with.
+        status: (error) -> what a process ends with.
     """
     try:
         yield
-    except Joint:
-        _leave()
+    except Joint as error:
+        _leave(status(error))
         raise
     except BaseException as error:
         if are_several():
             _tell_failure(told(error) or f"{type(error).__name__}: {error}", status(error))
         raise
-    _leave()
+    _leave(0)
 
 
 def _tell_failure(message: str, status: int) -> None:
@@ -197,38 +199,54 @@ def _tell_failure(message: str, status: int) -> None:
     try:
         _client().key_value_set(_FAILURE, text)
         _left.set()
-        atexit.register(_end, status)  # once it has said what is wrong
-        late = threading.Timer(10 * _SECONDS_BETWEEN_LOOKS, _end, [status])  # where threads hang
-        late.daemon = True
-        late.start()
+        _end_soon(status, _time_for_others())
     except jax.errors.JaxRuntimeError:  # another one has failed before, and ends this one
         time.sleep(4 * _SECONDS_BETWEEN_LOOKS)
 
 
-def _watch() -> None:
-    """Ends this process where another one tells of its failure."""
+def _watch(errors: TextIO) -> None:
+    """Ends this process where another one tells of its failure, which is printed."""
     while not _left.wait(_SECONDS_BETWEEN_LOOKS):
         try:
             message = _client().key_value_try_get(_FAILURE)
         except jax.errors.JaxRuntimeError:  # nobody has failed
             continue
-        print(message, file=sys.stderr)
-        _end(1)
+        print(message, file=errors, flush=True)
+        _end(1, _time_for_others())
 
 
-def _end(status: int) -> None:
-    """Ends this process without waiting for what it computes, which others take part in."""
-    if is_first():  # without which the others end with no word of what is wrong
-        time.sleep(2 * _SECONDS_BETWEEN_LOOKS)
+def _time_for_others() -> float:
+    """Seconds: without the first, which answers them, the others end with no word of why."""
+    return 2 * _SECONDS_BETWEEN_LOOKS if is_first() else 0
+
+
+def _end_soon(status: int, seconds: float = 0) -> None:
+    """Ends this process when its main thread is done, whatever its others wait for.
+
+    Clients of JAX, gloo and orbax may wait for ever for processes that have ended.
+
+    Args:
+        status: that it ends with.
+        seconds: to wait before.
+    """
+    atexit.register(_end, status, seconds)
+    late = threading.Timer(10 * _SECONDS_BETWEEN_LOOKS, _end, [status, 0])
+    late.daemon = True
+    late.start()
+
+
+def _end(status: int, seconds: float) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(seconds)
     os._exit(status)
 
 
-def _leave() -> None:
+def _leave(status: int) -> None:
     """Waits until the others are done, too."""
     if not are_several():
         return
     wait_for_all()
     _left.set()
     jax.distributed.shutdown()
+    _end_soon(status)
