@@ -12,6 +12,7 @@ import sys
 import time
 
 import gin
+import numpy as np
 import pytest
 import seqio
 from t5x_programs import VOCABULARY
@@ -156,6 +157,7 @@ def test_a_method_is_trained_resumed_evaluated_inferred_and_converted(name, fold
     assert all(leaf.tobytes() == expected[path].tobytes() for path, leaf in found.items())
     config = read_record(run_folder(programs.place / "killed"))
     trained, frozen = map(trees.flatten, methods.partition(config, trees.unflatten(found)))
+    base = {path: np.asarray(leaf, np.float32) for path, leaf in base.items()}  # as T5X has them
     assert all(leaf.tobytes() == base[path].tobytes() for path, leaf in frozen.items())
     assert all((leaf != base[path]).any() for path, leaf in trained.items() if path in base)
 
