@@ -66,12 +66,22 @@ def test_leaves_and_gradients_are_the_same(family, policy):
     assert_close(step(plain)(*given), step(config)(*given))
 
 
+def kept_bytes(config):
+    """Of what a gradient keeps beside parameters. XLA's CPU compiler undoes part of it again."""
+    given, batch = params(config.replace(remat_policy="none")), batch_of(config)
+
+    def residuals(given):
+        return jax.vjp(lambda given: model_for(config).loss(given, batch)[0], given)[1]
+
+    shapes = {leaf.shape for leaf in jax.tree.leaves(given)}
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, given))
+    return sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes)
+
+
 @pytest.mark.all
-def test_the_less_a_policy_keeps_the_less_memory_a_step_takes():
-    configs = [config_of("t5", policy, num_encoder_layers=6) for policy in POLICIES]
-    none, minimal, full = (step(x).memory_analysis().temp_size_in_bytes for x in configs)
-    assert full < minimal < none
-    assert full < 0.7 * none
+def test_each_policy_keeps_less():
+    none, minimal, full = (kept_bytes(config_of("t5", policy)) for policy in POLICIES)
+    assert full < 0.5 * minimal < 0.2 * none
 
 
 @pytest.mark.all
