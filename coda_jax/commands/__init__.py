@@ -12,7 +12,7 @@
 | `bench_programs` | the programs that `bench` compares |
 | `bench_topology` | `bench` for TPUs that are not there |
 | `check_topology` | `check` for pods that are not there |
-| `t5x_run` | the model of a T5X run, and what it restores |
+| `t5x_run` | the model of a T5X run and what it starts from, checked before T5X builds anything |
 | `t5x_partial` | what T5X saves of a run, and is given where its checkpoint is not whole |
 | `t5x_identity` | what the folder of a T5X run says of it, compared with what is asked |
 | `encodings` | what `predict` writes of an encoder |

@@ -70,6 +70,7 @@ def fixture_stand_in(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(folder.parent)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "coda_jax.t5x_models", sys)
+    monkeypatch.setattr(t5x, "_look_for_gpus", lambda: None)  # imports TensorFlow
     yield importlib.import_module("t5x.here")
     for name in [x for x in sys.modules if x.partition(".")[0] in ("t5x", "airio", "jestimator")]:
         del sys.modules[name]
