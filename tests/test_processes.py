@@ -15,7 +15,7 @@ import pytest
 
 from coda_jax import checkpoints, processes
 
-CASES = ("t5-coda", "t5-parallel_adapter", "t5-full", "w2v_bert-lora")
+CASES = ("t5-coda", "t5-parallel_adapter", "t5-full", "wav2vec2-bert-lora")
 CLI = ("-m", "coda_jax.cli")
 
 
