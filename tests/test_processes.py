@@ -15,8 +15,14 @@ import pytest
 
 from coda_jax import checkpoints, processes
 
-CASES = ("t5-coda", "t5-parallel_adapter", "t5-full", "w2v_bert-lora")
+CASES = ("t5-coda", "t5-parallel_adapter", "t5-full", "wav2vec2-bert-lora")
 CLI = ("-m", "coda_jax.cli")
+
+
+def alone(*arguments):
+    """Runs Python with these arguments in one process of one device."""
+    ((status, _, errors),) = joined.finished(joined.start([arguments], devices=1))
+    assert status == 0, errors
 
 
 def results(folder, how):
@@ -39,7 +45,7 @@ def test_a_state_of_two_processes_is_gathered_saved_and_restored(tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_of_four_devices_train_and_answer_as_one_device(case, tmp_path):
     """As data 4 x model 2; four steps of Adam with dropout, in two parts."""
-    joined_runs.main(case, tmp_path, "one")
+    alone(joined_runs.__file__, case, tmp_path, "one")  # compiled by the same flags
     joined.run(joined_runs.__file__, case, tmp_path, "joined")
     (params, report), (expected, other) = results(tmp_path, "joined"), results(tmp_path, "one")
     assert report["resumed"], "a run that was cut off ends with other bits"
@@ -171,12 +177,6 @@ def test_commands_of_two_processes_give_what_one_gives(shared, tmp_path):
     for line, other in zip(*lines, strict=True):
         scores = [x.pop("predictions")[0]["score"] for x in (line, other)]
         assert line == other and scores[0] == pytest.approx(scores[1], abs=1e-5)
-
-
-def alone(*arguments):
-    """Runs a command in one process of one device."""
-    ((status, _, errors),) = joined.finished(joined.start([arguments], devices=1))
-    assert status == 0, errors
 
 
 @pytest.mark.all
