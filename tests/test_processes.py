@@ -13,7 +13,7 @@ import joined_runs
 import numpy as np
 import pytest
 
-from coda_jax import checkpoints, processes, trees
+from coda_jax import checkpoints, processes
 
 CASES = ("t5-coda", "t5-parallel_adapter", "t5-full", "wav2vec2-bert-lora")
 CLI = ("-m", "coda_jax.cli")
@@ -49,10 +49,7 @@ def test_two_processes_of_four_devices_train_and_answer_as_one_device(case, tmp_
     joined.run(joined_runs.__file__, case, tmp_path, "joined")
     (params, report), (expected, other) = results(tmp_path, "joined"), results(tmp_path, "one")
     assert report["resumed"], "a run that was cut off ends with other bits"
-    # Of all leaves, a few gradients are rounding alone, of which Adam makes steps of full size.
-    assert divided_runs.largest(params, expected) < (1e-3 if case == "t5-full" else 1e-5)
-    off = {path: np.sum(np.abs(leaf - expected[path]) > 1e-5) for path, leaf in params.items()}
-    assert sum(off.values()) <= 1e-3 * trees.count(params)
+    assert divided_runs.largest(params, expected) < 1e-5
     assert divided_runs.largest(report["metrics"], other["metrics"]) < 1e-5
     tokens, *numbers = report["answers"]
     assert tokens == other["answers"][0]

@@ -114,8 +114,9 @@ def _compare(
     for name, program in programs.items():
         compiled[name], calls[name] = compiled_call(measure_name, *getattr(program, measure_name)())
     timings = timing.time_interleaved(calls, rounds)
-    # XLA counts the body of the decoding loop once: there, only the count by hand is of use.
-    by_xla = measure_name != "end_to_end"
+    # XLA counts the body of a loop once, that of decoding or of attention: there the count by hand
+    # is of use. What is differentiated has no loop.
+    by_xla = analytic is None
     rows: dict[str, dict[str, Any]] = {}
     for name, taken in timings.items():
         middle, low, high = timing.speed_up(timings[BASELINE], taken)

@@ -26,7 +26,7 @@ from coda_jax.data.source import Data
 from coda_jax.inference import Decoding
 from coda_jax.methods.comparisons import BASELINE, name_of
 from coda_jax.objectives import model_for
-from coda_jax.profiling import timing
+from coda_jax.profiling import flops, timing
 from coda_jax.training.schedules import warmup_cosine
 from coda_jax.training.trainer import TrainOptions
 
@@ -144,19 +144,19 @@ def measure(
         max_decode_length: of the answers.
         rounds: runs of each program that are counted.
     """
-    functions, flops = {}, {}
+    functions, operations = {}, {}
     for name, model in adapted.items():
         answer, weights = model_for(model.config), jax.device_put(model.params)
         encode = jax.jit(answer.encode).lower(weights, inputs).compile()
         predict = jax.jit(functools.partial(answer.predict, max_decode_length=max_decode_length))
-        flops[name] = timing.flops(encode)
+        operations[name] = flops.encoder_flops(model.config, *inputs.shape[:2])
         functions[f"encoder/{name}"] = functools.partial(encode, weights, inputs)
         functions[f"end_to_end/{name}"] = functools.partial(predict, weights, inputs)
     timings = timing.time_interleaved(functions, rounds)
     first = next(iter(adapted))
     report: dict[str, dict[str, Any]] = {}
     for name in adapted:
-        report[name] = {"flops_ratio": flops[first] / flops[name]}
+        report[name] = {"flops_ratio": operations[first] / operations[name]}
         for part in ("encoder", "end_to_end"):
             taken, baseline = timings[f"{part}/{name}"], timings[f"{part}/{first}"]
             middle, low, high = timing.speed_up(baseline, taken)
