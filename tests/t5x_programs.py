@@ -14,8 +14,7 @@ from coda_jax.tasks import offline
 
 GIN = str(next(iter(gin_configs.__path__)))
 VOCABULARY = str(Path(offline.VOCABULARY_FILE).parent)
-SIZES = {
-    "vocab_size": 4096,
+LAYERS = {
     "emb_dim": 8,
     "num_heads": 2,
     "num_encoder_layers": 2,
@@ -23,6 +22,7 @@ SIZES = {
     "head_dim": 4,
     "mlp_dim": 16,
 }
+SIZES = {"vocab_size": 4096, **LAYERS}
 OUR_GIN = """
 from __gin__ import dynamic_registration
 from coda_jax.models.t5 import config as t5

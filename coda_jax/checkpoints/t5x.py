@@ -88,6 +88,11 @@ def read_t5x(directory: str | os.PathLike, step: int | None = None) -> tuple[dic
     return trees.unflatten(flat), _step(state, directory)
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is one of a bucket, such as gs://..., which T5X reads and we do not."""
+    return "://" in path
+
+
 def t5x_step(directory: str | os.PathLike, step: int | None = None) -> int:
     """Returns the training step alone; arguments and errors are those of `load_t5x`."""
     directory = find_t5x(directory, step)
@@ -155,7 +160,7 @@ def _list(directory: Path) -> tuple[dict[str, StoredArray], dict[str, Any], dict
 
 def find_t5x(directory: str | os.PathLike, step: int | None = None) -> Path:
     """Returns the folder of a checkpoint; see `load_t5x` for arguments and errors."""
-    if "://" in str(directory):
+    if is_remote(str(directory)):
         raise ValueError(
             f"{directory} is not a local folder; copy the checkpoint first, for example with "
             "gcloud storage cp --recursive."

@@ -14,6 +14,7 @@ import numpy as np
 from coda_jax import checks, trees
 from coda_jax.checkpoints.t5x import (
     is_of_scalable_t5,
+    is_remote,
     is_t5x,
     read_t5x,
     t5x_shapes,
@@ -51,7 +52,7 @@ def saved(config: ModelConfig, base: str, model_dir: str, trained_only: bool = F
         return lambda state, infos: (state, infos)
     if not partition(config, param_shapes(config))[1]:
         raise ValueError("SAVE_TRAINED_ONLY=True has no effect: METHODS train all parameters")
-    if "://" in base:
+    if is_remote(base):
         raise ValueError(
             f"SAVE_TRAINED_ONLY=True reads the base itself, from a local disk of each host: copy "
             f"INITIAL_CHECKPOINT_PATH={base} there, or leave SAVE_TRAINED_ONLY out"
@@ -123,7 +124,7 @@ def whole(
 
 def _is_local(checkpoint: Any) -> bool:
     """Whether it is a T5X checkpoint, or such a run, on a local disk."""
-    return isinstance(checkpoint, str) and "://" not in checkpoint and is_t5x(Path(checkpoint))
+    return isinstance(checkpoint, str) and not is_remote(checkpoint) and is_t5x(Path(checkpoint))
 
 
 def _check_base(config: ModelConfig, checkpoint: Any, base: str | None) -> None:

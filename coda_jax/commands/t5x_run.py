@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from coda_jax import checks
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
-from coda_jax.checkpoints.t5x import PREFIX, find_t5x, t5x_step, table_of
+from coda_jax.checkpoints.t5x import PREFIX, find_t5x, is_remote, t5x_step, table_of
 from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder
 from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves, start
 from coda_jax.commands.configuration import check_flags_of_t5x
@@ -108,7 +108,7 @@ def network(
         return config.network()
     for path in [checkpoint] if isinstance(checkpoint, str) else checkpoint or ():
         _check_place("INITIAL_CHECKPOINT_PATH" if trains else "CHECKPOINT_PATH", path)
-        found = new_leaves if _is_remote(path) else check_leaves(config, path, new_leaves)
+        found = new_leaves if is_remote(path) else check_leaves(config, path, new_leaves)
         if found == "restored":
             check_restored(path, config, "trained on" if trains else "evaluated", change_methods)
         _check_start_step(path, last)
@@ -152,7 +152,7 @@ def restoration(
         found = compare_leaves(config, shapes, checkpoint, new_leaves)
         saved = None
         if found == "restored":
-            if new_leaves == "found" and _is_remote(checkpoint):  # `network` could not know it
+            if new_leaves == "found" and is_remote(checkpoint):  # `network` could not know it
                 check_restored(checkpoint, config, "trained on", change_methods)
             saved = recorded(checkpoint, config)
         said = start(config, found, saved and reduction_of(saved.methods))
@@ -163,17 +163,13 @@ def restoration(
     return restored
 
 
-def _is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def _check_resumed(config: ModelConfig, model_dir: str, total_steps: int | None) -> None:
     """Checks that T5X can go on in a run's folder.
 
     A run that is complete is none of its mistakes: it is started again where machines are.
     """
     check_resumed(model_dir, config)
-    if _is_remote(model_dir):
+    if is_remote(model_dir):
         return
     newest = find_t5x(model_dir)
     check_leaves(config, str(newest), "restored")
@@ -186,7 +182,7 @@ def _check_resumed(config: ModelConfig, model_dir: str, total_steps: int | None)
 
 
 def _check_absolute(name: str, path: str) -> None:
-    if not _is_remote(path) and not os.path.isabs(path):
+    if not is_remote(path) and not os.path.isabs(path):
         raise ValueError(
             f"{name}={path} is relative, and T5X takes absolute paths: give {os.path.abspath(path)}"
         )
@@ -195,7 +191,7 @@ def _check_absolute(name: str, path: str) -> None:
 def _check_place(name: str, path: str) -> None:
     """Raises where a path is not that of a checkpoint that T5X reads; only local ones are known."""
     _check_absolute(name, path)
-    if _is_remote(path):
+    if is_remote(path):
         return
     if not os.path.exists(path):
         raise FileNotFoundError(f"{name}={path}: there is no such folder")
@@ -227,7 +223,7 @@ def _check_start_step(path: str, total_steps: int | None) -> None:
     """Raises ValueError where a training ends before the step of the checkpoint it starts from."""
     if total_steps is None:
         return
-    if _is_remote(path):
+    if is_remote(path):
         named = re.search(rf"/{PREFIX}_(\d+)/?$", path)
         step = int(named[1]) if named else 0
     else:

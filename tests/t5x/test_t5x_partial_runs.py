@@ -12,6 +12,7 @@ from helpers import assert_same_tree
 import jax
 import numpy as np
 import pytest
+from t5x_programs import LAYERS
 
 from coda_jax import checkpoints, trees
 from coda_jax.checkpoints.t5x import read_t5x
@@ -25,19 +26,11 @@ from coda_jax.tasks import offline
 pytest.importorskip(
     "t5x.models", reason="T5X is not installed: make test-t5x T5X_PATH=...", exc_type=ImportError
 )
-SIZES = {
-    "emb_dim": 8,
-    "num_heads": 2,
-    "num_encoder_layers": 2,
-    "num_decoder_layers": 2,
-    "head_dim": 4,
-    "mlp_dim": 16,
-}
-DENSE = preset("t5_1_1_stdlib", **SIZES)
+DENSE = preset("t5_1_1_stdlib", **LAYERS)
 CODA = DENSE.replace(methods=(Coda(3), ParallelAdapter(bottleneck=4)))
 SHARED = {
     "PRESET": "t5_1_1_stdlib",
-    "PRESET_CHANGES": SIZES,
+    "PRESET_CHANGES": LAYERS,
     "VOCABULARY": Path(offline.VOCABULARY_FILE).parent,
     "TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 16},
     "ParallelAdapter.bottleneck": 4,
