@@ -49,11 +49,9 @@ def rng():
     return np.random.default_rng(20230411)
 
 
-@pytest.fixture(
-    params=[False, True], ids=["no_bfloat16", "bfloat16"], scope="module", name="processor"
-)
+@pytest.fixture(params=[False, True], ids=["no_bfloat16", "bfloat16"], name="processor")
 def fixture_processor(request):
-    """Tests twice: for CPUs without and with products of bfloat16, whichever this one is."""
+    """A test twice: for CPUs without and with products of bfloat16, whichever this one is."""
     jax.clear_caches()  # programs that were traced for the other
     with as_with_bfloat16(request.param):
         yield
