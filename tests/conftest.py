@@ -24,7 +24,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     }
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-from helpers import as_on_tpu
+from helpers import as_on_tpu, as_with_bfloat16
 import hypothesis
 import jax
 import numpy as np
@@ -47,6 +47,17 @@ def _forget_programs():
 def rng():
     """A generator that starts the same in every test, whatever ran before."""
     return np.random.default_rng(20230411)
+
+
+@pytest.fixture(
+    params=[False, True], ids=["no_bfloat16", "bfloat16"], scope="module", name="processor"
+)
+def fixture_processor(request):
+    """Tests twice: for CPUs without and with products of bfloat16, whichever this one is."""
+    jax.clear_caches()  # programs that were traced for the other
+    with as_with_bfloat16(request.param):
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture(params=["default", "tpu"], name="branches")

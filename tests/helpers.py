@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from pathlib import Path
 import tarfile
 import types
@@ -20,7 +21,7 @@ from coda_jax.models import FAMILIES
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 from coda_jax.models.t5.config import T5Config
 from coda_jax.models.w2v_bert.config import W2vBertConfig
-from coda_jax.nn import processors
+from coda_jax.nn import dot_product_attention, processors
 from coda_jax.nn.tokens import Tokens, join_frames, selections
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -218,10 +219,18 @@ def assert_same_tree(first, second):
 
 
 @contextlib.contextmanager
-def as_with_bfloat16():
-    """What is traced meanwhile is for a CPU that has products of bfloat16."""
+def as_with_bfloat16(products=True):
+    """What is traced meanwhile is for a CPU that has products of bfloat16, or has none."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processors, "multiplies_bfloat16", lambda: True)
+        patch.setattr(processors, "multiplies_bfloat16", lambda: products)
+        yield
+
+
+@contextlib.contextmanager
+def without_loops():
+    """What is traced meanwhile has attention without loops, of which XLA counts only one round."""
+    with as_with_bfloat16(False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dot_product_attention, "_WORTH_A_ROUND", math.inf)
         yield
 
 

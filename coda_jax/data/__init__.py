@@ -7,6 +7,7 @@ Without seqio and TensorFlow:
 - `cache`: the file that holds a task's tokenised examples.
 - `vocabularies`: a folder's vocabulary, whatever its kind; bytes; whether it is a model's.
 - `sentencepiece_vocabulary`, `tokenizers_vocabulary`: spiece.model; tokenizer.json and others.
+- `sentencepiece_file`: what is refused in a spiece.model before it is loaded.
 - `vocabulary_files`: names of the files, and which tokens are special.
 - `vocabulary_agreement`: whether two kinds in one folder are the same vocabulary.
 - `stop_texts`: the table by which a compiled program finds the texts that end an output.

@@ -1,4 +1,10 @@
-"""The vocabulary of a SentencePiece file, `spiece.model`. Ids and texts are those of seqio's."""
+"""The vocabulary of a SentencePiece file, `spiece.model`. Ids and texts are those of seqio's.
+
+Of two ways to divide a text with equal scores, such as 0 00 and 00 0, rounding picks one: the sum
+of the scores before a piece is float32, that with the piece float64, and it must be the larger one.
+So do SentencePiece up to 0.2.1 and tensorflow-text, with which seqio and T5X divide texts. From
+0.2.2 on the second sum is float32 too, and the library `tokenizers` has float64 alone.
+"""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -8,6 +14,7 @@ import struct
 
 import sentencepiece
 
+from coda_jax.data.sentencepiece_file import check_model
 from coda_jax.data.vocabulary_files import (
     EXTRA_IDS,
     LOCAL,
@@ -46,8 +53,9 @@ class SentencePieceVocabulary:
         """The tokeniser, and how many extra ids it got."""
         model = self.folder.read(os.path.basename(self.file))
         try:
+            check_model(model)
             processor = _load(model)
-        except RuntimeError as e:
+        except (RuntimeError, ValueError) as e:
             raise ValueError(f"{self.file!r} is not a SentencePiece model: {e}") from e
         if sentinel_ids(functools.partial(_piece_id, processor)):
             return processor, 0

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 
-from helpers import config, random_params
+from helpers import as_with_bfloat16, config, random_params
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,11 +24,20 @@ DECODING = Decoding(max_input_length=40, max_decode_length=4, num_beams=2, batch
 
 
 @pytest.fixture(
-    scope="module", params=[jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.all)]
+    scope="module",
+    params=[
+        pytest.param((jnp.float32, False), id="float32"),
+        pytest.param((jnp.bfloat16, False), id="bfloat16", marks=pytest.mark.all),
+        pytest.param((jnp.bfloat16, True), id="bfloat16_in_products", marks=pytest.mark.all),
+    ],
 )
 def model(request):
-    params = jax.tree.map(lambda x: jnp.asarray(x, request.param), random_params(CONFIG))
-    return LoadedModel(CONFIG.replace(dtype=request.param), params, None)
+    """A model, on a CPU without or with products of bfloat16, whichever this one is."""
+    dtype, products = request.param
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_params(CONFIG))
+    jax.clear_caches()  # programs that were traced for the other
+    with as_with_bfloat16(products):
+        yield LoadedModel(CONFIG.replace(dtype=dtype), params, None)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """The compiled program does the work that is counted by hand, and no more (invariant 8)."""
 
 import functools
-from unittest import mock
 
 from contract.table import FAMILIES, each_case
+from helpers import without_loops
 import jax
 import pytest
 
 from coda_jax.models import param_shapes
-from coda_jax.nn import dot_product_attention
 from coda_jax.objectives import model_for
 from coda_jax.profiling import flops, timing
 
@@ -28,10 +27,10 @@ def wide(case):
 
 @functools.cache
 def compiled_flops(config):
-    """XLA's count of operations of encoding a batch, with attention that has no loop."""
+    """XLA's count of operations of encoding a batch."""
     encode = jax.jit(model_for(config).encode)
     inputs = config.input_spec(BATCH, LENGTH)
-    with mock.patch.object(dot_product_attention, "_WORTH_A_ROUND", LENGTH**2):
+    with without_loops():
         return timing.flops(encode.lower(param_shapes(config), inputs).compile())
 
 

@@ -72,15 +72,26 @@ def first_by_score(scores, length):
     return np.isin(np.arange(len(scores)), order)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.all)])
-@pytest.mark.parametrize(
+WIDTHS = pytest.mark.parametrize(
     ("attention", "emb_dim", "router_scale"),
     [pytest.param("k_to_k", 192, 1, marks=pytest.mark.all), ("k_to_all", 36, 1000)],
 )
-def test_equal_tokens_have_equal_scores_in_the_first_layer(
-    rng, attention, emb_dim, router_scale, dtype
-):
+
+
+@WIDTHS
+def test_equal_tokens_have_equal_scores_in_the_first_layer(rng, attention, emb_dim, router_scale):
     """Bit by bit, at each place of each row of each shape; of equals the earlier is picked."""
+    assert_equal_scores(rng, jnp.float32, attention, emb_dim, router_scale)
+
+
+@pytest.mark.all
+@pytest.mark.usefixtures("processor")
+@WIDTHS
+def test_so_they_have_in_bfloat16(rng, attention, emb_dim, router_scale):
+    assert_equal_scores(rng, jnp.bfloat16, attention, emb_dim, router_scale)
+
+
+def assert_equal_scores(rng, dtype, attention, emb_dim, router_scale):
     cfg, params = make_model(attention, dtype, router_scale, emb_dim=emb_dim, vocab_size=40)
     short = random_tokens(rng, [5], 5, 40)
     score_of, picks_of_short = {}, []
@@ -122,6 +133,7 @@ def test_outputs_agree_but_for_near_ties_in_deeper_layers(rng, record_property):
 
 
 @pytest.mark.all
+@pytest.mark.usefixtures("processor")
 def test_how_often_bfloat16_picks_otherwise(rng, record_property):
     """In the first layer never; deeper the hidden states differ by themselves, and this counts."""
     cfg, params = make_model(num_encoder_layers=2, vocab_size=200, dtype=jnp.bfloat16)

@@ -140,6 +140,7 @@ def test_packed_targets_give_what_they_give_alone(cfg, rng):
 
 
 @pytest.mark.all
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize(
     ("cfg", "tolerance"),
     [(config(adapter=ADAPTER, num_encoder_layers=1), 0.02), (TIED, 0.1)],

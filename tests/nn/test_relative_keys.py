@@ -92,6 +92,7 @@ def test_gradients_on_tpus_are_those_of_the_look_up(reach, rng):
         assert np.abs(expected[0]["params"]["distance_embedding"]).max() > 1e-3 * largest
 
 
+@pytest.mark.usefixtures("processor")
 def test_on_tpus_bfloat16_loses_as_little_as_by_the_look_up(rng):
     params, inputs = example(rng, (64, 8))
     expected = numpy_attention(params, (64, 8), *inputs)
