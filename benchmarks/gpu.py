@@ -37,15 +37,15 @@ CASES = {
         "measures": ("encoder", "end_to_end"),
         "target_length": 64,
     },
+    "large, 4,096 tokens": {
+        "batch_size": 8, "input_length": 4096, "reductions": (8.0,), **ENCODER
+    },
     "large, parts": {
         "batch_size": 32,
         "input_length": 512,
         "reductions": (3.0,),
         "measures": ("parts",),
         "target_length": 16,
-    },
-    "large, 4,096 tokens": {
-        "batch_size": 8, "input_length": 4096, "reductions": (8.0,), **ENCODER
     },
 }  # fmt: skip
 
