@@ -29,7 +29,7 @@ import transformers
 
 from coda_jax import checkpoints, files, methods
 from coda_jax.commands import bench_programs
-from coda_jax.methods.coda import num_selected
+from coda_jax.methods.selection import num_selected
 from coda_jax.models import preset
 from coda_jax.objectives import model_for
 from coda_jax.profiling import timing

@@ -19,7 +19,7 @@ import pytest
 
 from coda_jax import methods, models, nn
 from coda_jax.commands.bench_programs import random_batch
-from coda_jax.methods import coda
+from coda_jax.methods import coda, selection
 from coda_jax.methods.soft_topk import soft_topk
 from coda_jax.models import FAMILIES, param_shapes
 from coda_jax.nn import convolution, dot_product_attention, tokens
@@ -41,11 +41,11 @@ CASES = [
         {"segment_ids": MASK},
     ),
     (
-        coda.select,
+        selection.select,
         {"scores": SCORES, "k": jnp.ones((2, 1), int), "num_slots": 2, "mask": MASK},
         {"mask": MASK[:1]},
     ),
-    (coda.num_selected, {"length": jnp.array([3, 4]), "reduction": 2.0}, {"length": SCORES}),
+    (selection.num_selected, {"length": jnp.array([3, 4]), "reduction": 2.0}, {"length": SCORES}),
     (
         dot_product_attention.attend,
         {"query": HEADS, "key": HEADS, "value": HEADS, "bias": None, "mask": None},

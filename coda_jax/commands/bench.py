@@ -22,16 +22,17 @@ from coda_jax.commands import bench_topology
 from coda_jax.commands.bench_programs import (
     BASELINE,
     Programs,
+    adapted,
     compared,
     compiled_call,
     operations,
     random_batch,
+    random_params,
     with_head,
 )
 from coda_jax.methods import ATTENTIONS, REDUCTION
 from coda_jax.models import DEFAULT_PRESET, ModelConfig, preset
 from coda_jax.nn import processors
-from coda_jax.objectives import model_for
 from coda_jax.profiling import breakdown, timing, topology
 
 MEASURES = ("encoder", "end_to_end", "train_step", "parts")
@@ -77,7 +78,7 @@ def measure(
     dense_params = jax.device_put(dense_params)
     batch = jax.device_put(batch)
     programs = {
-        name: Programs(config, checkpoints.swap_in(config, dense_params, jax.random.key(0)), batch)
+        name: Programs(config, adapted(config, dense_params), batch)
         for name, config in compared(dense, reductions, attentions).items()
     }
     report: dict[str, Any] = {"methods": {name: _sizes(p) for name, p in programs.items()}}
@@ -287,12 +288,12 @@ def bench(options: argparse.Namespace) -> None:
         described["rounds"] = options.rounds or ROUNDS
         # What a CPU multiplies bfloat16 in.
         described["products"] = "bfloat16" if processors.multiplies_bfloat16() else "float32"
-        config, params = preset(options.preset), None
+        config = preset(options.preset)
         if options.checkpoint:
             config, params = checkpoints.load_hf(options.checkpoint)
             config = with_head(config)
-        if params is None:
-            params = jax.jit(model_for(config).init)(jax.random.key(0))
+        else:
+            params = random_params(config, dtype)
         report = measure(
             config.replace(dtype=dtype.type, dropout_rate=0.0),
             jax.tree.map(lambda x: jnp.asarray(x, dtype), params),

@@ -5,6 +5,7 @@ Axis letters: B batch, N input tokens, T target tokens.
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import math
 
 from flax import linen as nn
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coda_jax import methods, trees
+from coda_jax import checkpoints, methods, trees
 from coda_jax.methods import comparisons
 from coda_jax.models import ModelConfig, family_of, param_shapes
 from coda_jax.objectives import model_for
@@ -106,6 +107,28 @@ def compiled_call(
         return sums
 
     return compiled, step
+
+
+def random_params(config: ModelConfig, dtype: np.dtype) -> Mapping:
+    """Parameters of about the right size; `init`, in one program, would take minutes to compile."""
+
+    def draw(key, shape):
+        if len(shape) < 2:
+            return jnp.ones(shape, dtype)
+        return math.prod(shape[:-1]) ** -0.5 * jax.random.normal(key, shape, dtype)
+
+    leaves, tree = jax.tree.flatten(param_shapes(config))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    return jax.tree.unflatten(tree, [draw(key, leaf.shape) for key, leaf in pairs])
+
+
+def adapted(config: ModelConfig, params: Mapping) -> Mapping:
+    """A base's parameters with the fresh leaves of the config's methods."""
+    # Drawn on the CPU, for which that compiles many times as fast as for a GPU.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        found = checkpoints.swap_in(config, params, jax.random.key(0))
+    return jax.device_put(found, jax.devices()[0])
 
 
 def random_batch(config: ModelConfig, batch: int, length: int, target_length: int) -> dict:

@@ -11,7 +11,6 @@ Reference: Lei et al. 2023, Conditional Adapters, section 3.
 
 from collections.abc import Sequence
 import dataclasses
-from fractions import Fraction
 from typing import Any, ClassVar
 
 from flax import linen as nn
@@ -19,21 +18,15 @@ from flax.linen import partitioning
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from coda_jax import checks
 from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
-from coda_jax.methods.soft_topk import (
-    EPSILON,
-    ITERATIONS,
-    SOLVERS,
-    hard_topk,
-    one_row_per_constraint,
-    soft_topk,
-)
+from coda_jax.methods.selection import capacity, num_selected, pick_and_weigh, select
+from coda_jax.methods.soft_topk import EPSILON, ITERATIONS, SOLVERS
 from coda_jax.nn import one_hot
 from coda_jax.nn.layers import Normalized, Vectors, sum_in_order
-from coda_jax.nn.tokens import Selection, Tokens, places_of_slots, running_count, take
+from coda_jax.nn.tokens import Selection, Tokens, take
 
 ROUTINGS = ("soft_topk", "sigmoid", "truncation")
 ATTENTIONS = ("k_to_k", "k_to_all")
@@ -204,54 +197,6 @@ def max_segments(methods: Sequence[Method]) -> int | None:
     return routing and routing.max_segments
 
 
-def num_selected(length: int | Int[Array, "..."], reduction: float) -> int | Int[Array, "..."]:
-    """k = ceil(length / reduction), in whole numbers; 0 for an empty example.
-
-    Args:
-        length: int, or an int array.
-        reduction: at least 1.
-    """
-    ratio = Fraction(reduction).limit_denominator(1000)
-    return -(-(length * ratio.denominator) // ratio.numerator)
-
-
-def capacity(length: int, reduction: float, max_segments: int = 1) -> int:
-    """K = ceil(N / r) + S - 1, at most N: slots that hold every segment's own ceil."""
-    return min(length, num_selected(length, reduction) + max_segments - 1)
-
-
-def select(
-    scores: Float[Array, "b n"],
-    k: Int[Array, "b s"],
-    num_slots: int,
-    mask: Bool[Array, "b n"],
-    segment_ids: Int[Array, "b n"] | None = None,
-) -> tuple[Int[Array, "b k"], Bool[Array, "b k"]]:
-    """The k largest scores of each example, in ascending position order; ties go to the earlier.
-
-    Args:
-        scores: [B, N] float32.
-        k: [B, S] tokens to pick from each segment, S = 1 where `segment_ids` is None.
-        num_slots: K, at least `k.sum(-1)` and at most N.
-        mask: [B, N], False for tokens that must not be picked.
-        segment_ids: [B, N], 1..S for packed examples, 0 for padding.
-
-    Returns:
-        indices [B, K] int32, strictly ascending; valid [B, K], False in empty slots, whose indices
-        are those of tokens that were not picked.
-    """
-    segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
-    scores, k, mask = one_row_per_constraint(lax.stop_gradient(scores), k, mask, segments)
-    picked = hard_topk(scores, k, mask).any(axis=1)
-    # The rest of the slots hold the first other tokens, so that no index repeats.
-    count = running_count(picked)
-    others = jnp.arange(1, picked.shape[1] + 1) - count
-    spare = num_slots - count[:, -1:]
-    slots = jnp.where(picked | (others <= spare), count + jnp.minimum(others, spare) - 1, num_slots)
-    indices = places_of_slots(slots, num_slots)
-    return indices, take(picked, indices)
-
-
 def token_scores(u: Vectors, w: Float[Array, "d"]) -> Float[Array, "b n"]:
     """s = u . w in float32; on CPUs equal tokens have equal scores, whatever is around them.
 
@@ -320,9 +265,7 @@ class Router(nn.Module):
         )
         k = num_selected(lengths, self.reduction)
         slots = capacity(scores.shape[1], self.reduction, num_segments)
-        indices, valid = select(scores, k, slots, mask, segment_ids)
-        weights = self._weights(scores, k, mask, segments)
-        weights = jnp.where(valid, take(weights, indices), 0.0)
+        indices, valid, weights = self._pick_and_weigh(scores, k, slots, mask, segment_ids)
         if segment_ids is not None:
             # More segments than the slots were counted for cannot be an error inside a compiled
             # program, and must not pass unseen: it makes the loss NaN.
@@ -344,17 +287,14 @@ class Router(nn.Module):
         )
         return token_scores(u, kernel)
 
-    def _weights(self, scores, k, mask, segments) -> Float[Array, "b n"]:
-        if self.config.routing == "sigmoid":
-            return nn.sigmoid(scores)
-        if self.config.routing == "truncation":
-            return jnp.ones_like(scores)
-        return soft_topk(
-            scores,
-            k,
-            epsilon=self.config.epsilon,
-            solver=self.config.solver,
-            num_iterations=self.config.num_iterations,
-            mask=mask,
-            segment_ids=segments,
-        )
+    def _pick_and_weigh(self, scores, k, num_slots, mask, segment_ids):
+        """(indices, valid, weights), each [B, K]."""
+        config = self.config
+        if config.routing == "soft_topk":
+            solver = config.epsilon, config.solver, config.num_iterations
+            return pick_and_weigh(scores, k, num_slots, mask, segment_ids, *solver)
+        indices, valid = select(scores, k, num_slots, mask, segment_ids)
+        weights = jnp.ones_like(scores)
+        if config.routing == "sigmoid":
+            weights = nn.sigmoid(scores)
+        return indices, valid, jnp.where(valid, take(weights, indices), 0.0)

@@ -5,11 +5,13 @@
 | `tokens` | what a layer knows of its tokens; a selection of some, its gather and scatter |
 | `layers` | projections, norms, embeddings, feed-forward blocks |
 | `dot_product_attention` | softmax(q k^T + bias) v, as each platform does it best |
+| `attention_kernel` | the same for GPUs, without an array of all queries and keys |
 | `attention` | its projections, the decoder's cache |
 | `position_bias` | T5's relative position bias |
 | `relative_keys` | attention with a learned vector for each distance |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |
 | `remat` | layers that compute again what their gradient needs |
+| `cuda` | functions that have a kernel for CUDA GPUs |
 | `processors` | whether a CPU multiplies bfloat16 |
 """

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.nn.dot_product_attention import Source, attend, join_heads, split_heads
 from coda_jax.nn.layers import Dense, Dtype, Vectors
+from coda_jax.nn.position_bias import PositionBias
 
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         x_q: Vectors,
         keys_values: tuple[Float[Array, "c h l k"], Float[Array, "c h l k"]],
         mask: Bool[Array, "..."] | None = None,
-        bias: Float[Array, "..."] | None = None,
+        bias: Float[Array, "..."] | PositionBias | None = None,
         *,
         source: Source | None = None,
         deterministic: bool,

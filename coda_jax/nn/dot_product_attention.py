@@ -12,7 +12,9 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from coda_jax.nn import processors
+from coda_jax.nn import attention_kernel, processors
+from coda_jax.nn.cuda import with_kernel
+from coda_jax.nn.position_bias import PositionBias, look_up
 from coda_jax.sharding import num_parts
 
 _MASKED_LOGIT = -1e10
@@ -34,7 +36,7 @@ def attend(
     query: Float[Array, "b h q k"],
     key: Float[Array, "b h l k"],
     value: Float[Array, "b h l k"],
-    bias: Float[Array, "..."] | None,
+    bias: Float[Array, "..."] | PositionBias | None,
     mask: Bool[Array, "..."] | None,
     *,
     float32_logits: bool = False,
@@ -47,7 +49,7 @@ def attend(
         query: [B, H, Q, head_dim].
         key: [B, H, L, head_dim].
         value: [B, H, L, head_dim].
-        bias: broadcasts to [B, H, Q, L].
+        bias: that of a distance, or an array that broadcasts to [B, H, Q, L].
         mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
         float32_logits: whether logits and softmax are float32 where the computation is not. (Where
             that costs nothing, they always are.)
@@ -55,12 +57,13 @@ def attend(
         source: what keys and values are products of, if it is at hand: x [B, L, D] and the matrices
             of `Attention.matrices`.
     """
-    arguments = query, key, value, bias, mask
+    array = bias.array() if isinstance(bias, PositionBias) else bias
+    arguments = query, key, value, array, mask
     options = {"float32_logits": float32_logits}
     if dropout is not None:
         return _attend(*arguments, **options, dropout=dropout)
     default = functools.partial(_attend, **options)
-    cpu = tpu = default
+    cpu = tpu = cuda = default
     num_groups = num_parts("heads", query.shape[1])
     few = query.shape[1] // num_groups * query.shape[2] <= _FEW_QUERIES
     in_one_product = functools.partial(_attend_with_few_queries, num_groups)
@@ -70,13 +73,15 @@ def attend(
                 cpu = in_one_product if few else _attend_in_blocks
         elif query.shape[2] * key.shape[2] > _WORTH_A_ROUND:
             cpu = _attend_in_blocks
+        if not few and attention_kernel.takes(query, bias, mask):
+            cuda = functools.partial(_attend_by_kernel, float32_logits, bias)
     if few:
         tpu = in_one_product
         if source is not None and _is_worth_reading(source[0], key):
             tpu = functools.partial(_attend_to_source, source)
     elif key.shape[2] < _FUSED_LENGTH or key.shape[2] % _TILE:
         tpu = functools.partial(_attend, **options, average=_average_with_sum)
-    return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=default)
+    return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, cuda=cuda, default=default)
 
 
 def _is_worth_reading(x, key):
@@ -151,6 +156,46 @@ def _attend_in_blocks(query, key, value, bias, mask):
 @_attend_in_blocks.defjvp
 def _attend_in_blocks_jvp(primals, tangents):
     return jax.jvp(_attend_in_float32, primals, tangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_by_kernel(float32_logits, bias, query, key, value, array, mask):
+    """By `attention_kernel`; the derivative is that of `_attend`."""
+    del float32_logits, array
+    seen = jnp.ones((1, 1), bool) if mask is None else mask[:, 0, 0]
+    distances = ()
+    if bias is not None:
+        distances = bias.by_distance(), bias.query_positions, bias.key_positions
+    (y,) = _in_kernel(
+        *(join_heads(x) for x in (query, key, value)),
+        jnp.broadcast_to(seen, (key.shape[0], key.shape[2])),
+        *distances,
+        num_heads=query.shape[1],
+    )
+    return split_heads(y, query.shape[1])
+
+
+@_attend_by_kernel.defjvp
+def _attend_by_kernel_jvp(float32_logits, primals, tangents):
+    def plain(bias, *arguments):
+        del bias  # of which the array was made
+        return _attend(*arguments, float32_logits=float32_logits)
+
+    return jax.jvp(plain, primals, tangents)
+
+
+def _attend_joined(query, key, value, mask, *distances, num_heads):
+    """What `attention_kernel.attend` computes."""
+    heads = [split_heads(x, num_heads) for x in (query, key, value)]
+    bias = look_up(*distances) if distances else None
+    return (join_heads(_attend(*heads, bias, mask[:, None, None], float32_logits=True)),)
+
+
+_in_kernel = with_kernel(
+    _attend_joined,
+    attention_kernel.attend,
+    lambda query, *_, num_heads: [jax.ShapeDtypeStruct(query.shape, query.dtype)],
+)
 
 
 def _biased(logits, bias, mask):

@@ -145,9 +145,9 @@ def product(
     if kernel.dtype == jnp.float32:
         return _product_of_heads(heads, x, kernel)
     named = functools.partial(_rounded_product, heads)
-    if not _is_faster_rounded(kernel.dtype):
-        return named(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=jnp.matmul, default=named)
+    cpu = jnp.matmul if _is_faster_rounded(kernel.dtype) else named
+    # GPUs add up in float32 anyway, and would write a result that is named so.
+    return lax.platform_dependent(x, kernel, cpu=cpu, cuda=jnp.matmul, default=named)
 
 
 def _is_faster_rounded(dtype: Dtype) -> bool:

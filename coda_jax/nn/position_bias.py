@@ -6,6 +6,7 @@ Axis letters: B batch, Q queries, L keys, H heads.
 import functools
 
 from flax import linen as nn
+from flax import struct
 from flax.linen import partitioning
 from jax import lax
 import jax.numpy as jnp
@@ -37,6 +38,51 @@ def relative_position_bucket(
     return bucket + np.where(distance < max_exact, distance, np.minimum(large, num_buckets - 1))
 
 
+@struct.dataclass
+class PositionBias:
+    """A bias that depends on the distance from a query to a key: an array, once it is needed.
+
+    Attributes:
+        values: [H, buckets], of each bucket.
+        query_positions: [B or 1, Q] int32.
+        key_positions: [B or 1, L] int32.
+        bidirectional: whether keys after the query have buckets of their own.
+        max_distance: all distances from here on share one bucket.
+    """
+
+    values: Float[Array, "h buckets"]
+    query_positions: Int[Array, "#b q"]
+    key_positions: Int[Array, "#b l"]
+    bidirectional: bool = struct.field(pytree_node=False)
+    max_distance: int = struct.field(pytree_node=False)
+
+    def array(self) -> Float[Array, "b h q l"]:
+        """The bias of each query and key, [B, H, Q, L]."""
+        selected = functools.partial(_bias_selected, buckets=self._buckets())
+        return lax.platform_dependent(
+            self.values,
+            self.by_distance(),
+            self.query_positions,
+            self.key_positions,
+            tpu=lambda values, _, *positions: selected(values, *positions),
+            default=lambda _, *arguments: look_up(*arguments),
+        )
+
+    def tile(self, times: int) -> "PositionBias":
+        """That of so many copies of the keys, one behind the other."""
+        return self.replace(key_positions=jnp.tile(self.key_positions, times))
+
+    def by_distance(self) -> Float[Array, "h r"]:
+        """The bias of each distance from -max_distance to max_distance."""
+        return self.values[:, self._buckets()]
+
+    def _buckets(self):
+        # Distances are few and buckets static: one value per head and distance.
+        limit = self.max_distance
+        distances = np.arange(-limit, limit + 1)
+        return relative_position_bucket(distances, self.bidirectional, self.values.shape[1], limit)
+
+
 class RelativePositionBiases(nn.Module):
     """T5's relative position bias, computed from the positions of the queries and the keys.
 
@@ -57,8 +103,8 @@ class RelativePositionBiases(nn.Module):
     @nn.compact
     def __call__(
         self, query_positions: Int[Array, "#b q"], key_positions: Int[Array, "#b l"]
-    ) -> Float[Array, "b h q l"]:
-        """The bias of each query and key, [B, H, Q, L]."""
+    ) -> PositionBias:
+        """The bias of each query and key."""
         rel_embedding = partitioning.param_with_axes(
             "rel_embedding",
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
@@ -66,26 +112,32 @@ class RelativePositionBiases(nn.Module):
             jnp.float32,
             axes=("heads", "relpos_buckets"),
         )
-        # Distances are few and buckets static: one value per head and distance.
-        limit = self.max_distance
-        buckets = relative_position_bucket(
-            np.arange(-limit, limit + 1), self.bidirectional, self.num_buckets, limit
-        )
-        distance = key_positions[:, None, :] - query_positions[:, :, None]
-        return lax.platform_dependent(
+        return PositionBias(
             rel_embedding.astype(self.dtype),
-            jnp.clip(distance, -limit, limit) + limit,
-            tpu=functools.partial(_bias_selected, buckets=buckets),
-            default=functools.partial(_bias_looked_up, buckets=buckets),
+            query_positions,
+            key_positions,
+            self.bidirectional,
+            self.max_distance,
         )
 
 
-def _bias_looked_up(values, distance, *, buckets):
-    return jnp.moveaxis(jnp.take(values[:, buckets], distance, axis=1), 0, 1)
+def look_up(
+    by_distance: Float[Array, "h r"],
+    query_positions: Int[Array, "#b q"],
+    key_positions: Int[Array, "#b l"],
+) -> Float[Array, "b h q l"]:
+    """The bias of each query and key, from that of each distance as of `by_distance`."""
+    limit = (by_distance.shape[1] - 1) // 2
+    distance = key_positions[:, None, :] - query_positions[:, :, None]
+    indices = jnp.clip(distance, -limit, limit) + limit
+    return jnp.moveaxis(jnp.take(by_distance, indices, axis=1), 0, 1)
 
 
-def _bias_selected(values, distance, *, buckets):
+def _bias_selected(values, query_positions, key_positions, *, buckets):
     """By a tree of selects on the bits of the rank of the distance's bucket: TPUs gather slowly."""
+    limit = (len(buckets) - 1) // 2
+    distance = key_positions[:, None, :] - query_positions[:, :, None]
+    distance = jnp.clip(distance, -limit, limit) + limit
     edges = np.flatnonzero(np.diff(buckets)) + 1
     rank = sum((distance >= edge).astype(jnp.int32) for edge in edges)[:, None]
     starts = buckets[np.concatenate([[0], edges])]

@@ -24,7 +24,7 @@ from coda_jax.commands.loading import LoadedModel
 from coda_jax.commands.train import train
 from coda_jax.data.source import Data
 from coda_jax.methods import METHODS, Method
-from coda_jax.methods.coda import num_selected
+from coda_jax.methods.selection import num_selected
 from coda_jax.models import FAMILIES
 from coda_jax.training.trainer import TrainOptions
 

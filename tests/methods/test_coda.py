@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from coda_jax.methods import Coda
-from coda_jax.methods.coda import Router, capacity, num_selected, select, token_scores
+from coda_jax.methods.coda import Router, token_scores
+from coda_jax.methods.selection import capacity, num_selected, select
 from coda_jax.methods.soft_topk import soft_topk
 from coda_jax.nn.layers import LayerNorm
 from coda_jax.nn.tokens import Tokens

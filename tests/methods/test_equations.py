@@ -7,7 +7,7 @@ import pytest
 from scipy.special import softmax
 
 from coda_jax.methods import Coda
-from coda_jax.methods.coda import num_selected
+from coda_jax.methods.selection import num_selected
 from coda_jax.nn.position_bias import relative_position_bucket
 
 

@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from coda_jax.methods.coda import num_selected, token_scores
+from coda_jax.methods.coda import token_scores
+from coda_jax.methods.selection import num_selected
 from coda_jax.nn.layers import sum_in_order
 
 REDUCTION = 3

@@ -24,7 +24,7 @@ import pytest
 
 from coda_jax import methods, trees
 from coda_jax.methods import Coda
-from coda_jax.methods.coda import num_selected
+from coda_jax.methods.selection import num_selected
 
 LENGTHS = [9, 4, 1, 7, 2, 0, 3, 8]  # of the rows of a batch
 DENSE = config()

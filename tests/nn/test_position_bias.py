@@ -81,9 +81,11 @@ def test_bias_is_looked_up_by_true_position(bidirectional, rng):
     queries = np.sort(rng.choice(60, (2, 5)), axis=-1)
     keys = np.sort(rng.choice(60, (2, 7)), axis=-1)
     module = position_bias.RelativePositionBiases(8, 16, 3, bidirectional)
-    bias = module.apply(
+    found = module.apply(
         {"params": {"rel_embedding": table}}, jnp.asarray(queries), jnp.asarray(keys)
     )
+    bias = found.array()
+    np.testing.assert_array_equal(found.tile(2).array(), np.tile(bias, 2))
     assert bias.shape == (2, 3, 5, 7)
     for b in range(2):
         for q in range(5):

@@ -152,7 +152,7 @@ class DecoderLayer(nn.Module):
             if self_mask is not None:
                 num_beams = self_mask.shape[-1] // key.shape[2]
                 key, value = (attentions.join_beams(x, num_beams) for x in (key, value))
-                visible, bias = self_mask & jnp.tile(visible, num_beams), jnp.tile(bias, num_beams)
+                visible, bias = self_mask & jnp.tile(visible, num_beams), bias.tile(num_beams)
             return attention(u, (key, value), visible, bias, deterministic=deterministic)
 
         def cross_attention(q):
