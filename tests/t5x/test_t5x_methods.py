@@ -8,14 +8,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import gin
 import numpy as np
 import pytest
 import seqio
-from t5x_programs import VOCABULARY
+from t5x_programs import VOCABULARY, coda_command
 
 from coda_jax import bundled, cli, methods, trees
 from coda_jax.checkpoints.t5x import read_t5x
@@ -75,9 +74,7 @@ class Programs:
         }
         run = {"train": "finetune"}.get(program, program)
         files = [f"t5x/{run}.gin", f"methods/{self._recipe}.gin", "tasks/jsonl.gin"]
-        flags = [f"--gin_file={name}" for name in files]
-        flags += [f"--gin.{name}={value}" for name, value in given.items()]
-        return [sys.executable, "-m", "coda_jax.cli", "t5x", program, *flags]
+        return coda_command(program, files, given)
 
     def start(self, program, **given):
         """The process of a program, with one device; its errors go to a file."""
@@ -132,7 +129,7 @@ def converted(programs, checkpoint, trains_all):
     output = programs.place / "converted"
     if trains_all:
         coda("convert", INPUT=checkpoint, OUTPUT=output, LAYOUT="hf")
-        return {"INITIAL_CHECKPOINT_PATH": output}
+        return {"INITIAL_CHECKPOINT_PATH": output, "VOCABULARY": VOCABULARY}
     base = {"INITIAL_CHECKPOINT_PATH": bundled.DENSE}
     coda("convert", INPUT=checkpoint, OUTPUT=output, LAYOUT="adapter", **base)
     return {**base, "INITIAL_ADAPTER_PATH": output}
