@@ -49,7 +49,7 @@ def fixture_folder(tmp_path_factory):
     source = seqio.TaskRegistry.get("stdlib_summary").source
     for split, count in (("train", 400), ("validation", 32)):
         with (folder / f"{split}.jsonl").open("w") as file:
-            for example in source.get_dataset(split).take(count).as_numpy_iterator():
+            for example in source.get_dataset(split, shuffle=False).take(count).as_numpy_iterator():
                 line = {name: text.decode() for name, text in example.items()}
                 file.write(json.dumps(line) + "\n")
     return folder
@@ -185,8 +185,8 @@ def test_a_method_is_trained_resumed_evaluated_inferred_and_converted(name, fold
     (evaluated,) = json.loads(output.read_text()).values()
     metrics.pop("step")
     assert metrics == pytest.approx(evaluated)
-    trained_size = sum(leaf.size for leaf in trained.values())
+    size = sum(leaf.size for leaf in trained.values())
     print(
-        f"\n| {name} | {len(trained)} leaves, {trained_size:,} | {len(frozen)} of {len(frozen)} "
+        f"\n| {name} | {len(trained)} leaves, {size:,} values | {len(frozen)} of {len(frozen)} "
         f"| {len(found)} of {len(expected)} | {metrics} | {len(answers)} of {len(predicted)} |"
     )
