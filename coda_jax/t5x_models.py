@@ -80,13 +80,22 @@ def feature_converter(
 
 
 def beam_search(alpha: float = 0.6) -> Callable:
-    """T5X's `decode_fn` of this length penalty.
+    """T5X's `decode_fn` of this length penalty; with one beam it is greedy.
 
     Raises:
         ValueError: it is out of its range.
     """
     given = Generation(num_beams=2, alpha=alpha)
-    return functools.partial(decoding.beam_search, alpha=given.alpha)
+    return functools.partial(_search, alpha=given.alpha)
+
+
+@functools.wraps(decoding.beam_search)  # T5X looks at the signature
+def _search(*args, num_decodes, alpha, **kwargs):
+    if num_decodes > 1:
+        return decoding.beam_search(*args, num_decodes=num_decodes, alpha=alpha, **kwargs)
+    # T5X's search with one beam is not greedy: behind the likeliest token, if that ends the output,
+    # it follows the second, and prefers that output if the penalty of its length says so.
+    return decoding.temperature_sample(*args, temperature=0.0, rescale_log_probs=False, **kwargs)
 
 
 def temperature_sample(temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0) -> Callable:

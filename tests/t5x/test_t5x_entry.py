@@ -1,17 +1,20 @@
-"""`coda t5x` with T5X: a run from a checkpoint to answers, and mistakes, each in a few lines."""
+"""`coda t5x` with T5X: a run from a checkpoint to answers, and mistakes, each in a few lines.
+
+The table of mistakes in docs/t5x.md is what is printed by
+`python -m pytest -m "" -n 0 -s tests/t5x/test_t5x_entry.py`.
+"""
 
 import json
-import os
 from pathlib import Path
+import re
 import shutil
-import subprocess
-import sys
+import time
 
 from helpers import GOLDEN, unpack
 import jax
 import numpy as np
 import pytest
-from t5x_programs import LAYERS
+from t5x_programs import LAYERS, coda
 
 from coda_jax import checkpoints, methods, trees
 from coda_jax.checkpoints.t5x import read_t5x
@@ -48,15 +51,6 @@ TRAINING = {
 ADAPTER = {"ParallelAdapter.bottleneck": 4}
 FILES = ["t5x/finetune.gin", "methods/coda.gin", "tasks/stdlib_module.gin"]
 FULL = [FILES[0], "methods/full.gin", FILES[2]]
-
-
-def coda(folder, program, files, bindings):
-    """What `coda t5x` does, as a process in a folder, with one device."""
-    flags = [f"--gin_file={name}" for name in files]
-    flags += [f"--gin.{name}={value}" for name, value in bindings.items()]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    line = [sys.executable, "-m", "coda_jax.cli", "t5x", program, *flags]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def save(folder, cfg, drop=(), step=10):
@@ -184,8 +178,12 @@ def test_a_mistake_is_told_in_three_lines_before_anything_is_built(name, folder)
     files, changes, message = MISTAKES[name]
     adapter = ADAPTER if "methods/coda.gin" in files else {}
     given = {**TRAINING, "MODEL_DIR": "fresh", **adapter, **changes}
+    start = time.monotonic()
     result = coda(folder, "train", files, given)
+    seconds = time.monotonic() - start
     assert result.returncode in (1, 2) and message in result.stderr, result.stderr[-4000:]
     plain = [x for x in result.stderr.splitlines() if not x.startswith("coda t5x:   ")]
     assert len(plain) <= 3 and not result.stdout, result.stderr
     assert not (folder / "fresh").exists()
+    told = re.sub(r"/\S*/", "", max(plain, key=len))
+    print(f"\n| {name} | {seconds:.1f} | {len(result.stderr.splitlines())} | {told} |")

@@ -8,14 +8,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import gin
 import numpy as np
 import pytest
 import seqio
-from t5x_programs import VOCABULARY
+from t5x_programs import VOCABULARY, coda_command
 
 from coda_jax import bundled, cli, methods, trees
 from coda_jax.checkpoints.t5x import read_t5x
@@ -50,7 +49,7 @@ def fixture_folder(tmp_path_factory):
     source = seqio.TaskRegistry.get("stdlib_summary").source
     for split, count in (("train", 400), ("validation", 32)):
         with (folder / f"{split}.jsonl").open("w") as file:
-            for example in source.get_dataset(split).take(count).as_numpy_iterator():
+            for example in source.get_dataset(split, shuffle=False).take(count).as_numpy_iterator():
                 line = {name: text.decode() for name, text in example.items()}
                 file.write(json.dumps(line) + "\n")
     return folder
@@ -75,9 +74,7 @@ class Programs:
         }
         run = {"train": "finetune"}.get(program, program)
         files = [f"t5x/{run}.gin", f"methods/{self._recipe}.gin", "tasks/jsonl.gin"]
-        flags = [f"--gin_file={name}" for name in files]
-        flags += [f"--gin.{name}={value}" for name, value in given.items()]
-        return [sys.executable, "-m", "coda_jax.cli", "t5x", program, *flags]
+        return coda_command(program, files, given)
 
     def start(self, program, **given):
         """The process of a program, with one device; its errors go to a file."""
@@ -132,7 +129,7 @@ def converted(programs, checkpoint, trains_all):
     output = programs.place / "converted"
     if trains_all:
         coda("convert", INPUT=checkpoint, OUTPUT=output, LAYOUT="hf")
-        return {"INITIAL_CHECKPOINT_PATH": output}
+        return {"INITIAL_CHECKPOINT_PATH": output, "VOCABULARY": VOCABULARY}
     base = {"INITIAL_CHECKPOINT_PATH": bundled.DENSE}
     coda("convert", INPUT=checkpoint, OUTPUT=output, LAYOUT="adapter", **base)
     return {**base, "INITIAL_ADAPTER_PATH": output}
@@ -188,8 +185,8 @@ def test_a_method_is_trained_resumed_evaluated_inferred_and_converted(name, fold
     (evaluated,) = json.loads(output.read_text()).values()
     metrics.pop("step")
     assert metrics == pytest.approx(evaluated)
-    trained_size = sum(leaf.size for leaf in trained.values())
+    size = sum(leaf.size for leaf in trained.values())
     print(
-        f"\n| {name} | {len(trained)} leaves, {trained_size:,} | {len(frozen)} of {len(frozen)} "
+        f"\n| {name} | {len(trained)} leaves, {size:,} values | {len(frozen)} of {len(frozen)} "
         f"| {len(found)} of {len(expected)} | {metrics} | {len(answers)} of {len(predicted)} |"
     )

@@ -329,6 +329,25 @@ def test_beams_act_in_the_evaluation_of_a_training(make_model):
     assert made.decode_fn.keywords == {"alpha": 0.3}
 
 
+@pytest.mark.parametrize(("num_beams", "length"), [(1, 1), (2, 8)])
+def test_one_beam_is_greedy(num_beams, length):
+    """The end is likeliest at first; a longer output that is as likely has the better score."""
+
+    def logits(state):
+        first, last = (jnp.asarray(state.cur_index).max() == step for step in (0, 7))
+        ends, goes_on = jnp.where(first, 0.51, last), jnp.where(first, 0.49, ~last)
+        probabilities = jnp.stack([jnp.zeros(()), ends, goes_on])
+        return jnp.log(jnp.tile(probabilities + 1e-6, (len(state.cur_token), 1))), state.cache
+
+    search = t5x_models.beam_search()
+    given = {"inputs": jnp.zeros((3, 10), jnp.int32), "cache": {}, "tokens_to_logits": logits}
+    found, scores = search(**given, eos_id=1, num_decodes=num_beams, cache_offset=0)
+    expected = [2] * (length - 1) + [1] + [0] * (10 - length)
+    assert found[:, -1].tolist() == [expected] * 3
+    if num_beams == 1:
+        np.testing.assert_allclose(scores, np.full((3, 1), np.log(0.51)), atol=1e-4)
+
+
 def test_beams_given_as_t5x_has_them_act_on_our_class(make_model, tmp_path):
     own = tmp_path / "own.gin"
     own.write_text(

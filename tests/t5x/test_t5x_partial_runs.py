@@ -3,16 +3,13 @@
 Each program takes half a minute.
 """
 
-import os
 from pathlib import Path
-import subprocess
-import sys
 
 from helpers import assert_same_tree
 import jax
 import numpy as np
 import pytest
-from t5x_programs import LAYERS
+from t5x_programs import LAYERS, coda
 
 from coda_jax import checkpoints, trees
 from coda_jax.checkpoints.t5x import read_t5x
@@ -50,23 +47,14 @@ TRAINING = {
 RECIPE = ["methods/coda.gin", "tasks/stdlib_module.gin"]
 
 
-def coda(folder, program, files, bindings):
-    """What `coda t5x` does, as a process in a folder, with one device."""
-    flags = [f"--gin_file={name}" for name in (*files, *RECIPE)]
-    flags += [f"--gin.{name}={value}" for name, value in bindings.items()]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    line = [sys.executable, "-m", "coda_jax.cli", "t5x", program, *flags]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
-
-
 def test_a_run_from_stacked_layers_saves_what_it_trains_and_is_whole_with_its_base(tmp_path):
     params = jax.tree.map(np.asarray, init_params(DENSE, jax.random.key(0)))
     base = checkpoints.save_t5x(tmp_path / "base", to_scanned(DENSE, params), 10)
-    for steps in (12, 14):
+    for steps in (12, 14):  # the second start reads what the run does not save from its base again
         given = {**TRAINING, "TRAIN_STEPS": steps}
-        result = coda(tmp_path, "train", ["t5x/finetune.gin"], given)
+        result = coda(tmp_path, "train", ["t5x/finetune.gin", *RECIPE], given)
         assert result.returncode == 0, result.stderr[-4000:]
-        assert ("its layers are taken apart" in result.stderr) == (steps == 12)
+        assert "its layers are taken apart" in result.stderr
     saved = read_t5x(tmp_path / "run")[0]
     expected, _ = map(trees.flatten, partition(CODA, init_params(CODA, jax.random.key(0))))
     assert trees.flatten(saved).keys() == expected.keys()
@@ -79,7 +67,7 @@ def test_a_run_from_stacked_layers_saves_what_it_trains_and_is_whole_with_its_ba
     answers = []
     for name in ("run", "whole"):
         given |= {"CHECKPOINT_PATH": f"{name}/checkpoint_14", "INFER_OUTPUT_DIR": f"answers_{name}"}
-        result = coda(tmp_path, "infer", ["t5x/infer.gin"], given)
+        result = coda(tmp_path, "infer", ["t5x/infer.gin", *RECIPE], given)
         assert result.returncode == 0, result.stderr[-4000:]
         (file,) = tmp_path.glob(f"answers_{name}/*.jsonl-00000-of-00001")
         answers.append(file.read_bytes())
