@@ -56,10 +56,11 @@ class StopsOnRequest:
 
         At least one step is taken: T5X cannot save a step twice.
         """
+        if start_step is None:
+            start_step = int(self.train_state.step)
         try:
-            summary = super().train(
-                self._until_asked(batch_iter, start_step), num_steps, start_step
-            )
+            batches = self._until_asked(batch_iter, start_step)
+            summary = super().train(batches, num_steps, start_step)
         except _Asked as asked:
             self.train_state, last = self._state, asked.step
         else:

@@ -317,7 +317,7 @@ def test_another_method_than_the_checkpoints_is_refused_at_once(make_model, tmp_
 
 
 def test_a_run_says_in_its_folder_what_its_model_is(tmp_path):
-    t5x_models.summarize_config(str(tmp_path), None, 0, config=CONFIG)
+    t5x_models.summarize_config(str(tmp_path), None, 0, config=CONFIG, data={})
     assert read_record(run_folder(tmp_path)) == CONFIG
     assert (tmp_path / "config.gin").exists()
 
