@@ -10,8 +10,9 @@ import pytest
 import coda_jax
 from coda_jax.tasks import offline
 
-t5x = pytest.importorskip(
-    "t5x", reason="T5X is not installed: make test-t5x T5X_PATH=...", exc_type=ImportError
+# Not "t5x": this folder of tests would be found under that name.
+models = pytest.importorskip(
+    "t5x.models", reason="T5X is not installed: make test-t5x T5X_PATH=...", exc_type=ImportError
 )
 
 FILES = ["t5x/precompile.gin", "methods/coda.gin", "tasks/stdlib_module.gin"]
@@ -30,7 +31,7 @@ def test_a_training_step_is_compiled_and_written(tmp_path):
         "BATCH_SIZE": 8,
         "TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 16},
     }
-    folders = [root, root / "coda_jax/gin_configs", Path(t5x.__path__[0]).parent]
+    folders = [root, root / "coda_jax/gin_configs", Path(models.__file__).parent.parent]
     line = [sys.executable, "-m", "t5x.main", "--run_mode=precompile"]
     line += [f"--gin_search_paths={','.join(map(str, folders))}"]
     line += [f"--gin_file={name}" for name in FILES]
