@@ -22,7 +22,7 @@ from coda_jax.nn.position_bias import PositionBias
 # keys.
 _BLOCK = 64
 _WARPS, _STAGES = 4, 2
-_MASKED_LOGIT = -1e10
+MASKED_LOGIT = -1e10  # of a key that is not seen
 _LOG2_E = math.log2(math.e)
 
 
@@ -124,7 +124,7 @@ def _attend_block(query, key, value, mask, *refs, pl, triton):
             logits += triton.load(bias[0].at[jnp.clip(distance, -limit, limit) + limit])
         seen = load_row(mask, block * _BLOCK, inside) > 0
         # In powers of 2, of which the card has an instruction.
-        logits = jnp.where(seen, logits, _MASKED_LOGIT) * _LOG2_E
+        logits = jnp.where(seen, logits, MASKED_LOGIT) * _LOG2_E
         logits = jnp.where(inside, logits, -jnp.inf)
         higher = jnp.maximum(highest, logits.max(-1))
         exponentials, shrunk = jnp.exp2(logits - higher[:, None]), jnp.exp2(highest - higher)

@@ -17,7 +17,6 @@ from coda_jax.nn.cuda import with_kernel
 from coda_jax.nn.position_bias import PositionBias, look_up
 from coda_jax.sharding import num_parts
 
-_MASKED_LOGIT = -1e10
 # From this many keys on XLA has a kernel for softmax and average on TPUs, if they fill its tiles.
 _FUSED_LENGTH = 512
 _TILE = 128
@@ -202,7 +201,7 @@ def _biased(logits, bias, mask):
     if bias is not None:
         logits += bias.astype(logits.dtype)
     if mask is not None:
-        logits = jnp.where(mask, logits, jnp.asarray(_MASKED_LOGIT, logits.dtype))
+        logits = jnp.where(mask, logits, jnp.asarray(attention_kernel.MASKED_LOGIT, logits.dtype))
     return logits
 
 
