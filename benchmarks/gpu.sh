@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Our speed on one GPU in bfloat16, beside torch on the same card: about 6 minutes on an H100.
+# Our speed on one GPU in bfloat16, beside torch on the same card: about 7 minutes on an H100.
 #     bash benchmarks/gpu.sh [FOLDER for the JSON files]
 # From the root of the repository. Needs jax with CUDA, flax, optax, orbax-checkpoint; torch and
 # transformers for the first table; neither tensorflow nor seqio.

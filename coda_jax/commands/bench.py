@@ -85,12 +85,7 @@ def measure(
     counts = operations(batch_size, input_length, target_length)
     for name in measures:
         if name == "parts":
-            report[name] = {
-                method: breakdown.shares(
-                    *compiled_call("encoder", *p.encoder()), breakdown.parts_of(p.config)
-                )
-                for method, p in programs.items()
-            }
+            report[name] = {method: _shares(p) for method, p in programs.items()}
         else:
             report[name] = _compare(programs, name, rounds, counts.get(name))
     return report
@@ -102,6 +97,11 @@ def _sizes(program: Programs) -> dict[str, int]:
         "parameters": trees.count(program.params),
         "trained_parameters": trees.count(trained),
     }
+
+
+def _shares(program: Programs) -> dict[str, float]:
+    compiled, call = compiled_call("encoder", *program.encoder(), breakdown.COMPILER_OPTIONS)
+    return breakdown.shares(compiled, call, breakdown.parts_of(program.config))
 
 
 def _compare(

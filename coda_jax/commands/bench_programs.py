@@ -92,11 +92,14 @@ class Programs:
 
 
 def compiled_call(
-    measure_name: str, function: Callable, arguments: tuple
+    measure_name: str,
+    function: Callable,
+    arguments: tuple,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> tuple[jax.stages.Compiled, Callable]:
     """The compiled program, and a call of it that goes on from the state that it left."""
     jitted = function if hasattr(function, "lower") else jax.jit(function)
-    compiled = jitted.lower(*arguments).compile()
+    compiled = jitted.lower(*arguments).compile(compiler_options)
     if measure_name != "train_step":
         return compiled, lambda: compiled(*arguments)
     state, *others = arguments

@@ -146,13 +146,19 @@ def product(
         return _product_of_heads(heads, x, kernel)
     named = functools.partial(_rounded_product, heads)
     cpu = jnp.matmul if _is_faster_rounded(kernel.dtype) else named
-    # GPUs add up in float32 anyway, and would write a result that is named so.
-    return lax.platform_dependent(x, kernel, cpu=cpu, cuda=jnp.matmul, default=named)
+    return lax.platform_dependent(x, kernel, cpu=cpu, cuda=_product_alone, default=named)
 
 
 def _is_faster_rounded(dtype: Dtype) -> bool:
     """Whether this CPU is faster, by a quarter, if no float32 result is asked for."""
     return dtype == jnp.bfloat16 and not processors.multiplies_bfloat16()
+
+
+def _product_alone(x, kernel):
+    """For GPUs: they add up in float32 anyway, and would write a result that is named so."""
+    # Else XLA joins the kernels of query, key and value, and copies the result apart: longer than
+    # what one large product wins.
+    return jnp.matmul(*lax.optimization_barrier((x, kernel)))
 
 
 def product_in_float32(x: Vectors, kernel: Float[Array, "d f"]) -> Array:

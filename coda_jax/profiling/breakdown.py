@@ -15,6 +15,8 @@ from coda_jax import checks
 from coda_jax.models import ModelConfig, family_of
 
 OTHER = "other"  # norms before the attention, embedding, residual connections
+# Of a program that is to be profiled; else a GPU's profile names graphs of many operations.
+COMPILER_OPTIONS = {"xla_gpu_enable_command_buffer": ""}
 Parts = Mapping[str, tuple[str, ...]]
 
 
@@ -36,7 +38,7 @@ def shares(
     """The share of each part in the time of all operations of a program.
 
     Args:
-        compiled: the program.
+        compiled: the program, with the `COMPILER_OPTIONS`.
         call: runs it once.
         parts: as of `parts_of`.
         rounds: runs that are profiled.
@@ -55,11 +57,12 @@ def shares(
         with jax.profiler.trace(directory):
             for _ in range(rounds):
                 jax.block_until_ready(call())
-        for operation, duration in _operations(directory):
-            seconds[belongs.get(operation, OTHER)] += duration
-    total = sum(seconds.values())
-    if not total:
+        operations = list(_operations(directory))
+    if belongs.keys().isdisjoint(operation for operation, _ in operations):
         raise ValueError("the profile holds no operation of the program")
+    for operation, duration in operations:
+        seconds[belongs.get(operation, OTHER)] += duration
+    total = sum(seconds.values())
     return {part: value / total for part, value in seconds.items()}
 
 

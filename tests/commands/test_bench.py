@@ -10,7 +10,7 @@ import pytest
 from coda_jax import checkpoints, cli, models, trees
 from coda_jax.commands import bench, bench_programs
 from coda_jax.methods import Coda, ParallelAdapter
-from coda_jax.profiling import breakdown, topology, tpu
+from coda_jax.profiling import topology, tpu
 
 WIDE = helpers.TINY.replace(
     vocab_size=256, emb_dim=128, head_dim=32, num_heads=4, mlp_dim=512, num_encoder_layers=1
@@ -25,23 +25,6 @@ def run(tmp_path, *flags):
     file = tmp_path / "out" / "bench.json"
     assert cli.main(["bench", "--reductions=4", *flags, f"--json={file}"]) == 0
     return json.loads(file.read_text())
-
-
-def test_operations_belong_to_the_part_that_their_scopes_name():
-    path = "jit(encode)/Transformer/encode/encoder/layers_3/"
-    parts = breakdown.parts_of(helpers.config({"reduction": 2.0}))
-    for operation, part in {
-        "attention/query/dot_general": "attention",
-        "attention.keys_values/key/dot_general": "attention",
-        "encoder_decoder_attention/query/dot_general": "attention",
-        "mlp/wi_0/dot_general": "mlp",
-        "adapter/wi/dot_general": "adapter",
-        "router/sort": "router",
-        "gather/jit(take)/gather": "gather",
-        "scatter/scatter-add": "scatter",
-        "pre_attention_layer_norm/mul": breakdown.OTHER,
-    }.items():
-        assert breakdown.part_of(path + operation, parts) == part
 
 
 @pytest.mark.all

@@ -108,6 +108,19 @@ def test_a_scaled_product_is_that_of_the_norm(rng):
             )
 
 
+def test_products_of_one_input_stay_apart_on_gpus(rng):
+    x = jnp.asarray(rng.normal(size=(2, 3, 16)), jnp.bfloat16)
+    kernels = jnp.asarray(rng.normal(size=(2, 16, 8)), jnp.bfloat16)
+    for kernel in kernels:
+        found, pull = jax.vjp(layers._product_alone, x, kernel)
+        expected, expected_pull = jax.vjp(jnp.matmul, x, kernel)
+        np.testing.assert_array_equal(found, expected)
+        jax.tree.map(np.testing.assert_array_equal, pull(expected), expected_pull(expected))
+    both = jax.jit(lambda x, kernels: [layers.product(x, kernel) for kernel in kernels])
+    text = both.trace(x, kernels).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("optimization_barrier") == 2
+
+
 def test_mlp_equals_numpy(rng):
     x = rng.normal(size=(2, 3, 6))
     wi_0, wi_1 = rng.normal(size=(2, 6, 10))
