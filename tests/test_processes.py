@@ -244,6 +244,7 @@ def test_a_signal_to_one_saves_and_stops_all(told, signum, shared, tmp_path):
     again = joined.start([command] * 2)
     while (line := again[0].stdout.readline()) and "continuing" not in line:
         pass
-    assert line == f"continuing at step {step} of 100000\n"
+    # What the processes' own library prints can follow on the same line.
+    assert line.startswith(f"continuing at step {step} of 100000")
     again[0].terminate()
     assert [status for status, *_ in joined.finished(again, timeout=90)] == [143, 143]
