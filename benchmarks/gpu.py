@@ -95,6 +95,7 @@ def measure(case: str, rounds: int) -> dict:
         random_params(config, jnp.dtype("bfloat16")),
         attentions=("k_to_k",),
         rounds=rounds,
+        show=lambda name, rows: print(f"\n{bench.table(name, rows)}", flush=True),
         **settings,
     )
     described = {"model": case, "dtype": "bfloat16", "rounds": rounds, **settings}
@@ -112,8 +113,8 @@ def main() -> None:
     reports = {"differences": differences()}
     print(f"kernels, at most so far from plain programs: {reports['differences']}")
     for case in options.cases:
+        print(f"\n## {case}", flush=True)
         reports[case] = measure(case, options.rounds)
-        print(f"\n## {case} ({reports[case]['seconds']} s)\n\n{bench.markdown(reports[case])}")
         if options.json:
             files.write_json(options.json, reports)
 

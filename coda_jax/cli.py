@@ -137,6 +137,10 @@ def _unknown(command: str, text: str) -> str:
     flags += ["--verbose", "--traceback", "--no_program_cache", "--help"]
     if flag in flags:
         return f"{text} is written behind the command"
+    if COMMANDS[command].has_flags:
+        own = argparse.ArgumentParser(prog="", add_help=False)
+        load(command, "add_flags")(own)
+        flags += re.findall(r"--\w+", own.format_usage())
     near = suggested(nearest(flag, flags))
     return f"there is no argument {text}{near or f'; see `coda {command} --help`'}"
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from coda_jax import files, hub, methods, trees
 from coda_jax.checkpoints import tensor_files, weights
+from coda_jax.checkpoints.t5x import is_t5x
 from coda_jax.models import FAMILIES, Family, ModelConfig, family_of, param_shapes
 from coda_jax.models.hf_fields import is_transposed
 
@@ -50,6 +51,13 @@ def _converted(path: str, leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
 def _read_config(directory: Path) -> tuple[ModelConfig, dict]:
     """The dense config, and the fields of config.json."""
     source = str(directory / CONFIG_FILE)
+    if not directory.exists():
+        raise FileNotFoundError(f"{source} does not exist: there is no such folder")
+    if not os.path.exists(source) and is_t5x(directory):
+        raise FileNotFoundError(
+            f"{source} does not exist: this is a T5X checkpoint, of which `coda convert` with "
+            "LAYOUT='hf' makes a folder in Hugging Face's layout"
+        )
     raw = files.read_json(directory / CONFIG_FILE, hub.MAX_JSON_BYTES)
     model_type, family = _family(raw, source)
     raw = {**raw, "model_type": model_type}

@@ -172,8 +172,9 @@ def find_t5x(directory: str | os.PathLike, step: int | None = None) -> Path:
         return directory
     steps = _steps(directory)
     if not steps or step not in (None, *steps):
+        lacks = f"has no {PREFIX}_{'<step>' if step is None else step}"
         raise FileNotFoundError(
-            f"{directory} has no {PREFIX}_{'<step>' if step is None else step}, and is not a T5X "
+            f"{directory} {lacks if directory.exists() else 'does not exist'}, and is not a T5X "
             f"checkpoint (a file '{LEGACY_FILE}' or a folder '{STATE}'). Steps found: {steps}"
         )
     return find_t5x(directory / f"{PREFIX}_{max(steps) if step is None else step}")

@@ -1,8 +1,10 @@
 """`coda bench --topology=v5e:2x2`: the same comparison on TPUs that are not there, in cycles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import importlib
 from typing import Any
+
+from tqdm import tqdm
 
 from coda_jax import checks, methods
 from coda_jax.commands.bench_programs import (
@@ -34,8 +36,11 @@ def measure(
     reductions: Sequence[float],
     measures: Sequence[str] = MEASURES,
     attentions: Sequence[str] = methods.ATTENTIONS,
+    show: Callable[[str, Mapping], None] = lambda name, rows: None,
 ) -> dict[str, Any]:
     """The report: for each measure what each method's program costs on one chip.
+
+    A program that the compiler refuses, since it does not fit, has "fits" and "refused" alone.
 
     Args:
         dense: the model without adapters.
@@ -46,6 +51,7 @@ def measure(
         reductions: r of each CoDA model.
         attentions: of each CoDA model.
         measures: of `MEASURES`; of an encoder without a head, only that.
+        show: called with each part of the report, its name and its rows, when it is there.
     """
     measures = checks.Each(checks.OneOf(MEASURES))("measures", measures)
     if dense.lacks_head:
@@ -60,26 +66,44 @@ def measure(
     for measure_name in measures:
         compared_here = programs | (peers if measure_name in _OF_PEERS else {})
         compiled = {
-            method: topology.compile_for(name, *getattr(p, measure_name)(), rounds=target_length)
-            for method, p in compared_here.items()
+            method: _compiled(name, *getattr(p, measure_name)(), target_length)
+            for method, p in tqdm(
+                compared_here.items(),
+                desc=f"{measure_name.replace('_', ' ')}: compiling",
+                unit="program",
+                leave=False,
+            )
         }
-        counted = operations(batch_size, input_length, target_length).get(
-            measure_name, lambda config: None
-        )
-        baseline = compiled[BASELINE]
-        report[measure_name] = {}
+        counted = operations(batch_size, input_length, target_length).get(measure_name)
+        rows = report[measure_name] = {}
         for method, program in compiled.items():
-            config = compared_here[method].config
-            asked, of_baseline = counted(config), counted(programs[BASELINE].config)
-            bound = of_baseline / asked if asked else None
-            if measure_name == _BY_XLA:
+            if not isinstance(program, topology.Program):
+                rows[method] = {"fits": False, "refused": program}
+                continue
+            config, baseline = compared_here[method].config, compiled[BASELINE]
+            if not isinstance(baseline, topology.Program):
+                baseline = None
+            bound = None
+            if counted:
+                bound = counted(programs[BASELINE].config) / counted(config)
+            elif measure_name == _BY_XLA and baseline:
                 bound = baseline.flops / program.flops
-            row = topology.row(program, baseline, bound, breakdown.parts_of(config))
-            report[measure_name][method] = row
+            rows[method] = topology.row(program, baseline, bound, breakdown.parts_of(config))
+            rows[method]["ms"] = 1e3 * program.cost.total / topology.chip(name).clock
             if measure_name in _BEAMS and program.cost.loops:
                 sizes = batch_size, input_length, target_length, _BEAMS[measure_name]
-                row["step"] = _step(program, name, flops.step_bytes(config, *sizes))
+                rows[method]["step"] = _step(program, name, flops.step_bytes(config, *sizes))
+            rows[method]["loop_rounds"] = target_length
+        show(measure_name, rows)
     return report
+
+
+def _compiled(name, function, arguments, rounds) -> topology.Program | str:
+    """The program, or why there is none."""
+    try:
+        return topology.compile_for(name, function, arguments, rounds=rounds)
+    except topology.TooLargeError as error:
+        return str(error)
 
 
 def _peers(dense: ModelConfig, batch: Mapping) -> dict[str, Programs]:
@@ -105,46 +129,60 @@ def _step(program: topology.Program, name: str, read: int) -> dict[str, float]:
     }
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as tables for people."""
-    settings = report["settings"]
-    lines = [
+def heading(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """What is measured, and how to read it."""
+    return (
         f"{settings['model']}, {settings['dtype']}, batch {settings['batch_size']}, input "
         f"{settings['input_length']}, target {settings['target_length']}; one chip of "
-        f"{settings['topology']}, by the TPU compiler's estimates.",
+        f"{settings['topology']}, by the TPU compiler's estimates; jax {versions['jax']}.\n\n"
+        "The bound is how many times fewer operations there are, of a training step by XLA's "
+        "count; what is reached of it is the speed-up divided by it. Guessed is the share of the "
+        "cycles of which the compiler says nothing."
+    )
+
+
+def table(name: str, rows: Mapping[str, Any]) -> str:
+    """A part of the report, for people."""
+    lines = [
+        f"**{name.replace('_', ' ')}**",
+        "",
+        "| | million cycles | speed-up | bound | of the bound | guessed | ms "
+        "| lowered, compiled in | arguments | temporary | fits |",
+        "|---" * 11 + "|",
     ]
-    for name in [name for name in MEASURES if name in report]:
-        rows = report[name]
-        lines += [
-            "",
-            f"**{name.replace('_', ' ')}**",
-            "",
-            "| | million cycles | speed-up | bound | of the bound | guessed | lowered, compiled in "
-            "| arguments | temporary | fits |",
-            "|---" * 10 + "|",
-        ]
-        lines += [
-            f"| {method} | {row['cycles'] / 1e6:.2f} | {row['speed_up']:.2f}x "
-            f"| {_ratio(row['bound'])} | {_ratio(row['fraction_of_bound'])} "
-            f"| {row['guessed']:.0%} | {row['lower_seconds']:.0f}, {row['compile_seconds']:.0f} s "
-            f"| {row['argument_bytes'] / 2**20:.0f} MiB "
-            f"| {row['temporary_bytes'] / 2**20:.0f} MiB | {'yes' if row['fits'] else 'NO'} |"
-            for method, row in rows.items()
-        ]
-        lines += _loops(rows, settings["target_length"])
-        parts = list(dict.fromkeys(part for row in rows.values() for part in row["parts"]))
+    lines += [f"| {method} | {_cells(row)} |" for method, row in rows.items()]
+    if not all(row["fits"] for row in rows.values()):
+        lines += ["", "What does not fit needs a smaller --batch_size or --input_length."]
+    compiled = {method: row for method, row in rows.items() if "parts" in row}
+    lines += _loops(compiled)
+    parts = list(dict.fromkeys(part for row in compiled.values() for part in row["parts"]))
+    if parts:
         lines += ["", "| share of the cycles | " + " | ".join(parts) + " |"]
         lines += ["|---" * (len(parts) + 1) + "|"]
-        for method, row in rows.items():
-            shares = " | ".join(f"{row['parts'].get(part, 0):.1%}" for part in parts)
-            lines.append(f"| {method} | {shares} |")
-    return "\n".join(lines) + "\n"
+    for method, row in compiled.items():
+        shares = " | ".join(f"{row['parts'].get(part, 0):.1%}" for part in parts)
+        lines.append(f"| {method} | {shares} |")
+    return "\n".join(lines)
 
 
-def _loops(rows: Mapping[str, Any], rounds: int) -> list[str]:
+def _cells(row: Mapping[str, Any]) -> str:
+    if "refused" in row:
+        return "| " * 9 + f"NO: {row['refused']}"
+    speed_up = f"{row['speed_up']:.2f}x" if row["speed_up"] else ""
+    return (
+        f"{row['cycles'] / 1e6:.2f} | {speed_up} "
+        f"| {_ratio(row['bound'])} | {_ratio(row['fraction_of_bound'])} "
+        f"| {row['guessed']:.0%} | {row['ms']:.2f} "
+        f"| {row['lower_seconds']:.0f}, {row['compile_seconds']:.0f} s "
+        f"| {row['argument_bytes'] / 2**20:.0f} MiB "
+        f"| {row['temporary_bytes'] / 2**20:.0f} MiB | {'yes' if row['fits'] else 'NO'}"
+    )
+
+
+def _loops(rows: Mapping[str, Any]) -> list[str]:
     """What is said of loops whose length is not in the program."""
     lines = [
-        f"{method}: {loop} is of unknown length and counts {rounds} times"
+        f"{method}: {loop} is of unknown length and counts {row['loop_rounds']} times"
         for method, row in rows.items()
         for loop in row["unknown_loops"]
     ]

@@ -73,12 +73,14 @@ def check(
     checks.flag("READ_VALUES", read_values)
     given = check_topology.settings(topology, mesh, batch_size, dtype)
     config = _fitting(checkpoint, config, methods, new_leaves, read_values)
+    if given is not None:
+        check_topology.pod_of(config, given)
     shapes = param_shapes(config)
     trained = trees.count(partition(config, shapes)[0])
     report: dict[str, Any] = {"parameters": trees.count(shapes), "trained_parameters": trained}
     report |= costs(config, **lengths)
     for name, value in report.items():
-        print(f"{name:24}{value:>20,.2f}" if isinstance(value, float) else f"{name:24}{value:>20,}")
+        print(f"{name:24}{value:>20,.2f}" if value < 1000 else f"{name:24}{value:>20,.0f}")
     if given is not None:
         report["topology"] = check_topology.measure(config, given, **lengths)
         print(check_topology.markdown(report["topology"]), end="")

@@ -19,6 +19,7 @@ from coda_jax.sharding import Placement, checked_mesh
 
 _ROWS = 8  # for each chip along "data"
 _HELD_WHOLE = "held_whole_bytes"
+_REMEDY = "What does not fit needs a smaller BATCH_SIZE, or more chips along 'model' of the MESH."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,17 @@ def settings(
     return Settings(name, mesh, rows, dtype)
 
 
+def pod_of(config: ModelConfig, given: Settings) -> Placement:
+    """All chips of the topology.
+
+    Raises:
+        ValueError: the mesh does not divide the model.
+    """
+    pod = Placement(given.mesh, topology.chips(given.topology, whole=True))
+    check_divides(config, pod)
+    return pod
+
+
 def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> dict[str, Any]:
     """The report: what is compiled, and for each program what `Program.report` says of a chip.
 
@@ -76,8 +88,7 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
         targets: T, tokens decoded, and target tokens of a training step.
     """
     config = config.replace(dtype=given.dtype, dropout_rate=0.0)
-    pod = Placement(given.mesh, topology.chips(given.topology, whole=True))
-    check_divides(config, pod)
+    pod = pod_of(config, given)
     batch = random_batch(config, given.batch_size, inputs, targets)
     programs, axes = Programs(config, served_shapes(config), batch), param_axes(config)
     whole = pod.shapes(programs.params, axes)
@@ -141,13 +152,16 @@ def markdown(report: Mapping[str, Any]) -> str:
         for loop in row.get("unknown_loops", ())
     ]
     lines += ["", *loops] if loops else []
-    lines += ["", "| collectives | kind | of | number | MiB |", "|---" * 5 + "|"]
-    for name, row in report["programs"].items():
-        lines += [
-            f"| {name.replace('_', ' ')} | {sent['kind']} | {sent['part']} | {sent['count']} "
-            f"| {sent['bytes'] / 2**20:,.2f} |"
-            for sent in row.get("collectives", ())
-        ]
+    if not all(row["fits"] for row in report["programs"].values()):
+        lines += ["", _REMEDY]
+    sent = [
+        f"| {name.replace('_', ' ')} | {sent['kind']} | {sent['part']} | {sent['count']} "
+        f"| {sent['bytes'] / 2**20:,.2f} |"
+        for name, row in report["programs"].items()
+        for sent in row.get("collectives", ())
+    ]
+    if sent:
+        lines += ["", "| collectives | kind | of | number | MiB |", "|---" * 5 + "|", *sent]
     return "\n".join(lines) + "\n"
 
 

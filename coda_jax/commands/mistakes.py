@@ -39,7 +39,9 @@ def told(error: BaseException) -> str | None:
     if getattr(error, "exit_code", None) is not None:
         return message
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in message:
-        return f"out of memory: {message.splitlines()[0]}\nA smaller BATCH_SIZE needs less"
+        asked = re.search(r"llocating (\d+) bytes", message)
+        size = f"{int(asked[1]) / 2**30:.1f} GiB" if asked else message.splitlines()[0]
+        return f"out of memory: {size}\nA smaller batch, or shorter inputs, need less"
     if isinstance(error, ModuleNotFoundError) and "pip install" in message:
         return message
     homes = _raised_through(error)

@@ -65,7 +65,8 @@ def route(
         name="routing",
     )
     indices, weights = (x[:, :num_slots] for x in call(*arrays))
-    return indices, weights >= 0, jnp.maximum(weights, 0)
+    empty = weights < 0  # which NaN is not
+    return indices, ~empty, jnp.where(empty, 0, weights)
 
 
 def _route_row(scores, mask, k, indices, weights, *, triton, num_slots, epsilon):

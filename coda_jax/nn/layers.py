@@ -179,6 +179,8 @@ def _product_of_rows(x, kernel):
     rows, (inputs, features) = x.shape[0], kernel.shape
     blocked = inputs % _BLOCK == 0 and 1 < rows <= _BLOCKED_SIZE // features
     whole = jnp.matmul if _is_faster_rounded(kernel.dtype) else _whole_product
+    if kernel.dtype == jnp.float32 and processors.reads_matrices_fast():
+        blocked = False
     cpu = _blocked_product if blocked else whole
     return lax.platform_dependent(x, kernel, cpu=cpu, default=_whole_product)
 
@@ -192,7 +194,8 @@ def _blocked_product(x, kernel):
     """x W as a sum over blocks of W's rows.
 
     XLA's CPU backend rearranges W before it multiplies, column by column: a few rows of x then wait
-    for the memory. It reads small blocks in their order, up to twice as fast (docs/performance.md).
+    for the memory. It reads small blocks in their order, on most processors faster
+    (docs/performance.md).
     """
     blocks = kernel.reshape(-1, _BLOCK, kernel.shape[1])
     x_blocks = x.reshape(x.shape[0], -1, _BLOCK)

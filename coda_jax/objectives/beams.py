@@ -194,7 +194,8 @@ def beam_search(
     beams = lax.while_loop(unfinished, grow, _first_beams(rows, options.num_beams))
     any_finished = beams.occupied.any(axis=1, keepdims=True)
     tokens = jnp.where(any_finished[..., None], beams.finished, beams.live)
-    scores = jnp.where(any_finished, beams.scores, beams.live_log_probs)
+    finished = jnp.where(beams.occupied, beams.scores, _IMPOSSIBLE)
+    scores = jnp.where(any_finished, finished, beams.live_log_probs)
     return tokens[..., 1:], jnp.where(beams.finite, scores, jnp.nan)
 
 
@@ -208,7 +209,7 @@ def _first_beams(rows: decoding.Rows, num_beams: int) -> _Beams:
         live_log_probs=no_scores.at[:, 0].set(0.0),  # all beams are equal: only one may go on
         matched=None if rows.matched is None else rows.matched.reshape(-1, num_beams),
         finished=tokens,
-        scores=no_scores,
+        scores=jnp.full_like(no_scores, -jnp.inf),
         occupied=jnp.zeros(tokens.shape[:2], bool),
         open=jnp.ones((tokens.shape[0], 1), bool),
         finite=jnp.ones((tokens.shape[0], 1), bool),
@@ -241,13 +242,13 @@ def _advance(
 
     new_tokens = length - rules.prefix_length
     finishing = rules.finishing(ended, length == rules.longest) & beams.open
-    scores = rules.score(log_probs, new_tokens) + ~finishing * _IMPOSSIBLE
+    # A length penalty may bring a score below any finite number for an empty slot.
+    scores = jnp.where(finishing, rules.score(log_probs, new_tokens), -jnp.inf)
     scores, best = lax.top_k(jnp.concatenate([beams.scores, scores], axis=1), num_beams)
     occupied = take(jnp.concatenate([beams.occupied, finishing], axis=1), best)
     # The best live beam against the worst finished one.
     best_possible = rules.best_possible_score(live_log_probs[:, :1], new_tokens)
-    worst = jnp.where(occupied, scores[:, -1:], _IMPOSSIBLE)
-    can_improve = (best_possible > worst).any(1, keepdims=True)
+    can_improve = (best_possible > scores).any(1, keepdims=True)
     alive = live_log_probs[:, :1] >= _IMPOSSIBLE
     return _Beams(
         length=length + 1,

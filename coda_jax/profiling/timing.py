@@ -29,7 +29,10 @@ class Timing:
 
 
 def time_interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 2,
+    title: str = "timing",
 ) -> dict[str, Timing]:
     """Times functions in turn, A B C A B C ..., so that a slow spell of the machine hits all.
 
@@ -37,10 +40,11 @@ def time_interleaved(
         functions: by name; each returns arrays, and a run ends when they are ready.
         rounds: runs of each that are counted.
         warm_up: runs of each before that.
+        title: of the progress bar.
     """
     rounds, warm_up = checks.COUNT("rounds", rounds), checks.Whole(0)("warm_up", warm_up)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in tqdm(range(-warm_up, rounds), desc="timing", unit="round", leave=False):
+    for round_number in tqdm(range(-warm_up, rounds), desc=title, unit="round", leave=False):
         for name, function in functions.items():
             start = time.perf_counter()
             jax.block_until_ready(function())

@@ -91,6 +91,16 @@ class TooLargeError(Exception):
     """A program that a chip's memory does not hold; the message says what it would take."""
 
 
+# "... (405.65G) exceeds available HBM (15.75G)", "Used 18.92G of 15.75G hbm."
+_REFUSED = re.compile(r"Ran out of memory .*")
+_SIZES = re.compile(r"([\d.]+[KMGT])\)? (?:exceeds available HBM \(|of )([\d.]+[KMGT])")
+
+
+def _too_large(message: str) -> TooLargeError:
+    sizes = _SIZES.search(message)
+    return TooLargeError("needs {}iB of {}iB".format(*sizes.groups()) if sizes else message)
+
+
 def checked(text: str) -> str:
     """A topology such as "v5e:2x2", checked.
 
@@ -124,7 +134,10 @@ def chips(text: str, whole: bool = False) -> list[jax.Device]:
     try:
         description = topologies.get_topology_desc(checked(text), platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"no topology {text!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"no topology {text!r}, such as v5e:2x2, v5e:4x4 or v4:2x2x2: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     return list(np.ravel(description.devices))
 
 
@@ -158,8 +171,8 @@ def compile_for(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if too_large := re.search(r"Ran out of memory .*", str(error)):
-            raise TooLargeError(too_large.group()) from error
+        if refused := _REFUSED.search(str(error)):
+            raise _too_large(refused.group()) from error
         raise
     seconds = middle - start, time.perf_counter() - middle
     cost = tpu.cost(compiled, chip(name), rounds)
@@ -170,19 +183,21 @@ def compile_for(
     return Program(cost, flops, *seconds, *taken, fits=sum(taken) + returned <= chip(name).memory)
 
 
-def row(program: Program, baseline: Program, bound: float | None, parts: Mapping) -> dict[str, Any]:
+def row(
+    program: Program, baseline: Program | None, bound: float | None, parts: Mapping
+) -> dict[str, Any]:
     """What a report says of a program beside that of the baseline.
 
     Args:
         program: of a method.
-        baseline: of the same measure.
+        baseline: of the same measure; None where it does not fit.
         bound: the ratio of their operations; None where it is not known.
         parts: as of `breakdown.parts_of`.
     """
-    speed_up = baseline.cost.total / program.cost.total
+    speed_up = baseline.cost.total / program.cost.total if baseline else None
     return {
         **program.report(parts),
         "speed_up": speed_up,
         "bound": bound,
-        "fraction_of_bound": speed_up / bound if bound else None,
+        "fraction_of_bound": speed_up / bound if bound and speed_up else None,
     }

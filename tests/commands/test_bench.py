@@ -142,6 +142,62 @@ def test_for_tpus_shapes_are_enough_and_what_is_unknown_is_printed(tmp_path, mon
     assert f"| {NAMES[1]} | 0.00 | 1.00x | " in printed and "| 2, 3 s |" in printed
 
 
+def test_what_does_not_fit_is_a_row(tmp_path, monkeypatch, capsys):
+    """The dense model, for example, beside CoDA that fits; the compiler's part is made up."""
+    said = "XLA: Ran out of memory in memory space hbm. Used 18.92G of 15.75G hbm. Exceeded"
+    calls = []
+
+    def compile_for(name, function, arguments, rounds):
+        calls.append(name)
+        if len(calls) == 1:
+            raise topology._too_large(said)
+        return topology.Program(tpu.Cost(total=3e6), 1.0, 2.0, 3.0, 4, 5, fits=True)
+
+    monkeypatch.setattr(topology, "compile_for", compile_for)
+    sizes = ["--preset=t5_1_1_small", "--batch_size=1", "--input_length=16"]
+    report = run(tmp_path, "--topology=v5e:2x2", *sizes, "--measures=train_step")
+    dense, *others = report["train_step"].values()
+    assert dense == {"fits": False, "refused": "needs 18.92GiB of 15.75GiB"}
+    for row in others:
+        assert (row["speed_up"], row["fits"], row["ms"]) == (None, True, 2.0)
+    out, err = capsys.readouterr()
+    assert "| NO: needs 18.92GiB of 15.75GiB |" in out
+    assert "needs a smaller --batch_size or --input_length" in out
+    assert f"The report is in {tmp_path / 'out' / 'bench.json'}" in err
+    assert report["settings"]["dtype"] == "bfloat16" and report["versions"]["device"] == "v5e:2x2"
+
+
+@pytest.mark.all
+def test_what_is_measured_is_kept_when_a_later_measure_fails(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "_shares", interrupted)
+    checkpoints.save_hf(tmp_path / "base", WIDE, helpers.random_params(WIDE))
+    file = tmp_path / "bench.json"
+    sizes = ["--batch_size=1", "--input_length=8", "--target_length=2", "--rounds=1"]
+    flags = [f"--checkpoint={tmp_path / 'base'}", "--measures=encoder,parts", f"--json={file}"]
+    assert cli.main(["bench", *sizes, *flags]) == 130
+    assert "**encoder**" in capsys.readouterr().out
+    assert json.loads(file.read_text())["encoder"]["parallel adapter"]["ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--measures=encodr"], "got 'encodr'; did you mean encoder?"),
+        (["--measures=beams"], "without --topology, --measures are of encoder,"),
+        (["--measures=parts", "--topology=v5e:2x2"], "with --topology, --measures are of encoder"),
+        (["--reductions=3,"], "must be numbers with commas between them, such as 3,5; got '3,'"),
+        (["--input_lenght=3"], "did you mean --input_length?"),
+        (["--checkpoint=/nowhere/x"], "config.json does not exist: there is no such folder"),
+    ],
+)
+def test_mistakes_are_told_with_what_is_right(flags, said, capsys):
+    assert cli.main(["bench", *flags]) in (1, 2)
+    assert said in capsys.readouterr().err
+
+
 def test_rounds_of_what_is_not_timed_are_refused(capsys):
     assert cli.main(["bench", "--topology=v5e:2x2", "--rounds=3"]) != 0
     assert "--rounds is a number of timed runs" in capsys.readouterr().err

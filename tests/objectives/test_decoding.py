@@ -373,3 +373,20 @@ def test_the_largest_continuations_are_those_of_top_k(count, rng):
     expected = jax.lax.top_k(values.reshape(6, -1), count)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("penalty", [-1.0, -3.0, -10.0])
+def test_a_length_penalty_below_zero_ends_no_search_early(penalty, rng):
+    """Scores fall below any finite number for an empty slot."""
+    cfg = config()
+    params, x = ending_params(cfg, strength=0.4), random_tokens(rng, [5], 6)
+    asked = Generation(
+        max_decode_length=40,
+        num_beams=2,
+        num_return_sequences=2,
+        length_penalty=penalty,
+        min_new_tokens=36,
+    )
+    tokens, scores = map(np.asarray, generate(cfg, params, x, asked))
+    lengths = (tokens != cfg.pad_id).sum(-1)
+    assert (lengths >= 36).all() and np.isfinite(scores).all()
