@@ -62,6 +62,7 @@ def measure(
         for method, config in compared(dense, reductions, attentions).items()
     }
     peers = _peers(dense, batch)
+    sizes = batch_size, input_length, target_length
     report: dict[str, Any] = {}
     for measure_name in measures:
         compared_here = programs | (peers if measure_name in _OF_PEERS else {})
@@ -74,28 +75,40 @@ def measure(
                 leave=False,
             )
         }
-        counted = operations(batch_size, input_length, target_length).get(measure_name)
-        rows = report[measure_name] = {}
-        for method, program in compiled.items():
-            if not isinstance(program, topology.Program):
-                rows[method] = {"fits": False, "refused": program}
-                continue
-            config, baseline = compared_here[method].config, compiled[BASELINE]
-            if not isinstance(baseline, topology.Program):
-                baseline = None
-            bound = None
-            if counted:
-                bound = counted(programs[BASELINE].config) / counted(config)
-            elif measure_name == _BY_XLA and baseline:
-                bound = baseline.flops / program.flops
-            rows[method] = topology.row(program, baseline, bound, breakdown.parts_of(config))
-            rows[method]["ms"] = 1e3 * program.cost.total / topology.chip(name).clock
-            if measure_name in _BEAMS and program.cost.loops:
-                sizes = batch_size, input_length, target_length, _BEAMS[measure_name]
-                rows[method]["step"] = _step(program, name, flops.step_bytes(config, *sizes))
-            rows[method]["loop_rounds"] = target_length
-        show(measure_name, rows)
+        configs = {method: p.config for method, p in compared_here.items()}
+        report[measure_name] = _rows(name, measure_name, configs, compiled, sizes)
+        show(measure_name, report[measure_name])
     return report
+
+
+def _rows(
+    name: str,
+    measure_name: str,
+    configs: Mapping[str, ModelConfig],
+    compiled: Mapping[str, topology.Program | str],
+    sizes: tuple[int, int, int],
+) -> dict[str, dict[str, Any]]:
+    """What is said of each method's program; sizes are B, N and T."""
+    counted = operations(*sizes).get(measure_name)
+    baseline = compiled[BASELINE]
+    baseline = baseline if isinstance(baseline, topology.Program) else None
+    rows = {}
+    for method, program in compiled.items():
+        if not isinstance(program, topology.Program):
+            rows[method] = {"fits": False, "refused": program}
+            continue
+        config, bound = configs[method], None
+        if counted:
+            bound = counted(configs[BASELINE]) / counted(config)
+        elif measure_name == _BY_XLA and baseline:
+            bound = baseline.flops / program.flops
+        row = rows[method] = topology.row(program, baseline, bound, breakdown.parts_of(config))
+        row["ms"] = 1e3 * program.cost.total / topology.chip(name).clock
+        row["loop_rounds"] = sizes[2]
+        if measure_name in _BEAMS and program.cost.loops:
+            read = flops.step_bytes(config, *sizes, _BEAMS[measure_name])
+            row["step"] = _step(program, name, read)
+    return rows
 
 
 def _compiled(name, function, arguments, rounds) -> topology.Program | str:

@@ -63,8 +63,8 @@ def check(
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: leaves are missing, extra, misshapen or damaged (all are listed); the mesh fits
-            neither chips nor model; or there are no sizes.
+        ValueError: leaves are missing, extra, misshapen or damaged (all are listed); the mesh is
+            for other chips or another model; or there are no sizes.
         ModuleNotFoundError: there is a topology and no libtpu.
     """
     lengths = {"inputs": 512, "targets": 64} if feature_lengths is None else feature_lengths
@@ -73,20 +73,22 @@ def check(
     checks.flag("READ_VALUES", read_values)
     given = check_topology.settings(topology, mesh, batch_size, dtype)
     config = _fitting(checkpoint, config, methods, new_leaves, read_values)
-    if given is not None:
-        check_topology.pod_of(config, given)
-    shapes = param_shapes(config)
-    trained = trees.count(partition(config, shapes)[0])
-    report: dict[str, Any] = {"parameters": trees.count(shapes), "trained_parameters": trained}
-    report |= costs(config, **lengths)
+    check_topology.check_mesh(config, given)
+    report: dict[str, Any] = {**_counts(config), **costs(config, **lengths)}
     for name, value in report.items():
-        print(f"{name:24}{value:>20,.2f}" if value < 1000 else f"{name:24}{value:>20,.0f}")
+        print(f"{name:24}{value:>20,.{2 if value < 1000 else 0}f}")
     if given is not None:
         report["topology"] = check_topology.measure(config, given, **lengths)
         print(check_topology.markdown(report["topology"]), end="")
     if output is not None:
         files.write_json(output, report)
     return report
+
+
+def _counts(config: ModelConfig) -> dict[str, int]:
+    shapes = param_shapes(config)
+    trained, _ = partition(config, shapes)
+    return {"parameters": trees.count(shapes), "trained_parameters": trees.count(trained)}
 
 
 def _fitting(

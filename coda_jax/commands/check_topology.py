@@ -64,15 +64,14 @@ def settings(
     return Settings(name, mesh, rows, dtype)
 
 
-def pod_of(config: ModelConfig, given: Settings) -> Placement:
-    """All chips of the topology.
+def check_mesh(config: ModelConfig, given: Settings | None) -> None:
+    """Raises ValueError where the mesh does not divide the model."""
+    if given is not None:
+        check_divides(config, _pod(given))
 
-    Raises:
-        ValueError: the mesh does not divide the model.
-    """
-    pod = Placement(given.mesh, topology.chips(given.topology, whole=True))
-    check_divides(config, pod)
-    return pod
+
+def _pod(given: Settings) -> Placement:
+    return Placement(given.mesh, topology.chips(given.topology, whole=True))
 
 
 def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
         targets: T, tokens decoded, and target tokens of a training step.
     """
     config = config.replace(dtype=given.dtype, dropout_rate=0.0)
-    pod = pod_of(config, given)
+    pod = _pod(given)
     batch = random_batch(config, given.batch_size, inputs, targets)
     programs, axes = Programs(config, served_shapes(config), batch), param_axes(config)
     whole = pod.shapes(programs.params, axes)

@@ -155,9 +155,7 @@ def _is_faster_rounded(dtype: Dtype) -> bool:
 
 
 def _product_alone(x, kernel):
-    """For GPUs: they add up in float32 anyway, and would write a result that is named so."""
-    # Else XLA joins the kernels of query, key and value, and copies the result apart: longer than
-    # what one large product wins.
+    """For GPUs, which add up in float32 anyway. XLA would join kernels, and copy results apart."""
     return jnp.matmul(*lax.optimization_barrier((x, kernel)))
 
 
@@ -176,11 +174,9 @@ def product_in_float32(x: Vectors, kernel: Float[Array, "d f"]) -> Array:
 
 def _product_of_rows(x, kernel):
     """[B, D] x [D, F], of a decoding step, in which W is all there is to read."""
-    rows, (inputs, features) = x.shape[0], kernel.shape
-    blocked = inputs % _BLOCK == 0 and 1 < rows <= _BLOCKED_SIZE // features
+    blocked = kernel.shape[0] % _BLOCK == 0 and 1 < len(x) <= _BLOCKED_SIZE // kernel.shape[1]
+    blocked &= kernel.dtype != jnp.float32 or not processors.reads_matrices_fast()
     whole = jnp.matmul if _is_faster_rounded(kernel.dtype) else _whole_product
-    if kernel.dtype == jnp.float32 and processors.reads_matrices_fast():
-        blocked = False
     cpu = _blocked_product if blocked else whole
     return lax.platform_dependent(x, kernel, cpu=cpu, default=_whole_product)
 
@@ -191,11 +187,9 @@ def _whole_product(x, kernel):
 
 
 def _blocked_product(x, kernel):
-    """x W as a sum over blocks of W's rows.
+    """x W as a sum over blocks of W's rows, which most CPUs read faster (docs/performance.md).
 
-    XLA's CPU backend rearranges W before it multiplies, column by column: a few rows of x then wait
-    for the memory. It reads small blocks in their order, on most processors faster
-    (docs/performance.md).
+    XLA rearranges W before it multiplies, column by column: a few rows of x wait for the memory.
     """
     blocks = kernel.reshape(-1, _BLOCK, kernel.shape[1])
     x_blocks = x.reshape(x.shape[0], -1, _BLOCK)
