@@ -23,6 +23,7 @@ from coda_jax import checkpoints, checks, files, methods, trees
 from coda_jax.commands import bench_topology
 from coda_jax.commands.bench_programs import (
     BASELINE,
+    LEGEND,
     Programs,
     adapted,
     compared,
@@ -156,8 +157,7 @@ def heading(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
         f"input {settings['input_length']}, target {settings['target_length']}; "
         f"{versions['device']}, jax {versions['jax']}; "
         f"medians of {rounds} round{'s' * (rounds > 1)} taken in turns.\n\n"
-        "The bound is how many times fewer operations there are, of a training step by XLA's "
-        "count; what is reached of it is the speed-up divided by it."
+        f"{LEGEND}"
     )
 
 

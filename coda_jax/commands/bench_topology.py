@@ -9,6 +9,7 @@ from tqdm import tqdm
 from coda_jax import checks, methods
 from coda_jax.commands.bench_programs import (
     BASELINE,
+    LEGEND,
     Programs,
     compared,
     operations,
@@ -148,9 +149,7 @@ def heading(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
         f"{settings['model']}, {settings['dtype']}, batch {settings['batch_size']}, input "
         f"{settings['input_length']}, target {settings['target_length']}; one chip of "
         f"{settings['topology']}, by the TPU compiler's estimates; jax {versions['jax']}.\n\n"
-        "The bound is how many times fewer operations there are, of a training step by XLA's "
-        "count; what is reached of it is the speed-up divided by it. Guessed is the share of the "
-        "cycles of which the compiler says nothing."
+        f"{LEGEND} Guessed is the share of the cycles of which the compiler says nothing."
     )
 
 
