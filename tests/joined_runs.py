@@ -15,7 +15,7 @@ import numpy as np
 from coda_jax import processes, trees
 from coda_jax.sharding import Placement
 from coda_jax.training.run_checkpoints import RunCheckpoints
-from coda_jax.training.trainer import TrainState
+from coda_jax.training.steps import TrainState
 
 
 def state(placement, folder):

@@ -8,7 +8,7 @@ import pytest
 from coda_jax.methods import Coda, ParallelAdapter, partition
 from coda_jax.models import preset
 from coda_jax.objectives import model_for
-from coda_jax.training import trainer
+from coda_jax.training import steps
 
 LENGTH, TARGETS, BATCH = 512, 16, 8
 
@@ -49,9 +49,9 @@ def test_the_training_step_of_packed_rows_lowers(model, params):
     trained, frozen = partition(model.config, params)
     optimizer = optax.adamw(1e-3)
     state = jax.eval_shape(
-        lambda t: trainer.TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), trained
+        lambda t: steps.TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), trained
     )
-    step = trainer.make_train_step(model, optimizer, 1, 0)
+    step = steps.make_train_step(model, optimizer, 1, 0)
     text = lower(step, state, frozen, {name: tokens(length) for name, length in batch.items()})
     # k-to-k attention over K = ceil(512 / 3) + 3 slots, and nothing of all pairs for each head.
     assert "8x12x174x174x" in text and "12x512x512x" not in text

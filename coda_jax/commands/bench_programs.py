@@ -18,7 +18,7 @@ from coda_jax.methods import comparisons
 from coda_jax.models import ModelConfig, family_of, param_shapes
 from coda_jax.objectives import model_for
 from coda_jax.profiling import flops
-from coda_jax.training import trainer
+from coda_jax.training import steps
 
 BASELINE = comparisons.BASELINE
 LEGEND = (
@@ -82,13 +82,13 @@ class Programs:
     def train_step(self) -> tuple[Callable, tuple]:
         """One step of Adam on the adapters, routers and norms; the next state comes first."""
         optimizer = optax.adam(1e-4)
-        step = trainer.make_train_step(self._model, optimizer, accumulation=1, seed=0)
+        step = steps.make_train_step(self._model, optimizer, accumulation=1, seed=0)
 
         def start(params):
             trained, frozen = methods.partition(self.config, params)
             trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
             count = jnp.zeros((), jnp.int32)
-            return trainer.TrainState(count, trained, optimizer.init(trained)), frozen
+            return steps.TrainState(count, trained, optimizer.init(trained)), frozen
 
         abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
         state, frozen = jax.eval_shape(start, self.params) if abstract else start(self.params)

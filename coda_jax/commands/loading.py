@@ -206,6 +206,31 @@ def load_model(
     return LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
 
 
+def load_teacher(
+    student: LoadedModel, adapter_checkpoint: str | None
+) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """The student's checkpoint without routing, with an adapter of its own or none.
+
+    Args:
+        student: the model that is to follow it.
+        adapter_checkpoint: folder that `save_adapter` wrote for the same checkpoint.
+
+    Raises:
+        ValueError: the student starts at random, or the adapter is for another base.
+    """
+    if student.directory is None:
+        raise ValueError("DISTILL: a model that starts at random has no teacher; name a checkpoint")
+    config = student.config
+    teacher = load_model(
+        str(student.directory),
+        adapter_checkpoint=adapter_checkpoint,
+        dtype=config.dtype,
+        encoder_only=not config.num_decoder_layers,
+    )
+    dense = methods.dense_routing(teacher.config.methods)
+    return teacher.config.replace(methods=dense), teacher.params
+
+
 def _checked(**run: Any) -> dict[str, Any]:
     """Values of the config's `run_fields`; an error has their names as macros."""
     return {x: ModelConfig.field_checks[x](x.upper(), value) for x, value in run.items()}

@@ -1,6 +1,7 @@
 """`coda train`: trains a model and exports what came out."""
 
 from collections.abc import Callable
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -9,8 +10,8 @@ import jax
 import optax
 
 from coda_jax import checkpoints, checks, files, methods, processes, trees
-from coda_jax.commands.loading import LoadedModel
-from coda_jax.data.examples import num_shared
+from coda_jax.commands.loading import LoadedModel, load_teacher
+from coda_jax.data.examples import Expected, num_shared
 from coda_jax.data.labels import check_labels
 from coda_jax.data.reports import say
 from coda_jax.data.source import Data
@@ -19,8 +20,43 @@ from coda_jax.models import ModelConfig, check_divides, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.sharding import Placement
 from coda_jax.training import run_directory, trainer
+from coda_jax.training.distillation import Distillation
 from coda_jax.training.run_checkpoints import check_finite
 from coda_jax.training.run_directory import EXPORT
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """What gin files say of a teacher; see `Distillation`.
+
+    Attributes:
+        weight: w; None for no teacher.
+        temperature: T.
+        adapter: the folder of the teacher's adapter, None for the base alone.
+    """
+
+    weight: float | None = None
+    temperature: float = 1.0
+    adapter: str | None = None
+
+    def of(
+        self, student: LoadedModel, objective: Callable[[ModelConfig], Model]
+    ) -> Distillation | None:
+        """The teacher of a student; None where none is asked for.
+
+        Raises:
+            ValueError: an adapter without a weight, a value out of its range; see `load_teacher`.
+        """
+        checks.paths(TEACHER_ADAPTER_PATH=self.adapter)
+        if self.weight is None:
+            if self.adapter is not None:
+                raise ValueError(
+                    f"TEACHER_ADAPTER_PATH={self.adapter!r} has no effect without DISTILL, the "
+                    "weight of the teacher"
+                )
+            return None
+        config, params = load_teacher(student, self.adapter)
+        return Distillation(objective(config), params, self.weight, self.temperature)
 
 
 def train(
@@ -34,6 +70,7 @@ def train(
     objective: Callable[[ModelConfig], Model] = model_for,
     export_dtype: Any = None,
     placement: Placement | None = None,
+    distill: Distill | None = None,
 ) -> tuple[LoadedModel, dict[str, float]]:
     """Trains and exports into `directory`/export what `load_model` reads.
 
@@ -43,13 +80,12 @@ def train(
         directory: of the run: checkpoints, logs, metrics, export.
         model: what to train; its methods say which leaves.
         data: what to train on.
-        options: how long and how often.
-        optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
-        learning_rate: a number or an optax schedule.
+        options, optimizer, learning_rate: see `trainer.train`.
         eval_data: what to evaluate on.
         objective: (config) -> the model with what it is trained for.
-        export_dtype: of the leaves, where all were trained: float32 or bfloat16.
+        export_dtype: of the leaves, where all were trained.
         placement: the devices; None for all, which share the rows of a batch.
+        distill: the teacher, if any.
 
     Returns:
         The trained model, as it is exported, and its evaluation.
@@ -57,14 +93,14 @@ def train(
     Raises:
         ValueError: there is nothing to train, or data do not fit; see `trainer.train`.
     """
-    checks.paths(MODEL_DIR=directory)
     directory = run_directory.checked(directory)
     export_dtype = checks.Maybe(checks.dtype)("export_dtype", export_dtype)
-    trained = objective(model.config)
+    trained, teacher = objective(model.config), distill and distill.of(model, objective)
     _check_divides(model.config, data, options, placement or Placement())
-    data, eval_data = _checked(model, trained, data, eval_data)
-    layout, said = {**model.layout, "expected": trained.expects}, _said(trained, data)
-    batches = data.batches(repeat=True, **layout)
+    expected = _expected(trained, teacher)
+    data, eval_data = _checked(model, trained, data, eval_data, expected)
+    layout, said = {**model.layout, "expected": trained.expects}, _said(data, expected)
+    batches = data.batches(repeat=True, **layout | {"expected": expected})
     params, metrics = trainer.train(
         trained,
         trained.add_leaves(model.params),
@@ -76,13 +112,26 @@ def train(
         run=_identity(data, eval_data, said),
         eval_batches=eval_data and (lambda: eval_data.batches(repeat=False, **layout)),
         placement=placement,
+        distillation=teacher,
     )
     data.report(batches)
     params = _exported(trained, params, export_dtype)
     model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
-    processes.from_first(lambda: files.write_json(directory / "metrics.json", metrics))
-    print(f"exported to {directory / EXPORT}: {json.dumps(metrics, indent=2)}")
+    _say(metrics, directory / EXPORT)
     return model, metrics
+
+
+def _say(metrics: dict[str, float], folder: pathlib.Path) -> None:
+    """Writes the metrics beside what was exported, and prints them."""
+    processes.from_first(lambda: files.write_json(folder.parent / "metrics.json", metrics))
+    print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
+
+
+def _expected(trained: Model, teacher: Distillation | None) -> Expected:
+    """What examples are to be learned: some teachers need no targets."""
+    if teacher is None or teacher.reads_targets(trained):
+        return trained.expects
+    return dataclasses.replace(trained.expects, targets=None)
 
 
 def _check_divides(
@@ -100,9 +149,11 @@ def _check_divides(
 
 
 def _checked(
-    model: LoadedModel, trained: Model, data: Data, eval_data: Data | None
+    model: LoadedModel, trained: Model, data: Data, eval_data: Data | None, expected: Expected
 ) -> tuple[Data, Data | None]:
     """The data with their limits, looked at; what there is to say of them is printed.
+
+    Of what is trained on, `expected` is expected.
 
     Raises:
         ValueError: there is nothing to train on, data do not fit the model, a frozen model would
@@ -122,23 +173,23 @@ def _checked(
         say(f"no evaluation during training: there is no {what}")
         eval_data = None
     sources = [read.limited(model.longest_inputs) for read in (data, eval_data) if read is not None]
-    for read in sources:
-        if trained.reads_targets:
+    for read, needed in zip(sources, (expected, trained.expects), strict=False):
+        if needed.targets is not None:
             read.check_vocabulary(**model.vocabulary)
             check_labels(read.task, trained.describes)
-        read.check(trained.expects)
+        read.check(needed)
     data, *rest = sources
     if rest and data.in_memory and rest[0].in_memory:
-        shared = num_shared(*(read.chosen(trained.expects) for read in (rest[0], data)))
+        shared = num_shared(rest[0].chosen(trained.expects), data.chosen(expected))
         if shared:
             say(f"{rest[0].place}: {shared:,} examples are among those trained on, too")
     return data, rest[0] if rest else None
 
 
-def _said(trained: Model, data: Data) -> dict[str, Any]:
+def _said(data: Data, expected: Expected) -> dict[str, Any]:
     """What an adapter says of the data that it was trained on."""
-    vocabulary = data.vocabulary_fingerprint() if trained.reads_targets else None
-    return {"vocabulary": vocabulary, "lengths": data.lengths(trained.expects)}
+    vocabulary = None if expected.targets is None else data.vocabulary_fingerprint()
+    return {"vocabulary": vocabulary, "lengths": data.lengths(expected)}
 
 
 def _exported(trained: Model, params: Any, dtype: Any) -> Any:

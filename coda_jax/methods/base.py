@@ -66,6 +66,11 @@ class Method:
     packs: ClassVar[bool] = True
     profile_scopes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
+    @property
+    def needs_rng(self) -> bool:
+        """Whether it draws random numbers in training; by default not."""
+        return False
+
     @classmethod
     def examples(cls) -> tuple["Method", ...]:
         """Instances for tests, the usual one first; together they cover every variant.

@@ -28,9 +28,15 @@ from coda_jax.nn import one_hot
 from coda_jax.nn.layers import Normalized, Vectors, sum_in_order
 from coda_jax.nn.tokens import Selection, Tokens, take
 
-ROUTINGS = ("soft_topk", "sigmoid", "truncation")
+ROUTINGS = ("soft_topk", "straight_through", "sigmoid", "truncation")
 ATTENTIONS = ("k_to_k", "k_to_all")
 REDUCTION = checks.Number(least=1, most=1_000_000)  # as a ratio it is to fit into int32
+
+
+def check_reduction(name: str, value: Any) -> float | tuple[float, ...]:
+    """One number of at least 1, or one for each layer; see `checks`."""
+    by_layer = isinstance(value, tuple | list)
+    return checks.Each(REDUCTION, least=1)(name, value) if by_layer else REDUCTION(name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +51,10 @@ class Coda(Method):
         solver: of the soft top-k, "exact" or "iterative".
         num_iterations: steps of the iterative solver.
         attention: what selected tokens attend to: "k_to_k" (each other) or "k_to_all".
-        routing: "soft_topk" (weights from the soft top-k of the scores), "sigmoid" (a picked
-            token's weight is the sigmoid of its score) or "truncation" (the first k tokens with
-            weight 1, no parameter).
+        routing: "soft_topk" (weights from the soft top-k of the scores), "straight_through" (weight
+            1, with the gradient of the soft top-k), "sigmoid" (a picked token's weight is the
+            sigmoid of its score) or "truncation" (the first k tokens with weight 1, no parameter).
+        noise: standard deviation of what is added to the scores in training.
         max_segments: the most examples in a packed row; each costs a slot more.
     """
 
@@ -66,6 +73,7 @@ class Coda(Method):
     num_iterations: int = 20
     attention: str = "k_to_k"
     routing: str = "soft_topk"
+    noise: float = 0.0
     max_segments: int = 16
 
     @classmethod
@@ -75,22 +83,28 @@ class Coda(Method):
             cls(),
             cls(2.5, attention="k_to_all", max_segments=8),
             cls(2.0, routing="sigmoid"),
+            cls(2.0, routing="straight_through", noise=0.5),
             cls(2.0, routing="truncation", attention="k_to_all"),
             cls(2.5, solver="iterative", epsilon=0.5),
         )
 
     def __post_init__(self):
-        by_layer = isinstance(self.reduction, tuple | list)
         checks.fields(
             self,
-            reduction=checks.Each(REDUCTION, least=1) if by_layer else REDUCTION,
+            reduction=check_reduction,
             epsilon=EPSILON,
             solver=checks.OneOf(SOLVERS),
             num_iterations=ITERATIONS,
             attention=checks.OneOf(ATTENTIONS),
             routing=checks.OneOf(ROUTINGS),
+            noise=checks.Number(least=0),
             max_segments=checks.COUNT,
         )
+
+    @property
+    def needs_rng(self) -> bool:
+        """Whether scores get noise."""
+        return self.noise > 0
 
     def reductions(self, num_layers: int) -> tuple[float, ...]:
         """The reduction of each layer; one number stands for `num_layers` equal ones."""
@@ -149,15 +163,40 @@ def with_reduction(
     Raises:
         ValueError: none of them routes.
     """
+    return _rerouted(methods, reduction=reduction)
+
+
+def dense_routing(methods: Sequence[Method]) -> tuple[Method, ...]:
+    """The methods at r = 1."""
+    return _replaced(methods, reduction=1.0)
+
+
+def with_epsilon(methods: Sequence[Method], epsilon: float) -> tuple[Method, ...]:
+    """The methods at another temperature of the soft top-k.
+
+    Raises:
+        ValueError: none of them routes.
+    """
+    return _rerouted(methods, epsilon=epsilon)
+
+
+def _rerouted(methods, **values):
     if _routing(methods) is None:
-        raise ValueError(f"reduction={reduction} is given for a model that does not route")
-    return _replaced(methods, reduction=reduction)
+        (name, value) = next(iter(values.items()))
+        raise ValueError(f"{name}={value} is given for a model that does not route")
+    return _replaced(methods, **values)
 
 
 def reduction_of(methods: Sequence[Method]) -> float | tuple[float, ...] | None:
     """The reduction of the routing; None for methods that do not route."""
     routing = _routing(methods)
     return routing and routing.reduction
+
+
+def epsilon_of(methods: Sequence[Method]) -> float | None:
+    """The temperature of the soft top-k; None for methods that do not route."""
+    routing = _routing(methods)
+    return routing and routing.epsilon
 
 
 def with_room_of(methods: Sequence[Method], others: Sequence[Method]) -> tuple[Method, ...]:
@@ -256,6 +295,9 @@ class Router(nn.Module):
         scores = self._scores(tokens.u)
         if self.reduction == 1:
             return None
+        if self.config.noise and self.has_rng("dropout"):  # which is given in training alone
+            rng = self.make_rng("dropout")
+            scores += self.config.noise * jax.random.normal(rng, scores.shape)
         mask, segment_ids = tokens.mask, tokens.segment_ids
         num_segments = 1 if segment_ids is None else self.config.max_segments
         segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
@@ -290,9 +332,13 @@ class Router(nn.Module):
     def _pick_and_weigh(self, scores, k, num_slots, mask, segment_ids):
         """(indices, valid, weights), each [B, K]."""
         config = self.config
-        if config.routing == "soft_topk":
+        if config.routing in ("soft_topk", "straight_through"):
             solver = config.epsilon, config.solver, config.num_iterations
-            return pick_and_weigh(scores, k, num_slots, mask, segment_ids, *solver)
+            found = pick_and_weigh(scores, k, num_slots, mask, segment_ids, *solver)
+            if config.routing == "soft_topk":
+                return found
+            indices, valid, weights = found
+            return indices, valid, jnp.where(valid, weights + lax.stop_gradient(1 - weights), 0.0)
         indices, valid = select(scores, k, num_slots, mask, segment_ids)
         weights = jnp.ones_like(scores)
         if config.routing == "sigmoid":

@@ -4,7 +4,8 @@ Axis letters: B batch, N input tokens, T target tokens, D embedding, V vocabular
 The encoder's inputs are [B, N] token ids, or [B, N, C] vectors: whatever the config's family takes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import copy
 from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from coda_jax.data.examples import Expected
+from coda_jax.methods import Method
 from coda_jax.models import ModelConfig, family_of, init_params
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives.generation import Generation
@@ -78,6 +80,7 @@ class Model:
             and in no checkpoint that is exported.
         describes: whether its outputs are described as labels or numbers, not generated as tokens.
         reads_targets: whether the loss reads a batch's targets.
+        logits_read_targets: whether the logits do, too.
         metrics: what is reported of sums, by name.
         config: the model's configuration; it decides the family.
         module: its network.
@@ -90,6 +93,7 @@ class Model:
     creates: ClassVar[tuple[str, ...]] = ()
     describes: ClassVar[bool] = False
     reads_targets: ClassVar[bool] = True
+    logits_read_targets: ClassVar[bool] = False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "loss": LOSS,
         "token_accuracy": Metric("correct", "weight", "max"),
@@ -113,7 +117,7 @@ class Model:
     @property
     def needs_rng(self) -> bool:
         """Whether the loss draws random numbers in training."""
-        return self.config.dropout_rate > 0
+        return self.config.dropout_rate > 0 or any(m.needs_rng for m in self.config.methods)
 
     @property
     def expects(self) -> Expected:
@@ -158,7 +162,31 @@ class Model:
         self, params: Mapping[str, Any], batch: Batch, rng: Array | None = None
     ) -> tuple[Float[Array, ""], Sums]:
         """The sum of the weighted losses, and the sums; with dropout where an RNG is given."""
+        return self.loss_of(self.logits(params, batch, rng), batch)
+
+    def logits(self, params: Mapping[str, Any], batch: Batch, rng: Array | None = None) -> Array:
+        """What the loss is made of, [..., V] float32; with dropout where an RNG is given."""
         raise NotImplementedError
+
+    def loss_of(self, logits: Array, batch: Batch) -> tuple[Float[Array, ""], Sums]:
+        """The sum of the weighted losses of logits, and the sums."""
+        raise NotImplementedError
+
+    def places(self, batch: Batch) -> Float[Array, "..."]:
+        """The weights [...] of the distributions that `logits` holds [..., V].
+
+        Raises:
+            ValueError: it holds none, by default.
+        """
+        del batch
+        raise ValueError(f"objective {self.name!r} has no distributions that a teacher could give")
+
+    def with_methods(self, methods: Sequence[Method]) -> "Model":
+        """The same model with other methods."""
+        other = copy.copy(self)
+        other.config = self.config.replace(methods=tuple(methods))
+        other.module = other.config.network()
+        return other
 
     def report(self, sums: Sums) -> dict[str, float]:
         """The metrics of sums."""

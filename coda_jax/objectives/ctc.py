@@ -206,12 +206,20 @@ class CTC(Model):
         return tokens[:, -1] != self.config.blank_id
 
     def logits(self, params, batch: Batch, dropout_rng: Array | None = None):
-        """Logits of the frames, [B, N, V] float32; with dropout where an RNG is given."""
+        """Logits of the frames, [B, N, V] float32; with dropout where an RNG is given.
+
+        Raises:
+            ValueError: the batch is packed.
+        """
+        if "encoder_segment_ids" in batch:
+            raise ValueError("the CTC loss is not defined for packed examples: pack=False")
         return self._apply(params, split_frames(batch["encoder_input_tokens"]), dropout_rng)
 
-    def loss(
-        self, params, batch: Batch, dropout_rng: Array | None = None
-    ) -> tuple[Float[Array, ""], Sums]:
+    def places(self, batch: Batch) -> Float[Array, "b n"]:
+        """1 for each frame that is not padding."""
+        return split_frames(batch["encoder_input_tokens"])[1].astype(jnp.float32)
+
+    def loss_of(self, logits: Float[Array, "b n v"], batch: Batch) -> tuple[Float[Array, ""], Sums]:
         """The sum of the utterances' CTC losses, and the sums.
 
         EOS is not learned: where a transcript ends, the frames say. A target token is right if the
@@ -219,18 +227,11 @@ class CTC(Model):
         The weight is the number of target tokens.
 
         Args:
-            params: the parameter tree.
+            logits: of the frames, [B, N, V].
             batch: encoder_input_tokens [B, N, C]; decoder_target_tokens and decoder_loss_weights
                 [B, T], whose weights say only what is padding. Rows without frames do not count,
                 those that are marked as incomplete are never exact.
-            dropout_rng: enables dropout.
-
-        Raises:
-            ValueError: the batch is packed.
         """
-        if "encoder_segment_ids" in batch:
-            raise ValueError("the CTC loss is not defined for packed examples: pack=False")
-        logits = self.logits(params, batch, dropout_rng)
         _, mask = split_frames(batch["encoder_input_tokens"])
         blank_id, targets = self.config.blank_id, batch["decoder_target_tokens"]
         target_mask = (batch["decoder_loss_weights"] > 0) & (targets != self.config.eos_id)

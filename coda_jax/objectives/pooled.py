@@ -33,28 +33,25 @@ class Pooled(Model):
             raise ValueError(f"objective {self.name!r} needs a head for it, got {config.head!r}")
 
     def logits(self, params, batch: Batch, dropout_rng: Array | None = None):
-        """What the head gives, [B, C] or [B, 1] float32; with dropout where an RNG is given."""
-        return self._apply(params, [batch["encoder_input_tokens"]], dropout_rng)
-
-    def loss(
-        self, params, batch: Batch, dropout_rng: Array | None = None
-    ) -> tuple[Float[Array, ""], Sums]:
-        """The sum of the examples' losses, and the sums; an example's target is one number.
-
-        The loss is NaN where anything that the head gives is not finite.
-
-        Args:
-            params: the parameter tree.
-            batch: encoder_input_tokens [B, N]; decoder_target_tokens and decoder_loss_weights
-                [B, 1].
-            dropout_rng: enables dropout.
+        """What the head gives, [B, C] or [B, 1] float32; with dropout where an RNG is given.
 
         Raises:
             ValueError: the batch is packed.
         """
         if "encoder_segment_ids" in batch:
             raise ValueError("packed examples are not pooled one by one: pack=False")
-        outputs = self.logits(params, batch, dropout_rng)
+        return self._apply(params, [batch["encoder_input_tokens"]], dropout_rng)
+
+    def loss_of(self, outputs: Float[Array, "b c"], batch: Batch) -> tuple[Float[Array, ""], Sums]:
+        """The sum of the examples' losses, and the sums; an example's target is one number.
+
+        The loss is NaN where anything that the head gives is not finite.
+
+        Args:
+            outputs: of the head, [B, C] or [B, 1].
+            batch: encoder_input_tokens [B, N]; decoder_target_tokens and decoder_loss_weights
+                [B, 1].
+        """
         weights = batch["decoder_loss_weights"][:, 0].astype(jnp.float32)
         losses, right = self._scores(outputs, batch["decoder_target_tokens"][:, 0])
         losses = jnp.where(jnp.isfinite(outputs).all(-1), losses, jnp.nan)
@@ -89,6 +86,10 @@ class Classification(Pooled):
         "loss": LOSS,
         "accuracy": Metric("exact", "examples", "max"),
     }
+
+    def places(self, batch: Batch) -> Float[Array, " b"]:
+        """The weights of the examples."""
+        return batch["decoder_loss_weights"][:, 0].astype(jnp.float32)
 
     def _scores(self, outputs, targets):
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)

@@ -36,6 +36,7 @@ class Seq2Seq(Model):
     """
 
     name: ClassVar[str] = "seq2seq"
+    logits_read_targets: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, z_loss: float = 0.0):
         super().__init__(config)
@@ -52,21 +53,20 @@ class Seq2Seq(Model):
         packing = {name: batch[name] for name in _PACKING if name in batch}
         return self._apply(params, [batch[name] for name in names], dropout_rng, **packing)
 
-    def loss(
-        self, params, batch: Batch, dropout_rng: Array | None = None
-    ) -> tuple[Float[Array, ""], Sums]:
+    def places(self, batch: Batch) -> Float[Array, "b t"]:
+        """The weights of the target tokens."""
+        return batch["decoder_loss_weights"].astype(jnp.float32)
+
+    def loss_of(self, logits: Float[Array, "b t v"], batch: Batch) -> tuple[Float[Array, ""], Sums]:
         """The sum of the weighted token losses, -log p + z_loss * (log Z)^2, and the sums.
 
         Args:
-            params: the parameter tree.
+            logits: of the targets, [B, T, V].
             batch: encoder_input_tokens [B, N] or [B, N, C]; decoder_input_tokens,
                 decoder_target_tokens and decoder_loss_weights [B, T]; segment ids and positions too
                 where packed. Rows that are marked as incomplete are never exact.
-            dropout_rng: enables dropout.
         """
-        logits = self.logits(params, batch, dropout_rng)
-        targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-        weights = weights.astype(jnp.float32)
+        targets, weights = batch["decoder_target_tokens"], self.places(batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         if self.z_loss:
             losses += self.z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2

@@ -2,7 +2,10 @@
 
 | file | holds |
 |---|---|
-| `trainer` | the compiled step, the loop, evaluation by the loss |
+| `trainer` | the options of a run, the loop, evaluation by the loss |
+| `steps` | the compiled step: what it changes, its gradient, its update |
+| `distillation` | a teacher that a step follows |
+| `routing_schedule` | one r of a list for each step, an annealed epsilon |
 | `progress` | the progress bar, and the check that losses are finite |
 | `schedules` | learning rates over a run |
 | `optimizers` | those of optax that run files name, with their numbers checked |

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 
-from coda_jax import files, processes
+from coda_jax import checks, files, processes
 from coda_jax.data.reports import say
 from coda_jax.optional import needs
 
@@ -30,8 +30,9 @@ def checked(directory: str | os.PathLike) -> pathlib.Path:
     """The path of a run's folder.
 
     Raises:
-        ValueError: it is a file, or orbax would take its name for a pattern.
+        ValueError: it is no name, or a file, or orbax would take it for a pattern.
     """
+    checks.paths(MODEL_DIR=directory)
     if pattern := set(os.fspath(directory)) & set("[]*?"):
         raise ValueError(
             f"MODEL_DIR={os.fspath(directory)!r} has {''.join(sorted(pattern))}, with which "

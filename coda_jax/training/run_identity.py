@@ -27,6 +27,7 @@ from coda_jax.checkpoints.config_json import to_json
 from coda_jax.objectives import Model
 from coda_jax.sharding import Placement
 from coda_jax.training import schedules
+from coda_jax.training.distillation import Distillation
 from coda_jax.training.run_directory import (
     EXPORT,
     FORMAT_VERSION,
@@ -58,6 +59,7 @@ def identify(
     optimizer: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
     first_batch: Mapping[str, np.ndarray],
+    distillation: Distillation | None = None,
 ) -> dict[str, Any]:
     """What the trainer knows of a run; the arguments are its own."""
     drawn = (*methods.created(model.config), *model.config.heads, *model.creates)
@@ -71,6 +73,7 @@ def identify(
         "options": {name: fields[name] for name in fields if name not in _HOW_OFTEN},
         "optimizer": _optimizer(optimizer),
         "learning_rate": _learning_rate(learning_rate, options.total_steps),
+        "distillation": distillation and distillation.described(),
         "first_batch": {name: _array(values) for name, values in first_batch.items()},
     }
 

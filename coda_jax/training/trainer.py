@@ -15,18 +15,15 @@ import os
 import pathlib
 from typing import Any
 
-import flax.struct
 import jax
-from jax import lax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from coda_jax import checks, methods, processes, trees
-from coda_jax.models import param_axes, placed
-from coda_jax.objectives import Model, Sums
+from coda_jax.objectives import Model
 from coda_jax.sharding import Placement
-from coda_jax.training import run_identity, schedules
+from coda_jax.training import routing_schedule, run_identity, schedules
+from coda_jax.training.distillation import Distillation
 from coda_jax.training.progress import Progress
 from coda_jax.training.run_checkpoints import RunCheckpoints, recover
 from coda_jax.training.run_directory import (
@@ -36,24 +33,16 @@ from coda_jax.training.run_directory import (
     owned,
     saved_steps,
 )
-
-Batch = dict[str, np.ndarray]
-_NORM = checks.Number(above=0)
-
-
-@flax.struct.dataclass
-class TrainState:
-    """What a step changes.
-
-    Attributes:
-        step: number of steps taken.
-        trained: the trained leaves, float32.
-        optimizer: the optimizer's state over them.
-    """
-
-    step: jax.Array
-    trained: dict[str, Any]
-    optimizer: Any
+from coda_jax.training.steps import (
+    NORM,
+    Batch,
+    Step,
+    TrainState,
+    make_optimizer,
+    partition,
+    start,
+    steps_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +59,10 @@ class TrainOptions:
         keep: checkpoints kept.
         best_metric: the metric of an evaluation, one of the model's `metrics`, by which the kept
             ones are chosen; None: by age.
+        reductions: each step trains at one of these r, drawn by the seed and the step, so that one
+            adapter serves at all of them; None for the model's own.
+        epsilon_start: the temperature of the routing falls from here to the model's own, in stages;
+            None for the model's own throughout.
     """
 
     total_steps: int
@@ -80,16 +73,43 @@ class TrainOptions:
     save_every: int = 500
     keep: int = 3
     best_metric: str | None = None
+    reductions: tuple[float | tuple[float, ...], ...] | None = None
+    epsilon_start: float | None = None
 
     def __post_init__(self):
         counts = ("total_steps", "accumulation", "log_every", "save_every", "keep")
         checks.fields(
             self,
             **dict.fromkeys(counts, checks.COUNT),
-            max_grad_norm=checks.Maybe(_NORM),
+            max_grad_norm=checks.Maybe(NORM),
             seed=checks.SEED,
             best_metric=checks.Maybe(checks.text),
+            **routing_schedule.CHECKS,
         )
+
+    def methods_of(self, model: Model, step: int) -> tuple[methods.Method, ...]:
+        """The model's methods, as the step that follows so many others routes.
+
+        Raises:
+            ValueError: the options change a routing that the model does not have.
+        """
+        names = ("total_steps", "seed", *routing_schedule.CHECKS)
+        values = {name: getattr(self, name) for name in names}
+        return routing_schedule.routed(model.config.methods, step, **values)
+
+    def start(
+        self,
+        model: Model,
+        params: Mapping,
+        optimizer: optax.GradientTransformation,
+        placement: Placement,
+        distillation: Distillation | None,
+    ) -> tuple[TrainState, dict[str, Any], Callable[[int], Step]]:
+        """The state before the first step, the frozen leaves, and the step of each number."""
+        state, frozen, places = start(model, params, optimizer, placement, distillation)
+        made = {"accumulation": self.accumulation, "seed": self.seed, "optimizer": optimizer}
+        made |= {"places": places, "distillation": distillation}
+        return state, frozen, steps_of(model, functools.partial(self.methods_of, model), **made)
 
     def best_mode(self, model: Model, evaluates: bool) -> str:
         """Whether more of the best metric is better, "max", or less, "min".
@@ -109,54 +129,6 @@ class TrainOptions:
         if not evaluates:
             raise ValueError(f"{name} needs data to evaluate on, a split 'validation'")
         return model.metrics[self.best_metric].better
-
-
-def make_train_step(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    accumulation: int,
-    seed: int,
-    places: TrainState | None = None,
-) -> Callable[[TrainState, Mapping, Batch], tuple[TrainState, Sums]]:
-    """The jitted step (state, frozen, batch) -> (state, sums); the state's buffers are reused.
-
-    The gradient is that of the mean loss over all target tokens of the batch, however many parts
-    and devices it is spread over. `places` are the shardings of the next state, which XLA chooses
-    otherwise.
-    """
-
-    def loss(trained, frozen, batch, rng):
-        return model.loss(trees.merge(trained, frozen), batch, rng)
-
-    grad = jax.grad(loss, has_aux=True)
-
-    def step(state: TrainState, frozen: Mapping, batch: Batch):
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        if not model.needs_rng:
-            rng = None
-
-        def part(total, inputs):
-            index, microbatch = inputs
-            part_rng = None if rng is None else jax.random.fold_in(rng, index)
-            return jax.tree.map(
-                jnp.add, total, grad(state.trained, frozen, microbatch, part_rng)
-            ), None
-
-        if accumulation == 1:
-            gradients, sums = grad(state.trained, frozen, batch, rng)
-        else:
-            # A part has rows from all over the batch, so that each device has its share of it.
-            parts = jax.tree.map(
-                lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
-            )
-            zeros = jax.tree.map(jnp.zeros_like, state.trained), Sums(*[jnp.zeros(())] * 5)
-            (gradients, sums), _ = lax.scan(part, zeros, (jnp.arange(accumulation), parts))
-        gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        return TrainState(state.step + 1, trained, optimizer_state), sums
-
-    return jax.jit(step, donate_argnums=0, out_shardings=places and (places, places.step))
 
 
 def evaluate(
@@ -184,17 +156,6 @@ def _sums(model: Model):
     return jax.jit(lambda params, batch: model.loss(params, batch)[1])
 
 
-def partition(model: Model, params: Mapping[str, Any]) -> tuple[dict, dict]:
-    """(trained, frozen): what the config's methods train, and the objective's own leaves.
-
-    Raises:
-        ValueError: the config has no methods, so that nothing would be trained.
-    """
-    if not model.config.methods:
-        raise ValueError("nothing is trained: the config has no methods")
-    return trees.split(params, (*methods.trained(model.config), *model.creates))
-
-
 def describe(model: Model, params: Mapping[str, Any]) -> str:
     """One line: total and trained parameters, and their share."""
     total = trees.count(params)
@@ -203,44 +164,6 @@ def describe(model: Model, params: Mapping[str, Any]) -> str:
     return (
         f"parameters: {total:,} in total, {share:,} trained ({share / total:.2%} of all, {names})"
     )
-
-
-def make_optimizer(
-    model: Model,
-    optimizer: Callable[..., optax.GradientTransformation],
-    learning_rate: optax.ScalarOrSchedule,
-    max_grad_norm: float | None = None,
-) -> optax.GradientTransformation:
-    """The optimizer with clipping, and each method's own part of a step around it."""
-    learning_rate = schedules.rate_or_schedule("learning_rate", learning_rate)
-    max_grad_norm = checks.Maybe(_NORM)("max_grad_norm", max_grad_norm)
-    transform = optimizer(learning_rate=learning_rate)
-    if max_grad_norm is not None:
-        transform = optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
-    for method in model.config.methods:
-        transform = method.wrap_optimizer(transform)
-    return transform
-
-
-def _start(
-    model: Model,
-    params: Mapping,
-    transform: optax.GradientTransformation,
-    options: TrainOptions,
-    placement: Placement,
-) -> tuple[TrainState, dict[str, Any], Callable]:
-    """The state before the first step and the frozen leaves, on their devices, and the step."""
-    trained, frozen = partition(model, placed(model.config, params, placement))
-
-    def begin(trained):
-        trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-        state = TrainState(jnp.zeros((), jnp.int32), trained, transform.init(trained))
-        return jax.tree.map(jnp.copy, state)  # no buffer twice, as a step reuses each
-
-    shapes = placement.shapes(jax.eval_shape(begin, trained), param_axes(model.config))
-    places = jax.tree.map(lambda x: x.sharding, shapes)
-    step = make_train_step(model, transform, options.accumulation, options.seed, places)
-    return jax.jit(begin, out_shardings=places)(trained), frozen, step
 
 
 def train(
@@ -255,38 +178,40 @@ def train(
     run: Mapping[str, Any],
     eval_batches: Callable[[], Iterable[Batch]] | None = None,
     placement: Placement | None = None,
+    distillation: Distillation | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Trains from `params`, or from the newest checkpoint in `directory`, to the last step.
 
     Args:
         model: what to train.
         params: the parameters to start from.
-        batches: of the whole run, always in one order; a restarted run skips those that it took.
+        batches: of the whole run, in one order; a restarted run skips those that it took.
         options: how long and how often.
         optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
         learning_rate: a number or an optax schedule.
         directory: of the run's checkpoints and logs.
-        run: what identifies the data, as JSON; see `run_identity` for the rest. "eval_data" in it
-            does so only where `best_metric` is set; otherwise other data are evaluated on anew.
+        run: what identifies the data, as JSON; "eval_data" only where `best_metric` is set.
         eval_batches: makes a pass over the evaluation data.
         placement: the devices; None for all, which share the rows of a batch.
+        distillation: a teacher to follow.
 
     Returns:
         The parameters at the end, or the best where `best_metric` is set, and their metrics.
 
     Raises:
-        ValueError: the directory holds another run, the batches end before the last step, an option
-            or the learning rate is out of its range, or devices cannot share the model.
+        ValueError: the directory holds another run, the batches end too early, a value is out of
+            its range, or devices cannot share the model.
         FloatingPointError: a loss, a metric or what would be saved was not finite; it is not saved.
         Interruption: SIGTERM, SIGHUP or Ctrl-C came; the state is saved.
     """
     best_mode = options.best_mode(model, eval_batches is not None)
     rate = schedules.checked(learning_rate, options.total_steps)
-    print(describe(model, params), flush=True)
+    options.methods_of(model, 0)  # which the model may not have
     first, batches = _peek(batches, options)
-    known = run_identity.identify(model, params, options, optimizer, learning_rate, first)
-    placement = placement or Placement()
-    run = run_identity.run_file({**known, **run}, placement)
+    _say(model, params, distillation, first)
+    start_of_run = model, params, options, optimizer, learning_rate, first
+    known = run_identity.identify(*start_of_run, distillation)
+    run = run_identity.run_file({**known, **run}, placement := placement or Placement())
     directory = pathlib.Path(directory).absolute()
     with (
         owned(directory),
@@ -295,14 +220,19 @@ def train(
         metric_writer(directory) as write,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
-        state, frozen, step = _start(model, params, transform, options, placement)
+        state, frozen, step = options.start(model, params, transform, placement, distillation)
         state, metrics = checkpoints.restore(state)
-        loop = _Loop(
-            model, frozen, placement, options, eval_batches, checkpoints, write, requests, rate,
-            step,
-        )  # fmt: skip
+        logged = checkpoints, write, requests, rate
+        loop = _Loop(model, frozen, placement, options, eval_batches, *logged, step)
         state, metrics = checkpoints.best(loop.run(state, batches, evaluated=bool(metrics)))
     return trees.merge(processes.fetch(state.trained), partition(model, params)[1]), metrics
+
+
+def _say(model: Model, params: Mapping, distillation: Distillation | None, first: Batch) -> None:
+    """Prints what is trained, and what a teacher costs."""
+    print(describe(model, params), flush=True)
+    if distillation is not None:
+        print(distillation.cost(model, first), flush=True)
 
 
 def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Iterator[Batch]]:
@@ -341,7 +271,7 @@ class _Loop:
     write: Callable[[int, Mapping[str, float]], None]
     requests: Requests
     rate: Callable[[int], float]
-    step: Callable[[TrainState, Mapping, Batch], tuple[TrainState, Sums]]
+    step: Callable[[int], Step]
 
     def _saves_at(self, number: int) -> bool:
         """Whether a checkpoint, with an evaluation, is due after a step."""
@@ -381,7 +311,8 @@ class _Loop:
         with Progress(total, number, self.model.report) as progress:
             for batch in itertools.islice(batches, number, total):
                 with self.placement.divided():
-                    state, sums = self.step(state, self.frozen, self.placement.batch(batch))
+                    step = self.step(number)
+                    state, sums = step(state, self.frozen, self.placement.batch(batch))
                 number += 1
                 progress.add(number, sums)
                 saving = self._saves_at(number)

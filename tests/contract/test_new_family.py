@@ -18,7 +18,7 @@ from coda_jax.methods import METHODS
 from coda_jax.models import FAMILIES, family_of
 from coda_jax.models.t5.config import T5Config
 from coda_jax.objectives import model_for
-from coda_jax.training import trainer
+from coda_jax.training import steps
 
 
 @struct.dataclass
@@ -73,10 +73,10 @@ def test_a_new_family_loads_learns_and_saves(dense, tmp_path):
     config = config.replace(methods=some, dropout_rate=0.0)
     params = swap_in(config, base, jax.random.key(0))
     model = model_for(config)
-    optimizer = trainer.make_optimizer(model, optax.adam, 1e-2)
-    step = trainer.make_train_step(model, optimizer, accumulation=1, seed=0)
-    trained, frozen = jax.device_get(trainer.partition(model, params))
-    state = trainer.TrainState(np.zeros((), np.int32), trained, optimizer.init(trained))
+    optimizer = steps.make_optimizer(model, optax.adam, 1e-2)
+    step = steps.make_train_step(model, optimizer, accumulation=1, seed=0)
+    trained, frozen = jax.device_get(steps.partition(model, params))
+    state = steps.TrainState(np.zeros((), np.int32), trained, optimizer.init(trained))
     losses = []
     for _ in range(3):
         state, sums = step(state, frozen, batch_of(config))

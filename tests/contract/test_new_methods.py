@@ -20,7 +20,7 @@ from coda_jax.checkpoints import load_adapter, save_adapter
 from coda_jax.methods import METHODS, Coda, Method, ParallelAdapter
 from coda_jax.models import FAMILIES
 from coda_jax.objectives import model_for
-from coda_jax.training import trainer
+from coda_jax.training import steps
 from coda_jax.training.partial_optimizer import PartialOptimizer
 
 
@@ -143,12 +143,12 @@ def test_a_method_changes_its_own_leaves_in_the_trainers_step(family):
     """The state of `wrap_optimizer` counts, and the masks follow; what is learned is learned."""
     config = tiny(family, Pruning(), ParallelAdapter(4))
     model = model_for(config)
-    optimizer = trainer.make_optimizer(model, optax.adam, 1e-2, max_grad_norm=1.0)
-    step = trainer.make_train_step(model, optimizer, accumulation=1, seed=0)
+    optimizer = steps.make_optimizer(model, optax.adam, 1e-2, max_grad_norm=1.0)
+    step = steps.make_train_step(model, optimizer, accumulation=1, seed=0)
     before = fresh_params(config)
-    trained, frozen = trainer.partition(model, before)
+    trained, frozen = steps.partition(model, before)
     assert masks_of(trained).keys() == masks_of(before).keys()
-    state = trainer.TrainState(np.zeros((), np.int32), trained, optimizer.init(trained))
+    state = steps.TrainState(np.zeros((), np.int32), trained, optimizer.init(trained))
     for number in (1, 2, 3):
         state, sums = step(state, frozen, batch_of(config))
         assert np.isfinite(sums.loss)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from coda_jax.methods import Coda
-from coda_jax.methods.coda import Router, token_scores
+from coda_jax.methods.coda import ROUTINGS, Router, token_scores
 from coda_jax.methods.selection import capacity, num_selected, select
 from coda_jax.methods.soft_topk import soft_topk
 from coda_jax.nn.layers import LayerNorm
@@ -136,7 +136,7 @@ def test_the_picked_are_the_k_largest_and_no_padding(reduction, rng):
         assert picked.tolist() == sorted(expected)
 
 
-@pytest.mark.parametrize("routing", ["soft_topk", "sigmoid", "truncation"])
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_weights_of_each_routing(routing, rng):
     tokens = layer_tokens(rng, batch=4, mask=rows_of_lengths(LENGTHS, 12))
     kernel = jnp.asarray(rng.normal(size=4), jnp.float32)
@@ -151,6 +151,8 @@ def test_weights_of_each_routing(routing, rng):
         if routing == "truncation":
             assert picked.tolist() == list(range(-(-length // 3)))
             assert (weights[valid] == 1).all()
+        elif routing == "straight_through":
+            np.testing.assert_allclose(weights[valid], 1, atol=1e-6)
         elif routing == "sigmoid":
             np.testing.assert_allclose(
                 weights[valid], 1 / (1 + np.exp(-scores[row, picked])), rtol=1e-5
@@ -159,6 +161,36 @@ def test_weights_of_each_routing(routing, rng):
             k = -(-length // 3)
             every = solution(scores[row, :length], k, 0.5)
             np.testing.assert_allclose(weights[valid], every[picked], atol=1e-6)
+
+
+def test_straight_through_has_the_gradient_of_the_soft_weights(rng):
+    tokens = layer_tokens(rng, batch=4, mask=rows_of_lengths(LENGTHS, 12))
+    kernel = jnp.asarray(rng.normal(size=4), jnp.float32)
+    cotangent = rng.normal(size=(4, 4)).astype(np.float32)
+
+    def gradient(routing):
+        coda = Coda(reduction=3, epsilon=0.5, routing=routing)
+        return jax.grad(lambda w: (route(coda, 3, w, tokens).weights * cotangent).sum())(kernel)
+
+    expected = gradient("soft_topk")
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(gradient("straight_through"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_added_in_training_alone(rng):
+    tokens, coda = layer_tokens(rng, batch=64), Coda(3.0, noise=2.0)
+    params = {"kernel": jnp.zeros(4)}
+
+    def first_picks(**rngs):
+        selection = Router(coda, 3.0).apply({"params": params}, tokens, rngs=rngs)
+        return np.asarray(selection.indices)
+
+    assert (first_picks() == np.arange(4)).all()  # all scores are 0: the first of equals
+    drawn, other = (first_picks(dropout=jax.random.key(seed)) for seed in (0, 1))
+    assert not np.array_equal(drawn, other)
+    shares = np.bincount(drawn.reshape(-1), minlength=12) / 64
+    assert np.abs(shares - 1 / 3).max() < 0.2
+    assert coda.needs_rng and not Coda().needs_rng
 
 
 def test_truncation_takes_the_first_of_each_segment(rng):
@@ -184,7 +216,7 @@ def test_reduction_of_one_picks_nothing_and_means_all(rng):
 
 
 @pytest.mark.parametrize("segment_ids", [[1, 1, 1, 2, 2, 2, 3, 3], [0, 3, 3, 3, 3, 3, 3, 3]])
-@pytest.mark.parametrize("routing", ["soft_topk", "sigmoid", "truncation"])
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_more_segments_than_allowed_give_nan(routing, segment_ids, rng):
     segment_ids = np.array([segment_ids])
     tokens = layer_tokens(rng, batch=1, length=8, mask=segment_ids > 0, segment_ids=segment_ids)
@@ -195,7 +227,7 @@ def test_more_segments_than_allowed_give_nan(routing, segment_ids, rng):
     assert np.isnan(overflows.weights).any()
 
 
-@pytest.mark.parametrize("routing", ["soft_topk", "sigmoid", "truncation"])
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_only_a_learned_routing_has_a_parameter(routing, rng):
     variables = jax.eval_shape(
         Router(Coda(routing=routing), 3.0).init, jax.random.key(0), layer_tokens(rng)
@@ -219,6 +251,7 @@ def test_only_a_learned_routing_has_a_parameter(routing, rng):
         ({"routing": "random"}, "Coda.routing .* got 'random'"),
         ({"epsilon": 0.0}, "Coda.epsilon .* got 0.0"),
         ({"epsilon": float("nan")}, "Coda.epsilon .* got nan"),
+        ({"noise": -1}, "Coda.noise .* got -1"),
         ({"num_iterations": 0}, "Coda.num_iterations .* got 0"),
         ({"max_segments": 0}, "Coda.max_segments .* got 0"),
     ],

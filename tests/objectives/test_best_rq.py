@@ -13,7 +13,7 @@ from coda_jax import trees
 from coda_jax.methods import Full
 from coda_jax.objectives import CTC, best_rq
 from coda_jax.objectives.best_rq import HEAD, BestRQ, BestRQConfig
-from coda_jax.training import trainer
+from coda_jax.training import steps
 
 CONFIG = config({"reduction": 2}, base=TINY_SPEECH, num_encoder_layers=1, dropout_rate=0.0)
 OPTIONS = BestRQConfig(num_codes=7, code_dim=3, start_probability=0.2, span=3)
@@ -172,9 +172,9 @@ def test_training_learns_with_routing_and_leaves_the_head_of_ctc_alone(params, r
     model = BestRQ(CONFIG.replace(methods=(*CONFIG.methods, Full())), OPTIONS)
     assert model.needs_rng and not CTC(CONFIG).needs_rng
     optimizer = optax.adamw(1e-2, weight_decay=0)
-    trained, frozen = trainer.partition(model, jax.tree.map(jnp.array, params))
-    state = trainer.TrainState(jnp.int32(0), trained, optimizer.init(trained))
-    step = trainer.make_train_step(model, optimizer, 1, 0)
+    trained, frozen = steps.partition(model, jax.tree.map(jnp.array, params))
+    state = steps.TrainState(jnp.int32(0), trained, optimizer.init(trained))
+    step = steps.make_train_step(model, optimizer, 1, 0)
     frames = np.repeat(random_frames(rng, [3] * 4, 3), 10, axis=1)  # what is near tells
     losses, weights = [], []
     for _ in range(40):
@@ -189,7 +189,7 @@ def test_training_learns_with_routing_and_leaves_the_head_of_ctc_alone(params, r
 
 
 def test_what_is_trained_with_adapters_alone(params):
-    trained, frozen = trainer.partition(BestRQ(CONFIG, OPTIONS), params)
+    trained, frozen = steps.partition(BestRQ(CONFIG, OPTIONS), params)
     assert HEAD in trained and "router" in trained["encoder"]["layers_0"]
     assert "kernel" in frozen["encoder"]["layers_0"]["first_mlp"]["wi"]
     _, model_params = trees.split(params, BestRQ.creates)

@@ -17,7 +17,7 @@ import pytest
 from coda_jax.checkpoints.adapter import leaf_sha256
 from coda_jax.training.run_checkpoints import RunCheckpoints, check_finite, recover
 from coda_jax.training.run_directory import saved_steps
-from coda_jax.training.trainer import TrainState
+from coda_jax.training.steps import TrainState
 
 RUN = {"format_version": 3, "name": "test"}
 

@@ -15,7 +15,7 @@ from coda_jax import methods, trees
 from coda_jax.methods import Full
 from coda_jax.objectives import OBJECTIVES, Seq2Seq
 from coda_jax.sharding import Placement
-from coda_jax.training import trainer
+from coda_jax.training import steps, trainer
 
 WITHOUT_DROPOUT = CONFIG.replace(dropout_rate=0.0)
 
@@ -29,7 +29,7 @@ def fixture_finished(tmp_path_factory):
 
 def first_state(params, optimizer):
     """The state before the first step."""
-    return trainer.TrainState(jnp.int32(0), params, optimizer.init(params))
+    return steps.TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 # --- What is trained ---
@@ -48,15 +48,15 @@ def test_frozen_leaves_keep_their_bits_and_trained_ones_change(finished):
 @pytest.mark.all
 def test_only_trained_leaves_have_gradients_and_optimizer_state():
     params, optimizer = random_params(CONFIG), optax.adamw(1e-3)
-    trained, frozen = trainer.partition(Seq2Seq(CONFIG), params)
-    step = trainer.make_train_step(Seq2Seq(CONFIG), optimizer, 1, 0)
+    trained, frozen = steps.partition(Seq2Seq(CONFIG), params)
+    step = steps.make_train_step(Seq2Seq(CONFIG), optimizer, 1, 0)
     state, batch = first_state(trained, optimizer), next(make_batches())
     out, _ = jax.eval_shape(step, state, frozen, batch)
     moments = [leaf for leaf in jax.tree.leaves(out.optimizer) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * trees.count(trained)
     # The compiled step returns nothing of the size of a frozen kernel: no gradient leaves it, and
     # XLA drops what nobody reads.
-    full = trainer.make_train_step(Seq2Seq(CONFIG), optimizer, 1, 0)
+    full = steps.make_train_step(Seq2Seq(CONFIG), optimizer, 1, 0)
     everything = first_state(params, optimizer)
 
     def flops(step, *arguments):
@@ -68,10 +68,10 @@ def test_only_trained_leaves_have_gradients_and_optimizer_state():
 def test_what_is_trained_follows_from_the_methods():
     params = random_params(CONFIG)
     every = CONFIG.replace(methods=(*CONFIG.methods, Full()))
-    trained, frozen = trainer.partition(Seq2Seq(every), params)
+    trained, frozen = steps.partition(Seq2Seq(every), params)
     assert trees.count(trained) == trees.count(params) and not frozen
     with pytest.raises(ValueError, match="nothing is trained: the config has no methods"):
-        trainer.partition(Seq2Seq(CONFIG.dense()), params)
+        steps.partition(Seq2Seq(CONFIG.dense()), params)
 
 
 def test_the_leaves_of_an_objective_are_trained_too():
@@ -81,8 +81,8 @@ def test_the_leaves_of_an_objective_are_trained_too():
         creates = (r"^new_head/",)
 
     params = {**random_params(CONFIG), "new_head": {"kernel": np.zeros(3, np.float32)}}
-    assert "new_head" in trainer.partition(Headed(CONFIG), params)[0]
-    assert "new_head" in trainer.partition(Seq2Seq(CONFIG), params)[1]
+    assert "new_head" in steps.partition(Headed(CONFIG), params)[0]
+    assert "new_head" in steps.partition(Seq2Seq(CONFIG), params)[1]
 
 
 def test_the_first_line_tells_the_trained_share(finished, capsys):
@@ -112,7 +112,7 @@ def test_gradients_are_clipped_and_each_method_has_its_part_of_a_step():
 
     def update(method, max_grad_norm):
         model = Seq2Seq(CONFIG.replace(methods=(method,)))
-        transform = trainer.make_optimizer(model, optax.sgd, 1.0, max_grad_norm)
+        transform = steps.make_optimizer(model, optax.sgd, 1.0, max_grad_norm)
         updates, _ = transform.update(gradients, transform.init(params), params)
         return np.asarray(updates["kernel"])
 

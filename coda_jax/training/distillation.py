@@ -1,0 +1,155 @@
+"""Self-distillation: a routed student follows the dense model that it is made of.
+
+The teacher is the same frozen checkpoint at r = 1, with an adapter of its own or without one. At
+each place, a target token or a frame,
+
+    loss = (1 - w) task + w T^2 KL(softmax(teacher / T) || softmax(student / T)).
+
+What the student leaves frozen is in memory once: the teacher reads it there, and brings only the
+leaves that the student trains.
+
+Reference: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from coda_jax import checks, trees
+from coda_jax.checkpoints.adapter import fingerprints
+from coda_jax.checkpoints.config_json import to_json
+from coda_jax.models import param_axes
+from coda_jax.objectives import Model, Sums
+from coda_jax.profiling import flops
+from coda_jax.sharding import Placement
+
+TEACHER = "teacher"  # where the teacher's leaves lie among the frozen ones
+
+Loss = Callable[[Mapping, Mapping, Array | None], tuple[Float[Array, ""], Sums]]
+
+
+def divergence(
+    teacher: Float[Array, "*b v"], student: Float[Array, "*b v"], temperature: float = 1.0
+) -> Float[Array, "*b"]:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), in float32.
+
+    Args:
+        teacher: [..., V] logits.
+        student: [..., V] logits.
+        temperature: T.
+    """
+    teacher, student = (
+        jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+        for logits in (teacher, student)
+    )
+    return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """A teacher, and how much it counts.
+
+    Attributes:
+        teacher: the dense model, for the student's objective.
+        params: its whole parameter tree.
+        weight: w, above 0 and at most 1. At 1 no targets are needed where the outputs do not depend
+            on them, as those of a CTC head.
+        temperature: T.
+    """
+
+    teacher: Model
+    params: Mapping[str, Any] = dataclasses.field(repr=False)
+    weight: float
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        checks.fields(
+            self, weight=checks.Number(above=0, most=1), temperature=checks.Number(above=0)
+        )
+
+    def reads_targets(self, model: Model) -> bool:
+        """Whether a student's loss reads a batch's targets."""
+        return model.reads_targets and (self.weight < 1 or model.logits_read_targets)
+
+    def placed(self, frozen: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+        """{TEACHER: the leaves that are not among the student's frozen ones}, on the devices.
+
+        Args:
+            frozen: of the student, on the host.
+            placement: the devices.
+
+        Raises:
+            ValueError: the teacher has another base: leaves differ from the student's.
+        """
+        shared, theirs = trees.flatten(frozen), trees.flatten(self.params)
+        both = shared.keys() & theirs.keys()
+        other = sorted(path for path in both if not np.array_equal(shared[path], theirs[path]))
+        if other:
+            raise ValueError(
+                f"the teacher has another base than the student: {len(other)} of {len(both)} "
+                f"frozen leaves differ, {other[0]} for one"
+            )
+        own = trees.unflatten({path: x for path, x in theirs.items() if path not in both})
+        return {TEACHER: placement.params(own, param_axes(self.teacher.config))}
+
+    def cost(self, model: Model, batch: Mapping[str, np.ndarray]) -> str:
+        """One line: what the teacher's pass adds to the student's.
+
+        Args:
+            model: the student.
+            batch: the first one.
+        """
+        rows, length = batch["encoder_input_tokens"].shape[:2]
+        targets = batch["decoder_target_tokens"].shape[1]
+        theirs, ours = (
+            flops.answer_flops(x.config, rows, length, targets) for x in (self.teacher, model)
+        )
+        return (
+            f"teacher: its pass over a batch takes {theirs / 1e9:,.1f} GFLOP, the student's "
+            f"{ours / 1e9:,.1f}, and about twice as much for the gradient"
+        )
+
+    def loss_of(self, model: Model) -> Loss:
+        """The student's loss, (params with the teacher's leaves, batch, rng) -> (sum, sums).
+
+        Per place the divergence is added up as the task's losses are. At w = 1 the sums' weight is
+        that of the places.
+
+        Args:
+            model: the student.
+
+        Raises:
+            ValueError: its objective has no distributions to compare.
+        """
+
+        def loss(params, batch, rng=None):
+            params = dict(params)
+            own = trees.flatten(params.pop(TEACHER))
+            theirs = trees.unflatten({**trees.flatten(params), **own})
+            weights = model.places(batch)
+            student = model.logits(params, batch, rng)
+            teacher = lax.stop_gradient(self.teacher.logits(theirs, batch))
+            total = (divergence(teacher, student, self.temperature) * weights).sum()
+            task, sums = model.loss_of(student, batch)
+            if self.weight == 1:
+                sums = sums.replace(loss=total, weight=weights.sum())
+            else:
+                sums = sums.replace(loss=(1 - self.weight) * task + self.weight * total)
+            return sums.loss, sums
+
+        return loss
+
+    def described(self) -> dict[str, Any]:
+        """What of it decides a run's result, as JSON: contents, not paths."""
+        return {
+            "weight": self.weight,
+            "temperature": self.temperature,
+            "teacher": to_json(self.teacher.config),
+            "leaves": fingerprints(self.params),
+        }

@@ -1,0 +1,177 @@
+"""One step of training: what it changes, its gradient and its update, compiled.
+
+Only the trained leaves have gradients and optimizer state; the frozen ones are an argument of the
+step. The gradient is that of the mean loss over all target tokens of a batch, however many parts
+and devices it is spread over.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from coda_jax import checks, methods, trees
+from coda_jax.models import param_axes, placed
+from coda_jax.objectives import Model, Sums
+from coda_jax.sharding import Placement
+from coda_jax.training import schedules
+from coda_jax.training.distillation import Distillation
+
+Batch = dict[str, np.ndarray]
+NORM = checks.Number(above=0)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+        step: number of steps taken.
+        trained: the trained leaves, float32.
+        optimizer: the optimizer's state over them.
+    """
+
+    step: jax.Array
+    trained: dict[str, Any]
+    optimizer: Any
+
+
+Step = Callable[[TrainState, Mapping, Batch], tuple[TrainState, Sums]]
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    seed: int,
+    places: TrainState | None = None,
+    distillation: Distillation | None = None,
+) -> Step:
+    """The jitted step (state, frozen, batch) -> (state, sums); the state's buffers are reused.
+
+    Args:
+        model: what is trained.
+        optimizer: of the trained leaves.
+        accumulation: parts of a batch that are worked through one after the other.
+        seed: of the random numbers.
+        places: the shardings of the next state, which XLA chooses otherwise.
+        distillation: the teacher that is followed, if any; `frozen` then holds its leaves too.
+    """
+    loss_of_model = model.loss if distillation is None else distillation.loss_of(model)
+
+    def loss(trained, frozen, batch, rng):
+        return loss_of_model(trees.merge(trained, frozen), batch, rng)
+
+    grad = jax.grad(loss, has_aux=True)
+
+    def step(state: TrainState, frozen: Mapping, batch: Batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        if not model.needs_rng:
+            rng = None
+
+        def part(total, inputs):
+            index, microbatch = inputs
+            part_rng = None if rng is None else jax.random.fold_in(rng, index)
+            return jax.tree.map(
+                jnp.add, total, grad(state.trained, frozen, microbatch, part_rng)
+            ), None
+
+        if accumulation == 1:
+            gradients, sums = grad(state.trained, frozen, batch, rng)
+        else:
+            # A part has rows from all over the batch, so that each device has its share of it.
+            parts = jax.tree.map(
+                lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+            zeros = jax.tree.map(jnp.zeros_like, state.trained), Sums(*[jnp.zeros(())] * 5)
+            (gradients, sums), _ = lax.scan(part, zeros, (jnp.arange(accumulation), parts))
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        return TrainState(state.step + 1, trained, optimizer_state), sums
+
+    return jax.jit(step, donate_argnums=0, out_shardings=places and (places, places.step))
+
+
+def partition(model: Model, params: Mapping[str, Any]) -> tuple[dict, dict]:
+    """(trained, frozen): what the config's methods train, and the objective's own leaves.
+
+    Raises:
+        ValueError: the config has no methods, so that nothing would be trained.
+    """
+    if not model.config.methods:
+        raise ValueError("nothing is trained: the config has no methods")
+    return trees.split(params, (*methods.trained(model.config), *model.creates))
+
+
+def make_optimizer(
+    model: Model,
+    optimizer: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer with clipping, and each method's own part of a step around it."""
+    learning_rate = schedules.rate_or_schedule("learning_rate", learning_rate)
+    max_grad_norm = checks.Maybe(NORM)("max_grad_norm", max_grad_norm)
+    transform = optimizer(learning_rate=learning_rate)
+    if max_grad_norm is not None:
+        transform = optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
+    for method in model.config.methods:
+        transform = method.wrap_optimizer(transform)
+    return transform
+
+
+def start(
+    model: Model,
+    params: Mapping,
+    transform: optax.GradientTransformation,
+    placement: Placement,
+    distillation: Distillation | None = None,
+) -> tuple[TrainState, dict[str, Any], TrainState]:
+    """The state before the first step and the frozen leaves, on their devices; the state's places.
+
+    Args:
+        model: what is trained.
+        params: its parameters.
+        transform: what `make_optimizer` gives.
+        placement: the devices.
+        distillation: the teacher; its own leaves are among the frozen ones.
+    """
+    trained, frozen = partition(model, placed(model.config, params, placement))
+    if distillation is not None:
+        frozen |= distillation.placed(partition(model, params)[1], placement)
+
+    def begin(trained):
+        trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+        state = TrainState(jnp.zeros((), jnp.int32), trained, transform.init(trained))
+        return jax.tree.map(jnp.copy, state)  # no buffer twice, as a step reuses each
+
+    shapes = placement.shapes(jax.eval_shape(begin, trained), param_axes(model.config))
+    places = jax.tree.map(lambda x: x.sharding, shapes)
+    return jax.jit(begin, out_shardings=places)(trained), frozen, places
+
+
+def steps_of(
+    model: Model,
+    routed: Callable[[int], tuple[methods.Method, ...]],
+    **making: Any,
+) -> Callable[[int], Step]:
+    """The step of each number; those whose methods are equal share one compiled program.
+
+    Args:
+        model: what is trained.
+        routed: the methods of the step that follows so many others.
+        **making: further arguments of `make_train_step`.
+    """
+
+    @functools.cache
+    def made(chosen):
+        return make_train_step(model.with_methods(chosen), **making)
+
+    return lambda number: made(routed(number))
