@@ -111,8 +111,8 @@ class Distillation:
             flops.answer_flops(x.config, rows, length, targets) for x in (self.teacher, model)
         )
         return (
-            f"teacher: its pass over a batch takes {theirs / 1e9:,.1f} GFLOP, the student's "
-            f"{ours / 1e9:,.1f}, and about twice as much for the gradient"
+            f"teacher: its pass over a batch takes {theirs / 1e9:.3g} GFLOP, the student's "
+            f"{ours / 1e9:.3g}, and about twice as much for the gradient"
         )
 
     def loss_of(self, model: Model) -> Loss:

@@ -1,0 +1,219 @@
+"""What closes the gap between CoDA and the parallel adapter: variants of the demos' adaptations.
+
+    python -m benchmarks.ablations speech --seeds=0,1,2 --json=benchmarks/results/ablations.json
+
+adapts the bundled checkpoints of a demo ("text", "images" or "speech") once for each variant and
+seed, with the demo's data and steps, and scores the answers to the test split. The seed is that of
+the data's order, of fresh leaves and of dropout. What is in the JSON file is not computed again.
+`--table` prints the table of it: means, and standard errors over seeds.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import pathlib
+import statistics
+import tempfile
+from typing import Any
+
+import optax
+
+from coda_jax import files
+from coda_jax.commands.loading import LoadedModel, load_model
+from coda_jax.commands.train import Distill, train
+from coda_jax.demos import comparison
+from coda_jax.methods import Coda, unrouted, with_reduction
+from coda_jax.training.schedules import warmup_cosine
+from coda_jax.training.trainer import TrainOptions
+
+DEMOS = ("text", "images", "speech")
+TEACHER = "at r = 1"  # the variant whose adapter teaches
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to adapt.
+
+    Attributes:
+        name: in the table.
+        reduction: r; None for the parallel adapter.
+        pretrained: whether the base has had conditional pretraining.
+        coda: values of other fields of `Coda`.
+        options: values of fields of `TrainOptions`.
+        distill: the weight of the teacher, and its temperature; None for no teacher.
+        own_adapter: whether the teacher has an adapter of its own, that of `TEACHER`.
+        rate: the peak learning rate as a multiple of the demo's.
+        scored: reductions at which the answers are scored; () for the trained one.
+        steps: as a multiple of the demo's.
+    """
+
+    name: str
+    reduction: float | None
+    pretrained: bool = True
+    coda: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    distill: tuple[float, float] | None = None
+    own_adapter: bool = True
+    rate: float = 1.0
+    scored: tuple[float, ...] = ()
+    steps: float = 1.0
+
+
+def variants(demo: comparison.Demo) -> dict[str, Variant]:
+    """All variants by name, the parallel adapter first."""
+    r = demo.reductions[-1]
+    layers = load_model(str(demo.dense)).config.num_encoder_layers
+    ends = (1.0, *[float(r)] * (layers - 2), 1.0)
+    speeds = (2, 3, 4, 5, 8)
+    found = [
+        Variant("parallel adapter, dense base", None, pretrained=False),
+        Variant(TEACHER, 1),
+        Variant("CoDA, dense base", r, pretrained=False),
+        Variant("CoDA", r),
+        Variant("CoDA, smaller r", demo.reductions[0]),
+        Variant("teacher with adapter, w 0.5", r, distill=(0.5, 1.0)),
+        Variant("teacher with adapter, w 0.9", r, distill=(0.9, 1.0)),
+        Variant("teacher with adapter, w 0.9, T 2", r, distill=(0.9, 2.0)),
+        Variant("teacher with adapter, w 1, no labels", r, distill=(1.0, 1.0)),
+        Variant("teacher without adapter, w 0.5", r, distill=(0.5, 1.0), own_adapter=False),
+        Variant("straight-through", r, coda={"routing": "straight_through"}),
+        Variant("epsilon 0.02", r, coda={"epsilon": 0.02}),
+        Variant("epsilon 0.2", r, coda={"epsilon": 0.2}),
+        Variant("epsilon 4 to 1", r, options={"epsilon_start": 4.0}),
+        Variant("noise 0.5", r, coda={"noise": 0.5}),
+        Variant("first and last layer dense", r, coda={"reduction": ends}),
+        Variant("k-to-all", r, coda={"attention": "k_to_all"}),
+        Variant("twice the steps", r, steps=2.0),
+        Variant("twice the rate", r, rate=2.0),
+        Variant("elastic", r, options={"reductions": speeds}, scored=speeds),
+        Variant(
+            "elastic, teacher with adapter, w 0.5",
+            r,
+            options={"reductions": speeds},
+            distill=(0.5, 1.0),
+            scored=speeds,
+        ),
+        *(Variant(f"r = {r} alone", r) for r in speeds),
+    ]
+    return {variant.name: variant for variant in found}
+
+
+def start(demo: comparison.Demo, variant: Variant, seed: int) -> LoadedModel:
+    """The model before its adaptation."""
+    pretrained = load_model(
+        str(demo.coda), adapter_checkpoint=str(demo.coda / "adapter"), seed=seed
+    )
+    methods = pretrained.config.methods
+    if variant.reduction is None:
+        methods = unrouted(methods)
+    else:
+        methods = tuple(
+            dataclasses.replace(method, **{"reduction": variant.reduction, **variant.coda})
+            if isinstance(method, Coda)
+            else method
+            for method in methods
+        )
+    if not variant.pretrained:
+        return load_model(str(demo.dense), methods=methods, seed=seed)
+    return dataclasses.replace(pretrained, config=pretrained.config.replace(methods=methods))
+
+
+def adapted(
+    demo: comparison.Demo,
+    variant: Variant,
+    seed: int,
+    folder: pathlib.Path,
+    teacher: pathlib.Path | None,
+) -> LoadedModel:
+    """The model after its adaptation; `teacher` is the folder of an adapter."""
+    rate = demo.learning_rate if variant.reduction is None else demo.coda_learning_rate
+    steps = round(demo.steps * variant.steps)
+    distill = None
+    if variant.distill is not None:
+        path = str(teacher) if variant.own_adapter else None
+        distill = Distill(*variant.distill, adapter=path)
+    result, _ = train(
+        str(folder),
+        start(demo, variant, seed),
+        data=dataclasses.replace(demo.train_data, seed=seed),
+        options=TrainOptions(steps, save_every=steps, seed=seed, **variant.options),
+        optimizer=optax.adam,
+        learning_rate=warmup_cosine(rate * variant.rate, steps, comparison.WARM_UP_STEPS),
+        distill=distill,
+    )
+    return result
+
+
+def scores(demo: comparison.Demo, variant: Variant, model: LoadedModel) -> dict[str, float]:
+    """{r: the demo's metric}, at the trained reduction, or at each of those to score."""
+    if not variant.scored:
+        return {str(variant.reduction): comparison.score(demo, model)}
+    found = {}
+    for r in variant.scored:
+        methods = with_reduction(model.config.methods, r)
+        routed = dataclasses.replace(model, config=model.config.replace(methods=methods))
+        found[str(r)] = comparison.score(demo, routed)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Means and standard errors over the seeds, a row for each variant and reduction."""
+    lines = []
+    for name, report in results.items():
+        lines += [
+            "",
+            f"{name}, {report['metric']} in per cent",
+            "",
+            "| variant | r | seeds | score |",
+        ]
+        lines.append("|---|---|---|---|")
+        for variant, by_seed in report["variants"].items():
+            for r in next(iter(by_seed.values())):
+                found = [by_seed[seed][r] for seed in by_seed]
+                error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+                score = f"{statistics.mean(found):.1f} ± {error:.1f}"
+                lines.append(f"| {variant} | {r} | {len(found)} | {score} |")
+    return "\n".join(lines[1:])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("demo", choices=DEMOS)
+    parser.add_argument("--variants", help="names, separated by ';'; all if it is not given")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--json", type=pathlib.Path, required=True)
+    parser.add_argument("--table", action="store_true", help="prints the table and stops")
+    given = parser.parse_args()
+    results = json.loads(given.json.read_text()) if given.json.exists() else {}
+    if given.table:
+        print(table(results))
+        return
+    demo = importlib.import_module(f"coda_jax.demos.{given.demo}").DEMO
+    known = variants(demo)
+    names = given.variants.split(";") if given.variants else [*known]
+    report = results.setdefault(given.demo, {"metric": demo.metric, "variants": {}})
+    report |= {"task": demo.task, "steps": demo.steps}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in given.seeds.split(","):
+            teacher = pathlib.Path(folder) / f"teacher-{seed}"
+            needed = any(known[n].distill and known[n].own_adapter for n in names)
+            for name in dict.fromkeys([*([TEACHER] if needed else []), *names]):
+                done = report["variants"].setdefault(name, {})
+                is_teacher = name == TEACHER and needed
+                if seed in done and not is_teacher:
+                    continue
+                print(f"\n== {given.demo}: {name}, seed {seed} ==", flush=True)
+                place = teacher if is_teacher else pathlib.Path(folder) / f"run-{len(done)}-{name}"
+                place = place.with_name(place.name.replace(" ", "_").replace("=", ""))
+                adapter = teacher / "export" / "adapter"
+                model = adapted(demo, known[name], int(seed), place, adapter)
+                done[seed] = scores(demo, known[name], model)
+                print(f"{name}, seed {seed}: {done[seed]}", flush=True)
+                files.write_json(given.json, results)
+    print(table({given.demo: report}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`coda train` with a teacher, and over several reductions: a tiny model of bytes."""
+
+import json
+
+from command_line import coda, flags
+from helpers import config, random_params
+import numpy as np
+import pytest
+
+from coda_jax import checkpoints, cli
+
+CONFIG = config(vocab_size=384, num_encoder_layers=1)
+FILES = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A checkpoint of random weights, and a task: a word and its first letter."""
+    folder = tmp_path_factory.mktemp("shared")
+    checkpoints.save_hf(folder / "base", CONFIG, random_params(CONFIG))
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdef"), 5)) for _ in range(24)]
+    lines = [json.dumps({"inputs": word, "targets": word[0]}) for word in words]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return {
+        "TRAIN_FILE": folder / "train.jsonl",
+        "INITIAL_CHECKPOINT_PATH": folder / "base",
+        "VOCABULARY": "bytes",
+        "TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 4},
+        "BATCH_SIZE": 4,
+        "ACCUMULATION": 2,
+        "ParallelAdapter.bottleneck": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def teacher(shared, tmp_path_factory):
+    """The folder of a parallel adapter of the checkpoint."""
+    folder = tmp_path_factory.mktemp("teacher")
+    files = [FILES[0], "methods/parallel_adapter.gin", FILES[2]]
+    coda("train", files, shared | {"MODEL_DIR": folder, "TRAIN_STEPS": 8})
+    return folder / "export" / "adapter"
+
+
+def test_a_student_follows_the_adapter_of_its_teacher(shared, teacher, tmp_path, capsys):
+    given = {"MODEL_DIR": tmp_path, "TRAIN_STEPS": 4, "DISTILL": 0.5, "DISTILL_TEMPERATURE": 2}
+    given |= {"TEACHER_ADAPTER_PATH": teacher, "REDUCTIONS": (1, 2), "EPSILON_START": 4}
+    coda("train", FILES, shared | given)
+    assert "teacher: its pass over a batch takes " in capsys.readouterr().out
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["distillation"]["weight"] == 0.5 and run["options"]["reductions"] == [1, 2]
+    assert str(teacher) not in json.dumps(run)  # what it is counts, not where it lies
+    base = checkpoints.load_hf(shared["INITIAL_CHECKPOINT_PATH"])
+    cfg, _ = checkpoints.load_adapter(tmp_path / "export" / "adapter", *base)
+    assert [method.name for method in cfg.methods] == ["coda", "parallel_adapter"]
+
+
+def test_the_base_alone_teaches_pretraining_with_all_parameters(shared, tmp_path):
+    files = [FILES[0], "methods/coda_pretrain.gin", FILES[2]]
+    given = {"MODEL_DIR": tmp_path, "TRAIN_STEPS": 2, "DISTILL": 1, "REDUCTION": 2}
+    coda("train", files, shared | given)
+    checkpoints.load_hf(tmp_path / "export")
+
+
+def refused(shared, tmp_path, capsys, **given):
+    """What `coda train` says of values that it refuses."""
+    given = shared | {"MODEL_DIR": tmp_path / "run", "TRAIN_STEPS": 2} | given
+    assert cli.main(["train", *flags(FILES, given)]) == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    return capsys.readouterr().err
+
+
+def test_mistakes_are_told_in_a_line(shared, teacher, tmp_path, capsys):
+    said = refused(shared, tmp_path, capsys, TEACHER_ADAPTER_PATH=teacher)
+    assert "has no effect without DISTILL, the weight of the teacher" in said
+    said = refused(shared, tmp_path, capsys, DISTILL=2)
+    assert "Distillation.weight must be a number above 0 and at most 1, got 2" in said
+    other = tmp_path / "base"
+    checkpoints.save_hf(other, CONFIG, random_params(CONFIG, seed=1))
+    changed = {"INITIAL_CHECKPOINT_PATH": other, "DISTILL": 0.5, "TEACHER_ADAPTER_PATH": teacher}
+    assert "belongs to another base" in refused(shared, tmp_path, capsys, **changed)
