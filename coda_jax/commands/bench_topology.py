@@ -18,7 +18,7 @@ from coda_jax.commands.bench_programs import (
 )
 from coda_jax.methods import comparisons
 from coda_jax.models import ModelConfig
-from coda_jax.profiling import breakdown, flops, topology
+from coda_jax.profiling import breakdown, flops, topology, tpu
 
 MEASURES = ("encoder", "end_to_end", "beams", "train_step")  # of `Programs`
 # XLA counts all operations of a step, CoDA's own among them, and one round of a decoding loop.
@@ -68,7 +68,7 @@ def measure(
     for measure_name in measures:
         compared_here = programs | (peers if measure_name in _OF_PEERS else {})
         compiled = {
-            method: _compiled(name, *getattr(p, measure_name)(), target_length)
+            method: _compiled(name, *getattr(p, measure_name)())
             for method, p in tqdm(
                 compared_here.items(),
                 desc=f"{measure_name.replace('_', ' ')}: compiling",
@@ -105,17 +105,16 @@ def _rows(
             bound = baseline.flops / program.flops
         row = rows[method] = topology.row(program, baseline, bound, breakdown.parts_of(config))
         row["ms"] = 1e3 * program.cost.total / topology.chip(name).clock
-        row["loop_rounds"] = sizes[2]
         if measure_name in _BEAMS and program.cost.loops:
             read = flops.step_bytes(config, *sizes, _BEAMS[measure_name])
             row["step"] = _step(program, name, read)
     return rows
 
 
-def _compiled(name, function, arguments, rounds) -> topology.Program | str:
+def _compiled(name, function, arguments) -> topology.Program | str:
     """The program, or why there is none."""
     try:
-        return topology.compile_for(name, function, arguments, rounds=rounds)
+        return topology.compile_for(name, function, arguments)
     except topology.TooLargeError as error:
         return str(error)
 
@@ -194,7 +193,7 @@ def _cells(row: Mapping[str, Any]) -> str:
 def _loops(rows: Mapping[str, Any]) -> list[str]:
     """What is said of loops whose length is not in the program."""
     lines = [
-        f"{method}: {loop} is of unknown length and counts {row['loop_rounds']} times"
+        f"{method}: {loop} is of unknown length and counts {tpu.rounds_of(loop)} times"
         for method, row in rows.items()
         for loop in row["unknown_loops"]
     ]

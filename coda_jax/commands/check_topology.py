@@ -110,7 +110,7 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
         function, arguments = getattr(programs, name)()
         *held, batch = arguments
         shapes = (*pod.shapes(held, axes), pod.rows(batch))
-        report["programs"][name] = _row(config, given, function, shapes, targets, pod)
+        report["programs"][name] = _row(config, given, function, shapes, pod)
     return report
 
 
@@ -120,9 +120,9 @@ def _measures(config: ModelConfig) -> list[str]:
     return [name for name in names if config.methods or name != "train_step"]
 
 
-def _row(config, given, function, arguments, targets, pod) -> dict[str, Any]:
+def _row(config, given, function, arguments, pod) -> dict[str, Any]:
     try:
-        program = topology.compile_for(given.topology, function, arguments, targets, pod)
+        program = topology.compile_for(given.topology, function, arguments, pod)
     except topology.TooLargeError as error:
         return {"fits": False, "refused": str(error)}
     parts = breakdown.parts_of(config)
@@ -146,7 +146,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines.append(f"| {name.replace('_', ' ')} | {_cells(row, report['memory_bytes'])} |")
     loops = [
         f"- {name.replace('_', ' ')}: {loop} is of unknown length and counts "
-        f"{report['targets']} times"
+        f"{tpu.rounds_of(loop)} times"
         for name, row in report["programs"].items()
         for loop in row.get("unknown_loops", ())
     ]

@@ -18,6 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from coda_jax.nn.attention import widened_cache
 from coda_jax.nn.tokens import take
 from coda_jax.objectives import decoding, logits_processors
 from coda_jax.objectives.decoding import Cache, Inputs, Step, Stops
@@ -131,7 +132,7 @@ class _Beams(NamedTuple):
         occupied: [B, M], False where `finished` has no beam yet.
         open: [B, 1], whether the search of a row goes on.
         finite: [B, 1], whether all logits were, of a search that went on.
-        ancestors: [B, M, L], which beam wrote what each live one sees at each place of the cache:
+        ancestors: [B, M, places], which beam wrote what each live one sees at a place of the cache:
             beams take over those of others, and the cache stays as it was written.
         cache: of the decoder.
     """
@@ -183,15 +184,16 @@ def beam_search(
         rules = TransformersRules(
             options.length_penalty, options.early_stopping, longest, prefix_length
         )
-    _, step, rows = decoding.begin(model, params, encoder_input_tokens, given, options, stops=stops)
-
-    def unfinished(beams):
-        return (beams.length <= longest) & beams.open.any()
-
-    def grow(beams):
-        return _advance(model, beams, step, options, rules, stops)
-
-    beams = lax.while_loop(unfinished, grow, _first_beams(rows, options.num_beams))
+    places = decoding.cache_places(longest, given.shape[1])
+    encoding = model, params, encoder_input_tokens
+    _, step, rows = decoding.begin(*encoding, given, options, stops=stops, places=places[0])
+    beams = decoding.grown(
+        _first_beams(rows, options.num_beams, places[0]),
+        places,
+        lambda beams: beams.open.any(),
+        lambda beams: _advance(model, beams, step, options, rules, stops),
+        _widened,
+    )
     any_finished = beams.occupied.any(axis=1, keepdims=True)
     tokens = jnp.where(any_finished[..., None], beams.finished, beams.live)
     finished = jnp.where(beams.occupied, beams.scores, _IMPOSSIBLE)
@@ -199,7 +201,16 @@ def beam_search(
     return tokens[..., 1:], jnp.where(beams.finite, scores, jnp.nan)
 
 
-def _first_beams(rows: decoding.Rows, num_beams: int) -> _Beams:
+def _widened(beams: _Beams, places: int) -> _Beams:
+    """The beams with a cache of another size."""
+    added = places - beams.ancestors.shape[2]
+    return beams._replace(
+        ancestors=jnp.pad(beams.ancestors, ((0, 0), (0, 0), (0, added))),
+        cache=widened_cache(beams.cache, places),
+    )
+
+
+def _first_beams(rows: decoding.Rows, num_beams: int, places: int) -> _Beams:
     """The beams before their first token."""
     tokens = rows.tokens.reshape(-1, num_beams, rows.tokens.shape[1])
     no_scores = jnp.full(tokens.shape[:2], _IMPOSSIBLE, jnp.float32)
@@ -213,7 +224,7 @@ def _first_beams(rows: decoding.Rows, num_beams: int) -> _Beams:
         occupied=jnp.zeros(tokens.shape[:2], bool),
         open=jnp.ones((tokens.shape[0], 1), bool),
         finite=jnp.ones((tokens.shape[0], 1), bool),
-        ancestors=jnp.zeros((*tokens.shape[:2], tokens.shape[2] - 1), jnp.int32),
+        ancestors=jnp.zeros((*tokens.shape[:2], places), jnp.int32),
         cache=rows.cache,
     )
 

@@ -1,7 +1,8 @@
 """Outputs of a cached decoder: greedy, drawn at random, or from the beam search in `beams`.
 
 The encoder runs once. Each step then feeds one token per row to the decoder and reads the keys and
-values of all earlier ones from a cache of fixed size, so that a step always costs the same. The
+values of all earlier ones from a cache. A step reads the whole of it, so it has 64 places at first
+and four times as many where they are full; each size is a loop of its own in the program. The
 rows of an example are its outputs or beams; they are neighbours and share the keys and values of
 its encoding. Call these functions under `jax.jit`, with the options static: outside of it, making
 the cache costs a decoder pass over all positions whose result nobody reads.
@@ -12,7 +13,9 @@ of the stop texts.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+import itertools
+import re
+from typing import Any, NamedTuple, TypeVar
 
 from flax import linen as nn
 import jax
@@ -20,6 +23,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
+from coda_jax.nn.attention import widened_cache
 from coda_jax.objectives import logits_processors
 from coda_jax.objectives.generation import Generation
 
@@ -27,6 +31,9 @@ Cache = Any
 Inputs = Int[Array, "b n"] | Float[Array, "b n c"]
 Stops = UInt[Array, "s v"]
 Step = Callable[..., tuple[Float[Array, "rows v"], Cache]]
+State = TypeVar("State")
+FIRST_PLACES, GROWTH = 64, 4  # of a cache
+_SCOPE = "at_most_{}_steps"  # of a loop: a compiled program does not say it otherwise
 
 
 class Rows(NamedTuple):
@@ -79,13 +86,56 @@ def decode(
         [R] float32 that the model gives the tokens up to there, excluding the given ones; NaN where
         a logit was not finite.
     """
-    _, step, rows = begin(model, params, encoder_input_tokens, given, options, keys, stops)
-
-    def unfinished(rows):
-        return (rows.length <= options.max_decode_length) & ~rows.ended.all()
-
-    rows = lax.while_loop(unfinished, lambda rows: advance(model, rows, step, options, stops), rows)
+    places = cache_places(options.max_decode_length, given.shape[1])
+    encoding = model, params, encoder_input_tokens
+    _, step, rows = begin(*encoding, given, options, keys, stops, places=places[0])
+    rows = grown(
+        rows,
+        places,
+        lambda rows: ~rows.ended.all(),
+        lambda rows: advance(model, rows, step, options, stops),
+        lambda rows, most: rows._replace(cache=widened_cache(rows.cache, most)),
+    )
     return rows.tokens[:, 1:], rows.log_probs
+
+
+def cache_places(longest: int, num_given: int = 1) -> tuple[int, ...]:
+    """The sizes that a cache has one after the other: at least P, and at last L."""
+    sizes = [FIRST_PLACES]
+    while sizes[-1] < longest:
+        sizes.append(GROWTH * sizes[-1])
+    return tuple(min(size, longest) for size in sizes if min(size, longest) >= num_given)
+
+
+def grown(
+    state: State,
+    places: tuple[int, ...],
+    unfinished: Callable[[State], Bool[Array, ""]],
+    advance: Callable[[State], State],
+    widened: Callable[[State, int], State],
+) -> State:
+    """A state with a `length` after as many tokens as it needs, or as there are places.
+
+    Args:
+        state: with a cache of `places[0]`.
+        places: the sizes of the cache.
+        unfinished: whether another token is needed.
+        advance: the state after it.
+        widened: the state with a cache of another size.
+    """
+    for before, most in itertools.pairwise((0, *places)):
+        state = widened(state, most)
+        with jax.named_scope(_SCOPE.format(most - before)):
+            state = lax.while_loop(
+                lambda state, most=most: (state.length <= most) & unfinished(state), advance, state
+            )
+    return state
+
+
+def most_steps(scope: str) -> int | None:
+    """How many steps the loop of a scope takes at most; None for another loop."""
+    found = re.search(_SCOPE.format(r"(\d+)"), scope)
+    return found and int(found.group(1))
 
 
 def begin(
@@ -96,14 +146,18 @@ def begin(
     options: Generation,
     keys: Key[Array, " r"] | None = None,
     stops: Stops | None = None,
+    places: int | None = None,
 ) -> tuple[Float[Array, "b n d"], Step, Rows]:
-    """(the encoding, the step from it, the rows before their first token); see `decode`."""
+    """(the encoding, the step from it, the rows before their first token); see `decode`.
+
+    The cache has so many places; None for all.
+    """
     encoded = model.apply(
         {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
     )
     step, make_cache = steps(model, params, encoder_input_tokens, encoded)
     num_rows, num_given = given.shape
-    cache = make_cache(jnp.ones((num_rows, options.max_decode_length), jnp.int32))
+    cache = make_cache(jnp.ones((num_rows, places or options.max_decode_length), jnp.int32))
     if num_given > 1:
         cache, _ = lax.scan(
             lambda cache, tokens: (step(cache, tokens)[1], None), cache, given[:, :-1].T

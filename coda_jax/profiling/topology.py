@@ -142,7 +142,7 @@ def chips(text: str, whole: bool = False) -> list[jax.Device]:
 
 
 def compile_for(
-    name: str, function: Callable, arguments: Any, rounds: int = 1, pod: Placement | None = None
+    name: str, function: Callable, arguments: Any, pod: Placement | None = None
 ) -> Program:
     """Compiles a function for one chip of a topology, or for all of them.
 
@@ -150,7 +150,6 @@ def compile_for(
         name: of the topology.
         function: to be compiled, or already jitted.
         arguments: arrays or their shapes; for a pod, shapes that say how they are divided.
-        rounds: as of `tpu.cost`.
         pod: all chips of the topology; None for one.
 
     Raises:
@@ -175,7 +174,7 @@ def compile_for(
             raise _too_large(refused.group()) from error
         raise
     seconds = middle - start, time.perf_counter() - middle
-    cost = tpu.cost(compiled, chip(name), rounds)
+    cost = tpu.cost(compiled, chip(name))
     memory = compiled.memory_analysis()
     taken = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -19,6 +19,8 @@ import re
 
 import jax
 
+from coda_jax.objectives.decoding import most_steps
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _ROW_CYCLES = 8  # of a gathered or scattered row: a guess
@@ -104,13 +106,12 @@ class Cost:
             self.guessed[scope] += cycles
 
 
-def cost(compiled: jax.stages.Compiled, chip: Chip, rounds: int = 1) -> Cost:
+def cost(compiled: jax.stages.Compiled, chip: Chip) -> Cost:
     """The cost of a program that was compiled for a TPU.
 
     Args:
         compiled: the program.
         chip: what it was compiled for.
-        rounds: of loops whose length is not in the program, such as that of a decoder.
 
     Raises:
         ValueError: it was compiled for something else.
@@ -118,14 +119,19 @@ def cost(compiled: jax.stages.Compiled, chip: Chip, rounds: int = 1) -> Cost:
     text = compiled.as_text()
     if "estimated_cycles" not in text:
         raise ValueError("the program has no cycles: it was not compiled for a TPU")
-    return _Program(text, chip, rounds).run()
+    return _Program(text, chip).run()
+
+
+def rounds_of(scope: str) -> int:
+    """How often a loop counts whose length is not in the program: a decoder's with its limit."""
+    return most_steps(scope) or 1
 
 
 class _Program:
     """The instructions of an optimised program, by computation."""
 
-    def __init__(self, text: str, chip: Chip, rounds: int):
-        self.chip, self.rounds = chip, rounds
+    def __init__(self, text: str, chip: Chip):
+        self.chip = chip
         self.computations: dict[str, list[str]] = {}
         name = ""
         for line in text.splitlines():
@@ -153,8 +159,9 @@ class _Program:
                 body = self.run(_named(line, "body"))
                 rounds = self._rounds(line)
                 if rounds is None:
+                    rounds = rounds_of(_scope(line))
                     found.loops[_scope(line)] = body.total
-                found.add(body, self.rounds if rounds is None else rounds)
+                found.add(body, rounds)
             elif op in ("conditional", "call"):
                 branches = [self.run(called) for called in self._called(line)]
                 if branches:

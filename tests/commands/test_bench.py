@@ -123,11 +123,11 @@ def test_for_tpus_shapes_are_enough_and_what_is_unknown_is_printed(tmp_path, mon
     checkpoints.save_hf(tmp_path / "base", helpers.TINY, helpers.random_params(helpers.TINY))
     (tmp_path / "base" / "model.safetensors").unlink()
 
-    def compile_for(name, function, arguments, rounds):
+    def compile_for(name, function, arguments):
         cost = tpu.Cost(total=200.0)
         cost.charge("router/dot", 100.0, guessed=True)
         if isinstance(function, functools.partial):  # answers, not the encoder
-            cost.loops["decode/while"] = 7e6
+            cost.loops["at_most_16_steps/while"] = 7e6
         return topology.Program(cost, 1.0, 2.0, 3.0, 4, 5, fits=True)
 
     monkeypatch.setattr(topology, "compile_for", compile_for)
@@ -137,7 +137,7 @@ def test_for_tpus_shapes_are_enough_and_what_is_unknown_is_printed(tmp_path, mon
     row = report["end_to_end"][NAMES[1]]
     assert (row["lower_seconds"], row["compile_seconds"]) == (2, 3)
     printed = capsys.readouterr().out
-    assert printed.count("decode/while is of unknown length and counts 16 times") == 2
+    assert printed.count("at_most_16_steps/while is of unknown length and counts 16 times") == 2
     assert printed.count("a decoding step takes 7.00 million cycles, where reading ") == 2
     assert f"| {NAMES[1]} | 0.00 | 1.00x | " in printed and "| 2, 3 s |" in printed
 
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_a_row(tmp_path, monkeypatch, capsys):
     said = "XLA: Ran out of memory in memory space hbm. Used 18.92G of 15.75G hbm. Exceeded"
     calls = []
 
-    def compile_for(name, function, arguments, rounds):
+    def compile_for(name, function, arguments):
         calls.append(name)
         if len(calls) == 1:
             raise topology._too_large(said)

@@ -219,8 +219,8 @@ def test_a_topology_needs_the_compiler(monkeypatch):
 def test_what_each_chip_holds_and_sends_is_printed(monkeypatch, capsys):
     """Also of a program that does not fit; the compiler's part is made up."""
 
-    def compile_for(name, function, arguments, rounds, pod):
-        assert (name, rounds) == ("v5e:2x2", 3)
+    def compile_for(name, function, arguments, pod):
+        assert name == "v5e:2x2"
         rows = jax.tree.leaves(arguments)[-1]
         assert rows.sharding.shard_shape(rows.shape)[0] == rows.shape[0] // 2
         if hasattr(function, "lower"):  # the training step

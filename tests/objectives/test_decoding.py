@@ -159,12 +159,55 @@ class CountingModel:
     [({"num_beams": 1}, 1), ({"num_beams": 2}, 2), ({"num_beams": 2, "length_penalty": 1.0}, 2)],
     ids=["greedy", "beams of T5X", "beams of transformers"],
 )
-def test_search_stops_when_it_cannot_improve(options, fewest, rng):
+def test_search_stops_when_it_cannot_improve(options, fewest, rng, monkeypatch):
     cfg = config()
     inputs = random_tokens(rng, [5, 3], 6)
     counting = CountingModel(cfg, Generation(max_decode_length=12, **options))
     assert counting.steps_of(ending_params(cfg, strength=50.0), inputs) == fewest
     assert counting.steps_of(ending_params(cfg, strength=-50.0), inputs) == 12
+    monkeypatch.setattr(decoding, "FIRST_PLACES", 1)
+    counting = CountingModel(cfg, Generation(max_decode_length=12, **options))
+    assert counting.steps_of(ending_params(cfg, strength=50.0), inputs) == fewest
+    assert counting.steps_of(ending_params(cfg, strength=-50.0), inputs) == 12
+
+
+@pytest.mark.parametrize(
+    ("longest", "num_given", "sizes"),
+    [
+        (1, 1, (1,)),
+        (64, 1, (64,)),
+        (65, 1, (64, 65)),
+        (300, 1, (64, 256, 300)),
+        (300, 70, (256, 300)),
+    ],
+)
+def test_a_cache_grows_fourfold(longest, num_given, sizes):
+    assert decoding.cache_places(longest, num_given) == sizes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "top_k": 3},
+        {"num_beams": 3},
+        {"decoder_prefix": (4,) * 3},
+    ],
+    ids=["greedy", "sampling", "beams", "prefix"],
+)
+def test_outputs_do_not_depend_on_the_sizes_of_the_cache(options, rng, monkeypatch):
+    """Whichever of its sizes an output ends in."""
+    cfg = config()
+    options = Generation(max_decode_length=11, **options)
+    inputs = random_tokens(rng, rng.integers(1, 9, 12), 9)
+    params = ending_params(cfg, seed=2, strength=1.0)
+    expected = generate(cfg, params, inputs, options)
+    assert {11} < {*lengths(np.asarray(expected[0])).flat}  # some end early, some do not
+    monkeypatch.setattr(decoding, "FIRST_PLACES", 2)
+    monkeypatch.setattr(decoding, "GROWTH", 2)
+    found = jax.jit(model_for(cfg).generate, static_argnums=2)(params, inputs, options)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
 def all_outputs(vocab_size, length):

@@ -67,9 +67,14 @@ def test_cycles_follow_the_flow_of_control(counter):
 
 def test_a_loop_of_unknown_length_is_named_and_counts_as_is_said():
     text = PROGRAM.replace("condition=%condition", "condition=%unknown")
-    cost = tpu.cost(compiled(text), V5E, rounds=3)
-    assert cost.cycles["jit(f)/layers_0/mlp/dot"] == 300
+    cost = tpu.cost(compiled(text), V5E)
+    assert cost.cycles["jit(f)/layers_0/mlp/dot"] == 100
     assert cost.loops == {"": 100}
+    scope = "jit(f)/at_most_3_steps/while"
+    said = text.replace("condition=%unknown", f'condition=%unknown, metadata={{op_name="{scope}"}}')
+    cost = tpu.cost(compiled(said), V5E)
+    assert cost.cycles["jit(f)/layers_0/mlp/dot"] == 300
+    assert cost.loops == {scope: 100}
 
 
 def test_what_chips_send_is_counted_in_arrays_as_they_come_out():
