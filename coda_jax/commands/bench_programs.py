@@ -79,10 +79,10 @@ class Programs:
         """`end_to_end` with 4 beams."""
         return self.end_to_end(num_beams=4)
 
-    def train_step(self) -> tuple[Callable, tuple]:
+    def train_step(self, accumulation: int = 1) -> tuple[Callable, tuple]:
         """One step of Adam on the adapters, routers and norms; the next state comes first."""
         optimizer = optax.adam(1e-4)
-        step = steps.make_train_step(self._model, optimizer, accumulation=1, seed=0)
+        step = steps.make_train_step(self._model, optimizer, accumulation, seed=0)
 
         def start(params):
             trained, frozen = methods.partition(self.config, params)

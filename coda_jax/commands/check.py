@@ -33,10 +33,7 @@ def check(
     new_leaves: str = "found",
     feature_lengths: Mapping[str, int] | None = None,
     read_values: bool = False,
-    topology: str | None = None,
-    mesh: Mapping[str, int] | None = None,
-    batch_size: int | None = None,
-    dtype: Any = None,
+    topology: check_topology.Settings | None = None,
     output: str | None = None,
 ) -> dict[str, Any]:
     """Compares a checkpoint with a model, and counts parameters and operations.
@@ -50,10 +47,8 @@ def check(
             methods' leaves anew; "restored" where they must be in it; "found" for whichever it is.
         feature_lengths: tokens of "inputs" and "targets", for the operations.
         read_values: also reads every value, which finds missing and damaged parts of files.
-        topology: TPUs, such as "v5e:4x4", for which the model's programs are compiled.
-        mesh: {"data", "model"}: their chips along each axis; None for all along "data".
-        batch_size: rows on all chips; None for 8 for each chip along "data".
-        dtype: of computation and frozen parameters; None for bfloat16.
+        topology: TPUs for which the model's programs are compiled, as `check_topology.settings`
+            gives them.
         output: JSON file for the report.
 
     Returns:
@@ -64,21 +59,19 @@ def check(
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: leaves are missing, extra, misshapen or damaged (all are listed); the mesh is
-            for other chips or another model; or there are no sizes.
-        ModuleNotFoundError: there is a topology and no libtpu.
+            for another model; or there are no sizes.
     """
     lengths = {"inputs": 512, "targets": 64} if feature_lengths is None else feature_lengths
     check_feature_lengths(lengths)
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, OUTPUT=output)
     checks.flag("READ_VALUES", read_values)
-    given = check_topology.settings(topology, mesh, batch_size, dtype)
     config = _fitting(checkpoint, config, methods, new_leaves, read_values)
-    check_topology.check_mesh(config, given)
+    check_topology.check_mesh(config, topology)
     report: dict[str, Any] = {**_counts(config), **costs(config, **lengths)}
     for name, value in report.items():
         print(f"{name:24}{value:>20,.{2 if value < 1000 else 0}f}")
-    if given is not None:
-        report["topology"] = check_topology.measure(config, given, **lengths)
+    if topology is not None:
+        report["topology"] = check_topology.measure(config, topology, **lengths)
         print(check_topology.markdown(report["topology"]), end="")
     if output is not None:
         files.write_json(output, report)

@@ -14,12 +14,16 @@ from coda_jax import checks
 from coda_jax.commands.bench_programs import Programs, random_batch, served_shapes
 from coda_jax.commands.bench_topology import MEASURES
 from coda_jax.models import ModelConfig, check_divides, param_axes
+from coda_jax.nn.remat import POLICIES
 from coda_jax.profiling import breakdown, topology, tpu
 from coda_jax.sharding import Placement, checked_mesh
 
 _ROWS = 8  # for each chip along "data"
 _HELD_WHOLE = "held_whole_bytes"
-_REMEDY = "What does not fit needs a smaller BATCH_SIZE, or more chips along 'model' of the MESH."
+_REMEDY = (
+    "What does not fit needs a smaller BATCH_SIZE, or more chips along 'model' of the MESH; a "
+    "training step also ACCUMULATION or REMAT_POLICY."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,37 +35,59 @@ class Settings:
         mesh: {"data", "model"}: chips along each axis.
         batch_size: B.
         dtype: of the computation.
+        accumulation: parts of a training step's batch.
+        remat_policy: what a training step computes again, see `ModelConfig`.
     """
 
     topology: str
     mesh: dict[str, int]
     batch_size: int
     dtype: Any
+    accumulation: int
+    remat_policy: str
 
 
 def settings(
-    name: str | None, mesh: Mapping[str, int] | None, batch_size: int | None, dtype: Any
+    name: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    batch_size: int | None = None,
+    dtype: Any = None,
+    accumulation: int | None = None,
+    remat_policy: str | None = None,
 ) -> Settings | None:
     """Checks what is asked for; None where no topology is.
+
+    Args:
+        name: of TPUs, such as "v5e:4x4".
+        mesh: {"data", "model"}: their chips along each axis; None for all along "data".
+        batch_size: rows on all chips; None for 8 for each chip along "data".
+        dtype: of computation and frozen parameters; None for bfloat16.
+        accumulation: parts of a training step's batch; None for 1.
+        remat_policy: what a training step computes again; None for nothing.
 
     Raises:
         ValueError: there is no such topology; the mesh is not of its chips; rows do not divide.
         ModuleNotFoundError: there is no libtpu.
     """
     if name is None:
-        for option, value in {"MESH": mesh, "BATCH_SIZE": batch_size, "DTYPE": dtype}.items():
+        given = {"MESH": mesh, "BATCH_SIZE": batch_size, "DTYPE": dtype}
+        given |= {"ACCUMULATION": accumulation, "REMAT_POLICY": remat_policy}
+        for option, value in given.items():
             if value is not None:
                 raise ValueError(f"{option}={value!r} has no effect without TOPOLOGY")
         return None
     chips = topology.chips(checks.text("TOPOLOGY", name), whole=True)
     mesh = checked_mesh("MESH", mesh, len(chips))
     rows = _ROWS * mesh["data"] if batch_size is None else checks.COUNT("BATCH_SIZE", batch_size)
-    if rows % mesh["data"]:
+    accumulation = checks.COUNT("ACCUMULATION", 1 if accumulation is None else accumulation)
+    if rows % (mesh["data"] * accumulation):
+        parts = f" x ACCUMULATION={accumulation}" * (accumulation > 1)
         raise ValueError(
-            f"BATCH_SIZE must be a multiple of {mesh['data']} chips along 'data', got {rows}"
+            f"BATCH_SIZE must be a multiple of {mesh['data']} chips along 'data'{parts}, got {rows}"
         )
     dtype = checks.dtype("DTYPE", "bfloat16" if dtype is None else dtype)
-    return Settings(name, mesh, rows, dtype)
+    policy = checks.OneOf([*POLICIES])("REMAT_POLICY", remat_policy or "none")
+    return Settings(name, mesh, rows, dtype, accumulation, policy)
 
 
 def check_mesh(config: ModelConfig, given: Settings | None) -> None:
@@ -86,7 +112,8 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
         inputs: N.
         targets: T, tokens decoded, and target tokens of a training step.
     """
-    config = config.replace(dtype=given.dtype, dropout_rate=0.0)
+    run = {"dtype": given.dtype, "remat_policy": given.remat_policy, "dropout_rate": 0.0}
+    config = config.replace(**run)
     pod = _pod(given)
     batch = random_batch(config, given.batch_size, inputs, targets)
     programs, axes = Programs(config, served_shapes(config), batch), param_axes(config)
@@ -107,7 +134,8 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
         "programs": {},
     }
     for name in _measures(config):
-        function, arguments = getattr(programs, name)()
+        of_step = {"accumulation": given.accumulation} if name == "train_step" else {}
+        function, arguments = getattr(programs, name)(**of_step)
         *held, batch = arguments
         shapes = (*pod.shapes(held, axes), pod.rows(batch))
         report["programs"][name] = _row(config, given, function, shapes, pod)

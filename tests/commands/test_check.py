@@ -1,6 +1,7 @@
 """`coda check`: what does not fit is listed before a run starts, and costs are those counted."""
 
 import json
+import re
 import sys
 
 from helpers import ADAPTER, GOLDEN, TINY_SPEECH, config, random_params, unpack
@@ -12,6 +13,7 @@ from coda_jax import checkpoints, cli, trees
 from coda_jax.checkpoints.t5x import read_t5x
 from coda_jax.checkpoints.t5x_scanned import to_scanned
 from coda_jax.commands.check import check, check_leaves, compare_leaves, costs, stored_shapes
+from coda_jax.commands.check_topology import settings
 from coda_jax.methods import Coda, Full, partition
 from coda_jax.models.t5.config import infer_config
 from coda_jax.profiling import flops, topology, tpu
@@ -200,9 +202,6 @@ def test_a_preset_alone_is_counted(capsys):
     [
         ({}, "nothing to check: give INITIAL_CHECKPOINT_PATH or PRESET"),
         ({"config": DENSE, "read_values": True}, "READ_VALUES=True has no effect without INITIAL"),
-        ({"config": DENSE, "mesh": {"data": 4}}, "MESH={'data': 4} has no effect without TOPOLOGY"),
-        ({"config": DENSE, "batch_size": 8}, "BATCH_SIZE=8 has no effect without TOPOLOGY"),
-        ({"config": DENSE, "dtype": "bfloat16"}, "DTYPE='bfloat16' has no effect without TOPOLOGY"),
     ],
 )
 def test_an_option_without_effect_is_refused(options, message):
@@ -210,10 +209,26 @@ def test_an_option_without_effect_is_refused(options, message):
         check(**options)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("mesh", {"data": 4}),
+        ("batch_size", 8),
+        ("dtype", "bfloat16"),
+        ("accumulation", 2),
+        ("remat_policy", "full"),
+    ],
+)
+def test_an_option_of_a_topology_alone_is_refused(option, value):
+    message = f"{option.upper()}={value!r} has no effect without TOPOLOGY"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings(**{option: value})
+
+
 def test_a_topology_needs_the_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'coda_jax\[tpu\]'"):
-        check(config=DENSE, topology="v5e:2x2")
+        settings("v5e:2x2")
 
 
 def test_what_each_chip_holds_and_sends_is_printed(monkeypatch, capsys):
@@ -233,7 +248,8 @@ def test_what_each_chip_holds_and_sends_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(topology, "chips", lambda name, whole: jax.devices()[:2])
     monkeypatch.setattr(topology, "compile_for", compile_for)
     lengths = {"inputs": 8, "targets": 3}
-    found = check(None, DENSE, CODA.methods, topology="v5e:2x2", feature_lengths=lengths)
+    given = settings("v5e:2x2", accumulation=2, remat_policy="full")
+    found = check(None, DENSE, CODA.methods, topology=given, feature_lengths=lengths)
     report = found["topology"]
     assert report["mesh"] == {"data": 2, "model": 1} and report["batch_size"] == 16
     step = report["programs"]["train_step"]
