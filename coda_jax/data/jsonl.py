@@ -121,6 +121,7 @@ def jsonl_task(
     validation_file: str | None = None,
     test_file: str | None = None,
     vocabulary: str,
+    fields: Sequence[str] = FEATURES,
 ) -> str:
     """Returns the name of the task over these files. For gin files.
 
@@ -131,6 +132,7 @@ def jsonl_task(
         validation_file: the file of the split "validation", if there is one.
         test_file: the file of the split "test", if there is one.
         vocabulary: a path, or "bytes", for `load_vocabulary`.
+        fields: the names of a line's fields, that of the inputs and that of the targets.
 
     Returns:
         "jsonl_<names of the files>"; see `task_name`.
@@ -140,10 +142,16 @@ def jsonl_task(
         ValueError: as for `read_splits`, or `load_vocabulary` refuses the vocabulary.
     """
     files = check_files(train_file, validation_file, test_file, vocabulary)
-    name = task_name("jsonl", files, (files, vocabulary))
+    fields = tuple(
+        checks.text(name, field)
+        for name, field in zip(("INPUT_FIELD", "TARGET_FIELD"), fields, strict=True)
+    )
+    if len({*fields}) < 2:
+        raise ValueError(f"INPUT_FIELD and TARGET_FIELD are both {fields[0]!r}")
+    name = task_name("jsonl", files, (files, vocabulary, fields))
     if (task := TASKS.get(name)) is None:
         given = {s: os.fspath(f) for s, f in zip(SPLITS, files, strict=True) if f is not None}
-        task = JsonlTask(name, read_splits(name, *files), vocabulary, given)
+        task = JsonlTask(name, read_splits(name, *files, fields=fields), vocabulary, given)
     # T5X finds tasks in seqio's registry. Only seqio reads a vocabulary in a bucket.
     if sys.modules.get("seqio"):
         from coda_jax.data import seqio_tasks
@@ -198,6 +206,7 @@ def read_splits(
     train_file: str | os.PathLike | None,
     validation_file: str | os.PathLike | None,
     test_file: str | os.PathLike | None,
+    fields: Sequence[str] = FEATURES,
 ) -> dict[str, Columns]:
     """Reads JSONL files with lines {"inputs": str, "targets": str}.
 
@@ -208,6 +217,7 @@ def read_splits(
         train_file: the file of the split "train", if there is one.
         validation_file: the file of the split "validation", if there is one.
         test_file: the file of the split "test", if there is one.
+        fields: what the two fields of a line are called.
 
     Returns:
         The lists "inputs" and "targets" of each split that has a file.
@@ -218,7 +228,9 @@ def read_splits(
     """
     files = dict(zip(SPLITS, (train_file, validation_file, test_file), strict=True))
     columns = {
-        split: read_jsonl(path, FEATURES) for split, path in files.items() if path is not None
+        split: dict(zip(FEATURES, read_jsonl(path, fields).values(), strict=True))
+        for split, path in files.items()
+        if path is not None
     }
     if not columns:
         raise ValueError(f"Task {name!r} needs at least one of {[f'{s}_file' for s in files]}")

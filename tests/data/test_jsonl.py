@@ -70,6 +70,19 @@ def test_a_jsonl_task_reads_its_files(write):
     assert jsonl.TASKS[name] is task
 
 
+def test_the_fields_of_a_line_may_have_other_names(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    lines = [{"id": 3, "question": "a b", "prediction": "c"}, {"question": "d", "prediction": "e"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = {"train_file": file, "vocabulary": "bytes"}
+    task = jsonl.TASKS[jsonl.jsonl_task(**given, fields=("question", "prediction"))]
+    assert task.columns == {"train": {"inputs": ["a b", "d"], "targets": ["c", "e"]}}
+    with pytest.raises(ValueError, match=r"answers.jsonl:1: the field 'inputs' is missing"):
+        jsonl.jsonl_task(**given)
+    with pytest.raises(ValueError, match="INPUT_FIELD and TARGET_FIELD are both 'question'"):
+        jsonl.jsonl_task(**given, fields=("question", "question"))
+
+
 @pytest.mark.parametrize(
     "vocabulary",
     ["bytes", str(bundled.VOCABULARY), *(str(FOLDER / name) for name in ("byte_bpe", "unigram_5"))],
