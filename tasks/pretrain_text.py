@@ -59,14 +59,15 @@ def task(
     found = texts.sources(files, tfds_name, seqio_name, field, streams=len(steps))
 
     def add(registered: str) -> seqio.Task | seqio.Mixture:
-        rates = []
-        for number, (streams, rate) in enumerate(found):
-            for (name, noise), source in zip(steps.items(), streams, strict=True):
-                parts = [registered, *([name] if len(steps) > 1 else [])]
-                parts += [f"part{number}"] if len(found) > 1 else []
-                added = _add("_".join(parts), source, noise, vocabulary)
-                rates.append((added.name, rate))
-        return added if len(rates) == 1 else seqio.MixtureRegistry.add(registered, rates)
+        parts = {
+            "_".join(filter(None, (name, part))): (
+                functools.partial(_add, source, noise, vocabulary),
+                rate,
+            )
+            for part, (streams, rate) in found.items()
+            for (name, noise), source in zip(steps.items(), streams, strict=True)
+        }
+        return registry.add_mixed(registered, parts)
 
     arguments = (vocabulary, files, tfds_name, seqio_name, field, denoisers)
     options = (noise_density, mean_noise_span_length)
@@ -106,7 +107,7 @@ def _steps(
     return {SPAN_CORRUPTION: noise}
 
 
-def _add(name: str, source: seqio.DataSource, noise: Callable, vocabulary: str) -> seqio.Task:
+def _add(source: seqio.DataSource, noise: Callable, vocabulary: str, name: str) -> seqio.Task:
     steps = [
         functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
         functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),

@@ -44,3 +44,22 @@ def once(name: str, arguments: Sequence, add: Callable[[str], seqio.Task | seqio
     if registered not in names:
         add(registered)
     return registered
+
+
+def add_mixed(
+    name: str, parts: Mapping[str, tuple[Callable[[str], seqio.Task], float]]
+) -> seqio.Task | seqio.Mixture:
+    """Registers the only part under a name, or else a mixture of all parts.
+
+    Args:
+        name: of the task or mixture; tasks of a mixture have the name of the part behind it.
+        parts: (what registers it under the name that it gets, its rate) by the part's name.
+
+    Returns:
+        The task or mixture.
+    """
+    if len(parts) == 1:
+        ((add, _),) = parts.values()
+        return add(name)
+    rates = [(add(f"{name}_{part}").name, rate) for part, (add, rate) in parts.items()]
+    return seqio.MixtureRegistry.add(name, rates)

@@ -17,6 +17,7 @@ from coda_jax.tasks import found_files
 
 LINES_PER_TEXT = 64
 VALIDATION_BUCKETS = 20  # One of them is the validation split.
+SHUFFLED = 1000  # records that are held to be shuffled
 MAX_VALIDATION = 1000  # records; an evaluation reads them all, however many texts there are
 JSONL = ".jsonl"
 SOURCES = ("TEXTS", "TFDS_NAME", "SEQIO_NAME")
@@ -145,7 +146,7 @@ class SplitTexts(seqio.DataSource):
                 f"{self._place}: no text is in the split {split!r}: 5 % are validation, by a hash "
                 "of the text. Give more texts, or --gin.EVAL_TASK_NAME=None"
             )
-        return texts
+        return texts.shuffle(SHUFFLED, seed=seed) if shuffle else texts
 
 
 def sources(
@@ -154,7 +155,7 @@ def sources(
     seqio_name: str | None,
     field: str,
     streams: int = 1,
-) -> list[tuple[list[SplitTexts], float]]:
+) -> dict[str, tuple[list[SplitTexts], float]]:
     """The sources of the one of three that is given.
 
     Args:
@@ -166,7 +167,7 @@ def sources(
         streams: how many sources of the same records, in orders of their own.
 
     Returns:
-        ([a source for each stream], rate) for each task of a mixture, or of one alone.
+        ([a source for each stream], rate) by the names of a mixture's tasks, or under "".
 
     Raises:
         FileNotFoundError: no files match.
@@ -182,25 +183,25 @@ def sources(
     checks.text("TEXT_FIELD", field)
     if files is not None:
         paths = [file.path for file in found_files.find(name, files)]
-        records = [(TextFiles(paths, field), 1.0)]
+        records = {"": (TextFiles(paths, field), 1.0)}
     elif tfds_name is not None:
         splits = {"train": "train"}
-        records = [(seqio.TfdsDataSource(checks.text(name, tfds_name), splits=splits), 1.0)]
+        records = {"": (seqio.TfdsDataSource(checks.text(name, tfds_name), splits=splits), 1.0)}
     else:
         records = _of_seqio(seqio_tasks.registered(checks.text(name, seqio_name)), place)
-    return [
-        ([SplitTexts(source, field, place, i) for i in range(streams)], rate)
-        for source, rate in records
-    ]
+    return {
+        part: ([SplitTexts(source, field, place, i) for i in range(streams)], rate)
+        for part, (source, rate) in records.items()
+    }
 
 
 def _of_seqio(
     found: seqio.Task | seqio.Mixture, place: str
-) -> list[tuple[seqio.DataSource, float]]:
+) -> dict[str, tuple[seqio.DataSource, float]]:
     """The sources of a task or mixture that have a split "train", with their rates."""
     tasks = [task for task in seqio.get_subtasks(found) if "train" in task.splits]
     if not tasks:
         raise ValueError(f"{place} has no split 'train', only {sorted(found.splits)}")
     if isinstance(found, seqio.Task):
-        return [(found.source, 1.0)]
-    return [(task.source, float(found.get_rate(task))) for task in tasks]
+        return {"": (found.source, 1.0)}
+    return {task.name: (task.source, float(found.get_rate(task))) for task in tasks}

@@ -285,6 +285,7 @@ def test_tasks_are_registered_with_inputs_and_targets(name, tmp_path):
     text = (FOLDER / name).read_text()
     bindings += ["DIRECTORY=unused"] * ("DIRECTORY = " in text)
     bindings += [OWN_TEXTS] * ("TEXTS = None" in text)
+    bindings += [f"RECORDINGS={FOLDER}/*.gin"] * ("RECORDINGS = " in text)
     cli.configure(["runs/cache.gin", name], [], bindings)
     arguments = gin.get_bindings(load("cache"))
     from_data = name in ("tasks/jsonl.gin", "tasks/labels.gin")

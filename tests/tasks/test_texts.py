@@ -17,7 +17,7 @@ RECORDS = ["".join(LINES[i : i + 64]) for i in range(0, len(LINES), 64)]
 
 def read(split, *, files=None, tfds_name=None, seqio_name=None, field="text", **options):
     """The texts of a split, through what every task over texts reads."""
-    (((source,), rate),) = texts.sources(files, tfds_name, seqio_name, field)
+    (((source,), rate),) = texts.sources(files, tfds_name, seqio_name, field).values()
     assert rate == 1
     with seqio_tasks.own_errors():
         records = source.get_dataset(split, **{"shuffle": False} | options)
@@ -67,7 +67,7 @@ def test_a_file_a_glob_or_several_are_read_once_each(tmp_path):
 def test_the_order_follows_the_seed_and_the_stream(tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
-    (((one, two), _),) = texts.sources(str(tmp_path), None, None, "text", streams=2)
+    (((one, two), _),) = texts.sources(str(tmp_path), None, None, "text", streams=2).values()
 
     def order(source, seed):
         records = source.get_dataset("train", shuffle=True, seed=seed).as_numpy_iterator()
@@ -104,7 +104,7 @@ def test_the_records_of_a_task_or_mixture_are_read_before_its_own_steps():
     train, validation = both(seqio_name="one", field="body")
     assert sorted(train + validation) == sorted(RECORDS)
     found = texts.sources(None, None, "both", "body")
-    assert [rate for _, rate in found] == [1.0, 3.0]
+    assert {name: rate for name, (_, rate) in found.items()} == {"one": 1.0, "two": 3.0}
     with pytest.raises(ValueError, match=r"TEXT_FIELD='text' is no text of its .* \['body', "):
         read("train", seqio_name="one")
 
