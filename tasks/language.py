@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 import csv
 import dataclasses
 import functools
-import glob
 import json
 import os
 
@@ -33,9 +32,7 @@ CLINC_KEYS = {
     "oos_test": "oos_test",
 }
 BANKING_COLUMNS = ["text", "category"]
-LINES_PER_TEXT = 64
 SHUFFLE_BUFFER_SIZE = 1000  # records, of sets that may be too large for memory
-VALIDATION_BUCKETS = 20  # One of them, 5 % of a folder's texts, is the validation split.
 
 _SPLITS = ("train", "validation", "test")
 _Columns = dict[str, list[str]]
@@ -215,46 +212,6 @@ def _read_csv(path: str) -> list[list[str]]:
     return rows
 
 
-class TextFolder(seqio.FileDataSource):
-    """The `*.txt` files of a folder, streamed as records {"text"} of 64 lines.
-
-    A hash of the record picks the split "validation", so that it depends neither on the order nor
-    on the names of the files, and no text is in both splits.
-    """
-
-    def __init__(self, directory: str):
-        """Makes the source of a folder with UTF-8 files; nothing is looked for yet."""
-        self._directory = directory
-        pattern = os.path.join(glob.escape(directory), "*.txt")
-        super().__init__(_read_texts, {"train": pattern, "validation": pattern})
-
-    def list_shards(self, split):
-        """Returns the files; FileNotFoundError if there are none."""
-        files = super().list_shards(split)
-        if not files:
-            raise FileNotFoundError(f"There are no *.txt files in {self._directory!r}")
-        return files
-
-    def get_dataset(self, split="train", **kwargs):
-        """Returns a split as a tf.data.Dataset; see `seqio.DataSource.get_dataset`."""
-
-        def is_of_split(example):
-            bucket = tf.strings.to_hash_bucket_fast(example["text"], VALIDATION_BUCKETS)
-            return (bucket == 0) == (split == "validation")
-
-        return super().get_dataset(split, **kwargs).filter(is_of_split)
-
-
-def _read_texts(path: tf.Tensor) -> tf.data.Dataset:
-    def join(lines):
-        text = tf.strings.reduce_join(lines + "\n")
-        is_utf8 = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace") == text
-        tf.debugging.Assert(is_utf8, ["not UTF-8:", path])
-        return {"text": text}
-
-    return tf.data.TextLineDataset(path).batch(LINES_PER_TEXT).map(join)
-
-
 # --- The tasks. ---
 
 
@@ -297,7 +254,6 @@ SPECS = {
     "c4": Spec(
         functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
         "c4/en:3.1.0",
-        folder=TextFolder,
         noise=preprocessors.span_corruption,
         metric_fns=(),
     ),
@@ -369,8 +325,7 @@ def task(name: str, vocabulary: str, directory: str | None = None) -> str:
     Args:
         name: a key of `SPECS`.
         vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`.
-        directory: for "c4" a folder of text files, for "clinc150" and "banking77" the folder with
-            the published files; None: TFDS.
+        directory: for "clinc150" and "banking77" the folder with the published files; None: TFDS.
 
     Returns:
         "<name>_<hash of the arguments>".

@@ -49,7 +49,7 @@ def _generator(split: str, number: int, task: int) -> np.random.Generator:
     return np.random.default_rng([task, SPLITS.index(split), number])
 
 
-def _on_paper(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def on_paper(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns ink [height, width] of 0 to 1 on grainy paper, as [height, width, 3] uint8."""
     paper, contrast, grain = rng.uniform(200, 255), rng.uniform(120, 200), rng.uniform(0, 10)
     sheet = paper - contrast * ink + grain * rng.standard_normal(ink.shape)
@@ -100,7 +100,7 @@ def digit_strip(split: str, number: int) -> Sheet:
         np.clip(scan.resize((size, size), Image.Resampling.BICUBIC), 0, 1)
         for scan, size in zip(scanned, sizes, strict=True)
     ]
-    return _on_paper(_placed(enlarged, rng), rng), "".join(map(str, labels[chosen]))
+    return on_paper(_placed(enlarged, rng), rng), "".join(map(str, labels[chosen]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -137,15 +137,17 @@ def rendered_text(split: str, number: int) -> Sheet:
     rng = _generator(split, number, task=1)
     text = _text(split, rng)
     letters = [_letter(letter, rng) for letter in text]
-    return _on_paper(_placed(letters, rng), rng), text
+    return on_paper(_placed(letters, rng), rng), text
 
 
 def _letter(letter: str, rng: np.random.Generator) -> np.ndarray:
     """The ink [height, width] of 0 to 1 of a letter in some font, tilted, scanned and enlarged."""
-    font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(FONT_SIZE[0], FONT_SIZE[1] + 1)))
-    left, top, right, bottom = font.getbbox(letter)
+    chosen = font(
+        FONTS[rng.integers(len(FONTS))], int(rng.integers(FONT_SIZE[0], FONT_SIZE[1] + 1))
+    )
+    left, top, right, bottom = chosen.getbbox(letter)
     canvas = Image.new("L", (right - left + 2 * MARGIN, bottom - top + 2 * MARGIN))
-    ImageDraw.Draw(canvas).text((MARGIN - left, MARGIN - top), letter, fill=255, font=font)
+    ImageDraw.Draw(canvas).text((MARGIN - left, MARGIN - top), letter, fill=255, font=chosen)
     canvas = canvas.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BICUBIC, expand=True)
     pixels = rng.uniform(1, COARSENESS)
     scan = canvas.resize([round(side / pixels) for side in canvas.size], Image.Resampling.BOX)
@@ -153,7 +155,8 @@ def _letter(letter: str, rng: np.random.Generator) -> np.ndarray:
 
 
 @functools.cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """Returns one of `FONTS`; its `path` is the file."""
     folder = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
     return ImageFont.truetype(os.path.join(folder, f"{name}.ttf"), size)
 

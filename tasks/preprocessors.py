@@ -3,22 +3,25 @@
 The algorithm is that of T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): 15 % of the
 tokens are noise, in spans of 3 tokens on average; the inputs hold one sentinel for each noise span,
 and the targets hold each sentinel followed by the tokens that it stands for. The vocabulary says
-which ids are sentinels: for T5 and bytes the last ones, in descending order.
+which ids are sentinels: for T5 the last ones, for bytes the last bytes, in descending order.
 """
 
 import seqio
 import tensorflow as tf
 
 from coda_jax.data.seqio_tasks import plain_vocabulary
+from coda_jax.data.vocabularies import ByteVocabulary
 
 NOISE_DENSITY = 0.15
 MEAN_NOISE_SPAN_LENGTH = 3.0
+BYTES_MEAN_NOISE_SPAN_LENGTH = 20.0  # ByT5's (Xue et al. 2021, arXiv 2105.13626)
 
 
 def random_spans_helper(
     inputs_length: int,
     noise_density: float = NOISE_DENSITY,
     mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
+    most_spans: int | None = None,
 ) -> tuple[int, int]:
     """Returns the lengths before and after the noise that fill the inputs exactly.
 
@@ -26,6 +29,8 @@ def random_spans_helper(
         inputs_length: the wanted length of the inputs, sentinels and EOS included.
         noise_density: the share of the tokens that is noise.
         mean_noise_span_length: the mean number of tokens in a noise span.
+        most_spans: fewer tokens are taken than fill the inputs if these have more spans; None for
+            no limit.
 
     Returns:
         The number of tokens to take, and the length of the targets, sentinels and EOS included.
@@ -40,8 +45,13 @@ def random_spans_helper(
         num_noise, num_spans = _num_noise(num_tokens, noise_density, mean_noise_span_length)
         return num_tokens - num_noise + num_spans + 1, num_noise + num_spans + 1
 
+    def fits(num_tokens: int) -> bool:
+        _, num_spans = _num_noise(num_tokens, noise_density, mean_noise_span_length)
+        in_limit = most_spans is None or num_spans <= most_spans
+        return in_limit and lengths(num_tokens)[0] <= inputs_length
+
     num_tokens = 2
-    while lengths(num_tokens + 1)[0] <= inputs_length:
+    while fits(num_tokens + 1):
         num_tokens += 1
     return num_tokens, lengths(num_tokens)[1]
 
@@ -162,7 +172,8 @@ def concatenate_and_split(
 
     Args:
         dataset: examples with int32 "targets".
-        segment_length: the number of tokens of a segment; the last of each group may be shorter.
+        segment_length: the number of tokens of a segment; the last of each group may be shorter,
+            and is left out if it is a single token, which cannot be both kept and masked.
         group_size: the number of examples that are joined.
 
     Returns:
@@ -172,7 +183,7 @@ def concatenate_and_split(
 
     def segments(ragged):
         tokens = ragged.flat_values
-        starts = tf.data.Dataset.range(0, tf.size(tokens, tf.int64), segment_length)
+        starts = tf.data.Dataset.range(0, tf.size(tokens, tf.int64) - 1, segment_length)
         return starts.map(lambda start: {"targets": tokens[start : start + segment_length]})
 
     return dataset.flat_map(segments)
@@ -217,7 +228,7 @@ def span_corruption(
     sequence_length,
     output_features,
     noise_density: float = NOISE_DENSITY,
-    mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
+    mean_noise_span_length: float | None = None,
 ) -> tf.data.Dataset:
     """T5's pretraining task on tokenised texts; EOS is to be appended afterwards.
 
@@ -227,7 +238,8 @@ def span_corruption(
             (EOS included), save where a group of texts ends.
         output_features: seqio features.
         noise_density: the share of the tokens that is noise.
-        mean_noise_span_length: the mean number of tokens in a noise span.
+        mean_noise_span_length: the mean number of tokens in a noise span; None: T5's 3, and
+            ByT5's 20 for bytes.
 
     Returns:
         A dataset with "inputs" and "targets".
@@ -237,17 +249,28 @@ def span_corruption(
     """
     if not sequence_length or not sequence_length.get("inputs"):
         raise ValueError(f"Span corruption needs the length of the inputs: {sequence_length}")
+    vocabulary = plain_vocabulary(output_features["targets"].vocabulary)
+    if mean_noise_span_length is None:
+        is_bytes = isinstance(vocabulary, ByteVocabulary)
+        mean_noise_span_length = (
+            BYTES_MEAN_NOISE_SPAN_LENGTH if is_bytes else MEAN_NOISE_SPAN_LENGTH
+        )
     num_tokens, targets_length = random_spans_helper(
         sequence_length["inputs"], noise_density, mean_noise_span_length
     )
-    if sequence_length.get("targets") and targets_length > sequence_length["targets"]:
-        raise ValueError(
-            f"Inputs of length {sequence_length['inputs']} have targets of length "
-            f"{targets_length}, but the targets length is {sequence_length['targets']}"
-        )
+    check_targets_length(targets_length, sequence_length)
     _, num_spans = _num_noise(num_tokens, noise_density, mean_noise_span_length)
-    sentinels = len(plain_vocabulary(output_features["targets"].vocabulary).sentinel_ids)
+    sentinels = len(vocabulary.sentinel_ids)
     if num_spans > sentinels:
         raise ValueError(f"{num_spans} noise spans need as many sentinels; there are {sentinels}")
     dataset = concatenate_and_split(dataset, num_tokens)
     return denoise(dataset, output_features, noise_density, mean_noise_span_length)
+
+
+def check_targets_length(needed: int, sequence_length) -> None:
+    """Raises ValueError where targets are longer than their limit, which would cut them."""
+    if sequence_length.get("targets") and needed > sequence_length["targets"]:
+        raise ValueError(
+            f"Inputs of length {sequence_length['inputs']} have targets of length {needed}, but "
+            f"the targets length is {sequence_length['targets']}"
+        )

@@ -28,19 +28,38 @@ def splits_of(directory: str, splits: Sequence[str], ending: str) -> tuple[str, 
     return tuple(found or splits)
 
 
-def once(name: str, arguments: Sequence, add: Callable[[str], seqio.Task]) -> str:
-    """Registers a task unless it was registered before for the same arguments.
+def once(name: str, arguments: Sequence, add: Callable[[str], seqio.Task | seqio.Mixture]) -> str:
+    """Registers a task or mixture unless it was registered before for the same arguments.
 
     Args:
-        name: how the task's name begins.
-        arguments: whatever makes the task another one.
+        name: how its name begins.
+        arguments: whatever makes it another one.
         add: registers it under the name that it gets.
 
     Returns:
         The name, with a number behind it where it has another meaning.
     """
-    names = seqio.TaskRegistry.names()
+    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     registered = task_name(name, (), arguments, names)
     if registered not in names:
         add(registered)
     return registered
+
+
+def add_mixed(
+    name: str, parts: Mapping[str, tuple[Callable[[str], seqio.Task], float]]
+) -> seqio.Task | seqio.Mixture:
+    """Registers the only part under a name, or else a mixture of all parts.
+
+    Args:
+        name: of the task or mixture; tasks of a mixture have the name of the part behind it.
+        parts: (what registers it under the name that it gets, its rate) by the part's name.
+
+    Returns:
+        The task or mixture.
+    """
+    if len(parts) == 1:
+        ((add, _),) = parts.values()
+        return add(name)
+    rates = [(add(f"{name}_{part}").name, rate) for part, (add, rate) in parts.items()]
+    return seqio.MixtureRegistry.add(name, rates)

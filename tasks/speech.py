@@ -1,11 +1,12 @@
-"""Speech tasks as seqio tasks: LibriSpeech, and a folder of one's own recordings.
+"""Speech tasks as seqio tasks: LibriSpeech, and one's own recordings.
 
-`task(name, vocabulary)` registers one of `SPECS` for a vocabulary. Transcripts are in lower case.
+`task(name, vocabulary)` registers one of `SPECS` for a vocabulary, `recordings` files without
+transcripts, to pretrain on. Transcripts are in lower case.
 LibriSpeech comes from TFDS, which downloads it into $TFDS_DATA_DIR when it is first read.
 Registering reads nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import csv
 import dataclasses
 import functools
@@ -16,9 +17,11 @@ import tensorflow as tf
 
 from coda_jax.data import seqio_tasks
 from coda_jax.data.audio import frames
-from coda_jax.tasks import audio, metrics, registry
+from coda_jax.tasks import audio, found_files, metrics, registry, texts
 
 SPLITS = ("train", "validation", "test")
+# Of the files that are taken from a folder.
+ENDINGS = (".wav", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 COLUMNS = ("path", "sentence")  # of a table of transcripts, as in Common Voice
 LIBRISPEECH = "librispeech:2.1.2"
 LIBRISPEECH_SPLITS = {
@@ -138,10 +141,69 @@ def task(name: str, vocabulary: str, directory: str | None = None) -> str:
             spec.source(directory),
             spec.step,
             seqio_tasks.seqio_vocabulary(vocabulary),
-            spec.shuffle_buffer_size,
+            shuffle_buffer_size=spec.shuffle_buffer_size,
         )
 
     return registry.once(name, (name, vocabulary, directory), add)
+
+
+def recordings(files: str | Sequence[str], vocabulary: str) -> str:
+    """Registers a task of recordings with empty targets, once, and returns its name. For gin files.
+
+    Args:
+        files: a file, a folder, a glob, or several; see `found_files.find`. Of a folder the files
+            with one of `ENDINGS` are taken.
+        vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`; no text is read.
+
+    Returns:
+        "audio_files", with a number behind it where it has another meaning.
+
+    Raises:
+        FileNotFoundError: no files match.
+        ValueError: all of them are empty.
+    """
+    found = found_files.find("RECORDINGS", files, ENDINGS)
+    read = functools.partial(read_recordings, found, f"RECORDINGS={files!r}")
+
+    def add(registered: str) -> seqio.Task:
+        return add_task(
+            registered,
+            seqio_tasks.MemorySource(read, ("train", "validation")),
+            audio.load_audio(),
+            seqio_tasks.seqio_vocabulary(vocabulary),
+            metric_fns=(),
+        )
+
+    return registry.once("audio_files", (files, vocabulary), add)
+
+
+def read_recordings(
+    found: Sequence[found_files.File], place: str, split: str
+) -> dict[str, list[str]]:
+    """The recordings of a split, 5 % of which are validation: a hash of their names says which.
+
+    Args:
+        found: the files.
+        place: where they are from, for the error.
+        split: "train" or "validation"; of the latter no more are taken than of texts.
+
+    Returns:
+        The columns "audio" and "targets", which are empty.
+
+    Raises:
+        ValueError: there is none in the split.
+    """
+    names = [file.name for file in found]
+    buckets = tf.strings.to_hash_bucket_fast(names, texts.VALIDATION_BUCKETS).numpy()
+    wanted = split == "validation"
+    paths = [f.path for f, bucket in zip(found, buckets, strict=True) if (bucket == 0) == wanted]
+    if not paths:
+        raise ValueError(
+            f"{place}: none of {len(found)} files is in the split {split!r}: 5 % are validation, "
+            "by a hash of the name. Give more files, or --gin.EVAL_TASK_NAME=None"
+        )
+    paths = paths[: texts.MAX_VALIDATION] if wanted else paths
+    return {"audio": paths, "targets": [""] * len(paths)}
 
 
 def add_task(
@@ -149,15 +211,18 @@ def add_task(
     source: seqio.DataSource,
     step: Callable,
     vocabulary: seqio.Vocabulary,
+    *,
+    metric_fns: Sequence[Callable] = (metrics.transcript_errors,),
     shuffle_buffer_size: int = 1,
 ) -> seqio.Task:
-    """Registers a task from frames to transcripts, judged by word and character error rates.
+    """Registers a task from frames to transcripts.
 
     Args:
         name: the name of the task.
         source: of the records.
         step: seqio preprocessor from records to "inputs", [N, 161] frames, and "targets", text.
         vocabulary: of the targets.
+        metric_fns: of seqio: word and character error rates.
         shuffle_buffer_size: how many examples, frames and all, are held to be shuffled; 1 for a
             source that shuffles all its records.
 
@@ -170,6 +235,6 @@ def add_task(
         [step, seqio.preprocessors.tokenize],
         vocabulary,
         vectors=True,
-        metric_fns=[metrics.transcript_errors],
+        metric_fns=metric_fns,
         shuffle_buffer_size=shuffle_buffer_size,
     )

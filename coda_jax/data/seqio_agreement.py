@@ -79,8 +79,8 @@ def _difference(their: seqio.Vocabulary, our: seqio.Vocabulary) -> str | None:
     a, b = map(plain_vocabulary, (their, our))
     if a.fingerprint != b.fingerprint:
         return f"{kinds}, with the SHA-256 {a.fingerprint} and {b.fingerprint}"
-    if a.sentinel_ids:
-        return f"{kinds}, with {len(a.sentinel_ids)} and {len(b.sentinel_ids)} extra ids"
+    if their.extra_ids:
+        return f"{kinds}, with {their.extra_ids} and {our.extra_ids} extra ids"
     return None
 
 

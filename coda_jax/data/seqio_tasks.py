@@ -4,9 +4,11 @@ The module imports seqio and TensorFlow, so that it is imported where it is need
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import difflib
 import importlib.metadata
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,8 @@ class MemorySource(seqio.FunctionDataSource):
         return self._dataset_fn(split=split, shuffle_files=shuffle, seed=seed)
 
 
+# What TensorFlow says of an error that Python code has raised in a dataset.
+_RAISED = re.compile(r"(ValueError|FileNotFoundError): (.*?)(?:\n+Traceback|\n+\t|\Z)", re.DOTALL)
 _EVALUATION_SEED = 42  # that of `seqio.Evaluator`
 _IDS = ("vocab_size", "eos_id", "pad_id", "unk_id")  # of a vocabulary, that a cache file says
 
@@ -110,19 +114,42 @@ def seqio_examples(
         "num_epochs": num_epochs,
         "trim_output_features": False,
     }
-    if num_epochs is None:
-        dataset = whole(found).get_dataset(**reading).map(_pair)
-    else:
-        dataset = None
-        for task in seqio.get_subtasks(found):
-            if split in task.splits:
-                more = whole(task).get_dataset(**reading).map(_pair)
-                dataset = more if dataset is None else dataset.concatenate(more)
-    return dataset.as_numpy_iterator()
+    with own_errors():
+        if num_epochs is None:
+            dataset = whole(found).get_dataset(**reading).map(_pair)
+        else:
+            dataset = None
+            for task in seqio.get_subtasks(found):
+                if split in task.splits:
+                    more = whole(task).get_dataset(**reading).map(_pair)
+                    dataset = more if dataset is None else dataset.concatenate(more)
+    return _iterated(dataset)
 
 
 def _pair(example):
     return {key: example[key] for key in FEATURES}
+
+
+def _iterated(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+    with own_errors():
+        yield from dataset.as_numpy_iterator()
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raises errors of Python code in a dataset, such as a bad file, as they were raised there."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if (found := _RAISED.search(error.message)) is None:
+            raise
+        kind = ValueError if found[1] == "ValueError" else FileNotFoundError
+        raise kind(found[2]) from error
+
+
+def has_any(dataset: tf.data.Dataset) -> bool:
+    """Whether a dataset has an example, which is read for it."""
+    return any(True for _ in dataset.take(1))
 
 
 def whole(task_or_mixture: seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
@@ -149,22 +176,27 @@ def provider(task_or_mixture: str | seqio.Task | seqio.Mixture) -> seqio.Task | 
     """
     found = task_or_mixture
     if isinstance(found, str):
-        if found in jsonl.TASKS:
-            add_loaded_task(jsonl.TASKS[found])
-        known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-        if found not in known:
-            near = difflib.get_close_matches(found, known) or sorted(known)[:3]
-            nearest = f"; the nearest are {near}" if near else ""
-            raise ValueError(
-                f"no task or mixture {found!r} is registered{nearest}. Does a gin file import the "
-                "module that registers it?"
-            )
-        found = seqio.get_mixture_or_task(found)
+        found = registered(found)
     missing = [key for key in FEATURES if key not in found.output_features]
     if missing:
         has = sorted(found.output_features)
         raise ValueError(f"{found.name} has the features {has}: {missing} are missing")
     return found
+
+
+def registered(name: str) -> seqio.Task | seqio.Mixture:
+    """Returns the task or mixture of a name, whatever its features; see `provider`."""
+    if name in jsonl.TASKS:
+        add_loaded_task(jsonl.TASKS[name])
+    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    if name not in known:
+        near = difflib.get_close_matches(name, known) or sorted(known)[:3]
+        nearest = f"; the nearest are {near}" if near else ""
+        raise ValueError(
+            f"no task or mixture {name!r} is registered{nearest}. Does a gin file import the "
+            "module that registers it?"
+        )
+    return seqio.get_mixture_or_task(name)
 
 
 def is_mixture(task_or_mixture: seqio.Task | seqio.Mixture) -> bool:

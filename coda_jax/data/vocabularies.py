@@ -30,6 +30,7 @@ from coda_jax.data.vocabulary_files import (
 
 _KINDS = ((SPIECE,), (TOKENIZER,), (VOCAB, MERGES))  # each by its files
 BYTE_EXTRA_IDS = 125  # of ByT5, which has 384 ids together
+BYTE_SENTINELS = 100  # of ByT5's span corruption
 _FIRST_BYTE, _NUM_BYTES = 3, 256
 _BYTES = "ByT5Tokenizer"
 _SAY_BYTES = 'For a model of bytes (ByT5) say "bytes"'
@@ -94,8 +95,12 @@ class ByteVocabulary:
 
     @property
     def sentinel_ids(self) -> list[int]:
-        """The last ids in descending order, as seqio has it."""
-        return list(range(_FIRST_BYTE + _NUM_BYTES, self.vocab_size))[::-1]
+        """The last bytes in descending order, 258, 257, ...: ByT5 never saw the extra ids.
+
+        Texts have such bytes too, unless they are ASCII, as in ByT5's own pretraining.
+        """
+        end = _FIRST_BYTE + _NUM_BYTES
+        return list(range(end - 1, end - 1 - BYTE_SENTINELS, -1))
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without EOS."""

@@ -150,6 +150,7 @@ REQUIRED = {
     "BEST_METRIC": "training_eval/task/loss",
 }
 KINDS = {"rendered_text": "pix2struct_tiny", "spoken": "w2v_bert_tiny", "best_rq": "w2v_bert_tiny"}
+OWN_TEXTS = f"TEXTS={FOLDER}/*.gin"  # which are read by tasks that do not say where theirs are
 
 
 def including(name):
@@ -174,6 +175,8 @@ def bindings_of_run(name, monkeypatch, *more):
         for x, value in REQUIRED.items()
         if f"{x} = %gin.REQUIRED" in text and x not in given
     ]
+    if "TEXTS = None" in text:
+        needed += [OWN_TEXTS, "VOCABULARY=bytes"]
     if name == "runs/train.gin":  # which others include, with a checkpoint or a preset
         needed.append("INITIAL_CHECKPOINT_PATH=unused")
     command = re.findall(r"^(\w+)\.(\1):", text, re.MULTILINE)[-1][0]
@@ -242,10 +245,10 @@ def pretrained_methods(name):
         return RECIPES["coda"]
     if "coda" not in name:
         return (Full(),)
-    options = {"reduction": {"rendered_text": 8, "spoken": 4, "best_rq": 2, "stdlib": 3}[
-        next(word for word in ("rendered_text", "spoken", "best_rq", "stdlib") if word in name)
-    ]}  # fmt: skip
-    if "stdlib" in name:  # the only one that packs
+    reductions = {"rendered_text": 8, "spoken": 4, "best_rq": 2}
+    word = next((word for word in reductions if word in name), None)
+    options = {"reduction": reductions.get(word, 3)}
+    if word is None and name != "runs/pretrain_coda.gin":  # those that pack
         options["max_segments"] = 4
     return (Coda(**options), ParallelAdapter(), Full())
 
@@ -279,7 +282,10 @@ def test_tasks_are_registered_with_inputs_and_targets(name, tmp_path):
     lines = [json.dumps({"inputs": "a", "targets": "b", "label": label}) for label in "xyx"]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     bindings = ["VOCABULARY=bytes", "OUTPUT=unused", f"TRAIN_FILE={tmp_path}/train.jsonl"]
-    bindings += ["DIRECTORY=unused"] * ("DIRECTORY = " in (FOLDER / name).read_text())
+    text = (FOLDER / name).read_text()
+    bindings += ["DIRECTORY=unused"] * ("DIRECTORY = " in text)
+    bindings += [OWN_TEXTS] * ("TEXTS = None" in text)
+    bindings += [f"RECORDINGS={FOLDER}/*.gin"] * ("RECORDINGS = " in text)
     cli.configure(["runs/cache.gin", name], [], bindings)
     arguments = gin.get_bindings(load("cache"))
     from_data = name in ("tasks/jsonl.gin", "tasks/labels.gin")

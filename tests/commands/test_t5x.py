@@ -101,6 +101,16 @@ def test_what_t5x_is_handed_has_its_order_and_absolute_paths(tmp_path):
     ]
 
 
+def test_pretraining_on_ones_own_texts_is_handed_over():
+    given = GIVEN | {"TEXTS": "gs://bucket/texts", "DENOISERS": "ul2"}
+    files = ["t5x/pretrain.gin", "methods/coda_pretrain.gin", "tasks/pretrain_text.gin"]
+    found = t5x.command_line("train", files, [], [f"{k}={v}" for k, v in given.items()])
+    assert [x for x in found if x.startswith("--gin_file")] == [
+        f"--gin_file={os.path.abspath(package_folder() / name)}" for name in files
+    ]
+    assert "--gin_bindings=TEXTS = 'gs://bucket/texts'" in found
+
+
 def without(name):
     return {k: v for k, v in GIVEN.items() if k != name}
 

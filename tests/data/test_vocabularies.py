@@ -31,8 +31,10 @@ def test_numbers_equal_those_of_seqio(path):
     assert (ours.eos_id, ours.pad_id) == (theirs.eos_id, theirs.pad_id) == (1, 0)
     assert seqio_tasks.plain_vocabulary(theirs) == ours
     assert seqio_tasks.plain_vocabulary(theirs).fingerprint == ours.fingerprint
-    assert ours.sentinel_ids == list(range(ours.vocab_size)[-1 : -len(ours.sentinel_ids) - 1 : -1])
-    assert len(ours.sentinel_ids) == theirs.extra_ids == {"bytes": 125}.get(path, 100)
+    assert theirs.extra_ids == {"bytes": 125}.get(path, 100)
+    # For bytes neither has to do with span corruption: ByT5 has the last bytes as sentinels.
+    last = ours.vocab_size if path != "bytes" else 3 + 256
+    assert ours.sentinel_ids == list(range(last - 1, last - 1 - 100, -1))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -3,21 +3,21 @@
 TFDS is served by TFDS's own mock: real names, versions and schemas, records from here.
 """
 
-import collections
 import contextlib
 import json
 import re
 import socket
 from unittest import mock
 
-from language_tasks import as_bytes, read
+from language_tasks import as_bytes, read, restored
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from coda_jax.tasks import language, offline
+from coda_jax.data.vocabularies import ByteVocabulary
+from coda_jax.tasks import language, offline, pretrain_text
 
 # A record of each set in TFDS's schema.
 RECORDS = {
@@ -353,63 +353,18 @@ def test_summaries_are_scored_by_rouge():
     assert found == approx(rouge1=80, rouge2=200 / 3, rougeLsum=80)
 
 
-# --- C4, or a folder of texts. ---
+# --- Span corruption. ---
 
 
-def folder_texts(directory, split):
-    source = seqio.TaskRegistry.get(language.task("c4", "bytes", str(directory))).source
-    records = source.get_dataset(split, shuffle=False).as_numpy_iterator()
-    return [record["text"].decode() for record in records]
-
-
-def test_a_folder_of_texts_is_split_by_the_texts(tmp_path):
-    directory = tmp_path / "a [folder]*"
-    directory.mkdir()
-    lines = [f"Line {i} with ü.\n" for i in range(64 * 200 + 10)]
-    (directory / "a.txt").write_text("".join(lines[: 64 * 90]), encoding="utf-8")
-    (directory / "b.txt").write_text("".join(lines[64 * 90 :]), encoding="utf-8")
-    (directory / "c.md").write_text("Not read.")
-    train, validation = (folder_texts(directory, split) for split in ("train", "validation"))
-    expected = ["".join(lines[i : i + 64]) for i in range(0, len(lines), 64)]
-    assert sorted(train + validation) == sorted(expected)
-    assert 0.01 < len(validation) / len(expected) < 0.12
-    # Other names and another order of the files: the same splits.
-    other = tmp_path / "other"
-    directory.rename(other)
-    (other / "b.txt").rename(other / "0.txt")
-    assert sorted(folder_texts(other, "validation")) == sorted(validation)
-
-
-def test_a_folder_without_texts_and_one_that_is_not_utf8_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \*\.txt files in .*nowhere"):
-        folder_texts(tmp_path / "nowhere", "train")
-    (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"not UTF-8.*bad\.txt"):
-        folder_texts(tmp_path, "train")
-
-
-def check_noise(examples, texts):
-    """Inputs and targets hold the bytes of the texts between them, sentinels and EOS apart."""
-    kept = collections.Counter()
-    for example in examples:
-        sentinels = [token for token in example["inputs"] if token >= 259]
-        assert sentinels == list(range(383, 383 - len(sentinels), -1))
-        assert sentinels == [token for token in example["targets"] if token >= 259]
-        assert len(sentinels) >= 1 and example["inputs"][-1] == example["targets"][-1] == 1
-        for tokens in example.values():
-            kept.update(token - 3 for token in tokens if 3 <= token < 259)
-    assert kept == collections.Counter("".join(texts).encode())
-
-
-@pytest.mark.all
-def test_span_corruption_of_a_folder_and_of_c4(tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"Line {i}.\n" for i in range(64 * 100)))
-    name = language.task("c4", "bytes", str(tmp_path))
-    examples = read(name, "train")
-    check_noise(examples, folder_texts(tmp_path, "train"))
-    assert [len(x["inputs"]) for x in examples].count(512) >= len(examples) - 1
-    assert examples == read(name, "train") != read(name, "train", seed=1)
+def test_c4_and_any_set_with_texts_are_corrupted():
     records = [RECORDS["c4"], RECORDS["c4"] | {"text": "Ü and more of it."}]
-    with tfds_with({"validation": records}):
-        examples = read(language.task("c4", "bytes"), "validation")
-    check_noise(examples, [record["text"] for record in records])
+    expected = as_bytes("".join(record["text"] for record in records))[:-1]
+    vocabulary = ByteVocabulary()
+    with tfds_with({"validation": records, "train": records * 20}):
+        (example,) = read(language.task("c4", "bytes"), "validation")
+        own = read(pretrain_text.task("bytes", tfds_name="c4/en:3.1.0"), "train")
+        with pytest.raises(ValueError, match=r"TEXT_FIELD='body' is no text of .*'text'"):
+            read(pretrain_text.task("bytes", tfds_name="c4/en:3.1.0", field="body"), "train")
+    parts = (example[key][:-1] for key in ("inputs", "targets"))
+    assert restored(*parts, vocabulary.sentinel_ids) == expected
+    assert own and all(258 in example["inputs"] for example in own)

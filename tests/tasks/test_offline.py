@@ -3,12 +3,14 @@
 import collections
 import re
 
+from language_tasks import restored
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
 from coda_jax.data import seqio_tasks
+from coda_jax.data.seqio_vocabularies import plain_vocabulary
 from coda_jax.tasks import offline, preprocessors, stdlib_corpus
 
 SUPERVISED = (
@@ -46,19 +48,20 @@ def examples(task, split, seed=0, num_epochs=1, lengths=LENGTHS):
 
 
 def merge(example, vocabulary):
-    """Undoes span corruption: puts the spans of the targets where the inputs have sentinels."""
-    first_sentinel = vocabulary.vocab_size - vocabulary.extra_ids
-    spans = {}
-    for token in example["targets"].tolist():
-        if token >= first_sentinel:
-            spans[token] = current = []
-        elif token != vocabulary.eos_id:
-            current.append(token)
-    merged = []
-    for token in example["inputs"].tolist():
-        if token != vocabulary.eos_id:
-            merged += spans[token] if token >= first_sentinel else [token]
-    return merged
+    """Undoes span corruption."""
+    parts = (example[key].tolist()[:-1] for key in ("inputs", "targets"))
+    return restored(*parts, plain_vocabulary(vocabulary).sentinel_ids)
+
+
+def cut(texts, vocabulary, mean_span=3.0, group=128):
+    """The tokens of texts, without those that are alone at the end of a group: nothing to mask."""
+    num_tokens, _ = preprocessors.random_spans_helper(LENGTHS["inputs"], 0.15, mean_span)
+    found = []
+    for start in range(0, len(texts), group):
+        tokens = [vocabulary.encode_tf(text).numpy() for text in texts[start : start + group]]
+        tokens = np.concatenate(tokens).tolist()
+        found += tokens[:-1] if len(tokens) % num_tokens == 1 else tokens
+    return found
 
 
 def merge_all(many, vocabulary):
@@ -300,10 +303,8 @@ def test_the_tasks_exist_for_bytes():
     assert example["inputs"].tolist() == [*(b + 3 for b in row["inputs"].encode()), 1]
     noised = examples("stdlib_span_corruption_bytes", "validation")
     vocabulary = task.output_features["targets"].vocabulary
-    text = bytes(t - 3 for t in merge_all(noised, vocabulary)).decode()
-    assert text == "".join(
-        r["targets"] for r in records("stdlib_span_corruption_bytes", "validation")
-    )
+    texts = [r["targets"] for r in records("stdlib_span_corruption_bytes", "validation")]
+    assert merge_all(noised, vocabulary) == cut(texts, vocabulary, mean_span=20.0)
 
 
 # --- Span corruption. ---
@@ -333,6 +334,20 @@ def test_noise_has_t5s_share_and_spans(length):
         assert abs(inner[: len(inner) // 2].mean() - inner[len(inner) // 2 :].mean()) < 0.04
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "expected"),
+    [("bytes", [70, 258, 72, 257]), (offline.VOCABULARY_FILE, [70, 4095, 72, 4094])],
+)
+def test_sentinels_are_those_of_the_published_models(vocabulary, expected):
+    """ByT5's are its last bytes, not its extra ids, which it never saw in pretraining."""
+    found = preprocessors.noise_span_to_unique_sentinel(
+        tf.constant([70, 71, 72, 73]),
+        tf.constant([False, True, False, True]),
+        seqio_tasks.seqio_vocabulary(vocabulary),
+    )
+    assert found.numpy().tolist() == expected
+
+
 def test_lengths_before_noise_are_t5s():
     # The values of T5's own configuration: 512 inputs come from 568 tokens and have 114 targets.
     assert preprocessors.random_spans_helper(512) == (568, 114)
@@ -347,8 +362,7 @@ def test_lengths_before_noise_are_t5s():
 def test_inputs_and_targets_together_are_the_text(vocabulary):
     noised = examples("stdlib_span_corruption", "validation")
     texts = [r["targets"] for r in records("stdlib_span_corruption", "validation")]
-    expected = [i for text in texts for i in vocabulary.encode_tf(text).numpy().tolist()]
-    assert merge_all(noised, vocabulary) == expected
+    assert merge_all(noised, vocabulary) == cut(texts, vocabulary)
     lengths = collections.Counter(len(x["inputs"]) for x in noised)
     num_groups = -(-len(texts) // 128)
     assert lengths[LENGTHS["inputs"]] >= len(noised) - num_groups

@@ -38,7 +38,7 @@ def test_no_scan_is_in_two_splits_and_each_split_has_every_digit():
 
 def test_strips_are_mostly_background_and_hold_their_digits_from_left_to_right(monkeypatch):
     """Each digit's own ink is found, in order, in the columns of the sheet."""
-    monkeypatch.setattr(offline_images, "_on_paper", lambda ink, rng: ink)
+    monkeypatch.setattr(offline_images, "on_paper", lambda ink, rng: ink)
     shares = []
     for number in range(40):
         ink, text = offline_images.digit_strip("train", number)
@@ -53,7 +53,7 @@ def test_strips_are_mostly_background_and_hold_their_digits_from_left_to_right(m
 
 def test_a_digit_can_be_recognised_where_it_was_put(monkeypatch):
     """A strip's digit, cut out and shrunk, is nearest to scans of its class."""
-    monkeypatch.setattr(offline_images, "_on_paper", lambda ink, rng: ink)
+    monkeypatch.setattr(offline_images, "on_paper", lambda ink, rng: ink)
     monkeypatch.setattr(offline_images, "DIGITS", (1, 1))
     monkeypatch.setattr(offline_images, "DIGIT_SIZE", (32, 32))
     pictures, labels = offline_images.scans()["validation"]
@@ -84,7 +84,7 @@ def test_words_are_of_one_split_and_sheets_hold_words_and_numbers():
 
 def test_printed_letters_lie_apart_and_within_the_sheet(monkeypatch):
     """The ink at the borders would be cut-off letters; "0" alone has one run of inked columns."""
-    monkeypatch.setattr(offline_images, "_on_paper", lambda ink, rng: ink)
+    monkeypatch.setattr(offline_images, "on_paper", lambda ink, rng: ink)
     monkeypatch.setattr(offline_images, "_text", lambda split, rng: "0" * rng.integers(1, 6))
     for number in range(200):
         ink, text = offline_images.rendered_text("train", number)
@@ -105,7 +105,7 @@ def one_font(monkeypatch):
 
 
 def test_an_upright_sharp_letter_is_as_pillow_draws_it(one_font, rng):
-    font = offline_images._font("DejaVuSans", 40)
+    font = offline_images.font("DejaVuSans", 40)
     mask = font.getmask("R")
     expected = np.array(mask).reshape(mask.size[::-1]) / 255
     np.testing.assert_array_equal(offline_images._letter("R", rng)[2:-2, 2:-2], expected)
@@ -148,7 +148,7 @@ def test_inked_patches_are_those_with_letters_in_their_places():
 
 def test_fonts_have_all_letters_and_digits():
     for name in offline_images.FONTS:
-        font = offline_images._font(name, 20)
+        font = offline_images.font(name, 20)
         missing = font.getmask("\uffff").getbbox()
         for character in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789":
             assert font.getmask(character).getbbox(), (name, character)

@@ -10,6 +10,7 @@ import seqio
 import tensorflow as tf
 
 from coda_jax.data import audio
+from coda_jax.data.seqio_tasks import seqio_examples
 from coda_jax.data.vocabularies import ByteVocabulary
 from coda_jax.tasks import speech
 
@@ -99,3 +100,58 @@ def test_names_and_directories_that_do_not_fit_are_refused():
         speech.task("audio_folder", "bytes")
     with pytest.raises(ValueError, match="reads no directory, got 'x'"):
         speech.task("librispeech_clean", "bytes", "x")
+
+
+def clips(folder, count):
+    """Copies of captcha's recordings in folders, two of them no recordings."""
+    for i, clip in enumerate(sorted(CLIPS.glob("?/*.wav")) * 3):
+        if i < count:
+            place = folder / f"speaker{i % 3}" / f"{i}.WAV"
+            place.parent.mkdir(exist_ok=True, parents=True)
+            shutil.copy(clip, place)
+    (folder / "notes.txt").write_text("no recording")
+    (folder / ".hidden.wav").write_text("no recording")
+    return str(folder)
+
+
+def paths(name, split):
+    source = seqio.get_mixture_or_task(name).source
+    return {Path(x["audio"].decode()) for x in source.get_dataset(split, shuffle=False)
+            .as_numpy_iterator()}  # fmt: skip
+
+
+def test_recordings_without_transcripts_are_split_by_their_names(tmp_path):
+    folder = clips(tmp_path / "one", 100)
+    name = speech.recordings(folder, "bytes")
+    assert speech.recordings(folder, "bytes") == name
+    train, validation = (paths(name, split) for split in ("train", "validation"))
+    assert len(train) == 100 - len(validation) and 0 < len(validation) < 15
+    shutil.copytree(folder, tmp_path / "two")
+    moved = paths(speech.recordings(str(tmp_path / "two"), "bytes"), "validation")
+    assert {x.relative_to(tmp_path / "two") for x in moved} == {
+        x.relative_to(folder) for x in validation
+    }
+    task = seqio.get_mixture_or_task(name)
+    example = next(task.get_dataset(LENGTHS, "train", shuffle=False).as_numpy_iterator())
+    assert example["inputs"].shape[1] == 161 and example["targets"].tolist() == [1]
+    assert not task.metric_fns
+
+
+def test_recordings_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"RECORDINGS='.*a': there are no files that end"):
+        speech.recordings(str(tmp_path / "a"), "bytes")
+    (tmp_path / "a" / "x.wav").touch()
+    with pytest.raises(ValueError, match="every file is empty"):
+        speech.recordings(str(tmp_path / "a"), "bytes")
+    (tmp_path / "a" / "x.wav").write_bytes(b"RIFF of nothing")
+    name = speech.recordings(str(tmp_path / "a"), "bytes")
+    said = []
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError) as error:
+            reading = {"feature_lengths": LENGTHS, "seed": 0, "shuffle": False, "num_epochs": 1}
+            next(seqio_examples(name, split, **reading))
+        said.append(str(error.value))
+    named, none = sorted(said, key=lambda text: "none of 1 files" in text)
+    assert "x.wav" in named and "none of 1 files is in the split" in none
+    assert len(named.splitlines()) == len(none.splitlines()) == 1

@@ -1,0 +1,207 @@
+"""People's own texts as records {"text"}: files, a set of TFDS, or what a task of seqio reads.
+
+A hash of each text picks the split "validation", 5 % of them, so that it depends neither on the
+order nor on the names of the files, and no text is in both splits.
+"""
+
+from collections.abc import Mapping, Sequence
+import json
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from coda_jax import checks
+from coda_jax.data import seqio_tasks
+from coda_jax.tasks import found_files
+
+LINES_PER_TEXT = 64
+VALIDATION_BUCKETS = 20  # One of them is the validation split.
+SHUFFLED = 1000  # records that are held to be shuffled
+MAX_VALIDATION = 1000  # records; an evaluation reads them all, however many texts there are
+JSONL = ".jsonl"
+SOURCES = ("TEXTS", "TFDS_NAME", "SEQIO_NAME")
+
+
+class TextFiles(seqio.FileDataSource):
+    """Files as records {field: text}: each line's field of `*.jsonl`, 64 lines of any other."""
+
+    def __init__(self, files: Sequence[str], field: str):
+        """Makes the source of files in UTF-8; nothing is read yet."""
+        self._files = list(files)
+        super().__init__(_reader(field), {"train": self._files})
+
+    def list_shards(self, split: str) -> list[str]:
+        """Returns the files."""
+        del split
+        return self._files
+
+
+def _reader(field: str):
+    """What makes a dataset of a file's records."""
+
+    def texts(path, number, lines):
+        path, first = path.decode(), LINES_PER_TEXT * int(number) + 1
+        if path.endswith(JSONL):
+            records = (
+                _field(line, field, f"{path}:{first + i}")
+                for i, line in enumerate(lines)
+                if line.strip()
+            )
+            return np.array([text.encode() for text in records], object)
+        text = b"".join(line + b"\n" for line in lines)
+        _decoded(text, path, first)
+        return np.array([text.removeprefix(b"\xef\xbb\xbf") if first == 1 else text], object)
+
+    def read(path: tf.Tensor) -> tf.data.Dataset:
+        lines = tf.data.TextLineDataset(path).batch(LINES_PER_TEXT).enumerate()
+
+        def records(number, some):
+            found = tf.numpy_function(texts, [path, number, some], tf.string, stateful=False)
+            return {field: tf.ensure_shape(found, [None])}
+
+        return lines.map(records).unbatch()
+
+    return read
+
+
+def _decoded(line: bytes, path: str, first: int) -> str:
+    """The text of lines; ValueError names the file and the first line that is not UTF-8."""
+    try:
+        return line.decode("utf-8-sig" if first == 1 else "utf-8")
+    except UnicodeDecodeError as e:
+        number = first + line[: e.start].count(b"\n")
+        raise ValueError(f"{path}:{number}: not UTF-8: {e.reason}") from e
+
+
+def _field(line: bytes, field: str, place: str) -> str:
+    """The text under a name in a line of JSONL; ValueError names the place."""
+    path, _, number = place.rpartition(":")
+    try:
+        record = json.loads(_decoded(line, path, int(number)))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{place}: not JSON: {e}") from e
+    if not isinstance(record, Mapping) or field not in record:
+        raise ValueError(f"{place}: there is no field {field!r}, which TEXT_FIELD names")
+    if not isinstance(record[field], str):
+        raise ValueError(f"{place}: {field!r} must be a text, not {record[field]!r:.60}")
+    return record[field]
+
+
+class SplitTexts(seqio.DataSource):
+    """The texts of another source's split "train", as train and validation."""
+
+    def __init__(self, records: seqio.DataSource, field: str, place: str, stream: int = 0):
+        """Makes the source; nothing is read yet.
+
+        Args:
+            records: has a split "train" whose records have the field, a text.
+            field: of a record.
+            place: what is read, for errors.
+            stream: sources of other numbers read the same records in other orders.
+        """
+        super().__init__(("train", "validation"))
+        self._records, self._field, self._place, self._stream = records, field, place, stream
+
+    def __str__(self) -> str:
+        return self._place
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """Whether there may be more parts than `list_shards` has; see seqio."""
+        return self._records.supports_arbitrary_sharding
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """Returns the names of the source's parts."""
+        del split
+        return self._records.list_shards("train")
+
+    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused_kwargs):
+        """Returns a split as a tf.data.Dataset; see `seqio.DataSource.get_dataset`.
+
+        Raises:
+            ValueError: the records have no such field, or there is no text in the split.
+        """
+        seed = None if seed is None else seed + self._stream
+        records = self._records.get_dataset(
+            split="train", shuffle=shuffle, seed=seed, shard_info=shard_info
+        )
+        spec = records.element_spec.get(self._field)
+        if spec is None or spec.dtype != tf.string or spec.shape.rank != 0:
+            texts = [k for k, x in records.element_spec.items() if x.dtype == tf.string]
+            raise ValueError(
+                f"{self._place}: TEXT_FIELD={self._field!r} is no text of its records, which have "
+                f"{sorted(texts)}"
+            )
+
+        def is_of_split(example):
+            bucket = tf.strings.to_hash_bucket_fast(example["text"], VALIDATION_BUCKETS)
+            return (bucket == 0) == (split == "validation")
+
+        texts = records.map(lambda record: {"text": record[self._field]}).filter(is_of_split)
+        if split == "validation":
+            texts = texts.take(MAX_VALIDATION)
+        if (shard_info is None or shard_info.num_shards == 1) and not seqio_tasks.has_any(texts):
+            raise ValueError(
+                f"{self._place}: no text is in the split {split!r}: 5 % are validation, by a hash "
+                "of the text. Give more texts, or --gin.EVAL_TASK_NAME=None"
+            )
+        return texts.shuffle(SHUFFLED, seed=seed) if shuffle else texts
+
+
+def sources(
+    files: str | Sequence[str] | None,
+    tfds_name: str | None,
+    seqio_name: str | None,
+    field: str,
+    streams: int = 1,
+) -> dict[str, tuple[list[SplitTexts], float]]:
+    """The sources of the one of three that is given.
+
+    Args:
+        files: a file, a folder, a glob, or several; see `found_files.find`.
+        tfds_name: name and version of a set of TFDS.
+        seqio_name: of a task or mixture of seqio, whose records are read as they are before its own
+            steps.
+        field: of the records (and of JSONL files), a text.
+        streams: how many sources of the same records, in orders of their own.
+
+    Returns:
+        ([a source for each stream], rate) by the names of a mixture's tasks, or under "".
+
+    Raises:
+        FileNotFoundError: no files match.
+        ValueError: none or several are given, all files are empty, or there is no such task.
+    """
+    given = dict(zip(SOURCES, (files, tfds_name, seqio_name), strict=True))
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) != 1:
+        said = " and ".join(f"{name}={value!r}" for name, value in named.items()) or "none"
+        raise ValueError(f"Give one of {', '.join(SOURCES)}, got {said}")
+    ((name, value),) = named.items()
+    place = f"{name}={value!r}"
+    checks.text("TEXT_FIELD", field)
+    if files is not None:
+        paths = [file.path for file in found_files.find(name, files)]
+        records = {"": (TextFiles(paths, field), 1.0)}
+    elif tfds_name is not None:
+        splits = {"train": "train"}
+        records = {"": (seqio.TfdsDataSource(checks.text(name, tfds_name), splits=splits), 1.0)}
+    else:
+        records = _of_seqio(seqio_tasks.registered(checks.text(name, seqio_name)), place)
+    return {
+        part: ([SplitTexts(source, field, place, i) for i in range(streams)], rate)
+        for part, (source, rate) in records.items()
+    }
+
+
+def _of_seqio(
+    found: seqio.Task | seqio.Mixture, place: str
+) -> dict[str, tuple[seqio.DataSource, float]]:
+    """The sources of a task or mixture that have a split "train", with their rates."""
+    tasks = [task for task in seqio.get_subtasks(found) if "train" in task.splits]
+    if not tasks:
+        raise ValueError(f"{place} has no split 'train', only {sorted(found.splits)}")
+    if isinstance(found, seqio.Task):
+        return {"": (found.source, 1.0)}
+    return {task.name: (task.source, float(found.get_rate(task))) for task in tasks}
