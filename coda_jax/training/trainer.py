@@ -61,6 +61,8 @@ class TrainOptions:
             ones are chosen; None: by age.
         reductions: each step trains at one of these r, drawn by the seed and the step, so that one
             adapter serves at all of them; None for the model's own.
+        reduction_start: r goes from here to the model's own in the first half of the run, in
+            stages; 1 starts at the dense model; None for no such start.
         epsilon_start: the temperature of the routing falls from here to the model's own, in stages;
             None for the model's own throughout.
     """
@@ -74,6 +76,7 @@ class TrainOptions:
     keep: int = 3
     best_metric: str | None = None
     reductions: tuple[float | tuple[float, ...], ...] | None = None
+    reduction_start: float | None = None
     epsilon_start: float | None = None
 
     def __post_init__(self):

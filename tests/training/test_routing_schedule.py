@@ -40,6 +40,18 @@ def test_epsilon_falls_in_stages_to_that_of_the_model():
     assert len(set(found)) == STAGES
 
 
+def test_reductions_rise_to_those_of_the_model_in_the_first_half():
+    given = {"total_steps": 80, "seed": 0, "reduction_start": 1.0}
+    found = [reduction_of(routed(METHODS, step, **given)) for step in range(80)]
+    expected = np.repeat(np.geomspace(1.0, 3.0, STAGES), 5)
+    np.testing.assert_allclose(found, [*expected, *[3.0] * 40], rtol=1e-6)
+    assert found[0] == 1 and found[-1] == 3  # exactly
+    layers = routed((Coda((1, 8)),), 20, **given)
+    np.testing.assert_allclose(reduction_of(layers), (1, 8 ** (4 / 7)))
+    drawn = [reduction_of(routed(METHODS, s, **given, reductions=(2, 4))) for s in range(80)]
+    assert drawn[0] == 1 and {*drawn[40:]} == {2, 4} and max(drawn[:20]) < 4
+
+
 def test_programs_are_made_once_for_each_way_to_route(monkeypatch):
     made = []
     monkeypatch.setattr(steps, "make_train_step", lambda model, **_: made.append(model) or model)
@@ -51,7 +63,9 @@ def test_programs_are_made_once_for_each_way_to_route(monkeypatch):
     assert all(other.module.config == other.config for other in made)
 
 
-@pytest.mark.parametrize("changes", [{"reductions": (2, 4)}, {"epsilon_start": 4.0}])
+@pytest.mark.parametrize(
+    "changes", [{"reductions": (2, 4)}, {"reduction_start": 1}, {"epsilon_start": 4.0}]
+)
 def test_a_model_without_routing_is_refused(changes, tmp_path):
     cfg = CONFIG.replace(methods=(ParallelAdapter(4),))
     with pytest.raises(ValueError, match="is given for a model that does not route"):
@@ -59,7 +73,13 @@ def test_a_model_without_routing_is_refused(changes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"reductions": ()}, {"reductions": (2, 0.5)}, {"epsilon_start": 0}]
+    "changes",
+    [
+        {"reductions": ()},
+        {"reductions": (2, 0.5)},
+        {"reduction_start": 0.5},
+        {"epsilon_start": 0},
+    ],
 )
 def test_values_out_of_range_are_named(changes):
     (name,) = changes
