@@ -32,8 +32,8 @@ ADAPTER = ParallelAdapter(bottleneck=4)
 
 # T5X's run files configure the script that runs. gin knows one of them in a process.
 T5X_SCRIPT = types.ModuleType("__main__")
-T5X_SCRIPT.train, T5X_SCRIPT.evaluate, T5X_SCRIPT.infer = (
-    lambda **kwargs: kwargs for _ in range(3)
+T5X_SCRIPT.train, T5X_SCRIPT.evaluate, T5X_SCRIPT.infer, T5X_SCRIPT.precompile = (
+    lambda **kwargs: kwargs for _ in range(4)
 )
 
 
