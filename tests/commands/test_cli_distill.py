@@ -1,9 +1,12 @@
 """`coda train` with a teacher, and over several reductions: a tiny model of bytes."""
 
 import json
+from pathlib import Path
+import shutil
 
+import captcha
 from command_line import coda, flags
-from helpers import config, random_params
+from helpers import TINY_SPEECH, config, random_params
 import numpy as np
 import pytest
 
@@ -60,6 +63,22 @@ def test_the_base_alone_teaches_pretraining_with_all_parameters(shared, tmp_path
     given = {"MODEL_DIR": tmp_path, "TRAIN_STEPS": 2, "DISTILL": 1, "REDUCTION": 2}
     coda("train", files, shared | given)
     checkpoints.load_hf(tmp_path / "export")
+
+
+def test_recordings_without_transcripts_are_enough_for_a_ctc_head(tmp_path):
+    for clip in sorted((Path(captcha.__file__).parent / "data").glob("?/*.wav")):
+        (tmp_path / "clips" / clip.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, tmp_path / "clips" / clip.parent.name)
+    sizes = {"vocab_size": 384, "feature_dim": 160, "conv_width": 5, "num_encoder_layers": 1}
+    speech = config(base=TINY_SPEECH, **sizes)
+    checkpoints.save_hf(tmp_path / "base", speech, random_params(speech))
+    given = {"RECORDINGS": tmp_path / "clips", "INITIAL_CHECKPOINT_PATH": tmp_path / "base"}
+    given |= {"MODEL_DIR": tmp_path / "run", "TRAIN_STEPS": 2, "BATCH_SIZE": 4, "DISTILL": 1}
+    given |= {"TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 1}, "EVAL_TASK_NAME": None}
+    coda("train", ["runs/finetune.gin", "methods/coda.gin", "tasks/audio_files.gin"], given)
+    assert (tmp_path / "run" / "export" / "adapter").exists()
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["vocabulary"] is None  # no transcript was read
 
 
 def refused(shared, tmp_path, capsys, **given):
