@@ -5,7 +5,8 @@
 adapts the bundled checkpoints of a demo ("text", "images" or "speech") once for each variant and
 seed, with the demo's data and steps, and scores the answers to the test split. The seed is that of
 the data's order, of fresh leaves and of dropout. What is in the JSON file is not computed again.
-`--table` prints the table of it: means, and standard errors over seeds.
+`--table` prints the table of it: means, and standard errors over seeds. `--picture=FILE.png` draws
+the demo's score over the encoder's operations, of the elastic adapter and of adapters for one r.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 from typing import Any
 
+import matplotlib.pyplot as plt
 import optax
 
 from coda_jax import files
@@ -24,6 +26,7 @@ from coda_jax.commands.loading import LoadedModel, load_model
 from coda_jax.commands.train import Distill, train
 from coda_jax.demos import comparison
 from coda_jax.methods import Coda, unrouted, with_reduction
+from coda_jax.profiling import flops
 from coda_jax.training.schedules import warmup_cosine
 from coda_jax.training.trainer import TrainOptions
 
@@ -84,8 +87,12 @@ def variants(demo: comparison.Demo) -> dict[str, Variant]:
         Variant("noise 0.5", r, coda={"noise": 0.5}),
         Variant("first and last layer dense", r, coda={"reduction": ends}),
         Variant("k-to-all", r, coda={"attention": "k_to_all"}),
+        Variant("r from 1", r, options={"reduction_start": 1.0}),
+        Variant("teacher with adapter, w 0.1", r, distill=(0.1, 1.0)),
         Variant("twice the steps", r, steps=2.0),
         Variant("twice the rate", r, rate=2.0),
+        Variant("half the rate", r, rate=0.5),
+        Variant("elastic with r = 1", r, options={"reductions": (1, *demo.reductions)}),
         Variant("elastic", r, options={"reductions": speeds}, scored=speeds),
         Variant(
             "elastic, teacher with adapter, w 0.5",
@@ -177,6 +184,36 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines[1:])
 
 
+def picture(demo: comparison.Demo, report: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws the score over how many times fewer operations the encoder has."""
+    config = load_model(str(demo.coda), adapter_checkpoint=str(demo.coda / "adapter")).config
+    shape = 1, demo.feature_lengths["inputs"]
+    dense = flops.encoder_flops(config.replace(methods=unrouted(config.methods)), *shape)
+
+    def ratio(r: str) -> float:
+        methods = with_reduction(config.methods, float(r))
+        return dense / flops.encoder_flops(config.replace(methods=methods), *shape)
+
+    by_variant = {
+        name: {r: statistics.mean(by_seed[seed][r] for seed in by_seed) for r in found}
+        for name, by_seed in report["variants"].items()
+        for found in [next(iter(by_seed.values()))]
+    }
+    alone = {r: x for name, row in by_variant.items() if " alone" in name for r, x in row.items()}
+    lines = {"one adapter for all r": by_variant["elastic"], "an adapter for each r": alone}
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (label, scores), marker in zip(lines.items(), "os", strict=True):
+        rs = sorted(scores, key=float)
+        axes.plot([ratio(r) for r in rs], [scores[r] for r in rs], marker=marker, label=label)
+    for r in sorted(by_variant["elastic"], key=float):
+        place = ratio(r), by_variant["elastic"][r]
+        axes.annotate(f"r = {r}", place, xytext=(4, 6), textcoords="offset points")
+    axes.set_xlabel("encoder: times fewer operations than with the parallel adapter")
+    axes.set_ylabel(f"{report['metric']} on {report['task']}, %")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -185,12 +222,16 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=pathlib.Path, required=True)
     parser.add_argument("--table", action="store_true", help="prints the table and stops")
+    parser.add_argument("--picture", type=pathlib.Path, help="draws it and stops")
     given = parser.parse_args()
     results = json.loads(given.json.read_text()) if given.json.exists() else {}
     if given.table:
         print(table(results))
         return
     demo = importlib.import_module(f"coda_jax.demos.{given.demo}").DEMO
+    if given.picture:
+        picture(demo, results[given.demo], given.picture)
+        return
     known = variants(demo)
     names = given.variants.split(";") if given.variants else [*known]
     report = results.setdefault(given.demo, {"metric": demo.metric, "variants": {}})
