@@ -65,6 +65,19 @@ def test_the_base_alone_teaches_pretraining_with_all_parameters(shared, tmp_path
     checkpoints.load_hf(tmp_path / "export")
 
 
+@pytest.mark.all
+def test_the_answers_of_a_teacher_are_targets_where_there_are_none(shared, teacher, tmp_path):
+    inputs, answers = tmp_path / "inputs.jsonl", tmp_path / "answers.jsonl"
+    inputs.write_text('{"inputs": "abc"}\n{"inputs": "fed"}\n')
+    asked = {"INPUT": inputs, "OUTPUT": answers, "INITIAL_ADAPTER_PATH": teacher}
+    asked |= {name: shared[name] for name in ("INITIAL_CHECKPOINT_PATH", "VOCABULARY")}
+    coda("predict", ["runs/predict.gin"], asked | {"Decoding.max_decode_length": 4})
+    given = {"TRAIN_FILE": answers, "TARGET_FIELD": "prediction", "DISTILL": 1}
+    given |= {"TEACHER_ADAPTER_PATH": teacher, "MODEL_DIR": tmp_path / "run", "TRAIN_STEPS": 2}
+    coda("train", FILES, shared | given | {"ACCUMULATION": 1, "BATCH_SIZE": 2})
+    assert (tmp_path / "run" / "export" / "adapter").exists()
+
+
 def test_recordings_without_transcripts_are_enough_for_a_ctc_head(tmp_path):
     for clip in sorted((Path(captcha.__file__).parent / "data").glob("?/*.wav")):
         (tmp_path / "clips" / clip.parent.name).mkdir(parents=True, exist_ok=True)
