@@ -36,7 +36,8 @@ class Settings:
         batch_size: B.
         dtype: of the computation.
         accumulation: parts of a training step's batch.
-        remat_policy: what a training step computes again, see `ModelConfig`.
+        remat_policy: what a training step computes again, see `ModelConfig`; None for the
+            config's own.
     """
 
     topology: str
@@ -44,7 +45,7 @@ class Settings:
     batch_size: int
     dtype: Any
     accumulation: int
-    remat_policy: str
+    remat_policy: str | None
 
 
 def settings(
@@ -63,7 +64,7 @@ def settings(
         batch_size: rows on all chips; None for 8 for each chip along "data".
         dtype: of computation and frozen parameters; None for bfloat16.
         accumulation: parts of a training step's batch; None for 1.
-        remat_policy: what a training step computes again; None for nothing.
+        remat_policy: what a training step computes again; None for what the config says.
 
     Raises:
         ValueError: there is no such topology; the mesh is not of its chips; rows do not divide.
@@ -86,7 +87,7 @@ def settings(
             f"BATCH_SIZE must be a multiple of {mesh['data']} chips along 'data'{parts}, got {rows}"
         )
     dtype = checks.dtype("DTYPE", "bfloat16" if dtype is None else dtype)
-    policy = checks.OneOf([*POLICIES])("REMAT_POLICY", remat_policy or "none")
+    policy = checks.Maybe(checks.OneOf([*POLICIES]))("REMAT_POLICY", remat_policy)
     return Settings(name, mesh, rows, dtype, accumulation, policy)
 
 
@@ -112,8 +113,8 @@ def measure(config: ModelConfig, given: Settings, inputs: int, targets: int) -> 
         inputs: N.
         targets: T, tokens decoded, and target tokens of a training step.
     """
-    run = {"dtype": given.dtype, "remat_policy": given.remat_policy, "dropout_rate": 0.0}
-    config = config.replace(**run)
+    policy = given.remat_policy or config.remat_policy
+    config = config.replace(dtype=given.dtype, remat_policy=policy, dropout_rate=0.0)
     pod = _pod(given)
     batch = random_batch(config, given.batch_size, inputs, targets)
     programs, axes = Programs(config, served_shapes(config), batch), param_axes(config)

@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import logging
 import jax
+import numpy as np
 
 from coda_jax import checkpoints, checks, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_lengths, read_manifest
@@ -215,8 +216,12 @@ def load_teacher(
         student: the model that is to follow it.
         adapter_checkpoint: folder that `save_adapter` wrote for the same checkpoint.
 
+    Leaves that are equal to the student's are the student's own arrays, so that they are in memory
+    once.
+
     Raises:
-        ValueError: the student starts at random, or the adapter is for another base.
+        ValueError: the student starts at random, the adapter is for another base, or nothing has a
+            head for the student's task.
     """
     if student.directory is None:
         raise ValueError("DISTILL: a model that starts at random has no teacher; name a checkpoint")
@@ -227,8 +232,20 @@ def load_teacher(
         dtype=config.dtype,
         encoder_only=not config.num_decoder_layers,
     )
-    dense = methods.dense_routing(teacher.config.methods)
-    return teacher.config.replace(methods=dense), teacher.params
+    heads = [[getattr(x, name) for name in x.head_fields] for x in (config, teacher.config)]
+    if heads[0] != heads[1]:
+        raise ValueError(
+            f"DISTILL: the student has the head {heads[0]}, the teacher {heads[1]}; "
+            "TEACHER_ADAPTER_PATH must name an adapter of the same task"
+        )
+    ours = trees.flatten(student.params)
+
+    def shared(path, leaf):
+        return ours[path] if path in ours and np.array_equal(ours[path], leaf) else leaf
+
+    params = {path: shared(path, leaf) for path, leaf in trees.flatten(teacher.params).items()}
+    routed = methods.dense_routing(teacher.config.methods)
+    return teacher.config.replace(methods=routed), trees.unflatten(params)
 
 
 def _checked(**run: Any) -> dict[str, Any]:

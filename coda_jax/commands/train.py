@@ -27,7 +27,7 @@ from coda_jax.training.run_directory import EXPORT
 
 @dataclasses.dataclass(frozen=True)
 class Distill:
-    """What gin files say of a teacher; see `Distillation`.
+    """The teacher as it is configured; see `Distillation`.
 
     Attributes:
         weight: w; None for no teacher.
@@ -83,7 +83,7 @@ def train(
         options, optimizer, learning_rate: see `trainer.train`.
         eval_data: what to evaluate on.
         objective: (config) -> the model with what it is trained for.
-        export_dtype: of the leaves, where all were trained.
+        export_dtype: of the leaves, where all were trained: float32 or bfloat16.
         placement: the devices; None for all, which share the rows of a batch.
         distill: the teacher, if any.
 
@@ -117,11 +117,11 @@ def train(
     data.report(batches)
     params = _exported(trained, params, export_dtype)
     model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
-    _say(metrics, directory / EXPORT)
+    _report(metrics, directory / EXPORT)
     return model, metrics
 
 
-def _say(metrics: dict[str, float], folder: pathlib.Path) -> None:
+def _report(metrics: dict[str, float], folder: pathlib.Path) -> None:
     """Writes the metrics beside what was exported, and prints them."""
     processes.from_first(lambda: files.write_json(folder.parent / "metrics.json", metrics))
     print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
@@ -143,7 +143,7 @@ def _check_divides(
     parts = options.accumulation * placement.mesh.shape["data"]
     if data.batch_size % parts:
         raise ValueError(
-            f"BATCH_SIZE must be a multiple of TrainOptions.accumulation={options.accumulation} x "
+            f"BATCH_SIZE must be a multiple of ACCUMULATION={options.accumulation} x "
             f"{placement.mesh.shape['data']} devices = {parts}, got {data.batch_size}"
         )
 

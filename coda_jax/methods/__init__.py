@@ -49,6 +49,7 @@ from coda_jax.methods.coda import (
 from coda_jax.methods.full import Full
 from coda_jax.methods.lora import Lora
 from coda_jax.methods.parallel_adapter import ParallelAdapter
+from coda_jax.methods.soft_topk import EPSILON
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -62,6 +63,7 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "ATTENTIONS",
+    "EPSILON",
     "METHODS",
     "REDUCTION",
     "Method",

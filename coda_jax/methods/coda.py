@@ -28,7 +28,8 @@ from coda_jax.nn import one_hot
 from coda_jax.nn.layers import Normalized, Vectors, sum_in_order
 from coda_jax.nn.tokens import Selection, Tokens, take
 
-ROUTINGS = ("soft_topk", "straight_through", "sigmoid", "truncation")
+SOFT = ("soft_topk", "straight_through")  # with the weights, or the gradient, of the soft top-k
+ROUTINGS = (*SOFT, "sigmoid", "truncation")
 ATTENTIONS = ("k_to_k", "k_to_all")
 REDUCTION = checks.Number(least=1, most=1_000_000)  # as a ratio it is to fit into int32
 
@@ -100,6 +101,11 @@ class Coda(Method):
             noise=checks.Number(least=0),
             max_segments=checks.COUNT,
         )
+        if self.noise and self.routing == "truncation":
+            raise ValueError(
+                f"Coda.noise={self.noise} has no effect with routing='truncation', which has no "
+                "scores"
+            )
 
     @property
     def needs_rng(self) -> bool:
@@ -175,8 +181,10 @@ def with_epsilon(methods: Sequence[Method], epsilon: float) -> tuple[Method, ...
     """The methods at another temperature of the soft top-k.
 
     Raises:
-        ValueError: none of them routes.
+        ValueError: none of them has a soft top-k.
     """
+    if (routing := _routing(methods)) and routing.routing not in SOFT:
+        raise ValueError(f"epsilon={epsilon} has no effect with routing={routing.routing!r}")
     return _rerouted(methods, epsilon=epsilon)
 
 
@@ -332,7 +340,7 @@ class Router(nn.Module):
     def _pick_and_weigh(self, scores, k, num_slots, mask, segment_ids):
         """(indices, valid, weights), each [B, K]."""
         config = self.config
-        if config.routing in ("soft_topk", "straight_through"):
+        if config.routing in SOFT:
             solver = config.epsilon, config.solver, config.num_iterations
             found = pick_and_weigh(scores, k, num_slots, mask, segment_ids, *solver)
             if config.routing == "soft_topk":

@@ -121,14 +121,14 @@ def beams_mask(ancestors: Int[Array, "r m l"]) -> Bool[Array, "r 1 m j"]:
     return seen.reshape(*seen.shape[:3], -1)
 
 
-_OF_TOKENS = ("cached_key", "cached_value")  # [B, H, L, head_dim] each
+_KEY, _VALUE = "cached_key", "cached_value"  # [B, H, L, head_dim] each
 
 
 def widened_cache(cache: Mapping[str, Any], places: int) -> dict[str, Any]:
     """The cache of a decoder with so many places, the new ones empty."""
 
     def widened(path, leaf):
-        if path[-1].key not in _OF_TOKENS:
+        if path[-1].key not in (_KEY, _VALUE):
             return leaf
         return jnp.pad(leaf, ((0, 0), (0, 0), (0, places - leaf.shape[2]), (0, 0)))
 
@@ -147,9 +147,9 @@ class KeyValueCache(nn.Module):
         self, key: Float[Array, "b h n k"], value: Float[Array, "b h n k"]
     ) -> tuple[Float[Array, "b h l k"], Float[Array, "b h l k"], Int[Array, "1 q"]]:
         """(keys, values [B, H, L, head_dim], positions of the queries [1, Q])."""
-        exists = self.has_variable("cache", _OF_TOKENS[0])
-        cached_key = self.variable("cache", _OF_TOKENS[0], jnp.zeros_like, key)
-        cached_value = self.variable("cache", _OF_TOKENS[1], jnp.zeros_like, value)
+        exists = self.has_variable("cache", _KEY)
+        cached_key = self.variable("cache", _KEY, jnp.zeros_like, key)
+        cached_value = self.variable("cache", _VALUE, jnp.zeros_like, value)
         index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
         if not exists:
             return key, value, jnp.arange(key.shape[2], dtype=jnp.int32)[None]

@@ -172,11 +172,11 @@ class Model:
         """The sum of the weighted losses of logits, and the sums."""
         raise NotImplementedError
 
-    def places(self, batch: Batch) -> Float[Array, "..."]:
+    def logit_weights(self, batch: Batch) -> Float[Array, "..."]:
         """The weights [...] of the distributions that `logits` holds [..., V].
 
         Raises:
-            ValueError: it holds none, by default.
+            ValueError: always, unless an objective says otherwise.
         """
         del batch
         raise ValueError(f"objective {self.name!r} has no distributions that a teacher could give")

@@ -185,8 +185,9 @@ def beam_search(
             options.length_penalty, options.early_stopping, longest, prefix_length
         )
     places = decoding.cache_places(longest, given.shape[1])
-    encoding = model, params, encoder_input_tokens
-    _, step, rows = decoding.begin(*encoding, given, options, stops=stops, places=places[0])
+    _, step, rows = decoding.begin(
+        model, params, encoder_input_tokens, given, options, stops=stops, places=places[0]
+    )
     beams = decoding.grown(
         _first_beams(rows, options.num_beams, places[0]),
         places,

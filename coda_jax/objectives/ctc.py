@@ -215,7 +215,7 @@ class CTC(Model):
             raise ValueError("the CTC loss is not defined for packed examples: pack=False")
         return self._apply(params, split_frames(batch["encoder_input_tokens"]), dropout_rng)
 
-    def places(self, batch: Batch) -> Float[Array, "b n"]:
+    def logit_weights(self, batch: Batch) -> Float[Array, "b n"]:
         """1 for each frame that is not padding."""
         return split_frames(batch["encoder_input_tokens"])[1].astype(jnp.float32)
 

@@ -87,8 +87,9 @@ def decode(
         a logit was not finite.
     """
     places = cache_places(options.max_decode_length, given.shape[1])
-    encoding = model, params, encoder_input_tokens
-    _, step, rows = begin(*encoding, given, options, keys, stops, places=places[0])
+    _, step, rows = begin(
+        model, params, encoder_input_tokens, given, options, keys, stops, places=places[0]
+    )
     rows = grown(
         rows,
         places,

@@ -87,7 +87,7 @@ class Classification(Pooled):
         "accuracy": Metric("exact", "examples", "max"),
     }
 
-    def places(self, batch: Batch) -> Float[Array, " b"]:
+    def logit_weights(self, batch: Batch) -> Float[Array, " b"]:
         """The weights of the examples."""
         return batch["decoder_loss_weights"][:, 0].astype(jnp.float32)
 

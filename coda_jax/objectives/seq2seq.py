@@ -53,7 +53,7 @@ class Seq2Seq(Model):
         packing = {name: batch[name] for name in _PACKING if name in batch}
         return self._apply(params, [batch[name] for name in names], dropout_rng, **packing)
 
-    def places(self, batch: Batch) -> Float[Array, "b t"]:
+    def logit_weights(self, batch: Batch) -> Float[Array, "b t"]:
         """The weights of the target tokens."""
         return batch["decoder_loss_weights"].astype(jnp.float32)
 
@@ -66,7 +66,7 @@ class Seq2Seq(Model):
                 decoder_target_tokens and decoder_loss_weights [B, T]; segment ids and positions too
                 where packed. Rows that are marked as incomplete are never exact.
         """
-        targets, weights = batch["decoder_target_tokens"], self.places(batch)
+        targets, weights = batch["decoder_target_tokens"], self.logit_weights(batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         if self.z_loss:
             losses += self.z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2

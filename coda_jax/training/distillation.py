@@ -1,9 +1,12 @@
 """Self-distillation: a routed student follows the dense model that it is made of.
 
-The teacher is the same frozen checkpoint at r = 1, with an adapter of its own or without one. At
-each place, a target token or a frame,
+The teacher is the same frozen checkpoint at r = 1, with an adapter of its own or without one:
 
-    loss = (1 - w) task + w T^2 KL(softmax(teacher / T) || softmax(student / T)).
+    loss = (1 - w) task + w sum T^2 KL(softmax(teacher / T) || softmax(student / T)),
+
+the sum over all target tokens of a batch, or over all frames of a CTC head. Both terms are sums,
+and their gradient is divided by the number of target tokens, so of a CTC head the teacher's share
+grows with the frames of a token.
 
 What the student leaves frozen is in memory once: the teacher reads it there, and brings only the
 leaves that the student trains.
@@ -29,9 +32,7 @@ from coda_jax.objectives import Model, Sums
 from coda_jax.profiling import flops
 from coda_jax.sharding import Placement
 
-TEACHER = "teacher"  # where the teacher's leaves lie among the frozen ones
-
-Loss = Callable[[Mapping, Mapping, Array | None], tuple[Float[Array, ""], Sums]]
+Loss = Callable[[Mapping, Mapping, Array | None, Mapping], tuple[Float[Array, ""], Sums]]
 
 
 def divergence(
@@ -58,9 +59,12 @@ class Distillation:
     Attributes:
         teacher: the dense model, for the student's objective.
         params: its whole parameter tree.
-        weight: w, above 0 and at most 1. At 1 no targets are needed where the outputs do not depend
+        weight: w, above 0 and at most 1. At 1 no targets are needed where the logits do not depend
             on them, as those of a CTC head.
         temperature: T.
+
+    Raises:
+        ValueError: a value is out of its range, or the objective has no distributions to compare.
     """
 
     teacher: Model
@@ -72,13 +76,15 @@ class Distillation:
         checks.fields(
             self, weight=checks.Number(above=0, most=1), temperature=checks.Number(above=0)
         )
+        if type(self.teacher).logit_weights is Model.logit_weights:
+            self.teacher.logit_weights({})
 
     def reads_targets(self, model: Model) -> bool:
         """Whether a student's loss reads a batch's targets."""
         return model.reads_targets and (self.weight < 1 or model.logits_read_targets)
 
-    def placed(self, frozen: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-        """{TEACHER: the leaves that are not among the student's frozen ones}, on the devices.
+    def own_leaves(self, frozen: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+        """The leaves that are not among the student's frozen ones, on the devices.
 
         Args:
             frozen: of the student, on the host.
@@ -96,7 +102,7 @@ class Distillation:
                 f"frozen leaves differ, {other[0]} for one"
             )
         own = trees.unflatten({path: x for path, x in theirs.items() if path not in both})
-        return {TEACHER: placement.params(own, param_axes(self.teacher.config))}
+        return placement.params(own, param_axes(self.teacher.config))
 
     def cost(self, model: Model, batch: Mapping[str, np.ndarray]) -> str:
         """One line: what the teacher's pass adds to the student's.
@@ -116,31 +122,29 @@ class Distillation:
         )
 
     def loss_of(self, model: Model) -> Loss:
-        """The student's loss, (params with the teacher's leaves, batch, rng) -> (sum, sums).
+        """The student's loss, (params, batch, rng, the teacher's own leaves) -> (sum, sums).
 
-        Per place the divergence is added up as the task's losses are. At w = 1 the sums' weight is
-        that of the places.
+        Where no targets are read, the sums' weight is that of the logits, and nothing is right.
 
         Args:
             model: the student.
-
-        Raises:
-            ValueError: its objective has no distributions to compare.
         """
 
-        def loss(params, batch, rng=None):
-            params = dict(params)
-            own = trees.flatten(params.pop(TEACHER))
-            theirs = trees.unflatten({**trees.flatten(params), **own})
-            weights = model.places(batch)
+        reads_targets = self.reads_targets(model)
+
+        def loss(params, batch, rng, own):
+            theirs = trees.unflatten({**trees.flatten(params), **trees.flatten(own)})
+            weights = model.logit_weights(batch)
             student = model.logits(params, batch, rng)
             teacher = lax.stop_gradient(self.teacher.logits(theirs, batch))
             total = (divergence(teacher, student, self.temperature) * weights).sum()
             task, sums = model.loss_of(student, batch)
-            if self.weight == 1:
-                sums = sums.replace(loss=total, weight=weights.sum())
+            if reads_targets:
+                task = (1 - self.weight) * task if self.weight < 1 else 0.0
+                sums = sums.replace(loss=task + self.weight * total)
             else:
-                sums = sums.replace(loss=(1 - self.weight) * task + self.weight * total)
+                nothing = jnp.zeros_like(total)
+                sums = Sums(total, weights.sum(), nothing, nothing, sums.examples)
             return sums.loss, sums
 
         return loss

@@ -11,6 +11,7 @@ import numpy as np
 
 from coda_jax import checks
 from coda_jax.methods import (
+    EPSILON,
     REDUCTION,
     Method,
     check_reduction,
@@ -24,7 +25,7 @@ STAGES = 8
 CHECKS = {  # of the options
     "reductions": checks.Maybe(checks.Each(check_reduction, least=1)),
     "reduction_start": checks.Maybe(REDUCTION),
-    "epsilon_start": checks.Maybe(checks.Number(above=0)),
+    "epsilon_start": checks.Maybe(EPSILON),
 }
 
 
@@ -38,11 +39,11 @@ def routed(
     reduction_start: float | None = None,
     epsilon_start: float | None = None,
 ) -> tuple[Method, ...]:
-    """The methods of the step that follows `step` others.
+    """The methods as they route at a step.
 
     Args:
         methods: the model's own.
-        step: from 0.
+        step: its number, from 0.
         total_steps: of the run.
         seed: of the run.
         reductions: the step trains at one of these, drawn by the seed and the step; None for the

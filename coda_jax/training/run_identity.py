@@ -39,6 +39,7 @@ _HOW_OFTEN = ("log_every", "save_every", "keep")  # options that do not change t
 _TABLES = {  # of many values: (what is counted, the tolerance)
     "base": ("the base's leaves", 0.0),
     "start": ("the new leaves at the start", 1e-3),  # drawn: other machines, other last bits
+    "distillation/leaves": ("the teacher's leaves", 0.0),
     "first_batch": ("the arrays of the first batch", 0.0),
     "learning_rate/at": ("the learning rates at some steps", 1e-4),
     "optimizer/update": ("the updates of a small example", 1e-4),

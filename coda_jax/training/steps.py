@@ -42,7 +42,7 @@ class TrainState:
     optimizer: Any
 
 
-Step = Callable[[TrainState, Mapping, Batch], tuple[TrainState, Sums]]
+Step = Callable[..., tuple[TrainState, Sums]]  # see `make_train_step`
 
 
 def make_train_step(
@@ -50,7 +50,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     accumulation: int,
     seed: int,
-    places: TrainState | None = None,
+    shardings: TrainState | None = None,
     distillation: Distillation | None = None,
 ) -> Step:
     """The jitted step (state, frozen, batch) -> (state, sums); the state's buffers are reused.
@@ -60,17 +60,20 @@ def make_train_step(
         optimizer: of the trained leaves.
         accumulation: parts of a batch that are worked through one after the other.
         seed: of the random numbers.
-        places: the shardings of the next state, which XLA chooses otherwise.
-        distillation: the teacher that is followed, if any; `frozen` then holds its leaves too.
+        shardings: of the next state, which XLA chooses otherwise.
+        distillation: the teacher that is followed, if any; its own leaves are then the step's
+            fourth argument.
     """
-    loss_of_model = model.loss if distillation is None else distillation.loss_of(model)
 
-    def loss(trained, frozen, batch, rng):
-        return loss_of_model(trees.merge(trained, frozen), batch, rng)
+    def loss(trained, frozen, batch, rng, teacher):
+        params = trees.merge(trained, frozen)
+        if distillation is None:
+            return model.loss(params, batch, rng)
+        return distillation.loss_of(model)(params, batch, rng, teacher)
 
     grad = jax.grad(loss, has_aux=True)
 
-    def step(state: TrainState, frozen: Mapping, batch: Batch):
+    def step(state: TrainState, frozen: Mapping, batch: Batch, teacher: Mapping | None = None):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         if not model.needs_rng:
             rng = None
@@ -79,11 +82,11 @@ def make_train_step(
             index, microbatch = inputs
             part_rng = None if rng is None else jax.random.fold_in(rng, index)
             return jax.tree.map(
-                jnp.add, total, grad(state.trained, frozen, microbatch, part_rng)
+                jnp.add, total, grad(state.trained, frozen, microbatch, part_rng, teacher)
             ), None
 
         if accumulation == 1:
-            gradients, sums = grad(state.trained, frozen, batch, rng)
+            gradients, sums = grad(state.trained, frozen, batch, rng, teacher)
         else:
             # A part has rows from all over the batch, so that each device has its share of it.
             parts = jax.tree.map(
@@ -96,7 +99,7 @@ def make_train_step(
         trained = optax.apply_updates(state.trained, updates)
         return TrainState(state.step + 1, trained, optimizer_state), sums
 
-    return jax.jit(step, donate_argnums=0, out_shardings=places and (places, places.step))
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings and (shardings, shardings.step))
 
 
 def partition(model: Model, params: Mapping[str, Any]) -> tuple[dict, dict]:
@@ -132,20 +135,16 @@ def start(
     params: Mapping,
     transform: optax.GradientTransformation,
     placement: Placement,
-    distillation: Distillation | None = None,
 ) -> tuple[TrainState, dict[str, Any], TrainState]:
-    """The state before the first step and the frozen leaves, on their devices; the state's places.
+    """The state before the first step, the frozen leaves, and the state's shardings.
 
     Args:
         model: what is trained.
         params: its parameters.
         transform: what `make_optimizer` gives.
         placement: the devices.
-        distillation: the teacher; its own leaves are among the frozen ones.
     """
     trained, frozen = partition(model, placed(model.config, params, placement))
-    if distillation is not None:
-        frozen |= distillation.placed(partition(model, params)[1], placement)
 
     def begin(trained):
         trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
@@ -153,25 +152,25 @@ def start(
         return jax.tree.map(jnp.copy, state)  # no buffer twice, as a step reuses each
 
     shapes = placement.shapes(jax.eval_shape(begin, trained), param_axes(model.config))
-    places = jax.tree.map(lambda x: x.sharding, shapes)
-    return jax.jit(begin, out_shardings=places)(trained), frozen, places
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return jax.jit(begin, out_shardings=shardings)(trained), frozen, shardings
 
 
 def steps_of(
     model: Model,
     routed: Callable[[int], tuple[methods.Method, ...]],
-    **making: Any,
+    make: Callable[[Model], Step],
 ) -> Callable[[int], Step]:
-    """The step of each number; those whose methods are equal share one compiled program.
+    """The step of each number, from 0; those with equal methods share one compiled program.
 
     Args:
         model: what is trained.
-        routed: the methods of the step that follows so many others.
-        **making: further arguments of `make_train_step`.
+        routed: the methods of a step.
+        make: compiles the step of a model.
     """
 
     @functools.cache
     def made(chosen):
-        return make_train_step(model.with_methods(chosen), **making)
+        return make(model.with_methods(chosen))
 
     return lambda number: made(routed(number))

@@ -39,6 +39,7 @@ from coda_jax.training.steps import (
     Step,
     TrainState,
     make_optimizer,
+    make_train_step,
     partition,
     start,
     steps_of,
@@ -53,7 +54,7 @@ class TrainOptions:
         total_steps: steps of the whole run, those before a restart included.
         accumulation: parts into which a batch is cut, to be worked through one after the other.
         max_grad_norm: gradients are scaled down to this global norm; None for no limit.
-        seed: of the dropout.
+        seed: of dropout, of noise, and of the reductions that are drawn.
         log_every: steps between log entries.
         save_every: steps between checkpoints, each with an evaluation before it.
         keep: checkpoints kept.
@@ -91,7 +92,7 @@ class TrainOptions:
         )
 
     def methods_of(self, model: Model, step: int) -> tuple[methods.Method, ...]:
-        """The model's methods, as the step that follows so many others routes.
+        """The model's methods as they route at a step, counted from 0.
 
         Raises:
             ValueError: the options change a routing that the model does not have.
@@ -100,19 +101,12 @@ class TrainOptions:
         values = {name: getattr(self, name) for name in names}
         return routing_schedule.routed(model.config.methods, step, **values)
 
-    def start(
-        self,
-        model: Model,
-        params: Mapping,
-        optimizer: optax.GradientTransformation,
-        placement: Placement,
-        distillation: Distillation | None,
-    ) -> tuple[TrainState, dict[str, Any], Callable[[int], Step]]:
-        """The state before the first step, the frozen leaves, and the step of each number."""
-        state, frozen, places = start(model, params, optimizer, placement, distillation)
-        made = {"accumulation": self.accumulation, "seed": self.seed, "optimizer": optimizer}
-        made |= {"places": places, "distillation": distillation}
-        return state, frozen, steps_of(model, functools.partial(self.methods_of, model), **made)
+    def check_routing(self, model: Model) -> None:
+        """Raises ValueError where the model cannot route as the options say."""
+        for r in self.reductions or (None,):
+            options = dataclasses.replace(self, reductions=r and (r,))
+            for step in (0, self.total_steps - 1):
+                model.config.replace(methods=options.methods_of(model, step))
 
     def best_mode(self, model: Model, evaluates: bool) -> str:
         """Whether more of the best metric is better, "max", or less, "min".
@@ -186,8 +180,7 @@ def train(
     """Trains from `params`, or from the newest checkpoint in `directory`, to the last step.
 
     Args:
-        model: what to train.
-        params: the parameters to start from.
+        model, params: what to train, and the parameters to start from.
         batches: of the whole run, in one order; a restarted run skips those that it took.
         options: how long and how often.
         optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
@@ -209,29 +202,54 @@ def train(
     """
     best_mode = options.best_mode(model, eval_batches is not None)
     rate = schedules.checked(learning_rate, options.total_steps)
-    options.methods_of(model, 0)  # which the model may not have
+    options.check_routing(model)
     first, batches = _peek(batches, options)
-    _say(model, params, distillation, first)
-    start_of_run = model, params, options, optimizer, learning_rate, first
-    known = run_identity.identify(*start_of_run, distillation)
-    run = run_identity.run_file({**known, **run}, placement := placement or Placement())
-    directory = pathlib.Path(directory).absolute()
+    _announce(model, params, distillation, first)
+    own = run_identity.identify(
+        model, params, options, optimizer, learning_rate, first, distillation
+    )
+    run = run_identity.run_file({**own, **run}, placement := placement or Placement())
     with (
-        owned(directory),
+        owned(directory := pathlib.Path(directory).absolute()),
         interruption() as requests,
-        _checkpoints(directory, run, options, best_mode) as checkpoints,
+        _checkpoints(directory, run, options, best_mode) as kept,
         metric_writer(directory) as write,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
-        state, frozen, step = options.start(model, params, transform, placement, distillation)
-        state, metrics = checkpoints.restore(state)
-        logged = checkpoints, write, requests, rate
-        loop = _Loop(model, frozen, placement, options, eval_batches, *logged, step)
-        state, metrics = checkpoints.best(loop.run(state, batches, evaluated=bool(metrics)))
+        state, frozen, step = _start(model, params, transform, options, placement, distillation)
+        state, metrics = kept.restore(state)
+        loop = _Loop(
+            model, frozen, placement, options, eval_batches, kept, write, requests, rate, step
+        )
+        state, metrics = kept.best(loop.run(state, batches, evaluated=bool(metrics)))
     return trees.merge(processes.fetch(state.trained), partition(model, params)[1]), metrics
 
 
-def _say(model: Model, params: Mapping, distillation: Distillation | None, first: Batch) -> None:
+def _start(
+    model: Model,
+    params: Mapping,
+    optimizer: optax.GradientTransformation,
+    options: TrainOptions,
+    placement: Placement,
+    distillation: Distillation | None,
+) -> tuple[TrainState, dict[str, Any], Callable[[int], Step]]:
+    """The state before the first step, the frozen leaves, and the step of each number."""
+    state, frozen, shardings = start(model, params, optimizer, placement)
+
+    def make(routed: Model) -> Step:
+        of_step = optimizer, options.accumulation, options.seed, shardings
+        return make_train_step(routed, *of_step, distillation)
+
+    step = steps_of(model, functools.partial(options.methods_of, model), make)
+    if distillation is None:
+        return state, frozen, step
+    own = distillation.own_leaves(partition(model, params)[1], placement)
+    return state, frozen, lambda number: functools.partial(step(number), teacher=own)
+
+
+def _announce(
+    model: Model, params: Mapping, distillation: Distillation | None, first: Batch
+) -> None:
     """Prints what is trained, and what a teacher costs."""
     print(describe(model, params), flush=True)
     if distillation is not None:

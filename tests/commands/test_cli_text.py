@@ -161,11 +161,10 @@ def test_a_mesh_that_is_none_is_told_before_a_model_is_read(
 
 def test_parts_of_a_batch_that_devices_cannot_share_are_told(shared, tmp_path, capsys):
     files = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
-    given = {"MODEL_DIR": tmp_path / "run", "TrainOptions.accumulation": 4}
+    given = {"MODEL_DIR": tmp_path / "run", "ACCUMULATION": 4}
     assert cli.main(["train", *flags(files, shared | given)]) == 1
     assert capsys.readouterr().err == (
-        "coda train: BATCH_SIZE must be a multiple of TrainOptions.accumulation=4 x 2 devices = 8, "
-        "got 4\n"
+        "coda train: BATCH_SIZE must be a multiple of ACCUMULATION=4 x 2 devices = 8, got 4\n"
     )
     assert not (tmp_path / "run").exists()
 

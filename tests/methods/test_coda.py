@@ -252,6 +252,7 @@ def test_only_a_learned_routing_has_a_parameter(routing, rng):
         ({"epsilon": 0.0}, "Coda.epsilon .* got 0.0"),
         ({"epsilon": float("nan")}, "Coda.epsilon .* got nan"),
         ({"noise": -1}, "Coda.noise .* got -1"),
+        ({"noise": 1, "routing": "truncation"}, "Coda.noise=1 has no effect with routing='trunc"),
         ({"num_iterations": 0}, "Coda.num_iterations .* got 0"),
         ({"max_segments": 0}, "Coda.max_segments .* got 0"),
     ],

@@ -1,6 +1,7 @@
 """A routed student follows the dense model that it is made of."""
 
 import dataclasses
+import re
 
 from contract.programs import batch_of
 from helpers import TINY, TINY_IMAGES, TINY_SPEECH, config, random_params
@@ -17,7 +18,7 @@ from coda_jax.methods import ParallelAdapter, dense_routing
 from coda_jax.objectives import BestRQ, Seq2Seq, model_for
 from coda_jax.sharding import Placement
 from coda_jax.training import steps
-from coda_jax.training.distillation import TEACHER, Distillation, divergence
+from coda_jax.training.distillation import Distillation, divergence
 
 ROUTED = {"reduction": 2.0}
 LABELLED = {"num_decoder_layers": 0, "head": "classification", "labels": ("a", "b", "c")}
@@ -43,12 +44,12 @@ def with_other_trained(cfg, params, seed=7):
 
 
 def distillation_of(student, weight=0.4, temperature=2.0):
-    """A teacher for a student, and the student's parameters with the teacher's leaves."""
+    """A teacher for a student, the student's parameters, and the teacher's own leaves."""
     teacher, teacher_params = dense_of(student)
     found = Distillation(model_for(teacher), teacher_params, weight, temperature)
     params = random_params(student)
     _, frozen = steps.partition(model_for(student), params)
-    return found, {**params, **found.placed(frozen, Placement())}
+    return found, params, found.own_leaves(frozen, Placement())
 
 
 def labelled(name, cfg):
@@ -76,12 +77,11 @@ def test_the_divergence_is_that_of_scipy(temperature):
 def test_the_loss_is_that_of_the_task_and_of_the_teacher(name):
     student = config(ROUTED, base=BASES[name], dropout_rate=0.0)
     model, batch = model_for(student), labelled(name, student)
-    distillation, params = distillation_of(student)
-    found, sums = jax.jit(distillation.loss_of(model))(params, batch)
+    distillation, params, own = distillation_of(student)
+    found, sums = jax.jit(distillation.loss_of(model))(params, batch, None, own)
 
-    plain = {path: leaf for path, leaf in params.items() if path != TEACHER}
-    task, task_sums = model.loss(plain, batch)
-    logits = model.logits(plain, batch)
+    task, task_sums = model.loss(params, batch)
+    logits = model.logits(params, batch)
     followed = distillation.teacher.logits(distillation.params, batch)
     places = rel_entr(softmax(followed / 2, -1), softmax(logits / 2, -1)).sum(-1)
     if name == "speech":
@@ -91,18 +91,19 @@ def test_the_loss_is_that_of_the_task_and_of_the_teacher(name):
     expected = 0.6 * task + 0.4 * 4 * (places * counted).sum()
     assert abs(float(task - found)) > 1e-2 * abs(float(task))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert sums.loss == found and sums.weight == task_sums.weight
+    assert sums.replace(loss=task) == task_sums.replace(loss=task) and sums.loss == found
 
 
 def test_alone_the_teacher_needs_no_targets_of_a_ctc_head():
     student = config(ROUTED, base=TINY_SPEECH, dropout_rate=0.0)
     batch, model = dict(batch_of(student)), model_for(student)
-    distillation, params = distillation_of(student, weight=1.0)
-    _, sums = distillation.loss_of(model)(params, batch)
+    distillation, params, own = distillation_of(student, weight=1.0)
+    _, sums = distillation.loss_of(model)(params, batch, None, own)
     unlabelled = batch | {name: batch[name] * 0 for name in batch if name.startswith("decoder")}
-    _, without = distillation.loss_of(model)(params, unlabelled)
+    _, without = distillation.loss_of(model)(params, unlabelled, None, own)
     assert sums.loss == without.loss > 0
     assert without.weight == (batch["encoder_input_tokens"][..., 0] > 0).sum()
+    assert without.correct == without.exact == 0 and without.examples == 2
     assert not distillation.reads_targets(model)
     assert distillation.reads_targets(Seq2Seq(CONFIG))
     assert dataclasses.replace(distillation, weight=0.5).reads_targets(model)
@@ -113,40 +114,41 @@ def test_the_dense_student_is_its_own_teacher_at_the_start():
     params, model = random_params(student, fresh=True), model_for(student)
     dense = trees.split(params, (r"(^|/)(router|adapter)/",))[1]
     distillation = Distillation(model_for(student.dense()), dense, 1.0)
-    given = {**params, **distillation.placed(steps.partition(model, params)[1], Placement())}
-    _, sums = distillation.loss_of(model)(given, batch_of(student))
+    own = distillation.own_leaves(steps.partition(model, params)[1], Placement())
+    _, sums = distillation.loss_of(model)(params, batch_of(student), None, own)
     assert 0 <= sums.loss / sums.weight < 1e-6
 
 
 def test_the_teacher_has_no_gradient_and_shares_what_is_frozen():
     student = config(ROUTED, dropout_rate=0.0)
     model = model_for(student)
-    distillation, params = distillation_of(student)
-    gradients = jax.grad(lambda p: distillation.loss_of(model)(p, batch_of(student))[0])(params)
-    assert not any(leaf.any() for leaf in jax.tree.leaves(gradients[TEACHER]))
+    distillation, params, own = distillation_of(student)
+
+    def loss(own):
+        return distillation.loss_of(model)(params, batch_of(student), None, own)[0]
+
+    assert not any(leaf.any() for leaf in jax.tree.leaves(jax.grad(loss)(own)))
     trained, _ = steps.partition(model, random_params(student))
-    own = trees.flatten(params[TEACHER])
-    assert own.keys() == trees.flatten(trained).keys()
+    assert trees.flatten(own).keys() == trees.flatten(trained).keys()
 
 
 # --- Refusals ---
 
 
 def test_a_teacher_of_another_base_is_refused():
-    distillation, _ = distillation_of(config(ROUTED))
+    distillation, _, _ = distillation_of(config(ROUTED))
     _, frozen = steps.partition(model_for(config(ROUTED)), random_params(config(ROUTED), seed=1))
     flat = trees.flatten(jax.device_get(frozen))
     with pytest.raises(ValueError, match=r"another base than the student: \d+ of \d+ frozen leav"):
-        distillation.placed(trees.unflatten(flat), Placement())
+        distillation.own_leaves(trees.unflatten(flat), Placement())
 
 
 def test_objectives_without_distributions_have_no_teacher():
     speech = config(ROUTED, base=TINY_SPEECH)
-    distillation, params = distillation_of(speech)
     number = TINY.replace(num_decoder_layers=0, head="regression", methods=CONFIG.methods)
     for model in (BestRQ(speech), model_for(number)):
         with pytest.raises(ValueError, match=f"'{model.name}' has no distributions that a teacher"):
-            distillation.loss_of(model)(params, batch_of(speech))
+            Distillation(model, {}, 0.5)
 
 
 @pytest.mark.parametrize("bad", [{"weight": 0}, {"weight": 1.5}, {"temperature": 0}])
@@ -172,22 +174,27 @@ def test_a_run_learns_from_its_teacher_and_goes_on_with_the_same_bits(tmp_path, 
         run(tmp_path / "cut", batches=make_batches(2), **given)
     _, found, _ = run(tmp_path / "cut", **given)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    other = dataclasses.replace(given["distillation"], weight=0.5)
-    with pytest.raises(ValueError, match=r"distillation/weight: there 1(\.0)?, here 0\.5"):
+    changes = {"weight": 0.5, "params": with_other_trained(CONFIG, teacher_params, seed=8)}
+    other = dataclasses.replace(given["distillation"], **changes)
+    with pytest.raises(ValueError) as error:
         run(tmp_path / "cut", **given | {"distillation": other})
+    assert re.search(r"distillation/weight: there 1(\.0)?, here 0\.5", str(error.value))
+    assert re.search(r"the teacher's leaves: \d+ of \d+ differ", str(error.value))
+    assert len(str(error.value).splitlines()) == 4
 
 
 def test_a_student_comes_nearer_to_its_teacher():
     student = config(ROUTED, ParallelAdapter(bottleneck=8), dropout_rate=0.0)
     model, batch = model_for(student), batch_of(student)
-    distillation, _ = distillation_of(student, weight=1.0, temperature=1.0)
+    distillation, _, _ = distillation_of(student, weight=1.0, temperature=1.0)
     params = random_params(student, fresh=True)
     optimizer = steps.make_optimizer(model, optax.adam, 1e-2)
-    state, frozen, places = steps.start(model, params, optimizer, Placement(), distillation)
-    step = steps.make_train_step(model, optimizer, 1, 0, places, distillation)
+    state, frozen, shardings = steps.start(model, params, optimizer, Placement())
+    own = distillation.own_leaves(steps.partition(model, params)[1], Placement())
+    step = steps.make_train_step(model, optimizer, 1, 0, shardings, distillation)
     losses = []
     for _ in range(40):
-        state, sums = step(state, frozen, batch)
+        state, sums = step(state, frozen, batch, own)
         losses.append(float(sums.loss))
     assert losses[-1] < 0.3 * losses[0]
     assert jnp.isfinite(jnp.array(losses)).all()

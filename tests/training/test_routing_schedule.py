@@ -52,12 +52,16 @@ def test_reductions_rise_to_those_of_the_model_in_the_first_half():
     assert drawn[0] == 1 and {*drawn[40:]} == {2, 4} and max(drawn[:20]) < 4
 
 
-def test_programs_are_made_once_for_each_way_to_route(monkeypatch):
+def test_programs_are_made_once_for_each_way_to_route():
     made = []
-    monkeypatch.setattr(steps, "make_train_step", lambda model, **_: made.append(model) or model)
     options = TrainOptions(100, reductions=(2, 4), epsilon_start=None)
     model = Seq2Seq(CONFIG)
-    step = steps.steps_of(model, lambda number: options.methods_of(model, number))
+
+    def make(routed):
+        made.append(routed)
+        return routed
+
+    step = steps.steps_of(model, lambda number: options.methods_of(model, number), make)
     found = [reduction_of(step(number).config.methods) for number in range(100)]
     assert len(made) == 2 and {*found} == {2, 4}
     assert all(other.module.config == other.config for other in made)
@@ -70,6 +74,15 @@ def test_a_model_without_routing_is_refused(changes, tmp_path):
     cfg = CONFIG.replace(methods=(ParallelAdapter(4),))
     with pytest.raises(ValueError, match="is given for a model that does not route"):
         run(tmp_path, cfg=cfg, options=dataclasses.replace(OPTIONS, **changes))
+
+
+def test_what_a_later_step_would_draw_is_checked_before_the_first(tmp_path):
+    options = dataclasses.replace(OPTIONS, reductions=(2, (1, 2, 3)))
+    with pytest.raises(ValueError, match="3 entries for 1 encoder layers"):
+        run(tmp_path, options=options)
+    sigmoid = dataclasses.replace(OPTIONS, epsilon_start=2.0)
+    with pytest.raises(ValueError, match=r"epsilon=2\.0 has no effect with routing='sigmoid'"):
+        run(tmp_path, options=sigmoid)
 
 
 @pytest.mark.parametrize(
