@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 import statistics
 import tempfile
 from typing import Any
@@ -178,8 +179,9 @@ def table(results: dict[str, Any]) -> str:
         for variant, by_seed in report["variants"].items():
             for r in next(iter(by_seed.values())):
                 found = [by_seed[seed][r] for seed in by_seed]
-                error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
-                score = f"{statistics.mean(found):.1f} ± {error:.1f}"
+                score = f"{statistics.mean(found):.1f}"
+                if len(found) > 1:
+                    score += f" ± {statistics.stdev(found) / len(found) ** 0.5:.1f}"
                 lines.append(f"| {variant} | {r} | {len(found)} | {score} |")
     return "\n".join(lines[1:])
 
@@ -234,24 +236,26 @@ def main() -> None:
         return
     known = variants(demo)
     names = given.variants.split(";") if given.variants else [*known]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no variants {unknown}, only {[*known]}")
     report = results.setdefault(given.demo, {"metric": demo.metric, "variants": {}})
     report |= {"task": demo.task, "steps": demo.steps}
     with tempfile.TemporaryDirectory() as folder:
         for seed in given.seeds.split(","):
-            teacher = pathlib.Path(folder) / f"teacher-{seed}"
-            needed = any(known[n].distill and known[n].own_adapter for n in names)
-            for name in dict.fromkeys([*([TEACHER] if needed else []), *names]):
-                done = report["variants"].setdefault(name, {})
-                is_teacher = name == TEACHER and needed
-                if seed in done and not is_teacher:
-                    continue
+            missing = [name for name in names if seed not in report["variants"].get(name, {})]
+            if any(known[name].distill and known[name].own_adapter for name in missing):
+                missing = [TEACHER, *(name for name in missing if name != TEACHER)]
+            for name in missing:
                 print(f"\n== {given.demo}: {name}, seed {seed} ==", flush=True)
-                place = teacher if is_teacher else pathlib.Path(folder) / f"run-{len(done)}-{name}"
-                place = place.with_name(place.name.replace(" ", "_").replace("=", ""))
+                place, teacher = (
+                    pathlib.Path(folder) / re.sub(r"\W+", "_", f"{seed} {x}")
+                    for x in (name, TEACHER)
+                )
                 adapter = teacher / "export" / "adapter"
                 model = adapted(demo, known[name], int(seed), place, adapter)
-                done[seed] = scores(demo, known[name], model)
-                print(f"{name}, seed {seed}: {done[seed]}", flush=True)
+                found = scores(demo, known[name], model)
+                report["variants"].setdefault(name, {})[seed] = found
+                print(f"{name}, seed {seed}: {found}", flush=True)
                 files.write_json(given.json, results)
     print(table({given.demo: report}))
 

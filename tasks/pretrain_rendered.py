@@ -56,10 +56,11 @@ def task(
         ValueError: as for `texts.sources`.
     """
     checks.COUNT("patch_size", patch_size)
-    found = texts.sources(files, tfds_name, seqio_name, field)
+    needed = texts.Needed(_has_words, "no text has a word that the bundled fonts can show")
+    found = texts.sources(files, tfds_name, seqio_name, field, needed)
 
     def add_one(source: seqio.DataSource, name: str) -> seqio.Task:
-        step = functools.partial(_printed, patch_size=patch_size, place=str(source))
+        step = functools.partial(_printed, patch_size=patch_size)
         known = seqio_tasks.seqio_vocabulary(vocabulary)
         return images.add_task(name, source, step, known, patch_size=patch_size)
 
@@ -116,7 +117,7 @@ def page(
         offline_images.FONTS[rng.integers(len(offline_images.FONTS))], pixels
     )
     start = rng.integers(len(shown))
-    first = _cut(shown[start], lambda x: font.getlength(x) <= width - 2 * MARGIN and fits(x))
+    first = _cut(shown[start], width, lambda x: font.getlength(x) <= width - 2 * MARGIN and fits(x))
     lines = [first]
     for word in shown[start + 1 :] if first == shown[start] else ():
         if not fits(" ".join([*lines, word])):
@@ -137,13 +138,20 @@ def page(
     return offline_images.on_paper(np.asarray(image) / 255, rng), " ".join(lines)
 
 
-def _cut(word: str, fits: Callable[[str], bool]) -> str:
-    """The longest start of a word that fits, at least a letter."""
-    return next((word[:end] for end in range(len(word), 1, -1) if fits(word[:end])), word[0])
+def _cut(word: str, most: int, fits: Callable[[str], bool]) -> str:
+    """The longest start of a word that fits and has at most so many letters, at least one."""
+    ends = range(min(len(word), most), 1, -1)
+    return next((word[:end] for end in ends if fits(word[:end])), word[0])
+
+
+def _has_words(text: tf.Tensor) -> tf.Tensor:
+    """Whether the fonts can show a word of a text."""
+    found = tf.numpy_function(lambda x: bool(words(x.decode())), [text], tf.bool)
+    return tf.ensure_shape(found, [])
 
 
 def _printed(
-    dataset: tf.data.Dataset, sequence_length, output_features, patch_size: int, place: str
+    dataset: tf.data.Dataset, sequence_length, output_features, patch_size: int
 ) -> tf.data.Dataset:
     """seqio's preprocessor from "text" to "image" and "targets", the text that is seen."""
     size = canvas(sequence_length["inputs"], patch_size)
@@ -157,19 +165,10 @@ def _printed(
         image, seen = page(words(text.decode()), size, fits, rng)
         return image, seen.encode()
 
-    def has_words(example):
-        def any_word(text):
-            return bool(words(text.decode()))
-
-        return tf.ensure_shape(tf.numpy_function(any_word, [example["text"]], tf.bool), [])
-
     @seqio.map_over_dataset(num_seeds=1)
     def printed(example, seed):
         kinds = tf.uint8, tf.string
         image, seen = tf.numpy_function(draw, [example["text"], seed], kinds, stateful=False)
         return {"image": image, "targets": tf.ensure_shape(seen, [])}
 
-    texts_with_words = dataset.filter(has_words)
-    if not seqio_tasks.has_any(texts_with_words):
-        raise ValueError(f"{place}: no text has a word that the bundled fonts can show")
-    return printed(texts_with_words)
+    return printed(dataset.filter(lambda example: _has_words(example["text"])))

@@ -49,14 +49,19 @@ def task(
         ValueError: as for `texts.sources`; a vocabulary without sentinels; an option that is not
             allowed, or that UL2's denoisers do not have.
     """
+    known = seqio_tasks.seqio_vocabulary(vocabulary)
     steps = _steps(
-        seqio_tasks.seqio_vocabulary(vocabulary),
+        known,
         vocabulary,
         denoisers,
         noise_density,
         mean_noise_span_length,
     )
-    found = texts.sources(files, tfds_name, seqio_name, field, streams=len(steps))
+    needed = texts.Needed(
+        lambda text: tf.size(known.encode_tf(text)) > 1,
+        "no text has two tokens, of which one could be masked and the other kept",
+    )
+    found = texts.sources(files, tfds_name, seqio_name, field, needed, streams=len(steps))
 
     def add(registered: str) -> seqio.Task | seqio.Mixture:
         parts = {
@@ -111,7 +116,7 @@ def _add(source: seqio.DataSource, noise: Callable, vocabulary: str, name: str) 
     steps = [
         functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
         functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-        functools.partial(_maskable, place=str(source)),
+        _maskable,
         seqio.CacheDatasetPlaceholder(),
         noise,
     ]
@@ -125,11 +130,6 @@ def _add(source: seqio.DataSource, noise: Callable, vocabulary: str, name: str) 
     )
 
 
-def _maskable(dataset: tf.data.Dataset, place: str) -> tf.data.Dataset:
-    """Leaves out texts of one token or none; ValueError where no other is there."""
-    kept = dataset.filter(lambda example: tf.size(example["targets"]) > 1)
-    if not seqio_tasks.has_any(kept):
-        raise ValueError(
-            f"{place}: no text has two tokens, of which one could be masked and the other kept"
-        )
-    return kept
+def _maskable(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Leaves out texts of one token or none."""
+    return dataset.filter(lambda example: tf.size(example["targets"]) > 1)

@@ -4,8 +4,9 @@ A hash of each text picks the split "validation", 5 % of them, so that it depend
 order nor on the names of the files, and no text is in both splits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
+from typing import NamedTuple
 
 import numpy as np
 import seqio
@@ -21,6 +22,18 @@ SHUFFLED = 1000  # records that are held to be shuffled
 MAX_VALIDATION = 1000  # records; an evaluation reads them all, however many texts there are
 JSONL = ".jsonl"
 SOURCES = ("TEXTS", "TFDS_NAME", "SEQIO_NAME")
+
+
+class Needed(NamedTuple):
+    """What at least one text must have.
+
+    Attributes:
+        has: (text, a scalar) -> whether it has it, both tensors.
+        otherwise: what is said where none has.
+    """
+
+    has: Callable[[tf.Tensor], tf.Tensor]
+    otherwise: str
 
 
 class TextFiles(seqio.FileDataSource):
@@ -48,7 +61,7 @@ def _reader(field: str):
                 for i, line in enumerate(lines)
                 if line.strip()
             )
-            return np.array([text.encode() for text in records], object)
+            return np.array(list(records), object)
         text = b"".join(line + b"\n" for line in lines)
         _decoded(text, path, first)
         return np.array([text.removeprefix(b"\xef\xbb\xbf") if first == 1 else text], object)
@@ -74,34 +87,46 @@ def _decoded(line: bytes, path: str, first: int) -> str:
         raise ValueError(f"{path}:{number}: not UTF-8: {e.reason}") from e
 
 
-def _field(line: bytes, field: str, place: str) -> str:
+def _field(line: bytes, field: str, place: str) -> bytes:
     """The text under a name in a line of JSONL; ValueError names the place."""
     path, _, number = place.rpartition(":")
     try:
         record = json.loads(_decoded(line, path, int(number)))
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"{place}: not JSON: {e}") from e
     if not isinstance(record, Mapping) or field not in record:
         raise ValueError(f"{place}: there is no field {field!r}, which TEXT_FIELD names")
     if not isinstance(record[field], str):
-        raise ValueError(f"{place}: {field!r} must be a text, not {record[field]!r:.60}")
-    return record[field]
+        raise ValueError(f"{place}: {field!r} must be a string, not {record[field]!r:.60}")
+    try:
+        return record[field].encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{place}: half of a pair of \\u escapes: {e}") from e
 
 
 class SplitTexts(seqio.DataSource):
     """The texts of another source's split "train", as train and validation."""
 
-    def __init__(self, records: seqio.DataSource, field: str, place: str, stream: int = 0):
+    def __init__(
+        self,
+        records: seqio.DataSource,
+        field: str,
+        place: str,
+        needed: Needed,
+        stream: int = 0,
+    ):
         """Makes the source; nothing is read yet.
 
         Args:
             records: has a split "train" whose records have the field, a text.
             field: of a record.
             place: what is read, for errors.
+            needed: of at least one text of a split.
             stream: sources of other numbers read the same records in other orders.
         """
         super().__init__(("train", "validation"))
-        self._records, self._field, self._place, self._stream = records, field, place, stream
+        self._records, self._field, self._place = records, field, place
+        self._needed, self._stream = needed, stream
 
     def __str__(self) -> str:
         return self._place
@@ -141,12 +166,19 @@ class SplitTexts(seqio.DataSource):
         texts = records.map(lambda record: {"text": record[self._field]}).filter(is_of_split)
         if split == "validation":
             texts = texts.take(MAX_VALIDATION)
-        if (shard_info is None or shard_info.num_shards == 1) and not seqio_tasks.has_any(texts):
+        if shard_info is None or shard_info.num_shards == 1:  # of several, some may have none
+            self._check(texts, split)
+        return texts.shuffle(SHUFFLED, seed=seed) if shuffle else texts
+
+    def _check(self, texts: tf.data.Dataset, split: str) -> None:
+        """Raises ValueError where there is no text, or none with what is needed."""
+        if not seqio_tasks.has_any(texts):
             raise ValueError(
                 f"{self._place}: no text is in the split {split!r}: 5 % are validation, by a hash "
                 "of the text. Give more texts, or --gin.EVAL_TASK_NAME=None"
             )
-        return texts.shuffle(SHUFFLED, seed=seed) if shuffle else texts
+        if not seqio_tasks.has_any(texts.filter(lambda record: self._needed.has(record["text"]))):
+            raise ValueError(f"{self._place}: {self._needed.otherwise}")
 
 
 def sources(
@@ -154,6 +186,7 @@ def sources(
     tfds_name: str | None,
     seqio_name: str | None,
     field: str,
+    needed: Needed,
     streams: int = 1,
 ) -> dict[str, tuple[list[SplitTexts], float]]:
     """The sources of the one of three that is given.
@@ -164,6 +197,7 @@ def sources(
         seqio_name: of a task or mixture of seqio, whose records are read as they are before its own
             steps.
         field: of the records (and of JSONL files), a text.
+        needed: of at least one text.
         streams: how many sources of the same records, in orders of their own.
 
     Returns:
@@ -190,7 +224,7 @@ def sources(
     else:
         records = _of_seqio(seqio_tasks.registered(checks.text(name, seqio_name)), place)
     return {
-        part: ([SplitTexts(source, field, place, i) for i in range(streams)], rate)
+        part: ([SplitTexts(source, field, place, needed, i) for i in range(streams)], rate)
         for part, (source, rate) in records.items()
     }
 

@@ -23,7 +23,7 @@ import optax
 
 from coda_jax import files, methods, processes, trees
 from coda_jax.checkpoints.adapter import fingerprints
-from coda_jax.checkpoints.config_json import to_json
+from coda_jax.checkpoints.config_json import from_json, to_json
 from coda_jax.objectives import Model
 from coda_jax.sharding import Placement
 from coda_jax.training import schedules
@@ -221,7 +221,9 @@ def check_run(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
             f"this version ({FORMAT_VERSION}) cannot continue: `coda convert` turns it into a "
             "checkpoint or an adapter to start from, in another directory"
         )
-    if lines := differences(found, run):
+    if "config" in found:  # an older version did not write all fields
+        found = {**found, "config": to_json(from_json(found["config"], path))}
+    if lines := differences(json.loads(json.dumps(found)), run):
         raise ValueError(
             f"{directory} holds a run with other settings:\n  "
             + "\n  ".join(lines)

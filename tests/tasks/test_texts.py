@@ -9,15 +9,16 @@ import seqio
 import tensorflow as tf
 
 from coda_jax.data import seqio_tasks
-from coda_jax.tasks import found_files, texts
+from coda_jax.tasks import found_files, pretrain_text, texts
 
 LINES = [f"Line {i} with ü.\n" for i in range(64 * 200 + 10)]
 RECORDS = ["".join(LINES[i : i + 64]) for i in range(0, len(LINES), 64)]
+ANY = texts.Needed(lambda text: tf.strings.length(text) > 0, "all texts are empty")
 
 
 def read(split, *, files=None, tfds_name=None, seqio_name=None, field="text", **options):
     """The texts of a split, through what every task over texts reads."""
-    (((source,), rate),) = texts.sources(files, tfds_name, seqio_name, field).values()
+    (((source,), rate),) = texts.sources(files, tfds_name, seqio_name, field, ANY).values()
     assert rate == 1
     with seqio_tasks.own_errors():
         records = source.get_dataset(split, **{"shuffle": False} | options)
@@ -67,7 +68,7 @@ def test_a_file_a_glob_or_several_are_read_once_each(tmp_path):
 def test_the_order_follows_the_seed_and_the_stream(tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
-    (((one, two), _),) = texts.sources(str(tmp_path), None, None, "text", streams=2).values()
+    (((one, two), _),) = texts.sources(str(tmp_path), None, None, "text", ANY, streams=2).values()
 
     def order(source, seed):
         records = source.get_dataset("train", shuffle=True, seed=seed).as_numpy_iterator()
@@ -87,6 +88,23 @@ def test_processes_share_the_files(tmp_path):
     assert all(shards)
 
 
+def test_a_process_whose_files_lack_a_split_has_no_examples_of_it(tmp_path):
+    """As others of a run may have them."""
+    (tmp_path / "a.txt").write_text("one text\n")
+    (tmp_path / "b.txt").write_text("".join(f"line {i}\n" * 64 for i in range(100)))
+    name = pretrain_text.task("bytes", files=str(tmp_path))
+    lengths = {"inputs": 32, "targets": 16}
+    found = [
+        list(
+            seqio.get_mixture_or_task(name).get_dataset(
+                lengths, "validation", shard_info=seqio.ShardInfo(i, 2), num_epochs=1
+            )
+        )
+        for i in range(2)
+    ]
+    assert sorted(map(bool, found)) == [False, True]
+
+
 def test_a_validation_split_is_no_larger_than_an_evaluation_can_be(tmp_path, monkeypatch):
     folder = write(tmp_path / "texts")
     monkeypatch.setattr(texts, "MAX_VALIDATION", 3)
@@ -103,7 +121,7 @@ def test_the_records_of_a_task_or_mixture_are_read_before_its_own_steps():
     seqio.MixtureRegistry.add("both", [("one", 1.0), ("two", 3.0)])
     train, validation = both(seqio_name="one", field="body")
     assert sorted(train + validation) == sorted(RECORDS)
-    found = texts.sources(None, None, "both", "body")
+    found = texts.sources(None, None, "both", "body", ANY)
     assert {name: rate for name, (_, rate) in found.items()} == {"one": 1.0, "two": 3.0}
     with pytest.raises(ValueError, match=r"TEXT_FIELD='text' is no text of its .* \['body', "):
         read("train", seqio_name="one")
@@ -127,7 +145,7 @@ def test_the_records_of_a_task_or_mixture_are_read_before_its_own_steps():
 def test_a_source_that_cannot_be_is_refused_at_once(given, message):
     rest = {"files": None, "tfds_name": None, "seqio_name": None, "field": "text"}
     with pytest.raises(ValueError, match=message):
-        texts.sources(**rest | given)
+        texts.sources(**rest | given, needed=ANY)
 
 
 def test_places_without_files_and_empty_files_are_named(tmp_path):
@@ -135,11 +153,11 @@ def test_places_without_files_and_empty_files_are_named(tmp_path):
     for given in ("nowhere", f"{tmp_path}/folder", f"{tmp_path}/*.txt"):
         expected = re.escape(f"TEXTS={given!r}: there are no files")
         with pytest.raises(FileNotFoundError, match=expected):
-            texts.sources(given, None, None, "text")
+            texts.sources(given, None, None, "text", ANY)
     (tmp_path / "folder" / "empty.txt").touch()
     for given in (f"{tmp_path}/folder", f"{tmp_path}/folder/empty.txt"):
         with pytest.raises(ValueError, match=rf"TEXTS='{given}': every file is empty, of 1"):
-            texts.sources(given, None, None, "text")
+            texts.sources(given, None, None, "text", ANY)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +166,10 @@ def test_places_without_files_and_empty_files_are_named(tmp_path):
         ("a.txt", b"fine\n\xff\n", r"a\.txt:2: not UTF-8: invalid start byte"),
         ("a.jsonl", b'{"text": "x y z"}\n{"test": "x"}\n', r"a\.jsonl:2: .* no field 'text'"),
         ("a.jsonl", b'{"text": "x y z"}\n\n[1]\n', r"a\.jsonl:3: there is no field 'text'"),
-        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: 'text' must be a text, not 3"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: 'text' must be a string, not 3"),
         ("a.jsonl", b'{"text": \n', r"a\.jsonl:1: not JSON: Expecting value"),
         ("a.jsonl", b'\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', r"a\.jsonl:1: half of a pair of \\u escapes"),
     ],
 )
 def test_a_bad_line_is_named_with_its_file(name, content, message, tmp_path):

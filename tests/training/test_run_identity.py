@@ -232,6 +232,16 @@ def test_the_error_says_what_to_do(folder):
             check_run(folder, run_of(learning_rate=1.0))
 
 
+def test_a_field_that_an_older_version_did_not_write_has_its_default(folder):
+    older = run_of()
+    routing = next(method for method in older["config"]["methods"] if method["name"] == "coda")
+    del routing["noise"], older["options"]["reductions"], older["distillation"]
+    (folder / "run.json").write_text(json.dumps(older))
+    check_run(folder, run_of())
+    with pytest.raises(ValueError, match=r"config/methods/coda/noise: there 0.0, here 0.5"):
+        check_run(folder, run_of(**methods(noise=0.5)))
+
+
 def test_checkpoints_of_an_unknown_run_are_refused(folder):
     with pytest.raises(ValueError, match=r"checkpoints of steps \[3\], but no run.json"):
         check_run(folder, run_of())
