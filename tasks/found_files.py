@@ -41,7 +41,7 @@ def find(
 
     Raises:
         FileNotFoundError: one of what is given has no files; it is named.
-        ValueError: it is no text, or all files are empty.
+        ValueError: it is not a string, or all files are empty.
     """
     several = given if isinstance(given, tuple | list) else (given,)
     several = checks.Each(checks.text, least=1)(macro, [_plain(place) for place in several])

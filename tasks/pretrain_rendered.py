@@ -1,4 +1,4 @@
-"""Texts of one's own, printed, to the text that is seen: pretraining of models that read images.
+"""Renders people's own texts as images; the target is the visible text.
 
 `task` registers it for a vocabulary. Each image shows words of a text from a random one on, in
 lines, in some bundled font, and has as many patches as the inputs; what fits neither on it nor into
@@ -43,13 +43,13 @@ def task(
     Args:
         vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`.
         files: see `texts.sources`, as for the next three.
-        tfds_name: a set of TFDS.
+        tfds_name: a TFDS data set.
         seqio_name: a task or mixture of seqio.
         field: of the records, a text.
         patch_size: the model's.
 
     Returns:
-        "pretrain_rendered", with a number behind it where it has another meaning.
+        "pretrain_rendered", with a number appended where other arguments have that name.
 
     Raises:
         FileNotFoundError: no files match, or there is no such vocabulary.
@@ -88,7 +88,7 @@ def words(text: str) -> list[str]:
 
 
 def canvas(num_patches: int, patch_size: int = 16) -> tuple[int, int]:
-    """Returns height and width of an image of at most so many patches, which is not scaled."""
+    """Returns height and width of an image of at most `num_patches`, which is not scaled."""
     rows = max(1, math.isqrt(num_patches // SHAPE))
     return rows * patch_size, num_patches // rows * patch_size
 

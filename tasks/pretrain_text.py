@@ -34,7 +34,7 @@ def task(
     Args:
         vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`.
         files: see `texts.sources`, as for the next three.
-        tfds_name: a set of TFDS.
+        tfds_name: a TFDS data set.
         seqio_name: a task or mixture of seqio.
         field: of the records, a text.
         denoisers: "span_corruption" (T5's), or "ul2", a mixture of the seven of `ul2.DENOISERS`.
@@ -42,7 +42,7 @@ def task(
         mean_noise_span_length: in tokens; None: 3, and 20 for bytes.
 
     Returns:
-        "pretrain_text", with a number behind it where it has another meaning.
+        "pretrain_text", with a number appended where other arguments have that name.
 
     Raises:
         FileNotFoundError: no files match, or there is no such vocabulary.

@@ -37,7 +37,7 @@ def once(name: str, arguments: Sequence, add: Callable[[str], seqio.Task | seqio
         add: registers it under the name that it gets.
 
     Returns:
-        The name, with a number behind it where it has another meaning.
+        The name, with a number appended where other arguments have that name.
     """
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     registered = task_name(name, (), arguments, names)

@@ -156,7 +156,7 @@ def recordings(files: str | Sequence[str], vocabulary: str) -> str:
         vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`; no text is read.
 
     Returns:
-        "audio_files", with a number behind it where it has another meaning.
+        "audio_files", with a number appended where other arguments have that name.
 
     Raises:
         FileNotFoundError: no files match.

@@ -1,4 +1,4 @@
-"""People's own texts as records {"text"}: files, a set of TFDS, or what a task of seqio reads.
+"""People's own texts as records {"text"}: files, a TFDS data set, or what a task of seqio reads.
 
 A hash of each text picks the split "validation", 5 % of them, so that it depends neither on the
 order nor on the names of the files, and no text is in both splits.
@@ -193,7 +193,7 @@ def sources(
 
     Args:
         files: a file, a folder, a glob, or several; see `found_files.find`.
-        tfds_name: name and version of a set of TFDS.
+        tfds_name: name and version of a TFDS data set.
         seqio_name: of a task or mixture of seqio, whose records are read as they are before its own
             steps.
         field: of the records (and of JSONL files), a text.

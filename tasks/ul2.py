@@ -84,7 +84,7 @@ def corrupted(
 def suffixes(example, seed):
     """Cuts "targets" in two: a prefix as inputs, and a suffix of 1 token to half of them.
 
-    The suffix is a quarter of the tokens in the mean. There is no sentinel, as in UL2's own code.
+    The suffix is a quarter of the tokens in the mean. There is no sentinel, as in the paper's code.
     """
     tokens = example["targets"]
     half = tf.size(tokens) // 2

@@ -125,7 +125,7 @@ _KEY, _VALUE = "cached_key", "cached_value"  # [B, H, L, head_dim] each
 
 
 def widened_cache(cache: Mapping[str, Any], places: int) -> dict[str, Any]:
-    """The cache of a decoder with so many places, the new ones empty."""
+    """The cache of a decoder with `places` in all, the new ones empty."""
 
     def widened(path, leaf):
         if path[-1].key not in (_KEY, _VALUE):

@@ -151,7 +151,7 @@ def begin(
 ) -> tuple[Float[Array, "b n d"], Step, Rows]:
     """(the encoding, the step from it, the rows before their first token); see `decode`.
 
-    The cache has so many places; None for all.
+    The cache has `places`; None for L.
     """
     encoded = model.apply(
         {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
