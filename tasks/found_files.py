@@ -51,10 +51,18 @@ def find(
         if not files:
             kind = f" that end in one of {sorted(endings)}" if endings else ""
             raise FileNotFoundError(f"{macro}={place!r}: there are no files{kind}")
-        found |= {file.path: file for file in files}
+        for file in files:
+            if not tf.io.gfile.exists(file.path):
+                raise FileNotFoundError(f"{macro}: {file.path} is a link to nothing")
+            found.setdefault(_real(file.path), file)
     if not any(tf.io.gfile.stat(path).length for path in found):
         raise ValueError(f"{macro}={given!r}: every file is empty, of {len(found)}")
-    return [found[path] for path in sorted(found)]
+    return sorted(found.values())
+
+
+def _real(path: str) -> str:
+    """One path for all links and spellings of a file on disk."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def _plain(place):
@@ -78,7 +86,9 @@ def _files(place: str, endings: tuple[str, ...]) -> list[File]:
 
 def _in_folder(folder: str, endings: tuple[str, ...]) -> list[File]:
     found = []
-    for inner, folders, names in tf.io.gfile.walk(folder):
+    # Python's does not follow links to folders, which may be loops.
+    walk = tf.io.gfile.walk if "://" in folder else os.walk
+    for inner, folders, names in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and (not endings or name.lower().endswith(endings)):

@@ -20,7 +20,7 @@ LINES_PER_TEXT = 64
 VALIDATION_BUCKETS = 20  # One of them is the validation split.
 SHUFFLED = 1000  # records that are held to be shuffled
 MAX_VALIDATION = 1000  # records; an evaluation reads them all, however many texts there are
-JSONL = ".jsonl"
+JSONL, FIELD = ".jsonl", "text"
 SOURCES = ("TEXTS", "TFDS_NAME", "SEQIO_NAME")
 
 
@@ -55,7 +55,7 @@ def _reader(field: str):
 
     def texts(path, number, lines):
         path, first = path.decode(), LINES_PER_TEXT * int(number) + 1
-        if path.endswith(JSONL):
+        if path.lower().endswith(JSONL):
             records = (
                 _field(line, field, f"{path}:{first + i}")
                 for i, line in enumerate(lines)
@@ -217,6 +217,10 @@ def sources(
     checks.text("TEXT_FIELD", field)
     if files is not None:
         paths = [file.path for file in found_files.find(name, files)]
+        if field != FIELD and not any(path.lower().endswith(JSONL) for path in paths):
+            raise ValueError(
+                f"TEXT_FIELD={field!r} has no effect: none of {place} is a {JSONL} file"
+            )
         records = {"": (TextFiles(paths, field), 1.0)}
     elif tfds_name is not None:
         splits = {"train": "train"}

@@ -65,9 +65,12 @@ def corrupted(
     vocabulary = output_features["targets"].vocabulary
     mode = tf.constant(vocabulary.encode(denoiser.mode), tf.int32)
     room = sequence_length["inputs"] - len(mode)
+    if room < 4:
+        raise ValueError(
+            f"UL2's denoisers need an inputs length of at least {len(mode) + 4}, got "
+            f"{sequence_length['inputs']}"
+        )
     if denoiser.mean_noise_span_length is None:
-        if room < 3:
-            raise ValueError(f"A prefix needs an inputs length of at least {len(mode) + 3}")
         preprocessors.check_targets_length(room // 2 + 1, sequence_length)
         noised = suffixes(preprocessors.concatenate_and_split(dataset, room))
     else:

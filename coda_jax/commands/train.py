@@ -31,12 +31,12 @@ class Distill:
 
     Attributes:
         weight: w; None for no teacher.
-        temperature: T.
+        temperature: T; None for 1.
         adapter: the folder of the teacher's adapter, None for the base alone.
     """
 
     weight: float | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     adapter: str | None = None
 
     def of(
@@ -45,18 +45,20 @@ class Distill:
         """The teacher of a student; None where none is asked for.
 
         Raises:
-            ValueError: an adapter without a weight, a value out of its range; see `load_teacher`.
+            ValueError: an option without a weight, a value out of its range; see `load_teacher`.
         """
         checks.paths(TEACHER_ADAPTER_PATH=self.adapter)
         if self.weight is None:
-            if self.adapter is not None:
-                raise ValueError(
-                    f"TEACHER_ADAPTER_PATH={self.adapter!r} has no effect without DISTILL, the "
-                    "weight of the teacher"
-                )
+            given = {"TEACHER_ADAPTER_PATH": self.adapter, "DISTILL_TEMPERATURE": self.temperature}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}={value!r} has no effect without DISTILL, the weight of the teacher"
+                    )
             return None
         config, params = load_teacher(student, self.adapter)
-        return Distillation(objective(config), params, self.weight, self.temperature)
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return Distillation(objective(config), params, self.weight, temperature)
 
 
 def train(

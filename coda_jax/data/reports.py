@@ -1,13 +1,17 @@
 """What is said of data: how long examples are, what is cut, left out, or cannot be written."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+import itertools
 import sys
 
+import numpy as np
 from tqdm import tqdm
 
 from coda_jax import processes
-from coda_jax.data.batches import FEATURES, Batches
+from coda_jax.data.batches import FEATURES, Batches, Example
 from coda_jax.data.examples import Expected, Scan
+
+_LOOKED_AT = 16  # examples of a stream, before it is used
 
 
 def say(line: str) -> None:
@@ -20,6 +24,26 @@ def binding(limits: Mapping[str, int], longest: Mapping[str, int]) -> str:
     """The flag that keeps examples of these lengths whole."""
     enough = {key: max(limits[key], longest[key]) for key in FEATURES}
     return f'--gin.TASK_FEATURE_LENGTHS="{enough}"'
+
+
+def check_stream(examples: Iterable[Example], expected: Expected, place: str) -> None:
+    """Looks at the first examples of a stream.
+
+    Args:
+        examples: of the stream.
+        expected: what a model takes.
+        place: where they come from.
+
+    Raises:
+        ValueError: all of them have empty targets, which the model reads.
+    """
+    first = list(itertools.islice(examples, _LOOKED_AT))
+    empty = [np.array_equal(x["targets"], [expected.eos_id]) for x in first]
+    if expected.targets == "tokens" and len(first) == _LOOKED_AT and all(empty):
+        raise ValueError(
+            f"{place}: the targets of the first {_LOOKED_AT} examples are empty; without targets a "
+            "CTC head learns from a teacher alone (DISTILL=1, EVAL_TASK_NAME=None)"
+        )
 
 
 class News:

@@ -27,7 +27,7 @@ from coda_jax.data.batches import (
 )
 from coda_jax.data.cache import CachedExamples, read_cache
 from coda_jax.data.examples import Chosen, Expected, Scan, Writing, problem, scan, writing
-from coda_jax.data.reports import News, cut_in_all, cut_so_far, of_scan, say
+from coda_jax.data.reports import News, check_stream, cut_in_all, cut_so_far, of_scan, say
 from coda_jax.data.vocabularies import Identity, Vocabulary, check_vocabulary, identity
 
 LONGEST = 512  # inputs, or targets, that are texts, where nobody says another limit
@@ -193,7 +193,7 @@ class Data:
     def check(self, expected: Expected) -> None:
         """Looks at the examples before they are used, and prints what is known of them.
 
-        Of what is in memory all are looked at, of another task the first.
+        Of what is in memory all are looked at, of another task a few.
 
         Args:
             expected: what a model takes.
@@ -203,7 +203,7 @@ class Data:
         """
         limits = self.limits()
         if not self.in_memory:
-            next(self._streamed(1, shuffle=False, expected=expected), None)
+            check_stream(self._streamed(1, False, expected), expected, self.place)
             say(
                 f"{self.place}: at most {limits['inputs']:,} inputs and {limits['targets']:,} "
                 "targets of an example are kept; what is longer is cut and counted"

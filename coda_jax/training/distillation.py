@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from coda_jax import checks, trees
+from coda_jax import checks, methods, trees
 from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
 from coda_jax.models import param_axes
@@ -84,7 +84,7 @@ class Distillation:
         return model.reads_targets and (self.weight < 1 or model.logits_read_targets)
 
     def own_leaves(self, frozen: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-        """The leaves that are not among the student's frozen ones, on the devices.
+        """The leaves that are not the student's frozen ones, on the devices.
 
         Args:
             frozen: of the student, on the host.
@@ -94,7 +94,8 @@ class Distillation:
             ValueError: the teacher has another base: leaves differ from the student's.
         """
         shared, theirs = trees.flatten(frozen), trees.flatten(self.params)
-        both = shared.keys() & theirs.keys()
+        adapted = methods.trained(self.teacher.config)
+        both = {x for x in shared.keys() & theirs.keys() if not trees.matches(x, adapted)}
         other = sorted(path for path in both if not np.array_equal(shared[path], theirs[path]))
         if other:
             raise ValueError(

@@ -71,7 +71,8 @@ def routed(
 
 def _stage(step: int, total_steps: int) -> float:
     """From 0 in the first stage to 1 in the last, and behind it."""
-    return min(step * STAGES // total_steps, STAGES - 1) / (STAGES - 1)
+    stages = min(STAGES, total_steps)
+    return min(step * stages // total_steps, stages - 1) / (stages - 1) if stages > 1 else 1.0
 
 
 def _between(first, last, share):

@@ -78,7 +78,7 @@ def test_the_answers_of_a_teacher_are_targets_where_there_are_none(shared, teach
     assert (tmp_path / "run" / "export" / "adapter").exists()
 
 
-def test_recordings_without_transcripts_are_enough_for_a_ctc_head(tmp_path):
+def test_recordings_without_transcripts_are_enough_for_a_ctc_head(tmp_path, capsys):
     for clip in sorted((Path(captcha.__file__).parent / "data").glob("?/*.wav")):
         (tmp_path / "clips" / clip.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(clip, tmp_path / "clips" / clip.parent.name)
@@ -88,16 +88,28 @@ def test_recordings_without_transcripts_are_enough_for_a_ctc_head(tmp_path):
     given = {"RECORDINGS": tmp_path / "clips", "INITIAL_CHECKPOINT_PATH": tmp_path / "base"}
     given |= {"MODEL_DIR": tmp_path / "run", "TRAIN_STEPS": 2, "BATCH_SIZE": 4, "DISTILL": 1}
     given |= {"TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 1}, "EVAL_TASK_NAME": None}
-    coda("train", ["runs/finetune.gin", "methods/coda.gin", "tasks/audio_files.gin"], given)
+    files = ["runs/finetune.gin", "methods/coda.gin", "tasks/audio_files.gin"]
+    assert cli.main(["train", *flags(files, given | {"DISTILL": 0.5})]) == 1
+    assert "the targets of the first 16 examples are empty" in capsys.readouterr().err
+    coda("train", files, given)
     assert (tmp_path / "run" / "export" / "adapter").exists()
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["vocabulary"] is None  # no transcript was read
 
 
-def refused(shared, tmp_path, capsys, **given):
+def test_a_base_without_a_head_is_no_teacher_of_labels(shared, tmp_path, capsys):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(f'{{"inputs": "{x}", "label": "{x[0]}"}}\n' for x in ("ab", "ba")))
+    files = [*FILES[:2], "tasks/labels.gin"]
+    said = refused(shared, tmp_path, capsys, files=files, TRAIN_FILE=file, DISTILL=0.5)
+    assert "the student has the head ['classification', ('a', 'b'), 'mean'], the teacher" in said
+    assert "TEACHER_ADAPTER_PATH must name an adapter of the same task" in said
+
+
+def refused(shared, tmp_path, capsys, files=FILES, **given):
     """What `coda train` says of values that it refuses."""
     given = shared | {"MODEL_DIR": tmp_path / "run", "TRAIN_STEPS": 2} | given
-    assert cli.main(["train", *flags(FILES, given)]) == 1
+    assert cli.main(["train", *flags(files, given)]) == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
     return capsys.readouterr().err
 
@@ -105,6 +117,8 @@ def refused(shared, tmp_path, capsys, **given):
 def test_mistakes_are_told_in_a_line(shared, teacher, tmp_path, capsys):
     said = refused(shared, tmp_path, capsys, TEACHER_ADAPTER_PATH=teacher)
     assert "has no effect without DISTILL, the weight of the teacher" in said
+    said = refused(shared, tmp_path, capsys, DISTILL_TEMPERATURE=2)
+    assert "DISTILL_TEMPERATURE=2 has no effect without DISTILL" in said
     said = refused(shared, tmp_path, capsys, DISTILL=2)
     assert "Distillation.weight must be a number above 0 and at most 1, got 2" in said
     other = tmp_path / "base"

@@ -186,7 +186,7 @@ def test_lengths_that_are_too_short_for_a_denoiser_are_refused(folder):
     name = pretrain_text.task("bytes", files=folder, denoisers="ul2")
     with pytest.raises(ValueError, match=r"have targets of length \d+, but the targets length is"):
         read(name, "validation")
-    with pytest.raises(ValueError, match="inputs length of at least 8"):
+    with pytest.raises(ValueError, match="inputs length of at least 9"):
         read(f"{name}_s", "validation", lengths={"inputs": 6, "targets": 6})
 
 

@@ -14,7 +14,7 @@ from scipy.special import rel_entr, softmax
 from training_runs import CONFIG, OPTIONS, make_batches, run
 
 from coda_jax import trees
-from coda_jax.methods import ParallelAdapter, dense_routing
+from coda_jax.methods import Lora, ParallelAdapter, dense_routing
 from coda_jax.objectives import BestRQ, Seq2Seq, model_for
 from coda_jax.sharding import Placement
 from coda_jax.training import steps
@@ -141,6 +141,28 @@ def test_a_teacher_of_another_base_is_refused():
     flat = trees.flatten(jax.device_get(frozen))
     with pytest.raises(ValueError, match=r"another base than the student: \d+ of \d+ frozen leav"):
         distillation.own_leaves(trees.unflatten(flat), Placement())
+
+
+def test_what_the_teachers_adapter_changed_is_its_own_where_the_student_is_frozen():
+    """The norms of a student with LoRA, for example."""
+    student = TINY.replace(methods=(Lora(rank=2),), dropout_rate=0.0)
+    teacher = TINY.replace(methods=(ParallelAdapter(4),))
+    base = random_params(TINY)
+    params = trees.merge(trees.split(random_params(student), (r"/lora_",))[0], base)
+    theirs = with_other_trained(teacher, trees.merge(base, only_adapters(teacher)))
+    found = Distillation(model_for(teacher), theirs, 0.5)
+    own = trees.flatten(
+        found.own_leaves(steps.partition(model_for(student), params)[1], Placement())
+    )
+    assert {path.split("/")[-2] for path in own} >= {"decoder_norm", "wi"}
+    assert own.keys() == {
+        path for path in trees.flatten(theirs) if "norm" in path or "adapter" in path
+    }
+
+
+def only_adapters(cfg):
+    """Random adapters."""
+    return trees.split(random_params(cfg), (r"/adapter/",))[0]
 
 
 def test_objectives_without_distributions_have_no_teacher():

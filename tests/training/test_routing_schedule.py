@@ -38,6 +38,10 @@ def test_epsilon_falls_in_stages_to_that_of_the_model():
     expected = np.repeat(np.geomspace(10.0, 0.1, STAGES), 10)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert len(set(found)) == STAGES
+    short = {"total_steps": 3, "seed": 0, "epsilon_start": 10.0}
+    found = [epsilon_of(routed(METHODS, step, **short)) for step in range(3)]
+    np.testing.assert_allclose(found, [10.0, 1.0, 0.1])
+    assert epsilon_of(routed(METHODS, 0, **short | {"total_steps": 1})) == 0.1
 
 
 def test_reductions_rise_to_those_of_the_model_in_the_first_half():
