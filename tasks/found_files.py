@@ -51,7 +51,7 @@ def find(
         if not files:
             kind = f" that end in one of {sorted(endings)}" if endings else ""
             raise FileNotFoundError(f"{macro}={place!r}: there are no files{kind}")
-        for file in files:
+        for file in sorted(files):
             if not tf.io.gfile.exists(file.path):
                 raise FileNotFoundError(f"{macro}: {file.path} is a link to nothing")
             found.setdefault(_real(file.path), file)

@@ -65,6 +65,24 @@ def test_a_file_a_glob_or_several_are_read_once_each(tmp_path):
     assert [file.name for file in found_files.find("TEXTS", folder, (".md",))] == ["inner/b.md"]
 
 
+def test_links_are_read_once_and_those_to_nothing_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text\n")
+    (tmp_path / "same.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    spellings = (str(tmp_path), f"{tmp_path}/**/*", f"{tmp_path}/./a.txt")
+    for given in (*spellings, spellings):
+        assert [file.name for file in found_files.find("TEXTS", given)] == ["a.txt"], given
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"TEXTS: .*gone\.txt is a link to nothing"):
+        found_files.find("TEXTS", str(tmp_path))
+
+
+def test_a_field_of_files_that_have_none_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text\n")
+    with pytest.raises(ValueError, match="TEXT_FIELD='body' has no effect: none of TEXTS="):
+        read("train", files=str(tmp_path), field="body")
+
+
 def test_the_order_follows_the_seed_and_the_stream(tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
