@@ -52,9 +52,11 @@ def find(
             kind = f" that end in one of {sorted(endings)}" if endings else ""
             raise FileNotFoundError(f"{macro}={place!r}: there are no files{kind}")
         for file in sorted(files):
-            if not tf.io.gfile.exists(file.path):
+            real = _real(file.path)
+            if not tf.io.gfile.exists(real):
                 raise FileNotFoundError(f"{macro}: {file.path} is a link to nothing")
-            found.setdefault(_real(file.path), file)
+            if not tf.io.gfile.isdir(real):  # as the last path of a loop of links is
+                found.setdefault(real, file)
     if not any(tf.io.gfile.stat(path).length for path in found):
         raise ValueError(f"{macro}={given!r}: every file is empty, of {len(found)}")
     return sorted(found.values())
