@@ -201,7 +201,12 @@ def picture(demo: comparison.Demo, report: dict[str, Any], path: pathlib.Path) -
         for name, by_seed in report["variants"].items()
         for found in [next(iter(by_seed.values()))]
     }
-    alone = {r: x for name, row in by_variant.items() if " alone" in name for r, x in row.items()}
+    alone = {
+        r: score
+        for name, row in by_variant.items()
+        if name in ("CoDA", "CoDA, smaller r") or name.endswith(" alone")
+        for r, score in row.items()
+    }
     lines = {"one adapter for all r": by_variant["elastic"], "an adapter for each r": alone}
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for (label, scores), marker in zip(lines.items(), "os", strict=True):
@@ -210,6 +215,10 @@ def picture(demo: comparison.Demo, report: dict[str, Any], path: pathlib.Path) -
     for r in sorted(by_variant["elastic"], key=float):
         place = ratio(r), by_variant["elastic"][r]
         axes.annotate(f"r = {r}", place, xytext=(4, 6), textcoords="offset points")
+    (reference,) = by_variant["parallel adapter, dense base"].values()
+    axes.axhline(reference, color="grey", linestyle="--", label="parallel adapter")
+    every = [reference, *alone.values(), *by_variant["elastic"].values()]
+    axes.set_ylim(min(every) - 2, max(every) + 2)
     axes.set_xlabel("encoder: times fewer operations than with the parallel adapter")
     axes.set_ylabel(f"{report['metric']} on {report['task']}, %")
     axes.legend()
