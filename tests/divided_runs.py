@@ -144,10 +144,10 @@ def memory():
     optimizer, options = optax.adamw(1e-3), trainer.TrainOptions(total_steps=1)
     for mesh in ({"data": 8}, {"data": 4, "model": 2}, {"data": 2, "model": 4}):
         placement = Placement(mesh)
-        state, frozen, step = trainer._start(model, params, optimizer, options, placement)
+        state, frozen, step = trainer._start(model, params, optimizer, options, placement, None)
         batch = placement.batch(next(batches(cfg, 1)))
         with placement.divided():
-            compiled = step.lower(state, frozen, batch).compile()
+            compiled = step(0).lower(state, frozen, batch).compile()
         found = compiled.memory_analysis()
         rows.append(
             {

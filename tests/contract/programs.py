@@ -123,7 +123,9 @@ def tokens_of_equal_choices(selections, others):
     """[B, N], the tokens of `inputs_of` in rows of which all layers take the same ones in both."""
     same = np.array(LENGTHS) > 0
     for layer, selection in selections.items():
-        different = (selection.indices != others[layer].indices) & selection.valid
+        other = others[layer]  # slots that nothing was picked for hold the first other tokens
+        different = (selection.indices != other.indices) & selection.valid
+        different |= selection.valid != other.valid
         same &= ~np.asarray(different.any(-1))
     assert same.sum() > 2
     return mask_of(LENGTHS) & same[:, None]
