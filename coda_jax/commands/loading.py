@@ -212,12 +212,15 @@ def load_teacher(
 ) -> tuple[ModelConfig, Mapping[str, Any]]:
     """The student's checkpoint without routing, with an adapter of its own or none.
 
+    Leaves that are equal to the student's are the student's own arrays, so that they are in memory
+    once.
+
     Args:
         student: the model that is to follow it.
         adapter_checkpoint: folder that `save_adapter` wrote for the same checkpoint.
 
-    Leaves that are equal to the student's are the student's own arrays, so that they are in memory
-    once.
+    Returns:
+        (config, params) of the teacher.
 
     Raises:
         ValueError: the student starts at random, the adapter is for another base, or nothing has a

@@ -96,7 +96,12 @@ class Distillation:
         shared, theirs = trees.flatten(frozen), trees.flatten(self.params)
         adapted = methods.trained(self.teacher.config)
         both = {x for x in shared.keys() & theirs.keys() if not trees.matches(x, adapted)}
-        other = sorted(path for path in both if not np.array_equal(shared[path], theirs[path]))
+        different = (  # most are the same arrays, which need not be read
+            path
+            for path in both
+            if shared[path] is not theirs[path] and not np.array_equal(shared[path], theirs[path])
+        )
+        other = sorted(different)
         if other:
             raise ValueError(
                 f"the teacher has another base than the student: {len(other)} of {len(both)} "
