@@ -82,6 +82,12 @@ def variants(demo: comparison.Demo) -> dict[str, Variant]:
         Variant("teacher with adapter, w 1, no labels", r, distill=(1.0, 1.0)),
         Variant("teacher without adapter, w 0.5", r, distill=(0.5, 1.0), own_adapter=False),
         Variant("straight-through", r, coda={"routing": "straight_through"}),
+        Variant(
+            "straight-through, r from 1",
+            r,
+            coda={"routing": "straight_through"},
+            options={"reduction_start": 1.0},
+        ),
         Variant("epsilon 0.02", r, coda={"epsilon": 0.02}),
         Variant("epsilon 0.2", r, coda={"epsilon": 0.2}),
         Variant("epsilon 4 to 1", r, options={"epsilon_start": 4.0}),
