@@ -171,6 +171,13 @@ def scores(demo: comparison.Demo, variant: Variant, model: LoadedModel) -> dict[
     return found
 
 
+def over_seeds(by_seed: dict[str, dict[str, float]], r: str) -> tuple[float, float]:
+    """Mean and standard error of the scores at r; 0 for the error of one seed."""
+    found = [scores[r] for scores in by_seed.values()]
+    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+    return statistics.mean(found), error
+
+
 def table(results: dict[str, Any]) -> str:
     """Means and standard errors over the seeds, a row for each variant and reduction."""
     lines = []
@@ -184,11 +191,9 @@ def table(results: dict[str, Any]) -> str:
         lines.append("|---|---|---|---|")
         for variant, by_seed in report["variants"].items():
             for r in next(iter(by_seed.values())):
-                found = [by_seed[seed][r] for seed in by_seed]
-                score = f"{statistics.mean(found):.1f}"
-                if len(found) > 1:
-                    score += f" ± {statistics.stdev(found) / len(found) ** 0.5:.1f}"
-                lines.append(f"| {variant} | {r} | {len(found)} | {score} |")
+                mean, error = over_seeds(by_seed, r)
+                score = f"{mean:.1f}" + (f" ± {error:.1f}" if len(by_seed) > 1 else "")
+                lines.append(f"| {variant} | {r} | {len(by_seed)} | {score} |")
     return "\n".join(lines[1:])
 
 
@@ -203,7 +208,7 @@ def picture(demo: comparison.Demo, report: dict[str, Any], path: pathlib.Path) -
         return dense / flops.encoder_flops(config.replace(methods=methods), *shape)
 
     by_variant = {
-        name: {r: statistics.mean(by_seed[seed][r] for seed in by_seed) for r in found}
+        name: {r: over_seeds(by_seed, r) for r in found}
         for name, by_seed in report["variants"].items()
         for found in [next(iter(by_seed.values()))]
     }
@@ -217,14 +222,16 @@ def picture(demo: comparison.Demo, report: dict[str, Any], path: pathlib.Path) -
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for (label, scores), marker in zip(lines.items(), "os", strict=True):
         rs = sorted(scores, key=float)
-        axes.plot([ratio(r) for r in rs], [scores[r] for r in rs], marker=marker, label=label)
-    for r in sorted(by_variant["elastic"], key=float):
-        place = ratio(r), by_variant["elastic"][r]
-        axes.annotate(f"r = {r}", place, xytext=(4, 6), textcoords="offset points")
+        means, errors = zip(*(scores[r] for r in rs), strict=True)
+        axes.errorbar([*map(ratio, rs)], means, errors, marker=marker, capsize=3, label=label)
     (reference,) = by_variant["parallel adapter, dense base"].values()
-    axes.axhline(reference, color="grey", linestyle="--", label="parallel adapter")
+    axes.axhline(reference[0], color="grey", linestyle="--", label="parallel adapter")
     every = [reference, *alone.values(), *by_variant["elastic"].values()]
-    axes.set_ylim(min(every) - 2, max(every) + 2)
+    lowest, highest = min(m - e for m, e in every), max(m + e for m, e in every)
+    for r in sorted(by_variant["elastic"], key=float):
+        place = ratio(r), lowest - 0.5
+        axes.annotate(f"r = {r}", place, horizontalalignment="center")
+    axes.set_ylim(lowest - 0.8, highest + 1.5)
     axes.set_xlabel("encoder: times fewer operations than with the parallel adapter")
     axes.set_ylabel(f"{report['metric']} on {report['task']}, %")
     axes.legend()
