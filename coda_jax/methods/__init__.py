@@ -12,6 +12,9 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `soft_topk` | the differentiable top-k of the router: two solvers, one gradient |
 | `parallel_adapter` | `ParallelAdapter`: a bottleneck beside each layer |
 | `lora` | `Lora`: thin matrices beside frozen projections |
+| `prefix_tuning` | `PrefixTuning`: learned keys and values before those of every attention |
+| `houlsby_adapter` | `HoulsbyAdapter`: a bottleneck behind each sublayer |
+| `norms` | `Norms`: the base's norms are trained |
 | `full` | `Full`: every leaf of the base is trained |
 | `comparisons` | the methods that `coda bench` and the demos set side by side |
 | `version_1` | methods as the first version's files wrote them |
@@ -47,16 +50,22 @@ from coda_jax.methods.coda import (
     with_tuning_of,
 )
 from coda_jax.methods.full import Full
+from coda_jax.methods.houlsby_adapter import HoulsbyAdapter
 from coda_jax.methods.lora import Lora
+from coda_jax.methods.norms import Norms
 from coda_jax.methods.parallel_adapter import ParallelAdapter
+from coda_jax.methods.prefix_tuning import PrefixTuning
 from coda_jax.methods.soft_topk import EPSILON
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Lora,
+        PrefixTuning,
+        HoulsbyAdapter,
         Coda,
         ParallelAdapter,
+        Norms,
         Full,
     )
 }

@@ -128,6 +128,11 @@ class Method:
         del place, config
         return flops
 
+    def call_flops(self, place: Place, config: Any) -> float:
+        """Operations on a layer's leaves alone, once a call for all rows; by default none."""
+        del place, config
+        return 0.0
+
     def merge(self, config: Any, params: Mapping[str, Any]) -> tuple["Method | None", Mapping]:
         """Folds the method into the base: (what is left of it, the parameters).
 
