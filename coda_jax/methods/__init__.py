@@ -14,6 +14,8 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `lora` | `Lora`: thin matrices beside frozen projections |
 | `prefix_tuning` | `PrefixTuning`: learned keys and values before those of every attention |
 | `houlsby_adapter` | `HoulsbyAdapter`: a bottleneck behind each sublayer |
+| `structured_pruning` | `StructuredPruning`: adapters beside what stays, masks for what vanishes |
+| `pruning` | which groups vanish, and when |
 | `norms` | `Norms`: the base's norms are trained |
 | `full` | `Full`: every leaf of the base is trained |
 | `comparisons` | the methods that `coda bench` and the demos set side by side |
@@ -56,11 +58,13 @@ from coda_jax.methods.norms import Norms
 from coda_jax.methods.parallel_adapter import ParallelAdapter
 from coda_jax.methods.prefix_tuning import PrefixTuning
 from coda_jax.methods.soft_topk import EPSILON
+from coda_jax.methods.structured_pruning import StructuredPruning
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Lora,
+        StructuredPruning,
         PrefixTuning,
         HoulsbyAdapter,
         Coda,
