@@ -28,6 +28,15 @@ from coda_jax.methods.pruning import (
     kronecker,
     masked_blocks,
 )
+from coda_jax.methods.pruning_groups import (
+    MASK,
+    cost_of,
+    group_norms,
+    is_of_heads,
+    masks_of,
+    silence,
+    without_layer,
+)
 from coda_jax.nn.attention import DotProductAttention
 from coda_jax.nn.convolution import DepthwiseConvolution
 from coda_jax.nn.layers import Dense, Vectors, product
@@ -37,7 +46,6 @@ SCOPES = ("global", "uniform")
 LEAST_HEADS, LEAST_CHANNELS = 1, 8
 # What may vanish lies in these: heads, and hidden channels of feed-forward blocks.
 PROJECTIONS = (r"(attention|mlp)/(query|key|value|out|wi|wi_\d|wo)$",)
-MASK = "pruning_mask"
 _START = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _ZEROS, _ONES = nn.initializers.zeros, nn.initializers.ones
 
@@ -187,7 +195,7 @@ class StructuredPruning(Method):
         mask = _leaf(MASK, _ONES, (number,), ("heads" if axis == 1 else "mlp",))
         norms = jnp.zeros(number)
         if self.criterion == "weight" and not module.is_initializing():
-            norms = _group_norms(module.parent.variables["params"], number)
+            norms = group_norms(module.parent.variables["params"], number)
         return gated(axis, self.criterion, values, mask, norms)
 
     def _wrap_blocks(self, call: Call, module: nn.Module) -> Call:
@@ -240,13 +248,13 @@ class StructuredPruning(Method):
         """Adds up scores, which are the masks' gradients, and takes groups away when it is time."""
 
         def init(params):
-            masks = _masks(trees.flatten(params))
+            masks = masks_of(trees.flatten(params))
             scores = {path: jnp.zeros_like(mask) for path, mask in masks.items()}
             return PruningState(jnp.zeros((), jnp.int32), scores, optimizer.init(params))
 
         def update(updates, state, params=None):
             flat, leaves = trees.flatten(updates), trees.flatten(params)
-            masks, step = _masks(leaves), state.step + 1
+            masks, step = masks_of(leaves), state.step + 1
             scores = {path: self._added(state.scores[path], flat[path]) for path in masks}
             silent = {path: jnp.zeros_like(x) if path in masks else x for path, x in flat.items()}
             inner_updates, inner = optimizer.update(trees.unflatten(silent), state.inner, params)
@@ -271,20 +279,20 @@ class StructuredPruning(Method):
         if self.kind == "splopa":
             one = dict.fromkeys(masks, 1)
             return keep_best(scores, masks, one, dict.fromkeys(masks, 1), density)
-        least = {path: LEAST_HEADS if _of_heads(path) else LEAST_CHANNELS for path in masks}
+        least = {path: LEAST_HEADS if is_of_heads(path) else LEAST_CHANNELS for path in masks}
         if self.scope == "global":
-            costs = {path: _cost(path, mask.size, leaves) for path, mask in masks.items()}
+            costs = {path: cost_of(path, mask.size, leaves) for path, mask in masks.items()}
             return keep_best(scores, masks, costs, least, density)
         # Checkpoints of Hugging Face have one position bias for the heads of all layers.
-        together = {p: _without_layer(p) if _of_heads(p) else p for p in masks}
+        together = {p: without_layer(p) if is_of_heads(p) else p for p in masks}
         return keep_best_of_each(scores, masks, least, density, together)
 
     def progress(self, params: Mapping[str, Any]) -> dict[str, float]:
         """The density, and the groups that are left in each set."""
         leaves = trees.flatten(params)
-        masks = _masks(leaves)
+        masks = masks_of(leaves)
         kept = {path: float(mask.sum()) for path, mask in masks.items()}
-        costs = {path: _cost(path, mask.size, leaves) for path, mask in masks.items()}
+        costs = {path: cost_of(path, mask.size, leaves) for path, mask in masks.items()}
         total = sum(costs[path] * mask.size for path, mask in masks.items())
         density = sum(costs[path] * kept[path] for path in masks) / total
         sets = {f"kept/{path.removesuffix('/' + MASK)}": number for path, number in kept.items()}
@@ -314,14 +322,16 @@ class StructuredPruning(Method):
         for path in [path for path in leaves if path.endswith("kernel")]:
             module, _, name = path.rpartition("/")
             found = {
-                p.removeprefix(f"{module}/"): x for p, x in own.items() if p.startswith(module)
+                p.removeprefix(f"{module}/"): x
+                for p, x in own.items()
+                if p.startswith(f"{module}/")
             }
             kernel = jnp.asarray(leaves[path], jnp.float32)
             merged = self._merged(name, kernel, found, own)
             leaves[path] = merged.astype(leaves[path].dtype)
         if self.kind != "splopa":
-            for path, mask in _masks(own).items():
-                _silence(leaves, path, jnp.asarray(mask))
+            for path, mask in masks_of(own).items():
+                silence(leaves, path, jnp.asarray(mask))
         return None, trees.unflatten(leaves)
 
     def _merged(self, name: str, kernel: Array, found: Mapping[str, Any], own: Mapping[str, Any]):
@@ -347,8 +357,8 @@ class StructuredPruning(Method):
         del config
         leaves = trees.flatten(params)
         if self.kind != "splopa":
-            for path, mask in _masks(leaves).items():
-                _silence(leaves, path, jnp.asarray(mask), "pruning_columns", "pruning_rows")
+            for path, mask in masks_of(leaves).items():
+                silence(leaves, path, jnp.asarray(mask), "pruning_columns", "pruning_rows")
         return self, trees.unflatten(leaves)
 
 
@@ -379,71 +389,3 @@ def _is_prunable(module: nn.Module) -> bool:
 
 def _targets(config, stack):
     return [p for p in config.projections(stack) if trees.matches(p.path, PROJECTIONS)]
-
-
-def _masks(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: leaf for path, leaf in leaves.items() if path.endswith(f"/{MASK}")}
-
-
-def _of_heads(path: str) -> bool:
-    return path.endswith(f"dot_product/{MASK}")
-
-
-def _without_layer(path: str) -> str:
-    return "/".join(part for part in path.split("/") if not part.startswith("layers_"))
-
-
-def _group_of(path: str, names: Mapping[str, Any]) -> tuple[list[str], str]:
-    """The modules whose columns belong to a mask, and that whose rows do."""
-    block = path.rsplit("/", 2)[0]
-    if _of_heads(path):
-        return [f"{block}/{name}" for name in ("query", "key", "value")], f"{block}/out"
-    makers = {p.rpartition("/")[0] for p in names if p.startswith(f"{block}/wi")}
-    return sorted(makers), f"{block}/wo"
-
-
-def _cost(path: str, number: int, leaves: Mapping[str, Any]) -> int:
-    """Weights of a group of the sets of a mask; 1 where the groups are blocks."""
-    makers, reader = _group_of(path, leaves)
-    if f"{reader}/pruning_rows" not in leaves:
-        return 1
-    width = leaves[f"{reader}/pruning_rows"].shape[0] // number
-    inputs = sum(leaves[f"{maker}/pruning_rows"].shape[0] for maker in makers)
-    return width * (inputs + leaves[f"{reader}/pruning_columns"].shape[1])
-
-
-def _group_norms(block: Mapping[str, Any], number: int) -> Float[Array, "g"]:
-    """The norms of the groups' weights with their updates, of the leaves of a block."""
-    reader = "wo" if "wo" in block else "out"
-    total = jnp.zeros(number)
-    for name, leaves in block.items():
-        if name != reader and name not in ("query", "key", "value") and not name.startswith("wi"):
-            continue
-        kernel = leaves["kernel"] + leaves["pruning_rows"] @ leaves["pruning_columns"]
-        squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=int(name == reader))
-        total += squares.reshape(number, -1).sum(-1)
-    return jnp.sqrt(total)
-
-
-def _silence(leaves: dict[str, Any], path: str, mask: Array, *names: str) -> None:
-    """Sets columns of the modules of a mask's groups, and rows of the reader, to zero.
-
-    Args:
-        leaves: changed in place.
-        path: of the mask.
-        mask: [G].
-        names: of the leaves with these columns and rows; none for kernels, and biases.
-    """
-    makers, reader = _group_of(path, leaves)
-    columns, rows = names or ("kernel", "kernel")
-
-    def keep(path, axis):
-        leaf = jnp.asarray(leaves[path])
-        kept = jnp.repeat(mask > 0, leaf.shape[axis] // mask.size)
-        leaves[path] = jnp.where(kept[:, None] if axis == 0 and leaf.ndim > 1 else kept, leaf, 0)
-
-    for maker in makers:
-        keep(f"{maker}/{columns}", 1)
-        if not names and f"{maker}/bias" in leaves:
-            keep(f"{maker}/bias", 0)
-    keep(f"{reader}/{rows}", 0)

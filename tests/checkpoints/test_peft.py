@@ -138,7 +138,7 @@ def test_tensors_of_another_model_and_lost_ones_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match=r"tensors of no projection of the base: .*block\.9"):
         checkpoints.load_peft(folder, *base)
     write_tensors(folder / TENSORS, {key: x for key, x in tensors.items() if key != name})
-    with pytest.raises(ValueError, match="missing: .*lora_a"):
+    with pytest.raises(ValueError, match=r"missing: .*lora_a"):
         checkpoints.load_peft(folder, *base)
     (folder / TENSORS).unlink()
     with pytest.raises(FileNotFoundError, match=TENSORS):
