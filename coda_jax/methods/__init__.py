@@ -14,8 +14,10 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `lora` | `Lora`: thin matrices beside frozen projections |
 | `prefix_tuning` | `PrefixTuning`: learned keys and values before those of every attention |
 | `houlsby_adapter` | `HoulsbyAdapter`: a bottleneck behind each sublayer |
+| `peft_lora` | LoRA as the library peft stores it |
 | `structured_pruning` | `StructuredPruning`: adapters beside what stays, masks for what vanishes |
 | `pruning` | which groups vanish, and when |
+| `pruning_groups` | which leaves belong to a group |
 | `norms` | `Norms`: the base's norms are trained |
 | `full` | `Full`: every leaf of the base is trained |
 | `comparisons` | the methods that `coda bench` and the demos set side by side |
@@ -25,6 +27,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 from collections.abc import Iterable
 
 from coda_jax import checks
+from coda_jax.methods import peft_lora
 from coda_jax.methods.base import (
     Method,
     acting,
@@ -74,10 +77,13 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
+PEFT = {form.KIND: form for form in (peft_lora,)}  # how the library peft stores methods
+
 __all__ = [
     "ATTENTIONS",
     "EPSILON",
     "METHODS",
+    "PEFT",
     "REDUCTION",
     "Method",
     "acting",

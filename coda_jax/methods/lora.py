@@ -58,7 +58,7 @@ class Lora(Method):
         return (
             cls(),
             cls(targets=everything),
-            cls(4, targets=everything, rank_stabilized=True, weight_decomposed=True),
+            cls(targets=everything, rank_stabilized=True, weight_decomposed=True),
         )
 
     def __post_init__(self):
@@ -116,13 +116,16 @@ class Lora(Method):
         return updated
 
     def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
-        """Two thin products for each target."""
+        """Two thin products for each target; DoRA's columns are scaled."""
         targets = self._targets(place, config)
 
         def updated(tokens, context):
             rows = {"tokens": tokens, "context": context}
-            sizes = (rows[target.rows] * (target.inputs + target.outputs) for target in targets)
-            return flops(tokens, context) + 2 * self.rank * sum(sizes)
+            sizes = sum(rows[target.rows] * (target.inputs + target.outputs) for target in targets)
+            scaled = sum(rows[target.rows] * target.outputs for target in targets)
+            return flops(tokens, context) + 2 * (
+                self.rank * sizes + scaled * self.weight_decomposed
+            )
 
         return updated
 

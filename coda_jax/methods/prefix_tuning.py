@@ -17,7 +17,7 @@ from coda_jax import checks, trees
 from coda_jax.methods.base import Call, LayerFlops, Method, Place
 from coda_jax.nn.attention import DotProductAttention
 from coda_jax.nn.dot_product_attention import split_heads
-from coda_jax.nn.layers import Dense, Dtype
+from coda_jax.nn.layers import Dense
 from coda_jax.nn.position_bias import PositionBias
 
 
@@ -58,9 +58,9 @@ class PrefixTuning(Method):
         def prefixed(query, key, value, bias, mask, *, source=None, **options):
             del source  # of all keys but the prefix's
             rows, heads, _, head_dim = key.shape
-            made = Prefix(self.length, self.hidden, key.dtype, name="prefix")(heads * head_dim)
+            made = Prefix(self.length, self.hidden, name="prefix")(heads * head_dim)
             key, value = (
-                jnp.concatenate([split_heads(_repeated(new, rows), heads), old], axis=2)
+                jnp.concatenate([split_heads(_repeated(new, rows, old.dtype), heads), old], axis=2)
                 for new, old in zip(made, (key, value), strict=True)
             )
             before = ((0, 0), (0, 0), (0, 0), (self.length, 0))
@@ -111,22 +111,20 @@ def _widths(config, stack):
     return [p.outputs for p in config.projections(stack) if p.path.endswith("/key")]
 
 
-def _repeated(x, rows):
-    return jnp.broadcast_to(x, (rows, *x.shape))
+def _repeated(x, rows, dtype):
+    return jnp.broadcast_to(x.astype(dtype), (rows, *x.shape))
 
 
 class Prefix(nn.Module):
-    """The keys and values of a prefix.
+    """The keys and values of a prefix, in float32.
 
     Attributes:
         length: L.
         hidden: width of the network that makes them; 0 for none.
-        dtype: of the computation.
     """
 
     length: int
     hidden: int
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, width: int) -> tuple[Float[Array, "l f"], Float[Array, "l f"]]:
@@ -135,12 +133,11 @@ class Prefix(nn.Module):
             start = nn.initializers.normal(1.0)
             return self._leaf("key", start, width), self._leaf("value", start, width)
         embedding = self._leaf("embedding", nn.initializers.normal(1.0), width)
-        wi = Dense(self.hidden, ("joined_kv", "mlp"), dtype=self.dtype, use_bias=True, name="wi")
-        wo = Dense(2 * width, ("mlp", "joined_kv"), dtype=self.dtype, use_bias=True, name="wo")
+        wi = Dense(self.hidden, ("joined_kv", "mlp"), use_bias=True, name="wi")
+        wo = Dense(2 * width, ("mlp", "joined_kv"), use_bias=True, name="wo")
         return tuple(jnp.split(wo(jnp.tanh(wi(embedding))), 2, axis=-1))
 
     def _leaf(self, name, start, width):
-        leaf = partitioning.param_with_axes(
+        return partitioning.param_with_axes(
             name, start, (self.length, width), jnp.float32, axes=("kv", "joined_kv")
         )
-        return leaf.astype(self.dtype)

@@ -19,6 +19,7 @@ import optax
 
 from coda_jax import checks, trees
 from coda_jax.methods.base import Call, LayerFlops, Method, Place
+from coda_jax.methods.lora import Lora
 from coda_jax.methods.pruning import (
     CRITERIA,
     Schedule,
@@ -131,9 +132,9 @@ class StructuredPruning(Method):
     def examples(cls) -> tuple["StructuredPruning", ...]:
         """Low-rank adapters under each criterion, and blocks."""
         return (
-            cls(rank=2, start=1, steps=0, every=1),
-            cls(rank=2, criterion="weight", scope="uniform", start=1, steps=0, every=1),
-            cls(rank=2, criterion="gradient", start=1, steps=0, every=1),
+            cls(start=1, steps=0, every=1),
+            cls(criterion="weight", scope="uniform", start=1, steps=0, every=1),
+            cls(criterion="gradient", start=1, steps=0, every=1),
             cls("splopa", rank=1, block=4, prototypes=3, start=1, steps=0, every=1),
         )
 
@@ -152,6 +153,11 @@ class StructuredPruning(Method):
             raise ValueError(
                 "StructuredPruning.kind='sppara' is of convolutions, and the model has none: "
                 "'splora' or 'splopa'"
+            )
+        others = [m.name for m in config.methods if isinstance(m, Lora)]
+        if self.kind == "splopa" and others:
+            raise ValueError(
+                f"StructuredPruning.kind='splopa' replaces matrices that {others} would update"
             )
         for p in projections:
             if not trees.matches(p.path, PROJECTIONS):
@@ -299,17 +305,25 @@ class StructuredPruning(Method):
         return {"density": density, **sets}
 
     def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
-        """Two thin products beside each prunable matrix; what is gone is computed all the same."""
+        """Two thin products beside each prunable matrix, and gates; what is gone costs the same."""
         if self.kind == "splopa":
             return flops
         targets = _targets(config, place.stack)
+        gates = sum(t.inputs for t in targets if t.path.endswith(("/out", "/wo")))
 
         def updated(tokens, context):
             rows = {"tokens": tokens, "context": context}
             sizes = sum(rows[target.rows] * (target.inputs + target.outputs) for target in targets)
-            return flops(tokens, context) + 2 * self.rank * sizes
+            return flops(tokens, context) + 2 * self.rank * sizes + gates * tokens
 
         return updated
+
+    def call_flops(self, place: Place, config: Any) -> float:
+        """The sums of prototypes, which make matrices of the size of W, and the blocks' masks."""
+        if self.kind != "splopa":
+            return 0.0
+        sizes = sum(target.inputs * target.outputs for target in _targets(config, place.stack))
+        return 2 * (self.prototypes + 1) * sizes
 
     def merge(self, config: Any, params: Mapping[str, Any]) -> tuple[None, Mapping[str, Any]]:
         """Nothing of the method, and matrices with their updates and without what is gone.
@@ -380,7 +394,7 @@ def _leaf(name, start, shape, axes):
 
 def _with_tap(kernel: Float[Array, "w d"]) -> Float[Array, "w d"]:
     tap = _leaf("pruning_tap", _ZEROS, kernel.shape[1:], ("embed",))
-    return kernel.at[len(kernel) // 2].add(tap.astype(kernel.dtype))
+    return jnp.asarray(kernel).at[len(kernel) // 2].add(tap.astype(kernel.dtype))
 
 
 def _is_prunable(module: nn.Module) -> bool:

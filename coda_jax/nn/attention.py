@@ -25,10 +25,13 @@ class DotProductAttention(nn.Module):
 
     Attributes:
         float32_logits: whether logits and softmax are float32 where the computation is not.
+        dropout: applied to the attention weights, if there is any.
     """
 
     float32_logits: bool = False
+    dropout: Callable[[Array], Array] | None = None
 
+    @nn.compact  # for what methods create
     def __call__(
         self,
         query: Float[Array, "b h q k"],
@@ -37,14 +40,13 @@ class DotProductAttention(nn.Module):
         bias: Float[Array, "..."] | PositionBias | None,
         mask: Bool[Array, "..."] | None,
         *,
-        dropout: Callable[[Array], Array] | None = None,
         source: Source | None = None,
     ) -> Float[Array, "b h q k"]:
         """See `attend`."""
         return attend(
             *(query, key, value, bias, mask),
             float32_logits=self.float32_logits,
-            dropout=dropout,
+            dropout=self.dropout,
             source=source,
         )
 
@@ -117,10 +119,9 @@ class Attention(nn.Module):
         query, dropout = self.query(x_q), None
         if self.dropout_rate and not deterministic:
             dropout = functools.partial(self.dropout, deterministic=False)
-        y = DotProductAttention(self.float32_logits, name="dot_product")(
+        y = DotProductAttention(self.float32_logits, dropout, name="dot_product")(
             split_heads(query.reshape(key.shape[0], -1, query.shape[-1]), self.num_heads),
             *(key, value, bias, mask),
-            dropout=dropout,
             source=source,
         )
         return Dense(

@@ -48,6 +48,7 @@ def _later(x: Array, lag: int) -> Array:
 class DepthwiseConvolution(nn.Module):
     """`causal_convolution` as a module without parameters, for methods to be put around it."""
 
+    @nn.compact  # for what they create
     def __call__(
         self,
         x: Float[Array, "b n d"],

@@ -63,13 +63,12 @@ class RelativeKeyAttention(nn.Module):
         dropout = None
         if self.dropout_rate and not deterministic:
             dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=False)
-        y = DotProductAttention(self.float32_logits, name="dot_product")(
+        y = DotProductAttention(self.float32_logits, dropout, name="dot_product")(
             query,
             heads("key", x_kv),
             heads("value", x_kv),
             self._position_term(query, query_positions, key_positions),
             mask,
-            dropout=dropout,
         )
         return Dense(
             x_q.shape[-1], ("joined_kv", "embed"), use_bias=True, dtype=self.dtype, name="out"

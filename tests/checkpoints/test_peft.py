@@ -17,7 +17,14 @@ from coda_jax.objectives import model_for
 
 CASES = ("usual", "dora", "one_layer")
 TARGETS = {
-    "usual": Lora.targets,
+    "usual": (
+        r"^decoder/layers_\d+/encoder_decoder_attention/query$",
+        r"^decoder/layers_\d+/encoder_decoder_attention/value$",
+        r"^decoder/layers_\d+/self_attention/query$",
+        r"^decoder/layers_\d+/self_attention/value$",
+        r"^encoder/layers_\d+/attention/query$",
+        r"^encoder/layers_\d+/attention/value$",
+    ),
     "one_layer": (
         "^encoder/layers_1/attention/query$",
         "^encoder/layers_1/mlp/wo$",
@@ -120,6 +127,7 @@ def changed(tmp_path, **fields):
         ({"rank_pattern": {"q": 2}}, "has not: {'rank_pattern': {'q': 2}}"),
         ({"bias": "lora_only"}, "has not: {'bias': 'lora_only'}"),
         ({"fan_in_fan_out": True}, "has not: {'fan_in_fan_out': True}"),
+        ({"init_lora_weights": "pissa"}, "has not: {'init_lora_weights': 'pissa'}"),
         ({"of_tomorrow": 3}, "has not: {'of_tomorrow': 3}"),
         ({"r": 5}, "wrong shape: decoder/layers_0/encoder_decoder_attention/query/lora_a"),
         ({"use_dora": True}, "missing: .*lora_magnitude"),

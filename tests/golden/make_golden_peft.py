@@ -1,6 +1,6 @@
 """Makes LoRA files with the library peft, and the logits that it computes with them.
 
-Run `python tests/golden/make_golden_peft.py` from the repository root, with peft 0.19, torch and
+Run `python tests/golden/make_golden_peft.py` from the repository root, with peft 0.21, torch and
 transformers installed, to make peft/ again. The base is v1_1. The cases have peft's usual targets
 of a T5; all of its projections with both switches of `Lora`; some of one layer of the encoder.
 """
@@ -52,6 +52,7 @@ def main() -> None:
         model = peft.get_peft_model(base, peft.LoraConfig(**options))
         randomise(model, seed)
         folder = FOLDER / "peft" / name
+        model.peft_config["default"].base_model_name_or_path = "v1_1"
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
         inputs = random_inputs(64, seed)

@@ -19,9 +19,11 @@ from coda_jax.objectives import model_for
 class Projections(nn.Module):
     """Two projections, of which the pattern of the tests names one."""
 
+    use_bias: bool = False
+
     @nn.compact
     def __call__(self, x):
-        query = Dense(5, ("embed", "joined_kv"), name="query")
+        query = Dense(5, ("embed", "joined_kv"), use_bias=self.use_bias, name="query")
         key = Dense(5, ("embed", "joined_kv"), name="key")
         return query(x), key(x)
 
@@ -51,16 +53,16 @@ def test_target_is_the_product_plus_a_scaled_thin_one(rng):
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_dora_resizes_the_columns(rng, use_bias):
     """V (|W| + m) / |V|, V = W + s A B, s = alpha / sqrt(rank), in float64; and its start."""
-    dora = Lora(4, alpha=3.0, targets=("x$",), rank_stabilized=True, weight_decomposed=True)
-    module = Dense(5, ("embed", "mlp"), use_bias=use_bias, name="x")
+    dora = Lora(4, alpha=3.0, targets=("query$",), rank_stabilized=True, weight_decomposed=True)
+    module = Projections(use_bias)
     x = rng.normal(size=(2, 4, 7)).astype(np.float32)
     with applied_to_modules((dora,)):
         params = module.init(jax.random.key(0), x)["params"]
-        np.testing.assert_allclose(
-            module.apply({"params": params}, x), x @ params["kernel"], atol=1e-5
-        )
+        start, _ = module.apply({"params": params}, x)
+        np.testing.assert_allclose(start, x @ params["query"]["kernel"], atol=1e-5)
         params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
-        found = module.apply({"params": params}, x)
+        found, _ = module.apply({"params": params}, x)
+    params = params["query"]
     names = ("kernel", "lora_a", "lora_b", "lora_magnitude")
     w, a, b, m = (np.asarray(params[name], np.float64) for name in names)
     v = w + 3.0 / 2 * (a @ b)
