@@ -12,7 +12,21 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from coda_jax import trees
+
 MASK = "pruning_mask"
+# What may vanish lies in these: heads, and hidden channels of feed-forward blocks.
+PROJECTIONS = (r"(attention|mlp)/(query|key|value|out|wi|wi_\d|wo)$",)
+
+
+def is_prunable(path: str) -> bool:
+    """Whether the module at a path has a matrix of groups."""
+    return trees.matches(path, PROJECTIONS)
+
+
+def targets_of(config: Any, stack: str) -> list[Any]:
+    """The projections of a layer that have groups."""
+    return [p for p in config.projections(stack) if is_prunable(p.path)]
 
 
 def masks_of(leaves: Mapping[str, Any]) -> dict[str, Any]:

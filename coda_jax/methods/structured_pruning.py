@@ -34,8 +34,10 @@ from coda_jax.methods.pruning_groups import (
     cost_of,
     group_norms,
     is_of_heads,
+    is_prunable,
     masks_of,
     silence,
+    targets_of,
     without_layer,
 )
 from coda_jax.nn.attention import DotProductAttention
@@ -45,8 +47,6 @@ from coda_jax.nn.layers import Dense, Vectors, product
 KINDS = ("splora", "sppara", "splopa")
 SCOPES = ("global", "uniform")
 LEAST_HEADS, LEAST_CHANNELS = 1, 8
-# What may vanish lies in these: heads, and hidden channels of feed-forward blocks.
-PROJECTIONS = (r"(attention|mlp)/(query|key|value|out|wi|wi_\d|wo)$",)
 _START = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _ZEROS, _ONES = nn.initializers.zeros, nn.initializers.ones
 
@@ -130,11 +130,10 @@ class StructuredPruning(Method):
 
     @classmethod
     def examples(cls) -> tuple["StructuredPruning", ...]:
-        """Low-rank adapters under each criterion, and blocks."""
+        """Low-rank adapters in each scope, and blocks."""
         return (
             cls(start=1, steps=0, every=1),
             cls(criterion="weight", scope="uniform", start=1, steps=0, every=1),
-            cls(criterion="gradient", start=1, steps=0, every=1),
             cls("splopa", rank=1, block=4, prototypes=3, start=1, steps=0, every=1),
         )
 
@@ -159,9 +158,7 @@ class StructuredPruning(Method):
             raise ValueError(
                 f"StructuredPruning.kind='splopa' replaces matrices that {others} would update"
             )
-        for p in projections:
-            if not trees.matches(p.path, PROJECTIONS):
-                continue
+        for p in (p for stack in stacks for p in targets_of(config, stack)):
             if self.kind == "splopa" and (p.inputs % self.block or p.outputs % self.block):
                 raise ValueError(
                     f"StructuredPruning.block={self.block} does not divide {p.path} "
@@ -181,7 +178,7 @@ class StructuredPruning(Method):
             return lambda *arguments, **options: self._gate(1, module, call(*arguments, **options))
         if isinstance(module, DepthwiseConvolution) and self.kind == "sppara":
             return lambda x, kernel, *rest: call(x, _with_tap(kernel), *rest)
-        if not _is_prunable(module):
+        if not (isinstance(module, Dense) and is_prunable("/".join(module.path))):
             return call
 
         def updated(x: Vectors) -> Float[Array, "... f"]:
@@ -209,7 +206,7 @@ class StructuredPruning(Method):
             return lambda *arguments, **options: self._with_prototypes(
                 module, call, arguments, options
             )
-        if not _is_prunable(module):
+        if not (isinstance(module, Dense) and is_prunable("/".join(module.path))):
             return call
 
         def updated(x: Vectors) -> Float[Array, "... f"]:
@@ -308,7 +305,7 @@ class StructuredPruning(Method):
         """Two thin products beside each prunable matrix, and gates; what is gone costs the same."""
         if self.kind == "splopa":
             return flops
-        targets = _targets(config, place.stack)
+        targets = targets_of(config, place.stack)
         gates = sum(t.inputs for t in targets if t.path.endswith(("/out", "/wo")))
 
         def updated(tokens, context):
@@ -322,7 +319,7 @@ class StructuredPruning(Method):
         """The sums of prototypes, which make matrices of the size of W, and the blocks' masks."""
         if self.kind != "splopa":
             return 0.0
-        sizes = sum(target.inputs * target.outputs for target in _targets(config, place.stack))
+        sizes = sum(target.inputs * target.outputs for target in targets_of(config, place.stack))
         return 2 * (self.prototypes + 1) * sizes
 
     def merge(self, config: Any, params: Mapping[str, Any]) -> tuple[None, Mapping[str, Any]]:
@@ -395,11 +392,3 @@ def _leaf(name, start, shape, axes):
 def _with_tap(kernel: Float[Array, "w d"]) -> Float[Array, "w d"]:
     tap = _leaf("pruning_tap", _ZEROS, kernel.shape[1:], ("embed",))
     return jnp.asarray(kernel).at[len(kernel) // 2].add(tap.astype(kernel.dtype))
-
-
-def _is_prunable(module: nn.Module) -> bool:
-    return isinstance(module, Dense) and trees.matches("/".join(module.path), PROJECTIONS)
-
-
-def _targets(config, stack):
-    return [p for p in config.projections(stack) if trees.matches(p.path, PROJECTIONS)]
