@@ -125,12 +125,12 @@ def convert(
     if layout != "t5x":
         files.check_new(output)
     folder = hub.find(source)
-    read = _read(folder, base=base, config=config, methods=tuple(methods) or None, step=step)
+    read = read_source(folder, base=base, config=config, methods=tuple(methods) or None, step=step)
     read = _encoder_of(read) if encoder_only else read
     folders = [folder, *([hub.find(base)] if base else [])]
-    beside = _find_vocabulary(read, folders)
+    beside = vocabulary_files(read, folders)
     if layout == "hf":
-        beside |= _find_generation_config(read, folders)
+        beside |= generation_files(read, folders)
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
         note = write(Path(new), read)
         if layout not in ("adapter", "peft"):
@@ -145,7 +145,7 @@ def _encoder_of(read: Source) -> Source:
     return dataclasses.replace(read, config=config, params=params, base=base_read)
 
 
-def _read(folder: Path, **options: Any) -> Source:
+def read_source(folder: Path, **options: Any) -> Source:
     """Reads what a folder holds; raises ValueError for options that mean nothing for it."""
     options = {name: value for name, value in options.items() if value is not None}
     found = [kind for file, kind in KINDS.items() if (folder / file).is_file()]
@@ -348,14 +348,14 @@ def _write_peft(output: Path, read: Source) -> str:
     return ""
 
 
-def _find_generation_config(read: Source, folders: list[Path]) -> dict[str, str]:
+def generation_files(read: Source, folders: list[Path]) -> dict[str, str]:
     """The first folder's generation_config.json, {name: path}, for a model that generates."""
     paths = [str(folder / GENERATION_CONFIG_FILE) for folder in folders]
     found = [path for path in paths if os.path.isfile(path)]
     return {GENERATION_CONFIG_FILE: found[0]} if found and read.config.num_decoder_layers else {}
 
 
-def _find_vocabulary(read: Source, folders: list[Path]) -> dict[str, str]:
+def vocabulary_files(read: Source, folders: list[Path]) -> dict[str, str]:
     """The files of the vocabulary of the first folder that has one, {name: path}.
 
     Raises:

@@ -17,6 +17,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `peft_lora` | LoRA as the library peft stores it |
 | `structured_pruning` | `StructuredPruning`: adapters beside what stays, masks for what vanishes |
 | `pruning` | which groups vanish, and when |
+| `pruning_slices` | the smaller model that pruning leaves |
 | `pruning_groups` | which leaves belong to a group |
 | `norms` | `Norms`: the base's norms are trained |
 | `full` | `Full`: every leaf of the base is trained |
@@ -60,6 +61,7 @@ from coda_jax.methods.lora import Lora
 from coda_jax.methods.norms import Norms
 from coda_jax.methods.parallel_adapter import ParallelAdapter
 from coda_jax.methods.prefix_tuning import PrefixTuning
+from coda_jax.methods.pruning_slices import sliced
 from coda_jax.methods.soft_topk import EPSILON
 from coda_jax.methods.structured_pruning import StructuredPruning
 
@@ -100,6 +102,7 @@ __all__ = [
     "ordered",
     "partition",
     "reduction_of",
+    "sliced",
     "trained",
     "unrouted",
     "with_epsilon",

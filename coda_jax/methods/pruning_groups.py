@@ -44,7 +44,7 @@ def without_layer(path: str) -> str:
     return "/".join(part for part in path.split("/") if not part.startswith("layers_"))
 
 
-def _group_of(path: str, names: Mapping[str, Any]) -> tuple[list[str], str]:
+def groups_of(path: str, names: Mapping[str, Any]) -> tuple[list[str], str]:
     """The modules whose columns belong to a mask, and that whose rows do."""
     block = path.rsplit("/", 2)[0]
     if is_of_heads(path):
@@ -55,7 +55,7 @@ def _group_of(path: str, names: Mapping[str, Any]) -> tuple[list[str], str]:
 
 def cost_of(path: str, number: int, leaves: Mapping[str, Any]) -> int:
     """Weights of a group of the sets of a mask; 1 where the groups are blocks."""
-    makers, reader = _group_of(path, leaves)
+    makers, reader = groups_of(path, leaves)
     if f"{reader}/pruning_rows" not in leaves:
         return 1
     width = leaves[f"{reader}/pruning_rows"].shape[0] // number
@@ -85,7 +85,7 @@ def silence(leaves: dict[str, Any], path: str, mask: Array, *names: str) -> None
         mask: [G].
         names: of the leaves with these columns and rows; none for kernels, and biases.
     """
-    makers, reader = _group_of(path, leaves)
+    makers, reader = groups_of(path, leaves)
     columns, rows = names or ("kernel", "kernel")
 
     def keep(path, axis):
