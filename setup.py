@@ -33,6 +33,8 @@ INSTALL_REQUIRES = [
     "clu>=0.0.12,<0.1",  # logs for TensorBoard
     "tensorboard>=2.21,<2.22",  # without it TensorFlow cannot write them
     "rouge-score>=0.1.2,<0.2",  # ROUGE, the metric of summaries
+    "scikit-learn>=1.9,<2",  # F1 and Matthews' correlation, metrics of GLUE
+    "scipy>=1.17,<2",  # correlations of scores, metrics of GLUE
 ]
 # The platforms for which py-nanotts has wheels.
 NANOTTS_WHEELS = (

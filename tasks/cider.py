@@ -78,9 +78,9 @@ def _score(
     similarity = 0.0
     for n in range(1, MAX_N + 1):
         found, wanted = vector(prediction, n), vector(reference, n)
-        norms = math.hypot(*found.values()) * math.hypot(*wanted.values())
-        if norms:
+        lengths = math.hypot(*found.values()) * math.hypot(*wanted.values())
+        if lengths:
             product = sum(min(found.get(g, 0.0), v) * v for g, v in wanted.items())
-            similarity += product / norms / MAX_N
+            similarity += product / lengths / MAX_N
     difference = bigrams(prediction) - bigrams(reference)
     return 10 * math.exp(-(difference**2) / (2 * SIGMA**2)) * similarity

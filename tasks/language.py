@@ -1,6 +1,6 @@
 """Language tasks as seqio tasks: T5's text formats, and two sets of intents.
 
-`task(name, vocabulary)` registers one of `SPECS` for a vocabulary. The texts of C4, MNLI, RTE,
+`task(name, vocabulary)` registers one of `SPECS` for a vocabulary. The texts of C4, GLUE,
 BoolQ, SQuAD and ReCoRD are byte for byte those of the public T5 tasks (Raffel et al. 2020, arXiv
 1910.10683, appendix D), and XSum's have the form of T5's other summaries, so that T5's checkpoints
 know them. Test splits without labels, as MNLI's, are left out: a score would mean nothing.
@@ -59,6 +59,20 @@ def glue(record, name: str, fields: Sequence[str], labels: Sequence[str]):
         parts += [f"{field}:", record[field]]
     targets = tf.gather(list(labels), record["label"])
     return {"inputs": tf.strings.join(parts, " "), "targets": targets}
+
+
+def stsb(record):
+    """T5's text of an STS-B record: the target is the score in steps of 0.2, such as "3.8".
+
+    Args:
+        record: has "sentence1", "sentence2" and "label", 0 to 5.
+
+    Returns:
+        {"inputs", "targets"}.
+    """
+    parts = ["stsb sentence1:", record["sentence1"], "sentence2:", record["sentence2"]]
+    score = tf.as_string(tf.round(record["label"] * 5) / 5, precision=1)
+    return {"inputs": tf.strings.join(parts, " "), "targets": score}
 
 
 def _spaced(text: tf.Tensor) -> tf.Tensor:
@@ -270,6 +284,27 @@ SPECS = {
         _glue("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment")),
         "glue/rte:2.0.0",
     ),
+    "qnli": Spec(
+        _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
+        "glue/qnli:2.0.0",
+    ),
+    "cola": Spec(
+        _glue("cola", ("sentence",), ("unacceptable", "acceptable")),
+        "glue/cola:2.0.0",
+        metric_fns=(metrics.matthews_of("unacceptable", "acceptable"),),
+    ),
+    "sst2": Spec(_glue("sst2", ("sentence",), ("negative", "positive")), "glue/sst2:2.0.0"),
+    "mrpc": Spec(
+        _glue("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+        "glue/mrpc:2.0.0",
+        metric_fns=(metrics.f1_of("not_equivalent", "equivalent"), seqio_tasks.accuracy),
+    ),
+    "qqp": Spec(
+        _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate")),
+        "glue/qqp:2.0.0",
+        metric_fns=(metrics.f1_of("not_duplicate", "duplicate"), seqio_tasks.accuracy),
+    ),
+    "stsb": Spec(_mapped(stsb), "glue/stsb:2.0.0", metric_fns=(metrics.correlations,)),
     "boolq": Spec(
         _glue("boolq", ("passage", "question"), ("False", "True")), "super_glue/boolq:1.0.2"
     ),

@@ -1,4 +1,4 @@
-"""Metrics of the tasks, in per cent: exact match and F1, ROUGE, ANLS, errors of transcripts.
+"""Metrics of the tasks, in per cent: exact match, F1, correlations, ROUGE, ANLS, errors of speech.
 
 They are seqio metric functions, of all targets and predictions, which the postprocessors here make
 of texts. Accuracy is `coda_jax.data.scores.accuracy`.
@@ -7,10 +7,15 @@ of texts. Accuracy is `coda_jax.data.scores.accuracy`.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 import json
+import math
 import re
 import string
 
 from coda_jax.optional import needs
+
+with needs():
+    from scipy import stats
+    from sklearn import metrics as sklearn_metrics
 
 _ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -113,6 +118,82 @@ def record(targets: Sequence[Mapping], predictions: Sequence[str]) -> dict[str, 
         questions.setdefault(target["group"], (target["answers"], prediction))
     answers, firsts = zip(*questions.values(), strict=True)
     return squad(answers, firsts)
+
+
+def f1_of(negative: str, positive: str) -> Callable[..., dict[str, float]]:
+    """The metric F1 of the positive of two labels; what is neither counts as the wrong one.
+
+    Args:
+        negative: the text of a label.
+        positive: that of the other.
+
+    Returns:
+        (targets, predictions) -> {"f1"}, of T5's `f1_score_with_invalid`.
+    """
+
+    def f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+        check_pairs(targets, predictions)
+        right = [target == positive for target in targets]
+        said = [
+            prediction == positive if prediction in (negative, positive) else not truth
+            for truth, prediction in zip(right, predictions, strict=True)
+        ]
+        return {"f1": 100 * float(sklearn_metrics.f1_score(right, said, zero_division=0))}
+
+    return f1
+
+
+def matthews_of(*labels: str) -> Callable[..., dict[str, float]]:
+    """The metric Matthews' correlation; all that is no label counts as one more.
+
+    Args:
+        labels: their texts.
+
+    Returns:
+        (targets, predictions) -> {"matthews_corrcoef"}, from -100 to 100.
+    """
+
+    def matthews_corrcoef(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+        check_pairs(targets, predictions)
+        said = [prediction if prediction in labels else "" for prediction in predictions]
+        found = sklearn_metrics.matthews_corrcoef(list(targets), said)
+        return {"matthews_corrcoef": 100 * float(found)}
+
+    return matthews_corrcoef
+
+
+def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation of numbers; a text that is none counts as -1, as in T5.
+
+    Args:
+        targets: texts of numbers.
+        predictions: texts.
+
+    Returns:
+        {"pearson_corrcoef", "spearman_corrcoef"}, from -100 to 100; 0 where all predictions, or all
+        targets, are the same.
+
+    Raises:
+        ValueError: fewer than two targets, or another number of predictions.
+    """
+    check_pairs(targets, predictions)
+    if len(targets) < 2:
+        raise ValueError(f"A correlation needs two targets, there is {len(targets)}")
+    pairs = list(map(_number, targets)), list(map(_number, predictions))
+    if min(len(set(values)) for values in pairs) == 1:
+        return {"pearson_corrcoef": 0.0, "spearman_corrcoef": 0.0}
+    return {
+        "pearson_corrcoef": 100 * float(stats.pearsonr(*pairs).statistic),
+        "spearman_corrcoef": 100 * float(stats.spearmanr(*pairs).statistic),
+    }
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return -1.0
+    return value if math.isfinite(value) else -1.0
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:

@@ -145,6 +145,7 @@ def configs():
             for of_selected in coda.ATTENTIONS:
                 routing = coda.Coda(2.0, attention=of_selected)
                 yield cfg.replace(methods=(routing, methods.ParallelAdapter(4)))
+        yield tiny.replace(methods=(methods.PrefixTuning(6, hidden=10),))
 
 
 def trace(cfg):

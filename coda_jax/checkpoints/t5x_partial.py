@@ -74,3 +74,41 @@ def lacks_base(checkpoint: str | os.PathLike) -> ValueError:
         f"{checkpoint} holds only what was trained: give the base that it belongs to, with "
         "--gin.INITIAL_CHECKPOINT_PATH=..."
     )
+
+
+def onto_base(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    base: Mapping[str, Any],
+    checkpoint: str | os.PathLike,
+) -> dict[str, Any]:
+    """The trained leaves of a checkpoint on the base, which the frozen ones must be.
+
+    Args:
+        config: the checkpoint's model.
+        params: all of its leaves.
+        base: the base's leaves.
+        checkpoint: its folder, for errors.
+
+    Returns:
+        The whole tree, with the frozen leaves in the base's dtypes.
+
+    Raises:
+        ValueError: the frozen leaves have other values (all are listed).
+    """
+    saved, frozen = partition(config, params)
+    _, base = partition(config, base)
+    trees.check_tree(base, frozen, what=f"the frozen leaves of {checkpoint} do")
+    theirs, ours = trees.flatten(base), trees.flatten(frozen)
+    changed = [path for path, leaf in theirs.items() if not _same_values(leaf, ours[path])]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was not trained from this base, these leaves differ:\n  "
+            + "\n  ".join(changed)
+        )
+    return trees.merge(base, saved)
+
+
+def _same_values(first: np.ndarray, second: np.ndarray) -> bool:
+    # float64 holds every value of the dtypes that a base may have.
+    return np.array_equal(first.astype(np.float64), second.astype(np.float64))

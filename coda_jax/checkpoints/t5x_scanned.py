@@ -86,16 +86,16 @@ def _unstack(flat: dict[str, np.ndarray], stack: str, source: object) -> None:
     stacked = {path: flat.pop(path) for path in list(flat) if path.startswith(prefix)}
     if not stacked:
         return
-    norms = [leaf for path, leaf in stacked.items() if re.fullmatch(prefix + NORM, path)]
+    scales = [leaf for path, leaf in stacked.items() if re.fullmatch(prefix + NORM, path)]
     reference = flat.get(f"{stack}/{stack}_norm/scale")
-    if reference is None or not norms or norms[0].ndim != 2:
+    if reference is None or not scales or scales[0].ndim != 2:
         raise ValueError(
             f"{source} has stacked layers in {prefix}, but not the norms that say how: "
             f"{stack}/{stack}_norm/scale and {prefix}pre_..._layer_norm/scale."
         )
     # Where the sizes do not decide, T5X's default is taken: [D, layers].
-    axis = _AXIS if norms[0].shape[0] == reference.shape[0] else 0
-    num_layers = norms[0].shape[axis]
+    axis = _AXIS if scales[0].shape[0] == reference.shape[0] else 0
+    num_layers = scales[0].shape[axis]
     wrong = [f"{path} {leaf.shape}" for path, leaf in stacked.items()
              if leaf.ndim < 2 or leaf.shape[axis] != num_layers]  # fmt: skip
     if wrong:

@@ -86,6 +86,11 @@ COMMANDS = {
         "--gin_file=runs/convert.gin --gin.INPUT=my_run --gin.OUTPUT=my_adapter "
         "--gin.LAYOUT=adapter --gin.INITIAL_CHECKPOINT_PATH=flan-t5-base",
     ),
+    "prune": Command(
+        "the smaller model that structured pruning leaves",
+        "--gin_file=runs/prune.gin --gin.INPUT=my_run/export/adapter "
+        "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base --gin.OUTPUT=smaller",
+    ),
     "export": Command(
         "programs that answer with jax and numpy alone",
         f"--gin_file=runs/export.gin {_MODEL} --gin.OUTPUT=served",

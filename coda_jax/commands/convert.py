@@ -4,6 +4,7 @@ What is converted is known by what its folder holds:
 - `config.json`: a dense Hugging Face checkpoint, with the adapter file in its folder `adapter`, if
   there is one: so this command writes them;
 - `adapter.json`: an adapter file, together with its base;
+- `adapter_config.json`: a LoRA of the library peft, together with its base;
 - `run.json`: a run of `coda train`, together with its base where only adapters were trained;
 - a T5X checkpoint, or a run's folder of them. The config is not part of it: the run's folder says
   it, or else sizes are read off the shapes, and what adapters and routers do has to be said.
@@ -32,8 +33,9 @@ from coda_jax.checkpoints.adapter import (
 from coda_jax.checkpoints.config_json import from_json, from_version_1
 from coda_jax.checkpoints.generation_config import GENERATION_CONFIG_FILE
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
+from coda_jax.checkpoints.peft import CONFIG as PEFT_CONFIG
 from coda_jax.checkpoints.t5x import is_t5x, read_t5x
-from coda_jax.checkpoints.t5x_partial import frozen_leaves, is_partial, lacks_base
+from coda_jax.checkpoints.t5x_partial import frozen_leaves, is_partial, lacks_base, onto_base
 from coda_jax.checkpoints.t5x_scanned import to_scanned
 from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
 from coda_jax.commands.t5x_identity import config_of, infer_config, write_beside
@@ -96,10 +98,10 @@ def convert(
             run's with other steps. In layout "hf" it gets the trained model, where its methods can
             be merged into the base; else the base as it was, and in its folder `adapter` the
             adapter file. In layout "t5x" it gets an orbax checkpoint `checkpoint_<step>` with all
-            leaves under `target`, named as here; in layout "adapter" the adapter file alone. A
-            vocabulary beside the source, or beside the base, is copied beside a checkpoint, and
-            generation_config.json in layout "hf".
-        layout: "hf", "t5x" or "adapter".
+            leaves under `target`, named as here; in layouts "adapter" and "peft" the adapter file
+            alone, ours or that of the library peft. A vocabulary beside the source, or beside the
+            base, is copied beside a checkpoint, and generation_config.json in layout "hf".
+        layout: "hf", "t5x", "adapter" or "peft".
         base: folder of the dense checkpoint, in Hugging Face layout or of T5X, that `source` was
             trained from. A source that holds only what was trained needs it. Given with a T5X
             checkpoint, the frozen leaves have to be the base's, and get its dtype again.
@@ -123,15 +125,15 @@ def convert(
     if layout != "t5x":
         files.check_new(output)
     folder = hub.find(source)
-    read = _read(folder, base=base, config=config, methods=tuple(methods) or None, step=step)
+    read = read_source(folder, base=base, config=config, methods=tuple(methods) or None, step=step)
     read = _encoder_of(read) if encoder_only else read
     folders = [folder, *([hub.find(base)] if base else [])]
-    beside = _find_vocabulary(read, folders)
+    beside = vocabulary_files(read, folders)
     if layout == "hf":
-        beside |= _find_generation_config(read, folders)
+        beside |= generation_files(read, folders)
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
         note = write(Path(new), read)
-        if layout != "adapter":
+        if layout not in ("adapter", "peft"):
             copy_files(beside, Path(new))
     said = f"step {read.step}, {trees.count(read.params):,} parameters"
     print(f"{source}, {said}, is now in {output} ({layout}{note})")
@@ -143,7 +145,7 @@ def _encoder_of(read: Source) -> Source:
     return dataclasses.replace(read, config=config, params=params, base=base_read)
 
 
-def _read(folder: Path, **options: Any) -> Source:
+def read_source(folder: Path, **options: Any) -> Source:
     """Reads what a folder holds; raises ValueError for options that mean nothing for it."""
     options = {name: value for name, value in options.items() if value is not None}
     found = [kind for file, kind in KINDS.items() if (folder / file).is_file()]
@@ -171,13 +173,21 @@ def _read_hf(folder: Path) -> Source:
 
 def _read_adapter(folder: Path, base: str | os.PathLike | None = None) -> Source:
     manifest = read_manifest(folder)  # a damaged one is found before the base is read
-    config, params = _load_base(base, folder)
-    if config is None:
-        config = infer_config(params, base)
-    base_read = config, params
+    base_read = _known_base(base, folder)
     config, params = checkpoints.load_adapter(folder, *base_read)
     said = {name: manifest.get(name) for name in ("vocabulary", "lengths")}
     return Source(config, params, **said, base=base_read)
+
+
+def _read_peft(folder: Path, base: str | None = None) -> Source:
+    base_read = _known_base(base, folder)
+    return Source(*checkpoints.load_peft(folder, *base_read), base=base_read)
+
+
+def _known_base(base: str | os.PathLike | None, source: Path) -> tuple[ModelConfig, Mapping]:
+    """Config and parameters of a dense checkpoint; sizes may be read off its shapes."""
+    config, params = _load_base(base, source)
+    return config or infer_config(params, base), params
 
 
 def _load_base(base: str | None, source: Path) -> tuple[ModelConfig | None, Mapping[str, Any]]:
@@ -282,29 +292,9 @@ def _read_t5x(
     trees.check_tree(param_shapes(config), params, what=what)
     base_read = None
     if base is not None:
-        params = _onto_base(config, params, base_params, folder)
+        params = onto_base(config, params, base_params, folder)
         base_read = base_config or config.dense(), base_params
     return Source(*methods_lib.finish(config, params), step, base=base_read)
-
-
-def _onto_base(config: ModelConfig, params: Mapping, base_params: Mapping, folder: Path) -> dict:
-    """Puts the trained leaves onto the base, whose values the frozen leaves must have."""
-    saved, frozen = methods_lib.partition(config, params)
-    _, base = methods_lib.partition(config, base_params)
-    trees.check_tree(base, frozen, what=f"the frozen leaves of {folder} do")
-    theirs, ours = trees.flatten(base), trees.flatten(frozen)
-    changed = [path for path, leaf in theirs.items() if not _same_values(leaf, ours[path])]
-    if changed:
-        raise ValueError(
-            f"{folder} was not trained from this base, these leaves differ:\n  "
-            + "\n  ".join(changed)
-        )
-    return trees.merge(base, saved)
-
-
-def _same_values(first: np.ndarray, second: np.ndarray) -> bool:
-    # float64 holds every value of the dtypes that a base may have.
-    return np.array_equal(first.astype(np.float64), second.astype(np.float64))
 
 
 def _write_hf(output: Path, read: Source) -> str:
@@ -353,14 +343,19 @@ def _write_adapter(output: Path, read: Source) -> str:
     return ""
 
 
-def _find_generation_config(read: Source, folders: list[Path]) -> dict[str, str]:
+def _write_peft(output: Path, read: Source) -> str:
+    checkpoints.save_peft(output, read.config, read.params)
+    return ""
+
+
+def generation_files(read: Source, folders: list[Path]) -> dict[str, str]:
     """The first folder's generation_config.json, {name: path}, for a model that generates."""
     paths = [str(folder / GENERATION_CONFIG_FILE) for folder in folders]
     found = [path for path in paths if os.path.isfile(path)]
     return {GENERATION_CONFIG_FILE: found[0]} if found and read.config.num_decoder_layers else {}
 
 
-def _find_vocabulary(read: Source, folders: list[Path]) -> dict[str, str]:
+def vocabulary_files(read: Source, folders: list[Path]) -> dict[str, str]:
     """The files of the vocabulary of the first folder that has one, {name: path}.
 
     Raises:
@@ -387,9 +382,10 @@ def _writer(layout: str, scan_layers: bool) -> Callable[[Path, Source], str]:
     return _write_scanned
 
 
-WRITERS = {"hf": _write_hf, "t5x": _write_t5x, "adapter": _write_adapter}
+WRITERS = {"hf": _write_hf, "t5x": _write_t5x, "adapter": _write_adapter, "peft": _write_peft}
 KINDS = {  # by the file that tells: what a folder is, what reads it, the options that it takes
     CONFIG_FILE: ("a Hugging Face checkpoint", _read_hf, ()),
     MANIFEST: ("an adapter file", _read_adapter, ("base",)),
+    PEFT_CONFIG: ("a LoRA of peft", _read_peft, ("base",)),
     RUN_FILE: ("a run of coda train", _read_run, ("base", "step")),
 }

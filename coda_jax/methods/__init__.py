@@ -12,6 +12,14 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `soft_topk` | the differentiable top-k of the router: two solvers, one gradient |
 | `parallel_adapter` | `ParallelAdapter`: a bottleneck beside each layer |
 | `lora` | `Lora`: thin matrices beside frozen projections |
+| `prefix_tuning` | `PrefixTuning`: learned keys and values before those of every attention |
+| `houlsby_adapter` | `HoulsbyAdapter`: a bottleneck behind each sublayer |
+| `peft_lora` | LoRA as the library peft stores it |
+| `structured_pruning` | `StructuredPruning`: adapters beside what stays, masks for what vanishes |
+| `pruning` | which groups vanish, and when |
+| `pruning_slices` | the smaller model that pruning leaves |
+| `pruning_groups` | which leaves belong to a group |
+| `norms` | `Norms`: the base's norms are trained |
 | `full` | `Full`: every leaf of the base is trained |
 | `comparisons` | the methods that `coda bench` and the demos set side by side |
 | `version_1` | methods as the first version's files wrote them |
@@ -20,6 +28,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 from collections.abc import Iterable
 
 from coda_jax import checks
+from coda_jax.methods import peft_lora
 from coda_jax.methods.base import (
     Method,
     acting,
@@ -47,24 +56,36 @@ from coda_jax.methods.coda import (
     with_tuning_of,
 )
 from coda_jax.methods.full import Full
+from coda_jax.methods.houlsby_adapter import HoulsbyAdapter
 from coda_jax.methods.lora import Lora
+from coda_jax.methods.norms import Norms
 from coda_jax.methods.parallel_adapter import ParallelAdapter
+from coda_jax.methods.prefix_tuning import PrefixTuning
+from coda_jax.methods.pruning_slices import sliced
 from coda_jax.methods.soft_topk import EPSILON
+from coda_jax.methods.structured_pruning import StructuredPruning
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Lora,
+        StructuredPruning,
+        PrefixTuning,
+        HoulsbyAdapter,
         Coda,
         ParallelAdapter,
+        Norms,
         Full,
     )
 }
+
+PEFT = {form.KIND: form for form in (peft_lora,)}  # how the library peft stores methods
 
 __all__ = [
     "ATTENTIONS",
     "EPSILON",
     "METHODS",
+    "PEFT",
     "REDUCTION",
     "Method",
     "acting",
@@ -81,6 +102,7 @@ __all__ = [
     "ordered",
     "partition",
     "reduction_of",
+    "sliced",
     "trained",
     "unrouted",
     "with_epsilon",

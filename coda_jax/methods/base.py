@@ -52,7 +52,8 @@ class Method:
         name: in gin files, manifests and `METHODS`.
         creates: patterns of the paths of its new leaves, which no dense checkpoint has.
         also_trains: patterns of the base's leaves that it trains; an adapter file holds them too.
-        without_gradient: patterns of those of its new leaves that no gradient reaches, like masks.
+        without_gradient: patterns of those of its new leaves that its own step alone changes, like
+            masks: what they get for a gradient may be anything.
         starts_as_base: whether fresh leaves leave the base's outputs as they are.
         packs: whether examples that share a row still give what they give alone.
         profile_scopes: {part of a profile: names of the modules and scopes that belong to it}.
@@ -123,10 +124,20 @@ class Method:
         """
         return optimizer
 
+    def progress(self, params: Mapping[str, Any]) -> dict[str, float]:
+        """What the log says of the trained leaves beside the loss; by default nothing."""
+        del params
+        return {}
+
     def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
         """The operations of `wrap_layer` and `wrap_module` on a layer; by default no more."""
         del place, config
         return flops
+
+    def call_flops(self, place: Place, config: Any) -> float:
+        """Operations on a layer's leaves alone, once a call for all rows; by default none."""
+        del place, config
+        return 0.0
 
     def merge(self, config: Any, params: Mapping[str, Any]) -> tuple["Method | None", Mapping]:
         """Folds the method into the base: (what is left of it, the parameters).

@@ -1,7 +1,9 @@
-"""LoRA: a product of two thin matrices beside frozen projections.
+"""LoRA: a product of two thin matrices beside frozen projections; DoRA learns columns' sizes, too.
 
 Axis letters: B batch, N tokens, D inputs, F outputs, R rank.
-Reference: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models.
+References: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models; Kalajdzievski 2023,
+A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA; Liu et al. 2024, DoRA:
+Weight-Decomposed Low-Rank Adaptation.
 """
 
 from collections.abc import Mapping
@@ -17,33 +19,47 @@ from coda_jax import checks, trees
 from coda_jax.methods.base import Call, LayerFlops, Method, Place
 from coda_jax.nn.layers import Dense, Vectors, product
 
+_ZEROS = nn.initializers.zeros
 # The start of A, as in the authors' library: uniform within 1 / sqrt(D).
 _START = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Method):
-    """x W -> x W + (alpha / rank) x A B, A [D, R] random and B [R, F] zero at the start.
+    """x W -> x W + s x A B, A [D, R] random and B [R, F] zero at the start, s = alpha / rank.
+
+    DoRA: x W -> x V (|W| + m) / |V|, V = W + s A B, |V| [F] the norms of its columns, m [F] zero at
+    the start. (Its authors learn |W| + m, and take |V| for a constant in the gradient; here it is
+    none.)
 
     Attributes:
         rank: R.
-        alpha: strength of the update, which is scaled by alpha / rank.
+        alpha: strength of the update.
         targets: patterns of the paths of projections; by default queries and values of every
             attention.
+        rank_stabilized: whether s = alpha / sqrt(rank), for high ranks (rsLoRA).
+        weight_decomposed: whether the sizes of the columns are learned apart (DoRA).
     """
 
     name: ClassVar[str] = "lora"
-    creates: ClassVar[tuple[str, ...]] = (r"/lora_[ab]$",)
+    creates: ClassVar[tuple[str, ...]] = (r"/lora_(a|b|magnitude)$",)
     profile_scopes: ClassVar = {"lora": ("lora",)}
 
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = (r"attention/(query|value)$",)
+    rank_stabilized: bool = False
+    weight_decomposed: bool = False
 
     @classmethod
     def examples(cls) -> tuple["Lora", ...]:
         """The usual targets, and all projections of a layer."""
-        return cls(), cls(targets=(r"(attention|mlp|convolution)/\w+$",))
+        everything = (r"(attention|mlp|convolution)/\w+$",)
+        return (
+            cls(),
+            cls(targets=everything),
+            cls(targets=everything, rank_stabilized=True, weight_decomposed=True),
+        )
 
     def __post_init__(self):
         checks.fields(
@@ -51,7 +67,14 @@ class Lora(Method):
             rank=checks.COUNT,
             alpha=checks.Number(above=0),
             targets=checks.Each(checks.pattern, least=1),
+            rank_stabilized=checks.flag,
+            weight_decomposed=checks.flag,
         )
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
     def validate(self, config: Any) -> None:
         """Raises ValueError where a target is no projection of the model."""
@@ -76,47 +99,83 @@ class Lora(Method):
             return call
 
         def updated(x: Vectors) -> Float[Array, "... f"]:
-            inputs, outputs = module.kernel_axes  # "kv" is an axis that T5X never divides
-            a = partitioning.param_with_axes(
-                "lora_a", _START, (x.shape[-1], self.rank), jnp.float32, axes=(inputs, "kv")
-            )
-            b = partitioning.param_with_axes(
-                "lora_b",
-                nn.initializers.zeros,
-                (self.rank, module.features),
-                jnp.float32,
-                axes=("kv", outputs),
-            )
-            a, b = (leaf.astype(module.dtype) for leaf in (a, self.alpha / self.rank * b))
-            return call(x) + product(product(x, a), b)
+            inputs, outputs = module.kernel_axes
+            # "kv" is an axis that T5X never divides.
+            a = _leaf("lora_a", _START, (x.shape[-1], self.rank), (inputs, "kv"))
+            b = self.scale * _leaf("lora_b", _ZEROS, (self.rank, module.features), ("kv", outputs))
+            y = call(x)
+            update = product(product(x, a.astype(y.dtype)), b.astype(y.dtype))
+            if not self.weight_decomposed:
+                return y + update
+            m = _leaf("lora_magnitude", _ZEROS, (module.features,), (outputs,))
+            base = module.variables["params"]
+            resized = resizing(base["kernel"], a, b, m).astype(y.dtype)
+            bias = base["bias"].astype(y.dtype) if module.use_bias else 0
+            return (y - bias + update) * resized + bias
 
         return updated
 
     def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
-        """Two thin products for each target."""
-        prefix = f"{place.stack}/layers_{place.index}"
-        targets = [
-            projection
-            for projection in config.projections(place.stack)
-            if trees.matches(f"{prefix}/{projection.path}", self.targets)
-        ]
+        """Two thin products for each target; DoRA's columns are scaled."""
+        targets = self._targets(place, config)
 
         def updated(tokens, context):
             rows = {"tokens": tokens, "context": context}
-            sizes = (rows[target.rows] * (target.inputs + target.outputs) for target in targets)
-            return flops(tokens, context) + 2 * self.rank * sum(sizes)
+            sizes = sum(rows[target.rows] * (target.inputs + target.outputs) for target in targets)
+            scaled = sum(rows[target.rows] * target.outputs for target in targets)
+            return flops(tokens, context) + 2 * (
+                self.rank * sizes + scaled * self.weight_decomposed
+            )
 
         return updated
 
+    def call_flops(self, place: Place, config: Any) -> float:
+        """DoRA's A^T W, and the squares of W."""
+        targets = self._targets(place, config) if self.weight_decomposed else ()
+        return sum(2 * (self.rank + 1) * target.inputs * target.outputs for target in targets)
+
+    def _targets(self, place, config):
+        """The projections of a layer that are targets."""
+        prefix = f"{place.stack}/layers_{place.index}"
+        projections = config.projections(place.stack)
+        return [p for p in projections if trees.matches(f"{prefix}/{p.path}", self.targets)]
+
     def merge(self, config: Any, params: Mapping[str, Any]) -> tuple[None, Mapping[str, Any]]:
-        """Nothing of the method, and W + (alpha / rank) A B in the place of each W."""
+        """Nothing of the method, and the updated matrix in the place of each W."""
         del config
         leaves = trees.flatten(params)
         for path in [path for path in leaves if path.endswith("/lora_a")]:
-            module = path.removesuffix("/lora_a")
-            a, b = leaves.pop(f"{module}/lora_a"), leaves.pop(f"{module}/lora_b")
-            kernel = leaves[f"{module}/kernel"]
-            product = jnp.asarray(a, jnp.float32) @ jnp.asarray(b, jnp.float32)
-            merged = jnp.asarray(kernel, jnp.float32) + self.alpha / self.rank * product
-            leaves[f"{module}/kernel"] = merged.astype(kernel.dtype)
+            module = path.removesuffix("lora_a")
+            kernel = leaves[f"{module}kernel"]
+            w, a, b = (
+                jnp.asarray(x, jnp.float32)
+                for x in (kernel, leaves.pop(path), leaves.pop(f"{module}lora_b"))
+            )
+            b = self.scale * b
+            merged = w + a @ b
+            if self.weight_decomposed:
+                merged *= resizing(w, a, b, leaves.pop(f"{module}lora_magnitude"))
+            leaves[f"{module}kernel"] = merged.astype(kernel.dtype)
         return None, trees.unflatten(leaves)
+
+
+def _leaf(name, start, shape, axes):
+    return partitioning.param_with_axes(name, start, shape, jnp.float32, axes=axes)
+
+
+def resizing(
+    w: Float[Array, "d f"], a: Float[Array, "d r"], b: Float[Array, "r f"], m: Float[Array, "f"]
+) -> Float[Array, "f"]:
+    """(|W| + m) / |W + A B|, norms of columns, [F] float32; no array of the size of W is made.
+
+    Args:
+        w: [D, F].
+        a: [D, R].
+        b: [R, F], scaled.
+        m: [F].
+    """
+    w, a, b, m = (x.astype(jnp.float32) for x in (w, a, b, m))
+    squares = jnp.sum(jnp.square(w), axis=0)
+    # |W + A B|^2 = |W|^2 + 2 W . A B + |A B|^2, column by column.
+    updated = squares + jnp.sum(b * (2 * a.T @ w + (a.T @ a) @ b), axis=0)
+    return (jnp.sqrt(squares) + m) / jnp.sqrt(jnp.maximum(updated, jnp.finfo(jnp.float32).tiny))

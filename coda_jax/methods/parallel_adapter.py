@@ -7,13 +7,10 @@ Reference: He et al. 2022, Towards a Unified View of Parameter-Efficient Transfe
 import dataclasses
 from typing import Any, ClassVar
 
-from flax import linen as nn
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from coda_jax import checks
 from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
-from coda_jax.nn.layers import ACTIVATIONS, Dense, Dtype, Vectors, activation_function
+from coda_jax.nn.bottleneck import Bottleneck
+from coda_jax.nn.layers import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,8 @@ class ParallelAdapter(Method):
 
         def adapted(tokens, context):
             y = layer(tokens, context)
-            return y + Adapter(self.bottleneck, self.activation, y.dtype, name="adapter")(tokens.u)
+            beside = Bottleneck(self.bottleneck, self.activation, y.dtype, name="adapter")
+            return y + beside(tokens.u)
 
         return adapted
 
@@ -51,26 +49,3 @@ class ParallelAdapter(Method):
         del place
         per_token = 2 * 2 * config.emb_dim * self.bottleneck
         return lambda tokens, context: flops(tokens, context) + per_token * tokens
-
-
-class Adapter(nn.Module):
-    """act(u W_down) W_up, with W_up zero at the start.
-
-    Attributes:
-        bottleneck: width between the two projections.
-        activation: one of `nn.layers.ACTIVATIONS`.
-        dtype: of the computation.
-    """
-
-    bottleneck: int
-    activation: str = "relu"
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, u: Vectors) -> Float[Array, "b n d"]:
-        """[B, N, D] -> [B, N, D]."""
-        down = Dense(self.bottleneck, ("embed", "mlp"), dtype=self.dtype, name="wi")
-        up = Dense(
-            u.shape[-1], ("mlp", "embed"), nn.initializers.zeros, dtype=self.dtype, name="wo"
-        )
-        return up(activation_function(self.activation)(down(u)))

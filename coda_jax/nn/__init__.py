@@ -4,6 +4,7 @@
 |---|---|
 | `tokens` | what a layer knows of its tokens; a selection of some, its gather and scatter |
 | `layers` | projections, norms, embeddings, feed-forward blocks |
+| `bottleneck` | that of adapters |
 | `dot_product_attention` | softmax(q k^T + bias) v, as each platform does it best |
 | `attention_kernel` | the same for GPUs, without an array of all queries and keys |
 | `attention` | its projections, the decoder's cache |

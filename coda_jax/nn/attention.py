@@ -3,7 +3,7 @@
 Axis letters: B batch, N tokens (Q queries, L keys), D embedding, H heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
@@ -18,6 +18,37 @@ from coda_jax.nn.layers import Dense, Dtype, Vectors
 from coda_jax.nn.position_bias import PositionBias
 
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+class DotProductAttention(nn.Module):
+    """`attend` as a module without parameters, so that methods can be put around it.
+
+    Attributes:
+        float32_logits: whether logits and softmax are float32 where the computation is not.
+        dropout: applied to the attention weights, if there is any.
+    """
+
+    float32_logits: bool = False
+    dropout: Callable[[Array], Array] | None = None
+
+    @nn.compact  # for what methods create
+    def __call__(
+        self,
+        query: Float[Array, "b h q k"],
+        key: Float[Array, "b h l k"],
+        value: Float[Array, "b h l k"],
+        bias: Float[Array, "..."] | PositionBias | None,
+        mask: Bool[Array, "..."] | None,
+        *,
+        source: Source | None = None,
+    ) -> Float[Array, "b h q k"]:
+        """See `attend`."""
+        return attend(
+            *(query, key, value, bias, mask),
+            float32_logits=self.float32_logits,
+            dropout=self.dropout,
+            source=source,
+        )
 
 
 class Attention(nn.Module):
@@ -88,14 +119,9 @@ class Attention(nn.Module):
         query, dropout = self.query(x_q), None
         if self.dropout_rate and not deterministic:
             dropout = functools.partial(self.dropout, deterministic=False)
-        y = attend(
+        y = DotProductAttention(self.float32_logits, dropout, name="dot_product")(
             split_heads(query.reshape(key.shape[0], -1, query.shape[-1]), self.num_heads),
-            key,
-            value,
-            bias,
-            mask,
-            float32_logits=self.float32_logits,
-            dropout=dropout,
+            *(key, value, bias, mask),
             source=source,
         )
         return Dense(

@@ -45,6 +45,20 @@ def _later(x: Array, lag: int) -> Array:
     return jnp.pad(x, ((0, 0), (lag, 0)) + ((0, 0),) * (x.ndim - 2))[:, : x.shape[1]]
 
 
+class DepthwiseConvolution(nn.Module):
+    """`causal_convolution` as a module without parameters, for methods to be put around it."""
+
+    @nn.compact  # for what they create
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        kernel: Float[Array, "w d"],
+        segment_ids: Int[Array, "b n"] | None,
+    ) -> Float[Array, "b n d"]:
+        """See `causal_convolution`."""
+        return causal_convolution(x, kernel, segment_ids)
+
+
 class Convolution(nn.Module):
     """Norm, gated projection, causal convolution by channel, norm, swish, projection.
 
@@ -89,6 +103,7 @@ class Convolution(nn.Module):
         y *= nn.sigmoid(gate)
         order = kept_first(mask, mask.shape[1])
         segments = None if segment_ids is None else take(segment_ids, order)
-        y = causal_convolution(take(y, order), kernel.astype(self.dtype), segments)
+        depthwise = DepthwiseConvolution(name="depthwise")
+        y = depthwise(take(y, order), kernel.astype(self.dtype), segments)
         y = take(y, jnp.maximum(running_count(mask) - 1, 0))  # back to their places
         return project("wo", 1, ("mlp", "embed"))(nn.swish(norm("depthwise_layer_norm")(y)))

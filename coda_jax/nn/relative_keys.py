@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from coda_jax.nn import layers
-from coda_jax.nn.dot_product_attention import attend, join_heads, split_heads
+from coda_jax.nn.attention import DotProductAttention
+from coda_jax.nn.dot_product_attention import join_heads, split_heads
 from coda_jax.nn.layers import Dense, Dtype
 
 
@@ -62,14 +63,12 @@ class RelativeKeyAttention(nn.Module):
         dropout = None
         if self.dropout_rate and not deterministic:
             dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=False)
-        y = attend(
+        y = DotProductAttention(self.float32_logits, dropout, name="dot_product")(
             query,
             heads("key", x_kv),
             heads("value", x_kv),
             self._position_term(query, query_positions, key_positions),
             mask,
-            float32_logits=self.float32_logits,
-            dropout=dropout,
         )
         return Dense(
             x_q.shape[-1], ("joined_kv", "embed"), use_bias=True, dtype=self.dtype, name="out"

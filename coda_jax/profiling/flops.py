@@ -14,11 +14,8 @@ from coda_jax.models import ModelConfig
 
 def encoder_flops(config: ModelConfig, batch: int, length: int) -> float:
     """Operations of encoding B rows of N tokens, with methods, embedding of patches or frames."""
-    layers = (
-        _layer(config, Place("encoder", i, config.num_encoder_layers))(length, length)
-        for i in range(config.num_encoder_layers)
-    )
-    return batch * (config.input_flops(length) + sum(layers))
+    rows = batch * (config.input_flops(length) + _layers(config, "encoder", length, length))
+    return rows + _call(config, "encoder")
 
 
 def answer_flops(config: ModelConfig, batch: int, length: int, target_length: int) -> float:
@@ -28,12 +25,9 @@ def answer_flops(config: ModelConfig, batch: int, length: int, target_length: in
     the input are computed once, and self-attention reads the whole cache of T places in each step.
     Without one, a head is applied to the encoder's outputs.
     """
-    layers = (
-        _layer(config, Place("decoder", i, config.num_decoder_layers))(target_length, length)
-        for i in range(config.num_decoder_layers)
-    )
-    head = config.output_flops(length, target_length)
-    return encoder_flops(config, batch, length) + batch * (sum(layers) + head)
+    layers = _layers(config, "decoder", target_length, length)
+    rows = batch * (layers + config.output_flops(length, target_length))
+    return encoder_flops(config, batch, length) + rows + _call(config, "decoder")
 
 
 def step_bytes(
@@ -50,6 +44,21 @@ def step_bytes(
     head = config.output_flops(length, 1) // 2
     numbers = config.num_decoder_layers * (weights + keys_values * places) + head
     return int(numbers) * np.dtype(config.dtype).itemsize
+
+
+def _places(config: ModelConfig, stack: str) -> list[Place]:
+    number = config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers
+    return [Place(stack, index, number) for index in range(number)]
+
+
+def _layers(config: ModelConfig, stack: str, tokens: int, context: int) -> float:
+    """Operations of all layers of a stack on one row."""
+    return sum(_layer(config, place)(tokens, context) for place in _places(config, stack))
+
+
+def _call(config: ModelConfig, stack: str) -> float:
+    """Operations that methods need once a call, however many rows there are."""
+    return sum(m.call_flops(p, config) for m in config.methods for p in _places(config, stack))
 
 
 def _layer(config: ModelConfig, place: Place) -> LayerFlops:

@@ -309,6 +309,16 @@ class _Loop:
             self.write(int(state.step), {f"eval/{name}": x for name, x in metrics.items()})
         return metrics
 
+    def _of_methods(self, state: TrainState) -> dict[str, float]:
+        """What methods say of their own leaves."""
+        own = [
+            method
+            for method in self.model.config.methods
+            if type(method).progress is not methods.Method.progress
+        ]
+        trained = processes.fetch(state.trained) if own else {}
+        return {name: x for method in own for name, x in method.progress(trained).items()}
+
     def _stop(self, number: int) -> None:
         of = f"of {self.options.total_steps}"
         self.requests.stop(f"step {number} {of} is saved" if number else f"before step 1 {of}")
@@ -339,10 +349,11 @@ class _Loop:
                 saving = self._saves_at(number)
                 if saving or number % self.options.log_every == 0 or self.requests():
                     rate = float(self.rate(number - 1))
-                    self.write(number, progress.flush() | {"learning_rate": rate})
+                    own = self._of_methods(state)
+                    self.write(number, progress.flush() | {"learning_rate": rate} | own)
                 metrics = self._evaluated(state) if saving else None
                 if metrics is not None:
-                    progress.show(metrics)
+                    progress.show(metrics | {k: x for k, x in own.items() if "/" not in k})
                 if saving or self.requests():
                     self.checkpoints.save(state, metrics)
                     self._stop(number)

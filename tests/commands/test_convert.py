@@ -128,6 +128,27 @@ def test_an_adapter_file_keeps_its_vocabulary(base, tmp_path):
     assert (tmp_path / "hf" / SPIECE).read_text() == "pieces"
 
 
+def test_a_lora_of_peft_makes_the_round_trip(tmp_path):
+    """To an adapter file, to peft's, and into a merged checkpoint that transformers reads."""
+    peft, base = GOLDEN / "peft" / "dora", GOLDEN / "v1_1"
+    convert(peft, tmp_path / "adapter", "adapter", base=base)
+    loaded = checkpoints.load_hf(base)
+    config, params = checkpoints.load_adapter(tmp_path / "adapter", *loaded)
+    expected_config, expected = checkpoints.load_peft(peft, *loaded)
+    assert config == expected_config
+    assert_same_tree(params, expected)
+    convert(tmp_path / "adapter", tmp_path / "peft", "peft", base=base)
+    again = checkpoints.load_peft(tmp_path / "peft", *loaded)[1]
+    for path, leaf in trees.flatten(again).items():  # a magnitude is added to a norm, and back
+        np.testing.assert_allclose(leaf, trees.flatten(params)[path], atol=1e-6, err_msg=path)
+    convert(tmp_path / "peft", tmp_path / "hf", "hf", base=base)
+    merged = checkpoints.load_hf(tmp_path / "hf")[1]
+    for path, leaf in trees.flatten(methods.merge(config, params)[1]).items():
+        np.testing.assert_allclose(
+            trees.flatten(merged)[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path
+        )
+
+
 def test_the_folder_of_a_merged_method_is_the_trained_model(base, tmp_path, capsys):
     base_config, base_params = checkpoints.load_hf(base)
     config = base_config.replace(methods=(Lora(rank=2),), dropout_rate=0.0)

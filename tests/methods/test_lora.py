@@ -10,6 +10,7 @@ import pytest
 from coda_jax import checkpoints, methods, trees
 from coda_jax.methods import Coda, Lora, ParallelAdapter
 from coda_jax.methods.base import applied_to_modules
+from coda_jax.methods.lora import resizing
 from coda_jax.models import init_params
 from coda_jax.nn.layers import Dense
 from coda_jax.objectives import model_for
@@ -18,9 +19,11 @@ from coda_jax.objectives import model_for
 class Projections(nn.Module):
     """Two projections, of which the pattern of the tests names one."""
 
+    use_bias: bool = False
+
     @nn.compact
     def __call__(self, x):
-        query = Dense(5, ("embed", "joined_kv"), name="query")
+        query = Dense(5, ("embed", "joined_kv"), use_bias=self.use_bias, name="query")
         key = Dense(5, ("embed", "joined_kv"), name="key")
         return query(x), key(x)
 
@@ -45,6 +48,33 @@ def test_target_is_the_product_plus_a_scaled_thin_one(rng):
     w, a, b = (np.asarray(params["query"][n], np.float64) for n in ("kernel", "lora_a", "lora_b"))
     np.testing.assert_allclose(query, x @ w + 3.0 / 2 * (x @ a @ b), atol=1e-5)
     np.testing.assert_allclose(key, x @ np.asarray(params["key"]["kernel"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_dora_resizes_the_columns(rng, use_bias):
+    """V (|W| + m) / |V|, V = W + s A B, s = alpha / sqrt(rank), in float64; and its start."""
+    dora = Lora(4, alpha=3.0, targets=("query$",), rank_stabilized=True, weight_decomposed=True)
+    module = Projections(use_bias)
+    x = rng.normal(size=(2, 4, 7)).astype(np.float32)
+    with applied_to_modules((dora,)):
+        params = module.init(jax.random.key(0), x)["params"]
+        start, _ = module.apply({"params": params}, x)
+        np.testing.assert_allclose(start, x @ params["query"]["kernel"], atol=1e-5)
+        params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
+        found, _ = module.apply({"params": params}, x)
+    params = params["query"]
+    names = ("kernel", "lora_a", "lora_b", "lora_magnitude")
+    w, a, b, m = (np.asarray(params[name], np.float64) for name in names)
+    v = w + 3.0 / 2 * (a @ b)
+    v *= (np.linalg.norm(w, axis=0) + m) / np.linalg.norm(v, axis=0)
+    np.testing.assert_allclose(found, x @ v + params.get("bias", 0), atol=1e-5)
+
+
+def test_columns_of_zeros_give_numbers(rng):
+    """Of a base that was pruned, say."""
+    w, a, b = np.zeros((7, 5)), rng.normal(size=(7, 2)), np.zeros((2, 5))
+    values, gradient = jax.value_and_grad(lambda b: resizing(w, a, b, jnp.zeros(5)).sum())(b)
+    assert np.isfinite(values) and np.isfinite(gradient).all()
 
 
 def test_default_targets_are_queries_and_values_of_every_attention():

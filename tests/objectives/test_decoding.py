@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coda_jax import trees
-from coda_jax.methods import Lora
+from coda_jax.methods import Lora, PrefixTuning
 from coda_jax.models.t5.network import Transformer
 from coda_jax.nn import dot_product_attention
 from coda_jax.objectives import Generation, beams, decoding, model_for
@@ -23,6 +23,7 @@ CONFIGS = {  # routing is in the encoder alone, and the output layer behind the 
     "dense, untied": config(),
     "dense, tied": config(logits_via_embedding=True, mlp_activations=("relu",)),
     "coda, untied": config(CODA),
+    "prefix, tied": config(CODA, PrefixTuning(3, hidden=0), logits_via_embedding=True),
 }
 
 
@@ -99,7 +100,8 @@ def ending_params(cfg, seed=0, strength=2.0):
     "name",
     [
         "coda, untied",
-        *(pytest.param(n, marks=pytest.mark.all) for n in CONFIGS if n != "coda, untied"),
+        "prefix, tied",
+        *(pytest.param(n, marks=pytest.mark.all) for n in CONFIGS if n.startswith("dense")),
     ],
 )
 def test_greedy_equals_the_uncached_network(name, rng):

@@ -23,6 +23,12 @@ from coda_jax.tasks import language, offline, pretrain_text
 RECORDS = {
     "mnli": {"premise": "It rained.  A lot.", "hypothesis": "“Wet”, é", "label": 2, "idx": 5},
     "rte": {"sentence1": "A is B.", "sentence2": "B?", "label": 1, "idx": 0},
+    "qnli": {"question": "Is A B?", "sentence": "It is.", "label": 0, "idx": 0},
+    "cola": {"sentence": "Him saw.", "label": 0, "idx": 0},
+    "sst2": {"sentence": "a gem ", "label": 1, "idx": 0},
+    "mrpc": {"sentence1": "A .", "sentence2": "B .", "label": 1, "idx": 0},
+    "qqp": {"question1": "A?", "question2": "B?", "label": 0, "idx": 0},
+    "stsb": {"sentence1": "A.", "sentence2": "B.", "label": 3.25, "idx": 0},
     "boolq": {"passage": "Ice -- it floats.\n", "question": "does ice float", "label": 1, "idx": 3},
     "squad": {
         "id": "testid",
@@ -127,6 +133,12 @@ def pairs(name, *records):
         # T5 takes the fields in alphabetical order and changes no character of them.
         ("mnli", ("mnli hypothesis: “Wet”, é premise: It rained.  A lot.", "contradiction")),
         ("rte", ("rte sentence1: A is B. sentence2: B?", "not_entailment")),
+        ("qnli", ("qnli question: Is A B? sentence: It is.", "entailment")),
+        ("cola", ("cola sentence: Him saw.", "unacceptable")),
+        ("sst2", ("sst2 sentence: a gem ", "positive")),
+        ("mrpc", ("mrpc sentence1: A . sentence2: B .", "equivalent")),
+        ("qqp", ("qqp question1: A? question2: B?", "not_duplicate")),
+        ("stsb", ("stsb sentence1: A. sentence2: B.", "3.2")),  # 16.25 fifths
         ("boolq", ("boolq passage: Ice -- it floats.\n question: does ice float", "True")),
         # T5's preprocessors_test.py, test_squad.
         ("squad", ("question: A question ? context: Some context . ", "The answer . ")),
@@ -138,7 +150,19 @@ def test_a_record_of_tfds_becomes_t5s_text(name, expected):
     assert pairs(name, RECORDS[name]) == [expected]
 
 
-@pytest.mark.parametrize("name", ["mnli", "rte", "boolq"])
+CLASSES = ("mnli", "rte", "qnli", "cola", "sst2", "mrpc", "qqp", "boolq")
+
+
+@pytest.mark.parametrize(
+    ("label", "text"), [(0.0, "0.0"), (5.0, "5.0"), (2.8, "2.8"), (3.7, "3.6"), (1.1, "1.2")]
+)
+def test_scores_of_stsb_are_in_steps_of_a_fifth(label, text):
+    """Half a step (3.7 is 18.5 fifths, 1.1 is 5.5) as float32 has it, to the even fifth."""
+    ((_, target),) = pairs("stsb", RECORDS["stsb"] | {"label": label})
+    assert target == text
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_labels_are_those_of_tfds_in_its_order(name):
     spec = language.SPECS[name]
     with tfds_with({}):
@@ -193,7 +217,7 @@ def test_highlights_of_record_become_sentences(passage, expected):
 
 
 def test_what_has_no_answer_is_an_error():
-    for name in ("mnli", "rte", "boolq"):  # As in the test splits.
+    for name in CLASSES:  # As in the test splits.
         with pytest.raises(tf.errors.InvalidArgumentError, match="-1 is not in"):
             texts(name, RECORDS[name] | {"label": -1})
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"no answer.*\[1 2\]"):
@@ -332,6 +356,22 @@ def approx(**values):
 def test_classes_are_scored_by_accuracy():
     records = [RECORDS["mnli"] | {"label": i} for i in (0, 1, 2, 2)]
     assert evaluate("mnli", records, lambda _: " contradiction\n") == {"accuracy": 50}
+
+
+def test_glue_is_scored_as_t5_does():
+    """By hand: what is no label is the wrong one in F1, and a class of its own in Matthews'."""
+    records = [RECORDS["mrpc"] | {"label": i} for i in (1, 1, 0, 0)]
+    answers = ["equivalent", "none", "not_equivalent", "none"]  # 1 hit, 1 miss, 1 false alarm
+    assert evaluate("mrpc", records, answers.__getitem__) == approx(f1=50, accuracy=50)
+    records = [RECORDS["cola"] | {"label": i} for i in (1, 1, 0, 0)]
+    answers = ["acceptable", "acceptable", "unacceptable", "acceptable"]
+    # (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN)) = 2 / sqrt(12)
+    found = evaluate("cola", records, answers.__getitem__)
+    assert found == approx(matthews_corrcoef=100 * 2 / 12**0.5)
+    records = [RECORDS["stsb"] | {"label": x} for x in (1.0, 2.0, 4.0)]
+    found = evaluate("stsb", records, ["2.0", "what", "3.0"].__getitem__)
+    # (2, -1, 3) against (1, 2, 4): centred (2, -7, 5) / 3 and (-4, -1, 5) / 3; ranks (2, 1, 3).
+    assert found == approx(pearson_corrcoef=100 * 24 / (78 * 42) ** 0.5, spearman_corrcoef=50)
 
 
 def test_squad_is_scored_on_all_answers():

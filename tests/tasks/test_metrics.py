@@ -260,3 +260,49 @@ def test_a_question_without_answers_is_named():
 def test_transcripts_without_a_word_are_an_error():
     with pytest.raises(ValueError, match="All 2 targets are empty"):
         metrics.transcript_errors(["", " "], ["a", "b"])
+
+
+# --- GLUE. ---
+
+LABELS = st.sampled_from(["yes", "no", "maybe", "perhaps"])
+
+
+@few_examples
+@given(st.lists(st.tuples(st.booleans(), LABELS), min_size=1, max_size=12))
+def test_f1_is_that_of_counted_hits(answers):
+    """2 hits / (2 hits + false alarms + misses), where what is no label is wrong."""
+    targets = ["yes" if truth else "no" for truth, _ in answers]
+    wrong = {"yes": "no", "no": "yes"}
+    said = [x if x in wrong else wrong[t] for t, (_, x) in zip(targets, answers, strict=True)]
+    pairs = list(zip(targets, said, strict=True))
+    hits, others = pairs.count(("yes", "yes")), sum(a != b for a, b in pairs)
+    expected = 200 * hits / (2 * hits + others) if hits else 0.0
+    found = metrics.f1_of("no", "yes")(targets, [x for _, x in answers])
+    assert found == approx(f1=expected)
+
+
+@few_examples
+@given(st.lists(st.tuples(st.booleans(), LABELS), min_size=1, max_size=12))
+def test_matthews_is_a_correlation_of_three_classes(answers):
+    """Gorodkin's R_K: covariances of the indicators of yes, no, and what is neither."""
+    targets = np.array([[truth, not truth, False] for truth, _ in answers], float)
+    said = np.array([[x == "yes", x == "no", x not in ("yes", "no")] for _, x in answers], float)
+
+    def covariance(a, b):
+        return ((a - a.mean(0)) * (b - b.mean(0))).sum()
+
+    scale = covariance(targets, targets) * covariance(said, said)
+    expected = 100 * covariance(targets, said) / scale**0.5 if scale > 1e-12 else 0.0
+    found = metrics.matthews_of("yes", "no")(
+        ["yes" if truth else "no" for truth, _ in answers], [x for _, x in answers]
+    )
+    assert found == {"matthews_corrcoef": pytest.approx(expected, abs=1e-6)}
+
+
+def test_correlations_of_what_does_not_vary_and_of_one_pair():
+    assert metrics.correlations(["1.0", "2.0"], ["x", "nan"]) == {
+        "pearson_corrcoef": 0.0,
+        "spearman_corrcoef": 0.0,
+    }
+    with pytest.raises(ValueError, match="A correlation needs two targets, there is 1"):
+        metrics.correlations(["1.0"], ["1.0"])

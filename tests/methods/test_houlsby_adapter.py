@@ -1,0 +1,54 @@
+"""Houlsby's adapter, beside what the contract tests check for every method."""
+
+import collections
+
+from helpers import TINY, TINY_SPEECH, shapes
+import jax
+import numpy as np
+import pytest
+
+from coda_jax import trees
+from coda_jax.methods import HoulsbyAdapter
+from coda_jax.methods.base import applied_to_modules
+from coda_jax.nn.layers import MlpBlock
+
+
+def test_adapter_is_behind_the_sublayer(rng):
+    """z + relu(z W_down) W_up in float64, z from the block itself."""
+    block, x = MlpBlock(7, dropout_rate=0.0), rng.normal(size=(2, 4, 6)).astype(np.float32)
+    method = HoulsbyAdapter(3)
+    with applied_to_modules((method,)):
+        params = block.init(jax.random.key(0), x, True)["params"]
+        assert trees.flatten(params).keys() == {
+            "wi/kernel", "wo/kernel", "houlsby/wi/kernel", "houlsby/wo/kernel",
+        }  # fmt: skip
+        params["houlsby"]["wo"]["kernel"] = rng.normal(size=(3, 6)).astype(np.float32)
+        found = block.apply({"params": params}, x, True)
+    plain = {name: params[name] for name in ("wi", "wo")}
+    z = np.asarray(block.apply({"params": plain}, x, True), np.float64)
+    down, up = (np.asarray(params["houlsby"][n]["kernel"], np.float64) for n in ("wi", "wo"))
+    np.testing.assert_allclose(found, z + np.maximum(z @ down, 0) @ up, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config, expected", [(TINY, {"encoder": 2, "decoder": 3}), (TINY_SPEECH, {"encoder": 4})]
+)
+def test_each_sublayer_has_one(config, expected):
+    """Two for attention and feed-forward, three with cross-attention, four in a Conformer layer."""
+    made = trees.flatten(shapes(config.replace(methods=(HoulsbyAdapter(2),)))["params"])
+    layers = collections.Counter(
+        "/".join(path.split("/")[:2]) for path in made if path.endswith("houlsby/wi/kernel")
+    )
+    assert {name.split("/")[0]: number for name, number in layers.items()} == expected
+    assert len(layers) == config.num_encoder_layers + (
+        config.num_decoder_layers if "decoder" in expected else 0
+    )
+
+
+def test_fields_are_checked():
+    for options, message in (
+        ({"bottleneck": 0}, r"HoulsbyAdapter\.bottleneck must be .* 1, got 0"),
+        ({"activation": "swoosh"}, r"HoulsbyAdapter\.activation must be one of .* got 'swoosh'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HoulsbyAdapter(**options)
