@@ -5,8 +5,9 @@ family or method is in all of these tests by its registration alone.
 
 Contracts that need the same compiled programs make a group, and run on the same cases. By default
 these are few: each group has each family, each method and routing in each family at least once, and
-all groups together each family with each method, and each example. The others are marked `all`.
-Compiling takes nearly all of the time, so the default cases have one encoder layer, the others two.
+all groups together each family with each method, each method within `Coda`, and each example. The
+others are marked `all`. Compiling takes nearly all of the time, so the default cases have one
+encoder layer, the others two.
 """
 
 from collections.abc import Callable
@@ -38,6 +39,11 @@ class Case:
     adaptation: str
     methods: tuple[Method, ...]
     num_encoder_layers: int = 2
+
+    @property
+    def example(self) -> str:
+        """Which of the method's examples it is, alone or within `Coda`."""
+        return self.adaptation.removeprefix(f"{Coda.name}+")
 
     @property
     def config(self) -> ModelConfig:
@@ -108,7 +114,7 @@ class Group:
 
 GROUPS = {
     "rows": Group(any_case),
-    "budget": Group(routed),
+    "budget": Group(routed, methods=False),
     "training": Group(adapted),
     "outputs": Group(adapted),
     "files": Group(adapted),
@@ -124,7 +130,8 @@ def _pairs(group: str, case: Case) -> set[tuple]:
     if GROUPS[group].methods:
         pairs |= {(group, "method", case.method)}
         pairs |= {(group, "routed", case.family)} if routed(case) else set()
-        pairs |= {("family, method", case.family, case.method), ("example", case.adaptation)}
+        pairs |= {("family, method", case.family, case.method), ("example", case.example)}
+        pairs |= {("routed method", case.method)} if routed(case) else set()
     return pairs
 
 
