@@ -39,7 +39,8 @@ def test_default_cases_have_every_family_and_method_in_every_contract():
     assert {(case.family, case.method) for case in every} == {
         (case.family, case.method) for case in CASES
     }
-    assert {case.adaptation for case in every} == set(adaptations())
+    assert {case.example for case in every} == {case.example for case in CASES}
+    assert {case.method for case in every if routed(case)} == {*METHODS}
 
 
 def test_the_cases_are_the_full_product():
