@@ -15,7 +15,7 @@ import pytest
 from coda_jax import checkpoints, cli, hub, trees
 from coda_jax.commands import load, loading
 from coda_jax.commands.gin_files import package_folder
-from coda_jax.methods import METHODS, Coda, Full, ParallelAdapter
+from coda_jax.methods import METHODS, Coda, Full, Lora, ParallelAdapter
 from coda_jax.models import param_shapes, preset, presets
 from coda_jax.objectives import BestRQ, model_for
 from coda_jax.training import schedules
@@ -49,6 +49,8 @@ RECIPES = {
     "coda_truncation": (Coda(routing="truncation"), ParallelAdapter()),
     "coda_iterative": (Coda(solver="iterative"), ParallelAdapter()),
     "coda_pretrain": (Coda(), ParallelAdapter(), Full()),
+    "coda_lora": (Lora(), Coda()),
+    "dora": (Lora(weight_decomposed=True),),
 }
 
 

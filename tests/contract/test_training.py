@@ -69,7 +69,10 @@ def test_every_gradient_is_that_of_finite_differences(case):
 
 
 def check_along_directions(config, flat, frozen, path, gradient):
-    """Compares a leaf's gradient in a direction in which no layer picks other tokens."""
+    """Compares a leaf's gradient in a direction in which no layer picks other tokens.
+
+    Some directions cross corners, a wrong gradient is right in none.
+    """
     inputs = batch_of(config)["encoder_input_tokens"]
     rng = np.random.default_rng(0)
 
@@ -82,6 +85,7 @@ def check_along_directions(config, flat, frozen, path, gradient):
         _, selections = encode(config, trees.merge(trained, frozen), inputs)
         return float(sums.loss), [np.asarray(s.indices) for s in selections.values()]
 
+    others = []
     for size in STEPS:
         noise = rng.normal(size=gradient.shape)
         direction = gradient / np.linalg.norm(gradient) + noise / np.linalg.norm(noise)
@@ -91,9 +95,10 @@ def check_along_directions(config, flat, frozen, path, gradient):
         if all(map(np.array_equal, up_picks, down_picks)):
             expected = np.sum(gradient * direction, dtype=np.float64)
             found = (up - down) / 2
-            assert abs(found - expected) < 0.01 * abs(expected) + 5e-6, (path, found, expected)
-            return
-    pytest.fail(f"{path}: each direction changes what is picked")
+            if abs(found - expected) < 0.01 * abs(expected) + 5e-6:
+                return
+            others.append((found, expected))  # perhaps across the corner of a relu
+    pytest.fail(f"{path}: each direction changes what is picked, or the loss otherwise: {others}")
 
 
 @each_case("training")
