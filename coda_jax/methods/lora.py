@@ -77,20 +77,24 @@ class Lora(Method):
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
     def validate(self, config: Any) -> None:
-        """Raises ValueError where a target is no projection of the model."""
-        paths = [
-            f"{stack}/layers_{i}/{projection.path}"
+        """Raises ValueError where a target is no projection of the model, or thinner than R."""
+        projections = {
+            f"{stack}/layers_{i}/{projection.path}": projection
             for stack, depth in (
                 ("encoder", config.num_encoder_layers),
                 ("decoder", config.num_decoder_layers),
             )
             for i in range(depth)
             for projection in config.projections(stack)
-        ]
-        idle = [t for t in self.targets if not any(trees.matches(path, (t,)) for path in paths)]
+        }
+        idle = [t for t in self.targets if not any(trees.matches(p, (t,)) for p in projections)]
         if idle:
-            kinds = sorted({path.split("/", 2)[2] for path in paths})
+            kinds = sorted({path.split("/", 2)[2] for path in projections})
             raise ValueError(f"Lora.targets {idle} match no projection; there are {kinds}")
+        for path, projection in projections.items():
+            width = min(projection.inputs, projection.outputs)
+            if trees.matches(path, self.targets) and self.rank > width:
+                raise ValueError(f"Lora.rank={self.rank} is above the width {width} of {path}")
 
     def wrap_module(self, call: Call, module: nn.Module) -> Call:
         """A target's product, plus the update's."""

@@ -121,6 +121,7 @@ def test_merge_keeps_the_dtype_of_the_base_and_the_other_methods(rng):
     "options, message",
     [
         ({"rank": 0}, r"Lora\.rank must be .* at least 1, got 0"),
+        ({"rank": 17}, r"Lora\.rank=17 is above the width 16 of encoder/layers_0/attention/query"),
         ({"alpha": 0.0}, r"Lora\.alpha must be .* above 0, got 0\.0"),
         ({"targets": ("atention/query",)}, r"\['atention/query'\] match no projection; there are"),
         ({"targets": ()}, r"Lora\.targets must be a tuple that is not empty"),
