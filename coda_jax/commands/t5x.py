@@ -65,8 +65,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("program", choices=[*_PROGRAMS], help="of T5X")
     for name, text in _FLAGS.items():
         parser.add_argument(f"--{name}", metavar="VALUE", help=f"{text} (T5X's)")
-    programs = "{" + ",".join(_PROGRAMS) + "}"
-    parser.usage = parser.usage.replace(parser.prog, f"{parser.prog} {programs}", 1)
+    if parser.usage is not None:  # argparse writes the program itself where it makes the usage
+        programs = "{" + ",".join(_PROGRAMS) + "}"
+        parser.usage = parser.usage.replace(parser.prog, f"{parser.prog} {programs}", 1)
 
 
 def t5x(options: argparse.Namespace) -> None:

@@ -121,6 +121,7 @@ def test_the_version_is_that_of_the_package(capsys):
         (["train", "--gin_file=runs/finetun.gin"], "did you mean runs/finetune.gin"),
         (["bench", "--gin_file=x"], "there is no argument --gin_file=x"),
         (["bench", "--gin.A=1"], "there is no argument --gin.A=1"),
+        (["t5x", "train", "train"], "there is no argument train; see `coda t5x --help`"),
         (["bench", "--size=base"], "there is no argument --size=base"),
         (["bench", "--batch_size=many"], "must be a whole number of at least 1, got 'many'"),
         (["bench", "--dtype=float64"], "invalid choice: 'float64'"),

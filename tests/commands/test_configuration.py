@@ -26,6 +26,7 @@ GIVEN = {
     "check": (CHECK, [MODEL]),
     "convert": (["runs/convert.gin"], ["INPUT=x", "OUTPUT=y", "LAYOUT=hf"]),
     "export": (["runs/export.gin"], [MODEL, "OUTPUT=y"]),
+    "prune": (["runs/prune.gin"], ["INPUT=x", "OUTPUT=y"]),
     "cache": (["runs/cache.gin", "tasks/jsonl.gin"], ["OUTPUT=y", "VOCABULARY=bytes"]),
 }
 
