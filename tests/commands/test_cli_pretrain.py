@@ -43,7 +43,9 @@ def all_changed(before, after):
     return all((np.asarray(leaf) != np.asarray(after[path])).any() for path, leaf in before.items())
 
 
-@pytest.mark.parametrize("denoisers", ["span_corruption", "ul2"])
+@pytest.mark.parametrize(
+    "denoisers", ["span_corruption", pytest.param("ul2", marks=pytest.mark.all)]
+)
 def test_texts_with_a_vocabulary_beside_the_checkpoint(denoisers, texts, tmp_path):
     (tmp_path / "dense").mkdir()
     shutil.copy(bundled.VOCABULARY / "spiece.model", tmp_path / "dense")

@@ -121,6 +121,7 @@ GROUPS = {
     "arithmetic": Group(any_case),
     "parameters": Group(any_case),
     "export": Group(adapted, methods=False),
+    "tpu": Group(routed, methods=False),
 }
 
 

@@ -27,7 +27,7 @@ def encoder_of(config):
     return jax.jit(functools.partial(encode.__wrapped__, config))
 
 
-@each_case("rows")
+@each_case("tpu")
 def test_outputs_and_choices_are_the_same(case):
     config, inputs, mask = case.config, inputs_of(case.config), mask_of(LENGTHS)
     expected, chosen = encoder_of(config)(params(config), inputs)
@@ -57,7 +57,7 @@ def test_packed_rows_are_the_same(case):
 
 
 @pytest.mark.all
-@each_case("rows")
+@each_case("tpu")
 def test_bfloat16_is_close_to_float32(case):
     """Save for rows of which a layer takes other tokens."""
     config, inputs = case.config, inputs_of(case.config)
@@ -88,7 +88,7 @@ def test_long_recordings_with_the_published_distances_are_the_same(attention, rn
         np.testing.assert_allclose(found[real], expected[real], atol=2e-5)
 
 
-@each_case("training")
+@each_case("tpu")
 def test_gradients_are_the_same(case):
     config, batch = case.config, batch_of(case.config)
 

@@ -156,7 +156,10 @@ def density_of(config, params, masks):
     return kept / total
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "gradient", "weight"])
+@pytest.mark.parametrize(
+    "criterion",
+    ["taylor", *(pytest.param(x, marks=pytest.mark.all) for x in ("gradient", "weight"))],
+)
 def test_groups_go_in_equal_shares_until_the_density_is_reached(criterion):
     """Three times a sixth; what is gone stays so; one head and 8 channels stay."""
     method = StructuredPruning(criterion=criterion, density=0.5, start=2, steps=4, every=2)
