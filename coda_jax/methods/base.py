@@ -14,6 +14,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 from flax import linen as nn
+from flax.linen import partitioning
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
@@ -169,6 +171,20 @@ def applied_to_modules(methods: tuple[Method, ...]) -> Iterator[None]:
 
     with nn.intercept_methods(intercept):
         yield
+
+
+def new_leaf(
+    name: str, start: nn.initializers.Initializer, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> Float[Array, "..."]:
+    """A float32 leaf that a method creates in the module that it is around.
+
+    Args:
+        name: of the leaf.
+        start: its initializer.
+        shape: its sizes.
+        axes: the logical name of each axis.
+    """
+    return partitioning.param_with_axes(name, start, shape, jnp.float32, axes=axes)
 
 
 def conditional_layer(methods: tuple[Method, ...], layer: Layer, place: Place) -> Layer:

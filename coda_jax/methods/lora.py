@@ -11,12 +11,11 @@ import dataclasses
 from typing import Any, ClassVar
 
 from flax import linen as nn
-from flax.linen import partitioning
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from coda_jax import checks, trees
-from coda_jax.methods.base import Call, LayerFlops, Method, Place
+from coda_jax.methods.base import Call, LayerFlops, Method, Place, new_leaf
 from coda_jax.nn.layers import Dense, Vectors, product
 
 _ZEROS = nn.initializers.zeros
@@ -105,13 +104,15 @@ class Lora(Method):
         def updated(x: Vectors) -> Float[Array, "... f"]:
             inputs, outputs = module.kernel_axes
             # "kv" is an axis that T5X never divides.
-            a = _leaf("lora_a", _START, (x.shape[-1], self.rank), (inputs, "kv"))
-            b = self.scale * _leaf("lora_b", _ZEROS, (self.rank, module.features), ("kv", outputs))
+            a = new_leaf("lora_a", _START, (x.shape[-1], self.rank), (inputs, "kv"))
+            b = self.scale * new_leaf(
+                "lora_b", _ZEROS, (self.rank, module.features), ("kv", outputs)
+            )
             y = call(x)
             update = product(product(x, a.astype(y.dtype)), b.astype(y.dtype))
             if not self.weight_decomposed:
                 return y + update
-            m = _leaf("lora_magnitude", _ZEROS, (module.features,), (outputs,))
+            m = new_leaf("lora_magnitude", _ZEROS, (module.features,), (outputs,))
             base = module.variables["params"]
             resized = resizing(base["kernel"], a, b, m).astype(y.dtype)
             bias = base["bias"].astype(y.dtype) if module.use_bias else 0
@@ -161,10 +162,6 @@ class Lora(Method):
                 merged *= resizing(w, a, b, leaves.pop(f"{module}lora_magnitude"))
             leaves[f"{module}kernel"] = merged.astype(kernel.dtype)
         return None, trees.unflatten(leaves)
-
-
-def _leaf(name, start, shape, axes):
-    return partitioning.param_with_axes(name, start, shape, jnp.float32, axes=axes)
 
 
 def resizing(

@@ -11,14 +11,13 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 from flax import linen as nn
-from flax.linen import partitioning
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
 from coda_jax import checks, trees
-from coda_jax.methods.base import Call, LayerFlops, Method, Place
+from coda_jax.methods.base import Call, LayerFlops, Method, Place, new_leaf
 from coda_jax.methods.lora import Lora
 from coda_jax.methods.pruning import (
     CRITERIA,
@@ -186,8 +185,8 @@ class StructuredPruning(Method):
                 x = self._gate(-1, module, x)
             y = call(x)
             inputs, outputs = module.kernel_axes  # "kv" is an axis that T5X never divides
-            a = _leaf("pruning_rows", _START, (x.shape[-1], self.rank), (inputs, "kv"))
-            b = _leaf("pruning_columns", _ZEROS, (self.rank, module.features), ("kv", outputs))
+            a = new_leaf("pruning_rows", _START, (x.shape[-1], self.rank), (inputs, "kv"))
+            b = new_leaf("pruning_columns", _ZEROS, (self.rank, module.features), ("kv", outputs))
             return y + product(product(x, a.astype(y.dtype)), b.astype(y.dtype))
 
         return updated
@@ -195,7 +194,7 @@ class StructuredPruning(Method):
     def _gate(self, axis: int, module: nn.Module, values: Array) -> Array:
         """What heads, or hidden channels, give; zero where they are gone."""
         number = values.shape[axis]
-        mask = _leaf(MASK, _ONES, (number,), ("heads" if axis == 1 else "mlp",))
+        mask = new_leaf(MASK, _ONES, (number,), ("heads" if axis == 1 else "mlp",))
         norms = jnp.zeros(number)
         if self.criterion == "weight" and not module.is_initializing():
             norms = group_norms(module.parent.variables["params"], number)
@@ -213,9 +212,9 @@ class StructuredPruning(Method):
             y = call(x)  # which makes the leaves; nobody reads it otherwise
             kernel = module.variables["params"]["kernel"]
             blocks = tuple(size // self.block for size in kernel.shape)
-            mask = _leaf(MASK, _ONES, blocks, ("length", "stack"))
+            mask = new_leaf(MASK, _ONES, blocks, ("length", "stack"))
             shape, axes = (self.prototypes, *blocks), ("kv", "length", "stack")
-            weights = _leaf("pruning_weights", _ZEROS, shape, axes)
+            weights = new_leaf("pruning_weights", _ZEROS, shape, axes)
             kernel = masked_blocks(kernel + kronecker(weights, _prototypes.get()), mask)
             bias = module.variables["params"]["bias"].astype(y.dtype) if module.use_bias else 0
             heads = module.input_heads, module.output_heads
@@ -227,7 +226,7 @@ class StructuredPruning(Method):
         """Calls a stack with the prototypes, which are the encoder's leaves, for its layers."""
         if module.path == ("encoder",):
             columns, rows = (
-                _leaf(
+                new_leaf(
                     f"pruning_prototype_{x}", nn.initializers.normal(self.block**-0.5), shape, axes
                 )
                 for x, shape, axes in (
@@ -385,10 +384,6 @@ def _given(prototypes: Array) -> Iterator[None]:
         _prototypes.reset(token)
 
 
-def _leaf(name, start, shape, axes):
-    return partitioning.param_with_axes(name, start, shape, jnp.float32, axes=axes)
-
-
 def _with_tap(kernel: Float[Array, "w d"]) -> Float[Array, "w d"]:
-    tap = _leaf("pruning_tap", _ZEROS, kernel.shape[1:], ("embed",))
+    tap = new_leaf("pruning_tap", _ZEROS, kernel.shape[1:], ("embed",))
     return jnp.asarray(kernel).at[len(kernel) // 2].add(tap.astype(kernel.dtype))

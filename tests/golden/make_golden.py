@@ -93,6 +93,11 @@ def reference_logits(folder: Path, inputs: dict) -> np.ndarray:
     problems = {name: keys for name, keys in info.items() if keys}
     if problems:
         raise ValueError(f"{folder}: {problems}")
+    return logits(model, inputs)
+
+
+def logits(model: torch.nn.Module, inputs: dict) -> np.ndarray:
+    """Returns the logits of a model of transformers [B, T, V]."""
     encoder = torch.tensor(inputs["encoder"], dtype=torch.long)
     with torch.no_grad():
         output = model.eval()(

@@ -7,7 +7,7 @@ of a T5; all of its projections with both switches of `Lora`; some of one layer 
 
 from pathlib import Path
 
-from make_golden import random_inputs
+from make_golden import logits, random_inputs
 import numpy as np
 import peft
 import torch
@@ -31,18 +31,6 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 scale = 0.1 if "magnitude" in name else parameter.shape[-1] ** -0.5
                 noise = scale * rng.normal(size=tuple(parameter.shape))
                 parameter += torch.tensor(noise, dtype=parameter.dtype)
-
-
-def logits(model: torch.nn.Module, inputs: dict) -> np.ndarray:
-    """[B, T, V]."""
-    encoder = torch.tensor(inputs["encoder"], dtype=torch.long)
-    with torch.no_grad():
-        output = model.eval()(
-            input_ids=encoder,
-            attention_mask=(encoder > 0).long(),
-            decoder_input_ids=torch.tensor(inputs["decoder_inputs"], dtype=torch.long),
-        )
-    return output.logits.float().numpy()
 
 
 def main() -> None:
