@@ -7,6 +7,7 @@
 | `distillation` | a teacher that a step follows |
 | `routing_schedule` | one r of a list for each step, an annealed epsilon |
 | `progress` | the progress bar, and the check that losses are finite |
+| `metrics_file` | `metrics.csv`, exact also where a run was cut off |
 | `schedules` | learning rates over a run |
 | `optimizers` | those of optax that run files name, with their numbers checked |
 | `partial_optimizer` | T5X's optimizers, for what is trained alone |

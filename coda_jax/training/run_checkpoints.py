@@ -1,7 +1,8 @@
 """The checkpoints of a run: saved whole or not at all, and checked when they are read.
 
 Each step has a folder, written by orbax: the state, and `CONTENTS`, which says in JSON what the
-state's leaves must be (a SHA-256 each) and how it was evaluated. Where several processes share a
+state's leaves must be (a SHA-256 each), how it was evaluated, and what else the run that goes on
+from it must know. Where several processes share a
 run, each writes its part of the state; the first moves and removes checkpoints, and says which are
 read.
 """
@@ -13,7 +14,7 @@ import math
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +34,20 @@ _REMOVED = ".removed"  # likewise: checkpoints that are being deleted
 _OF_THE_MACHINE = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
+class Saved(NamedTuple):
+    """What a checkpoint gives back.
+
+    Attributes:
+        state: the state.
+        metrics: of its evaluation; empty without one.
+        carried: what else was given to `RunCheckpoints.save`.
+    """
+
+    state: Any
+    metrics: dict[str, float]
+    carried: dict[str, Any]
+
+
 class DamagedError(ValueError):
     """A checkpoint is not what was saved."""
 
@@ -48,7 +63,7 @@ def _by_path(state: Any) -> dict[str, Any]:
 
 
 def read_contents(folder: pathlib.Path) -> dict[str, Any]:
-    """What the checkpoint in a step's folder must hold: "step", "leaves" and "evaluation".
+    """What the checkpoint in a step's folder must hold: "step", "leaves", "evaluation" and more.
 
     Raises:
         DamagedError: it is missing or was changed.
@@ -155,8 +170,15 @@ class RunCheckpoints:
             self._checkpointer.close()
             self._remove_surplus()
 
-    def save(self, state: Any, metrics: Mapping[str, float] | None) -> None:
+    def save(
+        self, state: Any, metrics: Mapping[str, float] | None, carried: Mapping[str, Any]
+    ) -> None:
         """Saves the state under its step; returns before the files are complete.
+
+        Args:
+            state: with its `step`.
+            metrics: of its evaluation, if there was one.
+            carried: what else a run that goes on from here must know, as JSON.
 
         Raises:
             FloatingPointError: a leaf or a metric is not finite; nothing is saved.
@@ -170,6 +192,7 @@ class RunCheckpoints:
             "step": step,
             "evaluation": metrics,
             "evaluated_on": self._evaluated_on,
+            "carried": dict(carried),
             "leaves": {path: leaf_sha256(leaf) for path, leaf in leaves.items()},
         }
         contents["sha256"] = json_sha256(contents, "sha256")
@@ -184,21 +207,21 @@ class RunCheckpoints:
         check_finite(leaves, f"after step {step}", kept)
         check_finite(metrics, f"the evaluation after step {step}", kept)
 
-    def replace(self, state: Any, metrics: Mapping[str, float]) -> None:
-        """Saves a state again, with its evaluation; a kill leaves one of the two."""
+    def replace(self, state: Any, metrics: Mapping[str, float], carried: Mapping[str, Any]) -> None:
+        """Saves a state again, with its evaluation; a kill leaves one of the two. See `save`."""
         self._checkpointer.wait_until_finished()
         self._check_finite(int(state.step), {}, metrics)
         processes.from_first(lambda: self._move(int(state.step), _REPLACED))
-        self.save(state, metrics)
+        self.save(state, metrics, carried)
         self._checkpointer.wait_until_finished()
         if processes.is_first():
             shutil.rmtree(self._directory / _REPLACED)
 
-    def restore(self, state: Any) -> tuple[Any, dict[str, float]]:
-        """The newest sound checkpoint in the place of `state`, and its metrics.
+    def restore(self, state: Any) -> Saved:
+        """The newest sound checkpoint, its state in the place of `state`.
 
         Newer ones that are damaged are named and set aside. Without any checkpoint, `state` itself
-        and no metrics.
+        and nothing else.
 
         Raises:
             ValueError: no checkpoint is sound; each is named.
@@ -206,8 +229,8 @@ class RunCheckpoints:
         steps = processes.from_first(lambda: saved_steps(self._directory)[::-1])
         return self._first_sound(state, steps)
 
-    def best(self, state: Any) -> tuple[Any, dict[str, float]]:
-        """The best checkpoint where a metric chooses, else the newest; and its metrics.
+    def best(self, state: Any) -> Saved:
+        """The best checkpoint where a metric chooses, else the newest; see `restore`.
 
         Raises:
             ValueError: as for `restore`.
@@ -234,7 +257,7 @@ class RunCheckpoints:
         """
         return sorted(((self._rank(x), x) for x in saved_steps(self._directory)), reverse=True)
 
-    def _first_sound(self, state: Any, steps: Sequence[int]) -> tuple[Any, dict[str, float]]:
+    def _first_sound(self, state: Any, steps: Sequence[int]) -> Saved:
         damaged: dict[int, str] = {}
         for step in steps:
             try:
@@ -255,9 +278,9 @@ class RunCheckpoints:
                 f"all checkpoints in {self._folder} are damaged; start anew in another folder:"
                 + "".join(f"\n  step {step}: {reason}" for step, reason in damaged.items())
             )
-        return state, {}
+        return Saved(state, {}, {})
 
-    def _read(self, step: int, state: Any) -> tuple[Any, dict[str, float]]:
+    def _read(self, step: int, state: Any) -> Saved:
         folder = self._folder / str(step)
         contents = read_contents(folder)
         # Whole in each process, so that all find the same damage.
@@ -274,7 +297,8 @@ class RunCheckpoints:
         check_leaves(contents, _by_path(restored))
         of_these = contents.get("evaluated_on") == self._evaluated_on
         restored = divided_as(state, restored)
-        return restored, dict(contents["evaluation"]) if of_these else {}
+        metrics = dict(contents["evaluation"]) if of_these else {}
+        return Saved(restored, metrics, dict(contents.get("carried", {})))  # older ones lack it
 
     def _remove_surplus(self) -> None:
         """Removes what is not to be kept of the checkpoints that are complete and sound."""

@@ -17,6 +17,7 @@ import threading
 from coda_jax import checks, files, processes
 from coda_jax.data.reports import say
 from coda_jax.optional import needs
+from coda_jax.training.metrics_file import SPEED, MetricsFile
 
 RUN_FILE = "run.json"  # in a run's folder: what the run is
 FORMAT_VERSION = 3  # of that file
@@ -176,10 +177,31 @@ def _check_is_shared(directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def metric_writer(directory: str | pathlib.Path) -> Iterator[Callable[[int, Mapping], None]]:
-    """Yields write(step, metrics): to TensorBoard, through clu, where that is installed."""
-    installed = all(map(importlib.util.find_spec, ("clu", "tensorflow", "tensorboard")))
-    if not installed or not processes.is_first():
+def metric_writer(
+    directory: str | pathlib.Path, step: int
+) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Yields write(step, metrics): to `metrics.csv`, and to TensorBoard where clu is installed.
+
+    Args:
+        directory: of the run.
+        step: from which it goes on.
+    """
+    if not processes.is_first():
+        yield lambda step, metrics: None
+        return
+    table = MetricsFile(directory, step)
+    with _tensorboard(directory) as show:
+
+        def write(step: int, metrics: Mapping[str, float]) -> None:
+            table.write(step, {name: x for name, x in metrics.items() if name != SPEED})
+            show(step, metrics)
+
+        yield write
+
+
+@contextlib.contextmanager
+def _tensorboard(directory: str | pathlib.Path) -> Iterator[Callable[[int, Mapping], None]]:
+    if not all(map(importlib.util.find_spec, ("clu", "tensorflow", "tensorboard"))):
         yield lambda step, metrics: None
         return
     with needs():  # imports tensorflow, which accelerator hosts may lack

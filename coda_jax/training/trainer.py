@@ -4,7 +4,7 @@ Only the trained leaves have gradients, optimizer state and a place in the check
 ones are an argument of the step. A run is a function of its arguments alone: the batches come in a
 fixed order, one a step, the dropout of a step depends on the seed and the step, and a checkpoint
 holds the step (and so the position in the data), the trained leaves and the optimizer's state. So a
-run that is cut off and started again ends where an uncut one does, to the last bit.
+run that is cut off and started again ends where an uncut one does, to the last bit; its log, too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ from coda_jax.sharding import Placement
 from coda_jax.training import routing_schedule, run_identity, schedules
 from coda_jax.training.distillation import Distillation
 from coda_jax.training.progress import Progress
-from coda_jax.training.run_checkpoints import RunCheckpoints, recover
+from coda_jax.training.run_checkpoints import RunCheckpoints, Saved, recover
 from coda_jax.training.run_directory import (
     Requests,
     interruption,
@@ -44,6 +44,8 @@ from coda_jax.training.steps import (
     start,
     steps_of,
 )
+
+_UNLOGGED = "unlogged"  # in a checkpoint: the steps since the last log entry, with their sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,16 +215,17 @@ def train(
         owned(directory := pathlib.Path(directory).absolute()),
         interruption() as requests,
         _checkpoints(directory, run, options, best_mode) as kept,
-        metric_writer(directory) as write,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
         state, frozen, step = _start(model, params, transform, options, placement, distillation)
-        state, metrics = kept.restore(state)
-        loop = _Loop(
-            model, frozen, placement, options, eval_batches, kept, write, requests, rate, step
-        )
-        state, metrics = kept.best(loop.run(state, batches, evaluated=bool(metrics)))
-    return trees.merge(processes.fetch(state.trained), partition(model, params)[1]), metrics
+        saved = kept.restore(state)
+        with metric_writer(directory, int(saved.state.step)) as write:
+            loop = _Loop(
+                model, frozen, placement, options, eval_batches, kept, write, requests, rate, step
+            )
+            best = kept.best(loop.run(saved, batches))
+    trained = processes.fetch(best.state.trained)
+    return trees.merge(trained, partition(model, params)[1]), best.metrics
 
 
 def _start(
@@ -323,23 +326,24 @@ class _Loop:
         of = f"of {self.options.total_steps}"
         self.requests.stop(f"step {number} {of} is saved" if number else f"before step 1 {of}")
 
-    def run(self, state: TrainState, batches: Iterator[Batch], evaluated: bool) -> TrainState:
+    def run(self, saved: Saved, batches: Iterator[Batch]) -> TrainState:
         """The state after the last step.
 
         Args:
-            state: the first one, or that of a checkpoint.
+            saved: the checkpoint that the run goes on from, or the first state.
             batches: of the whole run.
-            evaluated: whether the checkpoint has an evaluation.
         """
+        state, evaluated, carried = saved
         number, total = int(state.step), self.options.total_steps
         if number:
             done = "the run is finished: it ended" if number == total else "continuing"
             print(f"{done} at step {number} of {total}", flush=True)
         cut_off = number and not evaluated and self._saves_at(number)
         if cut_off and (metrics := self._evaluated(state)) is not None:
-            self.checkpoints.replace(state, metrics)
+            self.checkpoints.replace(state, metrics, carried)
         self._stop(number)
-        with Progress(total, number, self.model.report) as progress:
+        unlogged = carried.get(_UNLOGGED, ())
+        with Progress(total, number, self.model.report, unlogged) as progress:
             for batch in itertools.islice(batches, number, total):
                 with self.placement.divided():
                     step = self.step(number)
@@ -347,7 +351,7 @@ class _Loop:
                 number += 1
                 progress.add(number, sums)
                 saving = self._saves_at(number)
-                if saving or number % self.options.log_every == 0 or self.requests():
+                if saving or number % self.options.log_every == 0:
                     rate = float(self.rate(number - 1))
                     own = self._of_methods(state)
                     self.write(number, progress.flush() | {"learning_rate": rate} | own)
@@ -355,7 +359,7 @@ class _Loop:
                 if metrics is not None:
                     progress.show(metrics | {k: x for k, x in own.items() if "/" not in k})
                 if saving or self.requests():
-                    self.checkpoints.save(state, metrics)
+                    self.checkpoints.save(state, metrics, {_UNLOGGED: progress.unlogged()})
                     self._stop(number)
         if number < total:
             raise ValueError(f"the data ended after {number} of {total} batches")

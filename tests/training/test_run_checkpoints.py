@@ -42,7 +42,7 @@ def save(folder, metrics, **options):
     """Saves {step: metrics}."""
     with RunCheckpoints(folder, RUN, **{"keep": 3} | options) as checkpoints:
         for step, found in metrics.items():
-            checkpoints.save(state_of(step), found)
+            checkpoints.save(state_of(step), found, {"at": step})
 
 
 @pytest.fixture(name="saved", scope="module")
@@ -63,14 +63,14 @@ def fixture_copy(saved, tmp_path):
 
 def test_the_newest_is_restored_with_its_metrics(saved):
     with RunCheckpoints(saved, RUN, 3) as checkpoints:
-        state, metrics = checkpoints.restore(EMPTY)
-    assert same(state, state_of(6)) and metrics == {"loss": 1.0}
+        state, metrics, carried = checkpoints.restore(EMPTY)
+    assert same(state, state_of(6)) and metrics == {"loss": 1.0} and carried == {"at": 6}
     assert json.loads((saved / "run.json").read_text()) == RUN
 
 
 def test_without_a_checkpoint_the_state_stays_and_nothing_is_claimed(tmp_path):
     with RunCheckpoints(tmp_path, RUN, 3) as checkpoints:
-        assert checkpoints.restore(EMPTY) == (EMPTY, {})
+        assert checkpoints.restore(EMPTY) == (EMPTY, {}, {})
     assert not (tmp_path / "run.json").exists()
 
 
@@ -109,7 +109,7 @@ def flip(folder, rng, step=6):
 def check_flip(folder, capsys):
     """What is read is what was saved: the newest, or, where that is named, the one before."""
     with RunCheckpoints(folder, RUN, 3) as checkpoints:
-        state, metrics = checkpoints.restore(EMPTY)
+        state, metrics, _ = checkpoints.restore(EMPTY)
     said, step = capsys.readouterr().out, int(state.step)
     assert same(state, state_of(step)) and metrics == {3: {"loss": 2.0}, 6: {"loss": 1.0}}[step]
     assert (step == 3) == ("the checkpoint of step 6 is damaged" in said)
@@ -170,19 +170,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
 ):
     damage(copy)
     with RunCheckpoints(copy, RUN, 3) as checkpoints:
-        state, metrics = checkpoints.restore(EMPTY)
+        state, metrics, _ = checkpoints.restore(EMPTY)
         said = capsys.readouterr().out
         assert reason in said and "that of step 3 is taken" in said and said.count("\n") == 1
         assert same(state, state_of(3)) and metrics == {"loss": 2.0}
         assert [path.name for path in (copy / "damaged").iterdir()] == ["6"]
-        checkpoints.save(state_of(6), {"loss": 1.0})
+        checkpoints.save(state_of(6), {"loss": 1.0}, {})
     assert saved_steps(copy) == [3, 6]
 
 
 def test_the_best_is_not_chosen_by_a_metric_that_was_changed(copy, capsys):
     edit(copy, 3, lambda x: x["evaluation"].update(loss=0.1))
     with RunCheckpoints(copy, RUN, 3, "loss", "min") as checkpoints:
-        state, metrics = checkpoints.best(EMPTY)
+        state, metrics, _ = checkpoints.best(EMPTY)
     assert "the checkpoint of step 3 is damaged" in capsys.readouterr().out
     assert same(state, state_of(6)) and metrics == {"loss": 1.0}
 
@@ -225,7 +225,7 @@ def test_where_no_checkpoint_is_sound_all_are_named_and_stay(copy):
 def test_what_is_not_finite_is_never_saved(copy, changes, metrics, name):
     refused = pytest.raises(FloatingPointError, match=f"after step 7.*: .*{name}")
     with RunCheckpoints(copy, RUN, 1) as checkpoints, refused as error:
-        checkpoints.save(state_of(7, **changes), metrics)
+        checkpoints.save(state_of(7, **changes), metrics, {})
     assert "the last good checkpoint is of step 6" in str(error.value)
     assert saved_steps(copy) == [6]  # keep=1; nothing else was removed
 
@@ -254,9 +254,9 @@ def hooked(name, function):
 for owner, name in ((os, "replace"), (os, "rename"), (module.shutil, "rmtree")):
     setattr(owner, name, hooked(name, getattr(owner, name)))
 with module.RunCheckpoints(__import__("pathlib").Path(sys.argv[1]), RUN, 2) as checkpoints:
-    checkpoints.save(state_of(6), {{}})
-    checkpoints.replace(state_of(6), {{"loss": 1.0}})
-    checkpoints.save(state_of(9), {{"loss": 0.5}})
+    checkpoints.save(state_of(6), {{}}, {{}})
+    checkpoints.replace(state_of(6), {{"loss": 1.0}}, {{}})
+    checkpoints.save(state_of(9), {{"loss": 0.5}}, {{}})
 """
 
 
@@ -272,7 +272,7 @@ def test_a_kill_at_any_rename_or_removal_leaves_whole_checkpoints(tmp_path):
         code = subprocess.run(command, stderr=subprocess.DEVNULL).returncode
         recover(folder)
         with RunCheckpoints(folder, RUN, 2) as checkpoints:
-            state, metrics = checkpoints.restore(EMPTY)
+            state, metrics, _ = checkpoints.restore(EMPTY)
         step = int(state.step)
         assert same(state, state_of(step))
         assert metrics in ({3: [{"loss": 2.0}], 6: [{}, {"loss": 1.0}], 9: [{"loss": 0.5}]}[step])
@@ -293,7 +293,7 @@ def test_a_replacement_that_was_cut_off_is_undone_or_done(copy):
     recover(copy)
     with RunCheckpoints(copy, RUN, 3) as checkpoints:
         assert same(checkpoints.restore(EMPTY)[0], state_of(6))
-        checkpoints.replace(state_of(6), {"loss": 0.5})
+        checkpoints.replace(state_of(6), {"loss": 0.5}, {})
         assert checkpoints.restore(EMPTY)[1] == {"loss": 0.5}
     assert sorted(path.name for path in copy.iterdir()) == ["checkpoints", "run.json"]
     assert [path.name for path in sorted((copy / "checkpoints").iterdir())] == ["3", "6"]

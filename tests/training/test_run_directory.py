@@ -24,6 +24,7 @@ from training_runs import Quick, make_batches
 
 from coda_jax.data.cache import write_cache
 from coda_jax.training import run_directory
+from coda_jax.training.metrics_file import read_metrics
 from coda_jax.training.run_directory import Interruption, interruption, owned
 
 run = functools.partial(training_runs.run, model=Quick)
@@ -112,9 +113,17 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path):
         pass
 
 
-def test_metrics_are_dropped_where_there_is_no_tensorboard(tmp_path, monkeypatch):
+def test_without_tensorboard_there_is_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with run_directory.metric_writer(tmp_path) as write:
+    with run_directory.metric_writer(tmp_path, 0) as write:
+        write(1, {"loss": 2.0, "examples_per_second": 3.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    assert read_metrics(tmp_path) == {"loss": [(1, 2.0)]}
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("coda_jax.processes.is_first", lambda: False)
+    with run_directory.metric_writer(tmp_path, 0) as write:
         write(1, {"loss": 2.0})
     assert not list(tmp_path.iterdir())
 
@@ -346,4 +355,5 @@ def test_killed_runs_end_like_uncut_ones_without_tensorflow(tmp_path, cache):
         for path in a.files:
             np.testing.assert_array_equal(a[path], b[path], err_msg=path)
     adapter = "export/adapter/adapter.safetensors"
-    assert (uncut / adapter).read_bytes() == (killed / adapter).read_bytes()
+    for name in (adapter, "metrics.csv"):
+        assert (uncut / name).read_bytes() == (killed / name).read_bytes()
