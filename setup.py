@@ -89,7 +89,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["coda_jax", "coda_jax.*"]),  # it follows links
-    package_data={"": ["*.gin"], "coda_jax.bundled": ["stdlib_vocabulary/*"]},
+    package_data={
+        "": ["*.gin"],
+        "coda_jax.bundled": ["stdlib_vocabulary/*"],
+        "coda_jax.profiling": ["*.html"],
+    },
     include_package_data=False,  # the checkpoints in bundled/ are for clones
     cmdclass={"build_py": FreshBuild},
     install_requires=INSTALL_REQUIRES,

@@ -1,6 +1,5 @@
 """What is packed, and what works in each way of installing it; sources are a copy of the clone."""
 
-import itertools
 from pathlib import Path
 import shutil
 import subprocess
@@ -132,11 +131,12 @@ def test_links_lead_to_the_folders_beside_the_package():
         assert link.resolve() == ROOT / folder
 
 
-def test_a_wheel_has_all_modules_and_gin_files_and_one_vocabulary(wheel):
+def test_a_wheel_has_all_modules_gin_files_and_pages_and_one_vocabulary(wheel):
     expected = {
         f"{package}/{path.relative_to(ROOT / folder)}"
         for folder, package in SOURCES.items()
-        for path in itertools.chain((ROOT / folder).rglob("*.py"), (ROOT / folder).rglob("*.gin"))
+        for ending in ("py", "gin", "html")
+        for path in (ROOT / folder).rglob(f"*.{ending}")
     }
     assert names(wheel) == expected | {"coda_jax/bundled/stdlib_vocabulary/spiece.model"}
     assert wheel.stat().st_size < MAX_WHEEL

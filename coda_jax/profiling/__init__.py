@@ -8,4 +8,11 @@
 | `tpu` | what a compiled program costs on a TPU, in cycles |
 | `topology` | programs compiled for TPUs that are not there |
 | `plots` | pictures of the routing |
+| `comparison_table` | recipes side by side: the columns, and how numbers are written |
+| `comparison_points` | their quality over their speed, and the Pareto front |
+| `comparison_text` | the table as Markdown |
+| `comparison_plots` | pictures of quality over speed and of learning curves |
+| `comparison_svg` | quality over speed as an SVG with links |
+| `comparison_page` | all of it in one HTML file |
+| `labels` | where ticks and labels of a picture stand |
 """
