@@ -4,7 +4,7 @@
 runs and the first layer of each input are still there.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import json
 import pathlib
 import re
@@ -12,6 +12,7 @@ import string
 from typing import Any
 
 from coda_jax.profiling import comparison_points, comparison_table
+from coda_jax.profiling.comparison_points import Point
 from coda_jax.profiling.comparison_svg import escaped, marker, picture
 
 _TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
@@ -24,17 +25,31 @@ def page(report: Mapping[str, Any]) -> str:
     recipes = report.get("recipes") or {}
     tables = comparison_table.tables(report)
     routed = [_routed(example) for example in report.get("routed") or ()]
-    untimed = set(recipes) - {point.name for point in comparison_points.points(report)}
+    points = {point.index: point for point in comparison_points.points(report)}
+    metric = comparison_table.metric_name(report)
     return string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         task=escaped(str(report.get("task", "one task"))),
         facts="".join(f"<li>{escaped(fact)}</li>" for fact in comparison_table.facts(report)),
         tables="".join(_table(table, list(recipes)) for table in tables),
-        wide=picture(report, *_WIDE),
-        narrow=picture(report, *_NARROW),
-        untimed=f"Not in the picture: {escaped(', '.join(sorted(untimed)))}." if untimed else "",
-        runs="".join(_run(i, *item, report) for i, item in enumerate(recipes.items())),
+        wide=picture(report, *_WIDE) if points else "",
+        narrow=picture(report, *_NARROW) if points else "",
+        note=escaped(" ".join(_notes(recipes, points.values()))),
+        runs="".join(
+            _run(i, name, recipe, metric, points.get(i))
+            for i, (name, recipe) in enumerate(recipes.items())
+        ),
         routed="".join(routed) or "<p>No inputs were looked at.</p>",
     )
+
+
+def _notes(recipes: Iterable[str], points: Collection[Point]) -> Iterator[str]:
+    """What the picture shows, and what it does not."""
+    if points:
+        yield "The line joins the recipes of the Pareto front: no other one is better and faster."
+        yield "A point tells its runs and their commands."
+    others = set(recipes) - {point.name for point in points}
+    if others:
+        yield f"Without quality or speed: {', '.join(sorted(others))}."
 
 
 def _table(table: comparison_table.Table, recipes: Sequence[str]) -> str:
@@ -65,16 +80,14 @@ def _table(table: comparison_table.Table, recipes: Sequence[str]) -> str:
     )
 
 
-def _run(index: int, name: str, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+def _run(index: int, name: str, recipe: Mapping[str, Any], metric: str, point: Point | None) -> str:
     """Where the runs of a recipe are, and the commands that made them."""
-    metric = comparison_table.metric_name(report)
     made = f"{metric} {comparison_table.quality(recipe).text}"
     if recipe.get("methods"):
         made += f"; methods: {', '.join(recipe['methods'])}"
-    for point in comparison_points.points(report):
-        if point.index == index:
-            low, high = point.quartiles
-            made += f"; encoder {point.speed:.2f}x (quartiles {low:.2f} to {high:.2f})"
+    if point:
+        low, high = point.quartiles
+        made += f"; encoder {point.speed:.2f}x (quartiles {low:.2f} to {high:.2f})"
     seeds = []
     for i, (seed, cell) in enumerate((recipe.get("cells") or {}).items()):
         score = comparison_table.number(cell, "score")
@@ -84,7 +97,7 @@ def _run(index: int, name: str, recipe: Mapping[str, Any], report: Mapping[str, 
         copied = "".join(
             f"<dt>{what} <button type='button' class='copy' hidden>Copy<span class='unseen'> "
             f"{what} of seed {escaped(seed)}</span></button></dt>"
-            f"<dd><pre>{escaped(str(text))}</pre></dd>"
+            f"<dd><pre>{_words(str(text))}</pre></dd>"
             for what, text in given.items()
         )
         opened = " open" if i == 0 else ""
@@ -96,6 +109,11 @@ def _run(index: int, name: str, recipe: Mapping[str, Any], report: Mapping[str, 
         f'<svg class="symbol" viewBox="-8 -8 16 16" aria-hidden="true">{marker(index)}</svg>'
         f"{escaped(name)}</h3><p>{escaped(made)}.</p>{''.join(seeds)}</section>"
     )
+
+
+def _words(text: str) -> str:
+    """A text whose lines break between its words, and not after the hyphens of an option."""
+    return " ".join(f"<span>{escaped(word)}</span>" for word in text.split(" "))
 
 
 def _routed(example: Mapping[str, Any]) -> str:
@@ -117,8 +135,8 @@ def _routed(example: Mapping[str, Any]) -> str:
 
 
 def _weight(weight: Any) -> float:
-    """A weight with as many digits as can be seen; 0 where it is no number."""
-    return round(comparison_table.number([weight], 0) or 0.0, 3)
+    """A weight with as many digits as can be seen, 0 where it is no number; taken stays taken."""
+    return float(f"{comparison_table.number([weight], 0) or 0.0:.3g}")
 
 
 def _taken(layer: int, weights: Sequence[float]) -> str:
@@ -159,4 +177,5 @@ def _frames(example, weights) -> str:
     heights = [(e - low) / ((high - low) or 1) for e in energy]
     shaded = zip(_cells(len(heights), weights), heights, strict=True)
     bars = "".join(_cell(weight, style=f"--e:{height:.3f}") for weight, height in shaded)
-    return f'<div class="box sound" role="img" aria-label="energy of the frames">{bars}</div>'
+    says = 'role="img" aria-label="energy of the frames"'
+    return f'<div class="box sound" tabindex="0" {says}>{bars}</div>'

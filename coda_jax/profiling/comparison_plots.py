@@ -57,37 +57,42 @@ def quality_over_speed(path: str | os.PathLike, report: Mapping[str, Any]) -> No
 
 
 def learning_curves(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """Draws the metric in evaluations and the training loss over steps, a colour for each recipe.
+    """Draws the metric in evaluations and the training loss over steps, a line for each recipe.
 
-    Thick lines are means over the seeds that have a step, thin ones the seeds.
+    Lines are means over the seeds that have a step. Thin ones are the metric of each seed; the loss
+    is a running mean.
 
     Args:
         path: the PNG file to write, 1,500 pixels wide.
         report: report.json.
     """
     recipes = report.get("recipes") or {}
-    rows = -(-len(recipes) // 4)
+    columns = min(max(130 // (8 + max(map(len, recipes), default=0)), 1), 4)  # of the names
+    rows = -(-len(recipes) // columns)
     height = 4.3 + 0.22 * rows
     figure = Figure(figsize=(10, height), dpi=150)
     FigureCanvasAgg(figure)
     metric = comparison_table.metric_name(report)
     panels = figure.subplots(1, 2)
     figure.subplots_adjust(
-        left=0.07, right=0.985, top=1 - 0.4 / height, bottom=(0.75 + 0.22 * rows) / height
+        left=0.07, right=0.985, top=1 - 0.4 / height, bottom=(0.6 + 0.22 * rows) / height
     )
-    titles = {f"held-out {metric}, %": report.get("metric"), "training loss": None}
+    titles = {f"held-out {metric}, %": report.get("metric"), "training loss, smoothed": None}
     for axes, (title, name) in zip(panels, titles.items(), strict=True):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         for index, recipe in enumerate(recipes.values()):
-            _draw_curves(axes, index, _curves(recipe, name))
+            _draw_curves(axes, index, _curves(recipe, name), smooth=name is None)
+        axes.set_xlim(left=0)
     handles = [
         panels[0].plot([], [], label=_plain(name), **_style(index))[0]
         for index, name in enumerate(recipes)
     ]
     if handles:
-        figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=8.5)
+        figure.legend(
+            handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8.5
+        )
     figure.savefig(path)
 
 
@@ -151,6 +156,7 @@ def _draw_labels(axes, found, levels, ends) -> None:
     anchors = [to_pixels((p.speed, p.quality)) for p in found]
     lines = [to_pixels(ends)] if ends else []
     lines += [to_pixels([(p.speed, p.quality + s * p.error) for s in (-1, 1)]) for p in found]
+    lines += [to_pixels([(speed, p.quality) for speed in p.quartiles]) for p in found]
     for box, level in zip(boxes[len(found) :], levels.values(), strict=True):
         _, y = to_pixels((1, level))
         anchors.append((frame.x0 + 8 + box.width / 2, y))
@@ -179,15 +185,18 @@ def _curves(recipe: Mapping[str, Any], metric: str | None) -> list[dict[int, flo
     return found
 
 
-def _draw_curves(axes: Axes, index: int, seeds: Sequence[Mapping[int, float]]) -> None:
+def _draw_curves(axes: Axes, index: int, seeds: Sequence[Mapping[int, float]], smooth: bool):
     steps = sorted(set().union(*seeds))
-    if not steps:
-        return
-    style = _style(index)
     table = np.array([[seed.get(step, np.nan) for step in steps] for seed in seeds], float)
-    for values in table if len(table) > 1 else ():
+    style = _style(index)
+    for values in table if len(table) > 1 and not smooth else ():
         axes.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.35)
-    known = np.isfinite(table)
-    sums = np.where(known, table, 0).sum(axis=0)
-    means = np.divide(sums, known.sum(axis=0), out=np.full(len(steps), np.nan), where=known.any(0))
+    window = max(1, len(steps) // 20) if smooth else 1
+    means = [_mean(table[:, max(0, end - window) : end]) for end in range(1, len(steps) + 1)]
     axes.plot(steps, means, linewidth=1.7, markevery=max(1, len(steps) // 8), **style)
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of the numbers among them; NaN where there is none."""
+    finite = values[np.isfinite(values)]
+    return finite.mean() if finite.size else np.nan

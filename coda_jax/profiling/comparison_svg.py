@@ -121,7 +121,7 @@ def _point(report, point: Point, anchor, bars, label: str) -> str:
     x, y = anchor
     return (
         f'<a class="to-run" href="#run-{point.index}" aria-label="{escaped(says)}">{lines}{label}'
-        f'<g transform="translate({x} {y})"><circle class="target" r="14"/>'
+        f'<g transform="translate({x} {y})"><circle class="target" r="11"/>'
         f"{marker(point.index)}</g></a>"
     )
 

@@ -80,7 +80,7 @@ def _candidates(low, high, ratio) -> Iterator[list[float]]:
         tens = [
             10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ]
-        for steps in ((1, 1.5, 2, 3, 4, 6, 8), (1, 2, 5), (1,)):
+        for steps in ((1, 1.5, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,)):
             yield [ten * step for ten in tens for step in steps]
     power = 10.0 ** math.floor(math.log10(high - low))
     for step in (2 * power, power, power / 2, power / 5):

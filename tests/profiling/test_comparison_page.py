@@ -1,4 +1,4 @@
-"""The page of a comparison: what a parser finds in it. A browser looks at it in test_browser."""
+"""The page of a comparison, as a parser sees it; a browser does in test_comparison_browser."""
 
 import copy
 from html.parser import HTMLParser
@@ -113,7 +113,7 @@ def test_runs_have_folders_and_commands(root):
 def test_routed_inputs_have_their_parts_and_weights(root):
     for figure, example in zip(root.all("figure"), report()["routed"], strict=True):
         layers = json.loads(figure.attributes["data-weights"])
-        expected = [[round(w, 3) for w in layer] for layer in example["weights"]]
+        expected = [[float(f"{w:.3g}") for w in layer] for layer in example["weights"]]
         assert layers == expected
         cells = [c for c in figure.all("span") if "cell" in c.attributes["class"]]
         taken = ["taken" in cell.attributes["class"] for cell in cells]
@@ -172,7 +172,8 @@ def test_what_is_missing_is_a_dash_or_left_out():
     assert cells["one"].text == "50.0" and cells["two"].text == "–"  # noqa: RUF001
     assert cells["two"].attributes["data-value"] == ""
     assert "NaN" not in page(sparse()) and "None" not in root.text
-    assert "Not in the picture: one, two." in root.text
+    assert "Without quality or speed: one, two." in root.text
+    assert not root.all("svg", role="group")
     Parser(page({}))
 
 
@@ -194,11 +195,11 @@ def test_every_part_of_a_recipe_may_be_missing(key):
 def test_weights_that_do_not_fit_are_not_taken():
     found = report()
     text = copy.deepcopy(found["routed"][0])
-    text["weights"] = [[float("nan"), 1.0]]
+    text["weights"] = [[float("nan"), 1e-6]]
     root = Parser(page(found | {"routed": [text]})).root
     cells = root.all("p", class_="text")[0].all("span")
     assert [c.attributes["class"] for c in cells[:3]] == ["cell", "cell taken", "cell"]
-    assert json.loads(root.all("figure")[0].attributes["data-weights"]) == [[0.0, 1.0]]
+    assert json.loads(root.all("figure")[0].attributes["data-weights"]) == [[0.0, 1e-6]]
 
 
 def test_a_kind_of_input_that_is_unknown_is_named():

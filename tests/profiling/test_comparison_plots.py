@@ -38,6 +38,7 @@ def test_without_its_speed_a_recipe_is_no_point(tmp_path):
     assert (whole != drawn("quality", tmp_path, found)).any(axis=-1).sum() > 200
 
 
+@pytest.mark.all
 def test_a_seed_of_which_a_step_is_missing_does_not_end_a_mean(tmp_path):
     """Nor does a loss that is not a number; what is drawn of the others stays."""
     found = report()
@@ -47,7 +48,15 @@ def test_a_seed_of_which_a_step_is_missing_does_not_end_a_mean(tmp_path):
     assert drawn("curves", tmp_path, found).shape[:2] == DRAW["curves"][1]
 
 
-@pytest.mark.parametrize("name", DRAW)
-@pytest.mark.parametrize("make", [hostile, sparse, dict])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("quality", hostile),
+        ("curves", sparse),
+        pytest.param("curves", hostile, marks=pytest.mark.all),
+        pytest.param("quality", sparse, marks=pytest.mark.all),
+        *(pytest.param(name, dict, marks=pytest.mark.all) for name in DRAW),
+    ],
+)
 def test_a_report_without_numbers_or_with_strange_names_is_drawn(name, make, tmp_path):
     assert np.ptp(drawn(name, tmp_path, make())) > 0.5
