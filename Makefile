@@ -16,13 +16,13 @@ $(DEMOS): export MALLOC_TOP_PAD_ := 268435456
 $(DEMOS): export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 $(DEMOS): export XLA_FLAGS := --xla_force_host_platform_device_count=2
 demo: $(INSTALLED)
-	$(BIN)/python -m coda_jax.demos.text
+	$(BIN)/coda compare --gin_file=runs/demo.gin
 
 demo-vision: $(INSTALLED)
-	$(BIN)/python -m coda_jax.demos.images
+	$(BIN)/coda compare --gin_file=runs/demo_vision.gin
 
 demo-speech: $(INSTALLED)
-	$(BIN)/python -m coda_jax.demos.speech
+	$(BIN)/coda compare --gin_file=runs/demo_speech.gin
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

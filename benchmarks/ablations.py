@@ -11,7 +11,6 @@ the demo's score over the encoder's operations, of the elastic adapter and of ad
 
 import argparse
 import dataclasses
-import importlib
 import json
 import pathlib
 import re
@@ -22,16 +21,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 import optax
 
+from benchmarks.adaptations import ADAPTATIONS, WARM_UP_STEPS, Adaptation
 from coda_jax import files
 from coda_jax.commands.loading import LoadedModel, load_model
 from coda_jax.commands.train import Distill, train
-from coda_jax.demos import comparison
 from coda_jax.methods import Coda, unrouted, with_reduction
 from coda_jax.profiling import flops
 from coda_jax.training.schedules import warmup_cosine
 from coda_jax.training.trainer import TrainOptions
 
-DEMOS = ("text", "images", "speech")
 TEACHER = "at r = 1"  # the variant whose adapter teaches
 
 
@@ -64,7 +62,7 @@ class Variant:
     steps: float = 1.0
 
 
-def variants(demo: comparison.Demo) -> dict[str, Variant]:
+def variants(demo: Adaptation) -> dict[str, Variant]:
     """All variants by name, the parallel adapter first."""
     r = demo.reductions[-1]
     layers = load_model(str(demo.dense)).config.num_encoder_layers
@@ -113,7 +111,7 @@ def variants(demo: comparison.Demo) -> dict[str, Variant]:
     return {variant.name: variant for variant in found}
 
 
-def start(demo: comparison.Demo, variant: Variant, seed: int) -> LoadedModel:
+def start(demo: Adaptation, variant: Variant, seed: int) -> LoadedModel:
     """The model before its adaptation."""
     pretrained = load_model(
         str(demo.coda), adapter_checkpoint=str(demo.coda / "adapter"), seed=seed
@@ -134,7 +132,7 @@ def start(demo: comparison.Demo, variant: Variant, seed: int) -> LoadedModel:
 
 
 def adapted(
-    demo: comparison.Demo,
+    demo: Adaptation,
     variant: Variant,
     seed: int,
     folder: pathlib.Path,
@@ -153,21 +151,21 @@ def adapted(
         data=dataclasses.replace(demo.train_data, seed=seed),
         options=TrainOptions(steps, save_every=steps, seed=seed, **variant.options),
         optimizer=optax.adam,
-        learning_rate=warmup_cosine(rate * variant.rate, steps, comparison.WARM_UP_STEPS),
+        learning_rate=warmup_cosine(rate * variant.rate, steps, WARM_UP_STEPS),
         distill=distill,
     )
     return result
 
 
-def scores(demo: comparison.Demo, variant: Variant, model: LoadedModel) -> dict[str, float]:
+def scores(demo: Adaptation, variant: Variant, model: LoadedModel) -> dict[str, float]:
     """{r: the demo's metric}, at the trained reduction, or at each of those to score."""
     if not variant.scored:
-        return {str(variant.reduction): comparison.score(demo, model)}
+        return {str(variant.reduction): demo.score(model)}
     found = {}
     for r in variant.scored:
         methods = with_reduction(model.config.methods, r)
         routed = dataclasses.replace(model, config=model.config.replace(methods=methods))
-        found[str(r)] = comparison.score(demo, routed)
+        found[str(r)] = demo.score(routed)
     return found
 
 
@@ -197,7 +195,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines[1:])
 
 
-def picture(demo: comparison.Demo, report: dict[str, Any], path: pathlib.Path) -> None:
+def picture(demo: Adaptation, report: dict[str, Any], path: pathlib.Path) -> None:
     """Draws the score over how many times fewer operations the encoder has."""
     config = load_model(str(demo.coda), adapter_checkpoint=str(demo.coda / "adapter")).config
     shape = 1, demo.feature_lengths["inputs"]
@@ -241,7 +239,7 @@ def picture(demo: comparison.Demo, report: dict[str, Any], path: pathlib.Path) -
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("demo", choices=DEMOS)
+    parser.add_argument("demo", choices=[*ADAPTATIONS])
     parser.add_argument("--variants", help="names, separated by ';'; all if it is not given")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=pathlib.Path, required=True)
@@ -252,7 +250,7 @@ def main() -> None:
     if given.table:
         print(table(results))
         return
-    demo = importlib.import_module(f"coda_jax.demos.{given.demo}").DEMO
+    demo = ADAPTATIONS[given.demo]
     if given.picture:
         picture(demo, results[given.demo], given.picture)
         return

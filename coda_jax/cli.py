@@ -16,7 +16,7 @@ import re
 import sys
 
 import coda_jax
-from coda_jax.commands import COMMANDS, environment, load, manual, mistakes
+from coda_jax.commands import COMMANDS, command_lines, environment, load, manual, mistakes
 from coda_jax.commands.configuration import configure
 from coda_jax.commands.gin_files import UsageError, nearest, suggested
 
@@ -155,13 +155,17 @@ def _call(options: argparse.Namespace) -> None:
     if COMMANDS[options.command].has_flags:
         function(options)
         return
-    configure(options.gin_file, options.gin_search_paths, options.gin_bindings, options.command)
+    given, others = (options.gin_file, options.gin_search_paths, options.gin_bindings), ()
+    if COMMANDS[options.command].runs_others:
+        given, passed_on = command_lines.divided(options.command, *given)
+        others = (passed_on,)
+    configure(*given, options.command)
     import gin
 
     from coda_jax import processes  # Here: it imports JAX, which not every command needs.
 
     with processes.ending_together(mistakes.told, mistakes.exit_code):
-        gin.get_configurable(function)()
+        gin.get_configurable(function)(*others)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -74,7 +74,7 @@ def _recipe(name, trained, mean, error, faster, rng) -> dict:
             "train": f"coda train --gin_file=runs/finetune.gin {command}",
             "evaluate": f"coda evaluate --gin_file=runs/evaluate.gin {command}",
             "seconds": 120.0,
-            "curve": {"loss": loss, "eval/accuracy": curve, "eval/loss": [[STEPS, 1.0]]},
+            "curve": {"loss": loss, "eval/loss": curve},
         }
     return {
         "methods": ["coda", "parallel_adapter"] if faster > 2 else ["parallel_adapter"],

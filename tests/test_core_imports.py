@@ -11,7 +11,7 @@ import coda_jax
 FOLDER = pathlib.Path(coda_jax.__file__).parent
 HEAVY = ("tensorflow", "seqio", "gin", "t5x", "torch")
 # What is built on them. `tasks` and `gin_configs` are links, which are not followed.
-NEED_THEM = ("data/seqio_", "t5x_models.py", "demos/")
+NEED_THEM = ("data/seqio_", "t5x_models.py")
 
 
 def core_modules():

@@ -35,7 +35,7 @@ ORDER = [
     ],
     *["gin_configs", "bundled"],
 ]
-OUTSIDE = ("demos", "tasks")  # may import all of these; only demos import tasks
+OUTSIDE = ("tasks",)  # may import all of these
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 
 
@@ -104,21 +104,11 @@ def test_imports_go_one_way():
         home = pathlib.Path(name).parts[1].removesuffix(".py")
         for line, target in imported(tree):
             row = target.split(".")[1]
-            if home == "demos" or row == "__version__":
+            if row == "__version__":
                 continue
             if row not in ORDER[ORDER.index(home) :]:
                 wrong.append(f"{name}:{line} imports {target}")
     assert not wrong, "\n".join(wrong)
-
-
-def test_tasks_import_no_demo():
-    reached = [
-        f"{name}:{line}"
-        for name, tree in TASKS.items()
-        for line, target in imported(tree)
-        if target.startswith("coda_jax.demos")
-    ]
-    assert not reached, "\n".join(reached)
 
 
 FAMILY_WORDS = {
@@ -129,7 +119,7 @@ FAMILY_WORDS = {
 }
 METHOD_WORDS = {*METHODS, *(method.__name__ for method in METHODS.values())}
 # Of certain models, by their nature, or with words of others: "full" is also a policy of T5X.
-NAMING = ("coda_jax/demos/", "tasks/experiments.py", "coda_jax/nn/remat.py")
+NAMING = ("tasks/experiments.py", "coda_jax/nn/remat.py")
 
 
 def said(tree):

@@ -9,6 +9,10 @@
 | `environment` | what a process sets up before anything is imported: logs, compiled programs |
 | `mistakes` | which errors are a user's, and how they are told |
 | `loading` | a checkpoint, methods and an adapter file, put together for all commands |
+| `command_lines` | the flags of commands that another command runs |
+| `compare_cells` | a recipe of `compare` with a seed: its commands, its run, what is kept |
+| `compare_speed` | what the models of `compare` cost |
+| `compare_routing` | what a model of `compare` makes of held-out inputs |
 | `bench_programs` | the programs that `bench` compares |
 | `bench_topology` | `bench` for TPUs that are not there |
 | `check_topology` | `check` for pods that are not there |
@@ -37,6 +41,8 @@ class Command:
             arguments, unless it has flags.
         has_flags: whether it has flags of its own, which the `add_flags(parser)` of its module
             adds; its function takes what was parsed.
+        runs_others: whether it runs other commands, and is given the flags that are theirs; see
+            `command_lines`.
         one_of: macros of which one must have a value.
     """
 
@@ -44,6 +50,7 @@ class Command:
     example: str
     reads_gin: bool = True
     has_flags: bool = False
+    runs_others: bool = False
     one_of: tuple[tuple[str, ...], ...] = ()
 
 
@@ -85,6 +92,13 @@ COMMANDS = {
         "a checkpoint in another layout",
         "--gin_file=runs/convert.gin --gin.INPUT=my_run --gin.OUTPUT=my_adapter "
         "--gin.LAYOUT=adapter --gin.INITIAL_CHECKPOINT_PATH=flan-t5-base",
+    ),
+    "compare": Command(
+        "several recipes on one checkpoint: quality, parameters, speed",
+        "--gin_file=runs/compare.gin --gin_file=tasks/jsonl.gin "
+        "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base --gin.MODEL_DIR=compared "
+        "--gin.TRAIN_FILE=train.jsonl --gin.VALIDATION_FILE=validation.jsonl",
+        runs_others=True,
     ),
     "prune": Command(
         "the smaller model that structured pruning leaves",

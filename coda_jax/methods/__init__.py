@@ -21,7 +21,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `pruning_groups` | which leaves belong to a group |
 | `norms` | `Norms`: the base's norms are trained |
 | `full` | `Full`: every leaf of the base is trained |
-| `comparisons` | the methods that `coda bench` and the demos set side by side |
+| `comparisons` | the methods that `coda bench` sets side by side |
 | `version_1` | methods as the first version's files wrote them |
 """
 

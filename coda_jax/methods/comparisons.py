@@ -1,4 +1,4 @@
-"""The methods that benchmarks and demos set side by side."""
+"""The methods that benchmarks set side by side."""
 
 from collections.abc import Sequence
 

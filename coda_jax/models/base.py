@@ -182,6 +182,10 @@ class Inputs:
         read: (file) -> the requests in it, records that `coda predict` writes out again.
         encoder: (config, vocabulary, N, font) -> (request -> its inputs [n, ...]), n at most N
             where what is longer cannot be cut.
+        shown: (inputs [n, ...] of a row, vocabulary) -> what people see of them: "kind" and, for
+            "text", "pieces", a text for each; for "image", "image" [height, width, 3] uint8 and
+            "grid", rows and columns of patches; for "sound", "spectrogram" [windows, bins] and
+            "seconds" of a frame.
         longest: the most of them that are kept where nobody says another limit.
         held: requests that are held at once, to be sorted by length; None for a few batches.
     """
@@ -190,6 +194,7 @@ class Inputs:
     random: Callable[[Any, np.random.Generator, int, int], np.ndarray]
     read: Callable[[str], Iterable[dict[str, str]]]
     encoder: Callable[..., Callable[[Mapping[str, str]], np.ndarray]]
+    shown: Callable[[np.ndarray, Any], dict[str, Any]]
     longest: int = 512
     held: int | None = None
 

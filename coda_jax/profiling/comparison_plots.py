@@ -57,9 +57,9 @@ def quality_over_speed(path: str | os.PathLike, report: Mapping[str, Any]) -> No
 
 
 def learning_curves(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """Draws the metric in evaluations and the training loss over steps, a line for each recipe.
+    """Draws the losses of evaluations and of training over steps, a line for each recipe.
 
-    Lines are means over the seeds that have a step. Thin ones are the metric of each seed; the loss
+    Lines are means over the seeds that have a step. Thin ones are each seed's; the loss of training
     is a running mean.
 
     Args:
@@ -72,18 +72,17 @@ def learning_curves(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
     height = 4.3 + 0.22 * rows
     figure = Figure(figsize=(10, height), dpi=150)
     FigureCanvasAgg(figure)
-    metric = comparison_table.metric_name(report)
     panels = figure.subplots(1, 2)
     figure.subplots_adjust(
         left=0.07, right=0.985, top=1 - 0.4 / height, bottom=(0.6 + 0.22 * rows) / height
     )
-    titles = {f"held-out {metric}, %": report.get("metric"), "training loss, smoothed": None}
+    titles = {"loss of evaluations": "eval/loss", "loss of training, smoothed": "loss"}
     for axes, (title, name) in zip(panels, titles.items(), strict=True):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         for index, recipe in enumerate(recipes.values()):
-            _draw_curves(axes, index, _curves(recipe, name), smooth=name is None)
+            _draw_curves(axes, index, _curves(recipe, name), smooth=name == "loss")
         axes.set_xlim(left=0)
     handles = [
         panels[0].plot([], [], label=_plain(name), **_style(index))[0]
@@ -174,15 +173,13 @@ def _draw_labels(axes, found, levels, ends) -> None:
             axes.plot(*to_data([anchor, end]).T, color=_GREY, linewidth=0.6, zorder=2)
 
 
-def _curves(recipe: Mapping[str, Any], metric: str | None) -> list[dict[int, float]]:
-    """{step: value} of each seed: of a metric in evaluations, or, for None, of the loss."""
-    found = []
-    for cell in (recipe.get("cells") or {}).values():
-        curves = cell.get("curve") or {}
-        of_metric = (n for n in curves if n.startswith("eval/") and n.split("/")[-1] == metric)
-        values = curves.get("loss" if metric is None else next(of_metric, ""), ())
-        found.append({int(step): float("nan") if y is None else y for step, y in values})
-    return found
+def _curves(recipe: Mapping[str, Any], name: str) -> list[dict[int, float]]:
+    """{step: value} of each seed."""
+    curves = (cell.get("curve") or {} for cell in (recipe.get("cells") or {}).values())
+    return [
+        {int(step): float("nan") if y is None else y for step, y in curve.get(name, ())}
+        for curve in curves
+    ]
 
 
 def _draw_curves(axes: Axes, index: int, seeds: Sequence[Mapping[int, float]], smooth: bool):

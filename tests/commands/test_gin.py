@@ -13,7 +13,9 @@ import optax
 import pytest
 
 from coda_jax import checkpoints, cli, hub, trees
-from coda_jax.commands import load, loading
+from coda_jax.commands import COMMANDS, load, loading
+from coda_jax.commands.command_lines import CommandLine
+from coda_jax.commands.compare_cells import plan
 from coda_jax.commands.gin_files import package_folder
 from coda_jax.methods import METHODS, Coda, Full, Lora, ParallelAdapter
 from coda_jax.models import param_shapes, preset, presets
@@ -193,9 +195,10 @@ SHARED = ("runs/infer.gin",)  # included by others, of no command of its own
 @pytest.mark.parametrize("name", [name for name in files("runs") if name not in SHARED])
 def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
     command, arguments = bindings_of_run(name, monkeypatch)
-    inspect.signature(load(command)).bind(**arguments)
+    passed_on = {"given": None} if COMMANDS[command].runs_others else {}
+    inspect.signature(load(command)).bind(**arguments, **passed_on)
     if command != "train":
-        assert name == f"runs/{command}.gin"
+        assert name == f"runs/{command}.gin" or passed_on
         return
     assert arguments["options"].total_steps >= 100
     assert arguments["data"].limits().keys() == {"inputs", "targets"}
@@ -209,6 +212,18 @@ def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
     config = arguments["model"].config
     assert config.methods == pretrained_methods(name)
     arguments["objective"](config)
+
+
+@pytest.mark.parametrize("name", [name for name in files("runs") if "demo" in name])
+def test_what_demos_compare_is_configured(name, monkeypatch, tmp_path):
+    _, arguments = bindings_of_run(name, monkeypatch)
+    passed_on = {"recipes", "seeds", "training", "evaluation"}
+    own = {key: value for key, value in arguments.items() if key in passed_on}
+    cells = plan(tmp_path, given=CommandLine(), **own)  # configures them
+    assert [cell.recipe for cell in cells] == [*arguments["recipes"]]
+    for cell in cells:
+        assert int(cell.training.bindings["TRAIN_STEPS"]) >= 100
+        assert pathlib.Path(cell.training.bindings["INITIAL_CHECKPOINT_PATH"]).is_dir()
 
 
 @pytest.mark.parametrize("name", [name for name in files("runs") if "pretrain" in name])

@@ -44,7 +44,7 @@ def test_a_seed_of_which_a_step_is_missing_does_not_end_a_mean(tmp_path):
     found = report()
     for recipe in found["recipes"].values():
         recipe["cells"]["1"]["curve"]["loss"][3][1] = float("nan")
-        recipe["cells"]["2"]["curve"]["eval/accuracy"].pop()
+        recipe["cells"]["2"]["curve"]["eval/loss"].pop()
     assert drawn("curves", tmp_path, found).shape[:2] == DRAW["curves"][1]
 
 

@@ -42,4 +42,16 @@ def encoder(
     return encode
 
 
-INPUTS = Inputs("patches", random_patches, read_images, encoder, longest=2048)
+def shown(inputs: np.ndarray, vocabulary: Any) -> dict[str, Any]:
+    """Patches [n, C] as the picture that they are of, in full contrast; see `Inputs.shown`."""
+    del vocabulary
+    rows, columns = grid = inputs[-1, :2].astype(int).tolist()
+    size = math.isqrt((inputs.shape[1] - 2) // 3)
+    patches = inputs[:, 2:].reshape(rows, columns, size, size, 3)
+    image = patches.swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+    low, high = image.min(), image.max()
+    image = np.rint(255 * (image - low) / max(high - low, 1e-6)).astype(np.uint8)
+    return {"kind": "image", "image": image, "grid": grid}
+
+
+INPUTS = Inputs("patches", random_patches, read_images, encoder, shown, longest=2048)

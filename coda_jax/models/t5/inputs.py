@@ -1,6 +1,7 @@
 """Texts for T5: random ids, requests of `coda predict`."""
 
 from collections.abc import Callable, Iterator, Mapping
+import itertools
 from typing import Any
 
 import numpy as np
@@ -31,4 +32,11 @@ def encoder(
     return lambda record: np.array([*vocabulary.encode(record["inputs"]), vocabulary.eos_id])
 
 
-INPUTS = Inputs("tokens", random_tokens, read_texts, encoder, held=4096)
+def shown(inputs: np.ndarray, vocabulary: Any) -> dict[str, Any]:
+    """Ids [n] as the text that each of them adds; see `Inputs.shown`."""
+    ids = inputs.tolist()
+    whole = [vocabulary.decode(ids[:end]) for end in range(len(ids) + 1)]
+    return {"kind": "text", "pieces": [b.removeprefix(a) for a, b in itertools.pairwise(whole)]}
+
+
+INPUTS = Inputs("tokens", random_tokens, read_texts, encoder, shown, held=4096)

@@ -34,4 +34,16 @@ def encoder(
     return lambda record: np.asarray(audio.frames(audio.read_audio(record["audio"])))
 
 
-INPUTS = Inputs("frames", random_frames, read_recordings, encoder, longest=1500)  # 30 seconds
+def shown(inputs: np.ndarray, vocabulary: Any) -> dict[str, Any]:
+    """Frames [n, 1 + F] as their spectrogram; see `Inputs.shown`."""
+    from coda_jax.data import audio
+
+    del vocabulary
+    seconds = audio.STACKED * audio.HOP / audio.SAMPLE_RATE
+    bins = inputs[:, 1:].reshape(-1, audio.NUM_BINS)
+    return {"kind": "sound", "spectrogram": bins, "seconds": seconds}
+
+
+INPUTS = Inputs(
+    "frames", random_frames, read_recordings, encoder, shown, longest=1500
+)  # 30 seconds

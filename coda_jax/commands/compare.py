@@ -1,0 +1,159 @@
+"""`coda compare`: recipes side by side, on one checkpoint, data and budget.
+
+Each recipe and seed is a run of `coda train` and one of `coda evaluate`. What is finished is kept,
+so that the same command goes on where it was stopped.
+"""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+import statistics
+import time
+from typing import Any
+
+from coda_jax import checks, files
+from coda_jax.commands import compare_routing
+from coda_jax.commands.command_lines import CommandLine
+from coda_jax.commands.compare_cells import Cell, plan
+from coda_jax.commands.compare_speed import Timed
+from coda_jax.commands.loading import LoadedModel
+from coda_jax.data.reports import say
+from coda_jax.profiling import comparison_plots, timing
+from coda_jax.profiling.comparison_page import page
+from coda_jax.profiling.comparison_text import markdown
+from coda_jax.training.metrics_file import read_metrics
+from coda_jax.training.run_directory import checked
+
+_INPUTS = 512  # of a held-out example that is shown, where nothing is timed
+
+
+def compare(
+    given: CommandLine,
+    directory: str,
+    recipes: Mapping[str, Any] | Sequence[str],
+    seeds: Sequence[int] = (0, 1, 2),
+    training: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    metric: str | None = None,
+    better: str = "max",
+    baselines: Mapping[str, float] | None = None,
+    timed: Timed | None = None,
+) -> dict[str, Any]:
+    """Adapts one checkpoint by several recipes, and writes what came out.
+
+    In the folder: report.json, report.md and report.html, quality_over_speed.png,
+    learning_curves.png, routing.png where a recipe routes, and a folder for each recipe and seed.
+
+    Args:
+        given: flags of `coda train`, and of `coda evaluate` as far as it knows them.
+        directory: of all of it.
+        recipes: {name: flags of `coda train`}, or names of files of methods/.
+        seeds: of each recipe.
+        training, evaluation: flags of one of the two commands.
+        metric: of the task that is shown; None for its first.
+        better: whether more of it is better, "max", or less, "min".
+        baselines: {name: the metric of another method}, to set beside.
+        timed: what is timed; None for nothing.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ValueError: there is nothing to compare, a value is out of its range, or a cell of the
+            folder is of another command; and what `coda train` and `coda evaluate` raise.
+    """
+    start, directory = time.monotonic(), checked(directory)
+    better, timed = checks.OneOf(("max", "min"))("BETTER", better), timed or Timed()
+    cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {})
+    found = [(cell, _found(cell)) for cell in cells]
+    first = found[0][1]
+    report: dict[str, Any] = {
+        "task": first["task"],
+        "metric": _metric(first["metrics"], metric),
+        "better": better,
+        "steps": first["steps"],
+        "checkpoint": cells[0].training.bindings["INITIAL_CHECKPOINT_PATH"],
+        "seeds": [*dict.fromkeys(cell.seed for cell in cells)],
+        "timed": [[*sizes] for sizes in timed.batches],
+        "dense": {},
+        "baselines": dict(baselines or {}),
+    }
+    report["recipes"] = _rows(directory, found, report["metric"])
+    timed_cells = {cell.recipe: cell for cell in reversed(cells)}
+    timed_cells = {name: timed_cells[name] for name in report["recipes"]}
+    models = {name: cell.exported() for name, cell in timed_cells.items()}
+    timed.add_answering(report, models)
+    report["routed"] = _routed(directory, models, first, timed)
+    del models
+    timed.add_training(report, {name: cell.fresh() for name, cell in timed_cells.items()})
+    report |= {"versions": timing.versions(), "seconds": time.monotonic() - start}
+    _write(directory, report)
+    return report
+
+
+def _found(cell: Cell) -> dict[str, Any]:
+    """What is known of a cell that is finished, or what its run finds."""
+    print(f"\n== {cell.recipe}, seed {cell.seed} ==", flush=True)
+    if not cell.is_finished:
+        return cell.run()
+    found = cell.kept()
+    print(f"{cell.directory} is finished: {found['metrics']}", flush=True)
+    return found
+
+
+def _metric(metrics: Mapping[str, float], name: str | None) -> str:
+    """The metric that is shown."""
+    return checks.OneOf([*metrics])("METRIC", next(iter(metrics)) if name is None else name)
+
+
+def _rows(
+    directory: pathlib.Path, found: Sequence[tuple[Cell, Mapping[str, Any]]], metric: str
+) -> dict[str, dict[str, Any]]:
+    """{recipe: its row}: the mean over seeds, its standard error, and the cells."""
+    rows: dict[str, dict[str, Any]] = {}
+    for cell, score in found:
+        sizes = {name: score[name] for name in ("methods", "trained", "total", "stored")}
+        row = rows.setdefault(cell.recipe, {**sizes, "cells": {}})
+        row["cells"][str(cell.seed)] = {
+            "score": score["metrics"][metric],
+            "metrics": score["metrics"],
+            "directory": cell.directory.relative_to(directory).as_posix(),
+            **{name: score[name] for name in ("train", "evaluate", "seconds")},
+            "curve": read_metrics(cell.directory),
+        }
+    for row in rows.values():
+        scores = [cell["score"] for cell in row["cells"].values()]
+        several = len(scores) > 1
+        row["mean"] = statistics.mean(scores)
+        row["error"] = statistics.stdev(scores) / len(scores) ** 0.5 if several else None
+    return rows
+
+
+def _routed(
+    directory: pathlib.Path,
+    models: Mapping[str, LoadedModel],
+    score: Mapping[str, Any],
+    timed: Timed,
+) -> list[dict[str, Any]]:
+    """Some held-out inputs, drawn and as JSON, with what the first recipe that routes takes."""
+    name = next((name for name, model in models.items() if compare_routing.routes(model)), None)
+    if name is None:
+        return []
+    longest = timed.batches[0][1] if timed.batches else _INPUTS
+    of_task = score["task"], score["split"], longest, timed.answer_length
+    examples = compare_routing.examples(models[name], *of_task)
+    if not examples:
+        return []
+    title = f"What the encoder's layers work on: {name}"
+    compare_routing.draw(directory / "routing.png", examples, title)
+    return [{"recipe": name, **compare_routing.as_json(example)} for example in examples]
+
+
+def _write(directory: pathlib.Path, report: Mapping[str, Any]) -> None:
+    """The report as JSON, for people and as pictures."""
+    files.write_json(directory / "report.json", report)
+    files.write_text(directory / "report.md", markdown(report))
+    files.write_text(directory / "report.html", page(report))
+    comparison_plots.quality_over_speed(directory / "quality_over_speed.png", report)
+    comparison_plots.learning_curves(directory / "learning_curves.png", report)
+    print("\n" + markdown(report))
+    say(f"see {directory}/report.html")

@@ -1,0 +1,177 @@
+"""`coda compare`: cells, what is kept, what is passed on, and the report."""
+
+import json
+import re
+import shlex
+import shutil
+
+from command_line import coda, flags
+from helpers import config, random_params
+import numpy as np
+import pytest
+
+from coda_jax import checkpoints, cli, methods, trees
+from coda_jax.commands.command_lines import CommandLine, divided
+from coda_jax.commands.compare_speed import Timed
+from coda_jax.commands.gin_files import UsageError
+from coda_jax.commands.loading import load_model
+
+CONFIG = config(vocab_size=384, num_encoder_layers=1)
+FILES = ["runs/compare.gin", "tasks/jsonl.gin"]
+RECIPES = {
+    "all of it": {"gin_file": "methods/full.gin", "PEAK_LEARNING_RATE": 1e-3},
+    "routed, r = 2": {
+        "gin_file": "methods/coda.gin",
+        "REDUCTION": 2,
+        "ParallelAdapter.bottleneck": 4,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """The flags of a comparison on a tiny checkpoint; the task: a word and its first letter."""
+    directory = tmp_path_factory.mktemp("compare")
+    checkpoints.save_hf(directory / "base", CONFIG, random_params(CONFIG))
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 12), ("validation", 6)):
+        words = ["".join(rng.choice(list("abcdef"), 5)) for _ in range(count)]
+        lines = [json.dumps({"inputs": word, "targets": word[0]}) for word in words]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return {
+        "TRAIN_FILE": directory / "train.jsonl",
+        "VALIDATION_FILE": directory / "validation.jsonl",
+        "INITIAL_CHECKPOINT_PATH": directory / "base",
+        "VOCABULARY": "bytes",
+        "TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 4},
+        "BATCH_SIZE": 4,
+        "TRAIN_STEPS": 3,
+        "RECIPES": RECIPES,
+        "TIMED": ((2, 8),),
+        "ANSWER_LENGTH": 2,
+        "ROUNDS": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, given):
+    """(folder, report) of two recipes with two seeds."""
+    directory = tmp_path_factory.mktemp("compared")
+    coda("compare", FILES, given | {"MODEL_DIR": directory, "SEEDS": (0, 1)})
+    return directory, json.loads((directory / "report.json").read_text())
+
+
+def test_a_report_has_quality_sizes_and_speed_of_every_recipe(compared, given):
+    directory, report = compared
+    assert report["seeds"] == [0, 1]
+    assert list(report["recipes"]) == list(RECIPES)
+    for name, row in report["recipes"].items():
+        scores = [cell["score"] for cell in row["cells"].values()]
+        assert row["mean"] == pytest.approx(np.mean(scores))
+        assert row["error"] == pytest.approx(np.std(scores, ddof=1) / 2**0.5)
+        speed = row["speed"]["2x8"]
+        assert speed["encoder_ms"] > 0
+        assert speed["train_step_bytes"] > 0
+        assert len(speed["end_to_end_speed_up"]["dense model"]) == 3, name
+    everything, routed = report["recipes"].values()
+    assert everything["trained"] == everything["stored"] == everything["total"]
+    adapter = directory / "routed_r_2" / "0" / "export" / "adapter"
+    model = load_model(str(given["INITIAL_CHECKPOINT_PATH"]), adapter_checkpoint=str(adapter))
+    trained, _ = methods.partition(model.config, model.params)
+    assert routed["trained"] == trees.count(trained)
+    assert (
+        report["dense"]["speed"]["2x8"]["flops_ratio"] == 1 < routed["speed"]["2x8"]["flops_ratio"]
+    )
+
+
+def test_a_cell_is_what_its_commands_do(compared, tmp_path):
+    """Typed by a person, elsewhere, they give the same leaves and the same metrics."""
+    _, report = compared
+    cell = report["recipes"]["routed, r = 2"]["cells"]["1"]
+    train = re.sub(r"MODEL_DIR=\S+", f"MODEL_DIR={tmp_path}/run", cell["train"])
+    cli.run(_words(train))
+    again = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    curve = {name: points[-1][1] for name, points in cell["curve"].items()}
+    assert again["loss"] == curve["eval/loss"]
+    output = tmp_path / "metrics.json"
+    cli.run([*_words(cell["evaluate"]), f"--gin.OUTPUT={output}"])
+    (metrics,) = json.loads(output.read_text()).values()
+    assert metrics == cell["metrics"]
+
+
+def _words(command):
+    name, *words = shlex.split(command)
+    assert name == "coda"
+    return words
+
+
+def test_what_is_finished_is_kept_and_the_rest_is_done(compared, given, tmp_path, capsys):
+    directory, report = compared
+    copy = shutil.copytree(directory, tmp_path / "x")
+    shutil.rmtree(directory / "all_of_it" / "1")
+    before = (directory / "all_of_it" / "0" / "score.json").stat().st_mtime_ns
+    coda("compare", FILES, given | {"MODEL_DIR": directory, "SEEDS": (0, 1), "TIMED": ()})
+    said = capsys.readouterr().out
+    assert said.count("is finished") == 3
+    assert (directory / "all_of_it" / "0" / "score.json").stat().st_mtime_ns == before
+    again = json.loads((directory / "report.json").read_text())
+    for name, row in again["recipes"].items():
+        for seed, cell in row["cells"].items():
+            old = report["recipes"][name]["cells"][seed]
+            assert cell["metrics"] == old["metrics"]
+            assert cell["curve"] == old["curve"]
+    assert copy.exists()
+
+
+def test_a_folder_of_another_comparison_is_refused(compared, given, capsys):
+    directory, _ = compared
+    other = given | {"MODEL_DIR": directory, "SEEDS": (0,), "TRAIN_STEPS": 4}
+    assert cli.main(["compare", *flags(FILES, other)]) == 1
+    assert "holds what another command found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RECIPES": ()}, "RECIPES must be a tuple of recipes"),
+        ({"RECIPES": ("no_such",)}, "there is no gin file 'methods/no_such.gin'"),
+        ({"RECIPES": {"a b": {}, "a_b": {}}}, "would share folders"),
+        ({"RECIPES": {"x": {"gin_file": "methods/full.gin", "STEPS": 3}}}, "nothing reads STEPS"),
+        ({"SEEDS": ()}, "SEEDS must be a tuple that is not empty"),
+        ({"SEEDS": (0, -1)}, "SEEDS[1] must be a whole number"),
+        ({"METRICK": "x"}, "nothing reads METRICK"),
+        ({"TIMED": ((4,),)}, "(TIMED)[0] must be (rows, inputs)"),
+        ({"BETTER": "most"}, "BETTER must be one of ('max', 'min')"),
+        ({"TRAIN": {"MODEL_DIR": "x"}}, "MODEL_DIR"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(given, tmp_path, capsys, changes, message):
+    target = tmp_path / "none"
+    assert cli.main(["compare", *flags(FILES, given | {"MODEL_DIR": target} | changes)]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_flags_are_divided_by_who_reads_them():
+    bindings = ["MODEL_DIR=x", "SEEDS=(0,)", "TRAIN_STEPS=5", "train/Data.pack=True"]
+    own, others = divided("compare", FILES, [], bindings)
+    assert own == (["runs/compare.gin"], [], ["MODEL_DIR=x", "SEEDS=(0,)"])
+    assert others == CommandLine(
+        ("tasks/jsonl.gin",), (), {"TRAIN_STEPS": "5", "train/Data.pack": "True"}
+    )
+    with pytest.raises(UsageError, match="TRAIN_STEPS is given twice: 5 and 6"):
+        divided("compare", FILES, [], ["TRAIN_STEPS=5", "TRAIN_STEPS=6"])
+
+
+def test_a_line_is_written_as_a_person_types_it():
+    line = CommandLine(("a.gin",)).plus({"gin_file": "b.gin", "X": {"y": 1}, "PATH": "it's here"})
+    assert line.text("train") == (
+        "coda train --gin_file=a.gin --gin_file=b.gin '--gin.X={'\"'\"'y'\"'\"': 1}' "
+        "'--gin.PATH=it'\"'\"'s here'"
+    )
+
+
+def test_timed_batches_are_pairs_of_counts():
+    assert Timed(((2, 8), [4, 16])).batches == ((2, 8), (4, 16))
+    with pytest.raises(ValueError, match=r"Timed.batches\[0\]\[1\] must be a whole number"):
+        Timed(((2, 0),))
