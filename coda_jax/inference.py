@@ -1,4 +1,8 @@
-"""Outputs for lists of inputs: batches of equal, bucketed lengths, so that little is compiled."""
+"""Outputs for lists of inputs: batches of equal, bucketed lengths, so that little is compiled.
+
+A batch is filled up with rows of padding, which generation does not wait for; a list that is
+shorter than a batch is one of the next power of two.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coda_jax import checks, processes, trees
-from coda_jax.data.batches import bucket, cut
+from coda_jax.data.batches import bucket, cut, rounded_up
 from coda_jax.data.examples import input_problem
 from coda_jax.data.stop_texts import stop_table
 from coda_jax.data.vocabularies import Vocabulary
@@ -30,7 +34,7 @@ class Decoding(Generation):
     Attributes:
         max_input_length: the most tokens of an input, the end marker included, or vectors; None for
             the family's.
-        batch_size: inputs decoded at once; a multiple of the devices that share them.
+        batch_size: the most inputs decoded at once; a multiple of the devices that share them.
     """
 
     max_input_length: int | None = None
@@ -122,7 +126,7 @@ class _Bucketed:
         Raises:
             ValueError: an input is none of the model; its number is named.
         """
-        size = self._batch_size
+        size = self._size(len(inputs))
         for number, values in enumerate(inputs, start=first):
             self._check(values, number)
         processes.check_same("the inputs", lambda: inputs)
@@ -130,6 +134,11 @@ class _Bucketed:
         for start in range(0, len(order), size):
             indices = order[start : start + size]
             yield indices, self._batch([inputs[index] for index in indices], size)
+
+    def _size(self, count: int) -> int:
+        """The rows of each batch of so many inputs."""
+        shared_by = self._placement.mesh.shape["data"]
+        return min(self._batch_size, shared_by * rounded_up(-(-count // shared_by), 1))
 
     def cuts(self) -> list[str]:
         """Sentences on what was cut so far."""
@@ -227,7 +236,7 @@ class Encodings(_Bucketed):
 
 
 class Predictor(_Bucketed):
-    """A model ready to answer; it compiles one program per bucket of input lengths.
+    """A model ready to answer; it compiles one program per bucket of input lengths and batch size.
 
     Args:
         config: of the model.
@@ -312,7 +321,7 @@ class Predictor(_Bucketed):
         """
         for indices, batch in self._batches(inputs, first):
             numbers = [first + index for index in indices]
-            arguments = self._arguments(numbers, self._batch_size)
+            arguments = self._arguments(numbers, len(batch))
             with self._placement.divided():
                 found = self._generate(self._params, batch, **arguments)
             tokens, scores = (x[: len(indices)] for x in processes.fetch(found))  # without spares

@@ -3,8 +3,9 @@
 They are `jax.export` programs beside the weights, which they share. A program takes one batch size
 and one length of inputs. Where outputs are drawn, it takes two more arguments, a uint32 seed and
 the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
-outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. An
-output ends with the token in which a stop text is complete. An encoder's gives what
+outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. Rows
+of the inputs that are only padding fill up a batch: they have no output, and no step waits for
+them. An output ends with the token in which a stop text is complete. An encoder's gives what
 `inference.encode_function` says. The manifest lists arguments and results. Where a logit of an
 input is not finite there is no answer: all its tokens are -1, and its score is NaN. To load them:
 

@@ -162,7 +162,7 @@ def beam_search(
 
     By T5X's rules, a row in which no beam ended returns its live beams, with log-probabilities
     without the length penalty. Slots for which there are fewer than M different outputs score below
-    -1e6.
+    -1e6, as do all but one of an input that is only padding.
 
     Args:
         model: the network; its config says the end token and that of padding.
@@ -215,15 +215,18 @@ def _first_beams(rows: decoding.Rows, num_beams: int, places: int) -> _Beams:
     """The beams before their first token."""
     tokens = rows.tokens.reshape(-1, num_beams, rows.tokens.shape[1])
     no_scores = jnp.full(tokens.shape[:2], _IMPOSSIBLE, jnp.float32)
+    # An input that is only padding has one finished beam, which is empty.
+    ended = rows.ended.reshape(-1, num_beams)[:, :1]
+    occupied = ended & (jnp.arange(num_beams) == 0)
     return _Beams(
         length=rows.length,
         live=tokens,
         live_log_probs=no_scores.at[:, 0].set(0.0),  # all beams are equal: only one may go on
         matched=None if rows.matched is None else rows.matched.reshape(-1, num_beams),
         finished=tokens,
-        scores=jnp.full_like(no_scores, -jnp.inf),
-        occupied=jnp.zeros(tokens.shape[:2], bool),
-        open=jnp.ones((tokens.shape[0], 1), bool),
+        scores=jnp.where(occupied, 0.0, -jnp.inf),
+        occupied=occupied,
+        open=~ended,
         finite=jnp.ones((tokens.shape[0], 1), bool),
         ancestors=jnp.zeros((*tokens.shape[:2], places), jnp.int32),
         cache=rows.cache,

@@ -45,7 +45,7 @@ class Rows(NamedTuple):
         tokens: [R, 1 + L], the start token first, padding behind the end.
         log_probs: [R] of the tokens that were chosen, by the model alone; NaN from the first logit
             on that is not finite.
-        ended: [R].
+        ended: [R]; from the start where an input is only padding, as rows that fill up a batch are.
         keys: [R] random keys, where tokens are drawn; else None.
         matched: [R] states of the stop texts; None without any.
         cache: of the decoder.
@@ -82,9 +82,9 @@ def decode(
         stops: [S, V] as `data.stop_texts` makes them.
 
     Returns:
-        tokens [R, L] int32, the end token included and padding after it; and the log-probabilities
-        [R] float32 that the model gives the tokens up to there, excluding the given ones; NaN where
-        a logit was not finite.
+        tokens [R, L] int32, the end token included and padding after it, and behind what is given
+        where an input is only padding; and the log-probabilities [R] float32 that the model gives
+        the tokens up to there, excluding the given ones; NaN where a logit was not finite.
     """
     places = cache_places(options.max_decode_length, given.shape[1])
     _, step, rows = begin(
@@ -164,12 +164,13 @@ def begin(
             lambda cache, tokens: (step(cache, tokens)[1], None), cache, given[:, :-1].T
         )
     width = ((0, 0), (0, options.max_decode_length + 1 - num_given))
+    empty = ~model.input_mask(encoder_input_tokens).any(-1, keepdims=True)
     rows = Rows(
         length=jnp.int32(num_given),
         num_given=jnp.int32(num_given),
         tokens=jnp.pad(given, width, constant_values=model.config.pad_id),
         log_probs=jnp.zeros(num_rows, jnp.float32),
-        ended=jnp.zeros(num_rows, bool),
+        ended=jnp.broadcast_to(empty, (len(empty), num_rows // len(empty))).reshape(-1),
         keys=keys,
         matched=None if stops is None else _matched(stops, given),
         cache=cache,

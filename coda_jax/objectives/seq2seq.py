@@ -122,6 +122,8 @@ class Seq2Seq(Model):
             scores [B, n] float32. Without beams these are sums of the model's log-probabilities of
             the tokens behind the prefix, whatever an option made of them; with beams, what the
             outputs are ranked by: see `beams`. Where a logit is not finite: see `Model.generate`.
+            A row of inputs that is only padding, to fill up a batch, takes no step: its output is
+            the prefix and padding, its score 0.
 
         Raises:
             ValueError: options contradict each other or the vocabulary; stop texts lack `stops`.

@@ -72,6 +72,19 @@ def test_a_fresh_interpreter_gives_the_same_tokens_with_jax_and_numpy_alone(mode
     assert json.loads(found.stdout) == [expected[row].tolist() for row in range(4)]
 
 
+def test_rows_that_fill_up_a_batch_have_no_output(model, folder):
+    manifest = json.loads((folder / command.MANIFEST_NAME).read_text())
+    leaves = trees.flatten(model.params)
+    weights = [leaves[path] for path in manifest["weights"]]
+    program = jax.export.deserialize((folder / "predict_4x32.jax_export").read_bytes())
+    inputs = np.zeros((4, 32), np.int32)
+    inputs[2, :7] = 5
+    tokens = np.asarray(program.call(weights, inputs))
+    (expected,) = dict(Predictor(model.config, model.params, DECODING)([inputs[2, :7]])).values()
+    np.testing.assert_array_equal(tokens[2], expected)
+    assert expected.any() and not np.delete(tokens, 2, axis=0).any()
+
+
 def test_the_manifest_lists_a_program_for_each_bucket(model, folder):
     manifest = json.loads((folder / command.MANIFEST_NAME).read_text())
     assert manifest["programs"] == {

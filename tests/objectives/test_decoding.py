@@ -3,7 +3,15 @@
 import functools
 import itertools
 
-from helpers import as_on_tpu, logits, random_params, random_tokens, shift_right
+from helpers import (
+    TINY_IMAGES,
+    as_on_tpu,
+    logits,
+    random_params,
+    random_patches,
+    random_tokens,
+    shift_right,
+)
 from helpers import config as any_config
 import jax
 import jax.numpy as jnp
@@ -139,6 +147,9 @@ class CountingModel:
         given = jnp.zeros((2 * options.num_beams, 1), jnp.int32)
         self.search = jax.jit(lambda *args: search(self, *args, given, options.resolved()))
 
+    def input_mask(self, inputs):
+        return self.model.input_mask(inputs)
+
     def apply(self, variables, *args, **kwargs):
         if "cache" in variables:
             jax.debug.callback(self.count)
@@ -171,6 +182,49 @@ def test_search_stops_when_it_cannot_improve(options, fewest, rng, monkeypatch):
     counting = CountingModel(cfg, Generation(max_decode_length=12, **options))
     assert counting.steps_of(ending_params(cfg, strength=50.0), inputs) == fewest
     assert counting.steps_of(ending_params(cfg, strength=-50.0), inputs) == 12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 1}, {"num_beams": 2}, {"num_beams": 2, "length_penalty": 1.0}],
+    ids=["greedy", "beams of T5X", "beams of transformers"],
+)
+def test_rows_of_padding_take_no_step_and_have_no_output(options, rng):
+    cfg = config()
+    counting = CountingModel(cfg, Generation(max_decode_length=12, **options))
+    inputs = random_tokens(rng, [5, 3], 6)
+    filled_up, nothing = inputs * [[1], [0]], np.zeros_like(inputs)
+    for strength in (50.0, 1.0, -50.0):  # ending at once, somewhere, at the limit
+        params = ending_params(cfg, strength=strength)
+        assert counting.steps_of(params, nothing) == 0
+        tokens, scores = map(np.asarray, counting.search(params, filled_up))
+        alone = counting.steps_of(params, inputs[[0, 0]])
+        assert counting.steps_of(params, filled_up) == alone
+        expected, _ = counting.search(params, inputs)
+        np.testing.assert_array_equal(tokens[0], expected[0])
+        assert not tokens[1].any() and scores[1].flat[0] == 0 and (scores[1].flat[1:] < -1e6).all()
+        assert np.isfinite(scores).all()
+
+
+@pytest.mark.all
+def test_padding_behind_a_prefix_has_nothing_but_it(rng):
+    cfg = config()
+    params = ending_params(cfg, strength=-50.0)
+    inputs = random_tokens(rng, [5, 3], 6) * [[0], [1]]
+    options = {"decoder_prefix": (4, 7), "max_decode_length": 5}
+    drawn = {"do_sample": True, "num_return_sequences": 2}
+    for more in ({}, {"num_beams": 2, "num_return_sequences": 2}, drawn):
+        tokens, scores = generate(cfg, params, inputs, Generation(**options, **more))
+        assert (np.asarray(tokens)[0, 0] == [4, 7, 0, 0, 0]).all() and scores[0, 0] == 0
+        assert (np.asarray(tokens)[1] != 0).all()
+
+
+@pytest.mark.all
+def test_rows_of_an_image_without_patches_have_no_output(rng):
+    patches = random_patches(rng, [(2, 2), (0, 0)], 6)
+    options = Generation(max_decode_length=5)
+    tokens, scores = generate(TINY_IMAGES, random_params(TINY_IMAGES), patches, options)
+    assert np.asarray(tokens)[0].any() and not np.asarray(tokens)[1].any() and scores[1, 0] == 0
 
 
 @pytest.mark.parametrize(
