@@ -44,6 +44,7 @@ class Command:
         runs_others: whether it runs other commands, and is given the flags that are theirs; see
             `command_lines`.
         one_of: macros of which one must have a value.
+        either: macros of which one alone has a value: one's own takes the place of the package's.
     """
 
     summary: str
@@ -52,6 +53,7 @@ class Command:
     has_flags: bool = False
     runs_others: bool = False
     one_of: tuple[tuple[str, ...], ...] = ()
+    either: tuple[tuple[str, ...], ...] = ()
 
 
 def load(command: str, function: str | None = None) -> Callable[..., Any]:
@@ -69,6 +71,7 @@ COMMANDS = {
         "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base --gin.MODEL_DIR=my_run "
         "--gin.TRAIN_FILE=train.jsonl --gin.VALIDATION_FILE=validation.jsonl",
         one_of=(("MIXTURE_OR_TASK_NAME", "CACHE"),),
+        either=(("TRAIN_STEPS", "EPOCHS"),),
     ),
     "evaluate": Command(
         "metrics of a task, from decoded outputs",

@@ -28,6 +28,7 @@ from coda_jax.commands.gin_macros import (
     check_macros,
     check_order_of_t5x,
     check_values,
+    displaced,
     unread,
 )
 from coda_jax.optional import needs
@@ -61,18 +62,27 @@ def configure(
     files = in_order(named)
     for together in (*(file.bindings for file in files), given):
         check_values(together)
+    instead: list[Binding] = []
     if command is not None:
         row = COMMANDS[command]
         example = f"for example: coda {command} {row.example}"
         check_kinds(command, named, files, example)
-        check_macros(example, files, given, row.one_of)
-    keys = _parse(files, given)
+        instead = displaced(files, given, row.either)
+        check_macros(example, files, [*instead, *given], row.one_of)
+    keys = _parse(files, given, instead)
     if command is not None:
         _check_reached(reachable(load(command)), keys)
 
 
-def _parse(files: Sequence[GinFile], given: Sequence[Binding]) -> dict[Key, str]:
+def _parse(
+    files: Sequence[GinFile], given: Sequence[Binding], instead: Sequence[Binding]
+) -> dict[Key, str]:
     """Lets gin read the files and the bindings.
+
+    Args:
+        files: in their order.
+        given: on the command line.
+        instead: what is read before them, in the place of what the files say.
 
     Returns:
         {key: place} of one's own bindings.
@@ -84,6 +94,7 @@ def _parse(files: Sequence[GinFile], given: Sequence[Binding]) -> dict[Key, str]
     register_methods()
     keys: dict[Key, str] = {}
     sources = [(file.text(), file.name, file.kind is None) for file in files]
+    sources += [(binding.line, binding.place, False) for binding in instead]
     sources += [(binding.line, binding.place, True) for binding in given]
     for text, place, own in sources:
         with _recorded(keys, place if own else None), _explained(place):

@@ -89,6 +89,32 @@ def check_values(bindings: Sequence[Binding]) -> None:
                 raise UsageError(f"{second.name} is given twice: {first.place} and {second.place}")
 
 
+def displaced(
+    files: Sequence[GinFile], given: Sequence[Binding], either: Sequence[Sequence[str]]
+) -> list[Binding]:
+    """NAME = None for each macro of the package's files whose place one's own takes.
+
+    Args:
+        files: in the order in which they are read.
+        given: on the command line.
+        either: see `Command`.
+
+    Raises:
+        UsageError: two of one's own have a value.
+    """
+    theirs = [file for file in files if file.kind is None and not file.installed]
+    own = {b.macro: b for b in [*(b for file in theirs for b in file.bindings), *given]}
+    found = []
+    for names in either:
+        chosen = [own[name] for name in names if name in own and own[name].value is not None]
+        if len(chosen) > 1:
+            places = " and ".join(binding.place for binding in chosen)
+            raise UsageError(f"{' or '.join(names)}, one of the two: {places}")
+        others = [name for name in names if chosen and name not in own]
+        found += [Binding("", name, "", None, chosen[0].place, f"{name} = None") for name in others]
+    return found
+
+
 def _overwrites(second: Binding, first: Binding) -> bool:
     """Whether a later binding gives what an earlier one does another value."""
     if (first.scope, first.parameter) != (second.scope, second.parameter):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import importlib.util
 import json
 import pathlib
 from typing import Any
@@ -11,6 +12,7 @@ import optax
 
 from coda_jax import checkpoints, checks, files, methods, processes, trees
 from coda_jax.commands.loading import LoadedModel, load_teacher
+from coda_jax.data.epoch_steps import EPOCHS, steps_of
 from coda_jax.data.examples import Expected, num_shared
 from coda_jax.data.labels import check_labels
 from coda_jax.data.reports import say
@@ -19,10 +21,13 @@ from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.models import ModelConfig, check_divides, family_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.sharding import Placement
-from coda_jax.training import run_directory, trainer
+from coda_jax.training import run_directory, schedules, trainer
 from coda_jax.training.distillation import Distillation
+from coda_jax.training.metrics_file import EVALUATION, METRICS, read_metrics
 from coda_jax.training.run_checkpoints import check_finite
 from coda_jax.training.run_directory import EXPORT
+
+CURVE = "learning_curve.png"  # in a run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +72,13 @@ def train(
     data: Data,
     options: trainer.TrainOptions,
     optimizer: Callable[..., optax.GradientTransformation],
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: schedules.Rate,
     eval_data: Data | None = None,
     objective: Callable[[ModelConfig], Model] = model_for,
     export_dtype: Any = None,
     placement: Placement | None = None,
     distill: Distill | None = None,
+    epochs: float | None = None,
 ) -> tuple[LoadedModel, dict[str, float]]:
     """Trains and exports into `directory`/export what `load_model` reads.
 
@@ -81,13 +87,13 @@ def train(
     Args:
         directory: of the run: checkpoints, logs, metrics, export.
         model: what to train; its methods say which leaves.
-        data: what to train on.
+        data, eval_data: what to train and to evaluate on.
         options, optimizer, learning_rate: see `trainer.train`.
-        eval_data: what to evaluate on.
         objective: (config) -> the model with what it is trained for.
         export_dtype: of the leaves, where all were trained: float32 or bfloat16.
         placement: the devices; None for all, which share the rows of a batch.
         distill: the teacher, if any.
+        epochs: passes over the examples; None where `options` say the steps.
 
     Returns:
         The trained model, as it is exported, and its evaluation.
@@ -98,7 +104,7 @@ def train(
     directory = run_directory.checked(directory)
     export_dtype = checks.Maybe(checks.dtype)("export_dtype", export_dtype)
     trained, teacher = objective(model.config), distill and distill.of(model, objective)
-    _check_divides(model.config, data, options, placement or Placement())
+    _check_options(model.config, data, options, epochs, placement or Placement())
     expected = _expected(trained, teacher)
     data, eval_data = _checked(model, trained, data, eval_data, expected)
     layout, said = {**model.layout, "expected": trained.expects}, _said(data, expected)
@@ -107,7 +113,7 @@ def train(
         trained,
         trained.add_leaves(model.params),
         batches,
-        options=options,
+        options=_lasting(options, epochs, data, expected, layout["max_segments"]),
         optimizer=optimizer,
         learning_rate=learning_rate,
         directory=directory,
@@ -119,14 +125,60 @@ def train(
     data.report(batches)
     params = _exported(trained, params, export_dtype)
     model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
-    _report(metrics, directory / EXPORT)
-    return model, metrics
+    return model, _reported(metrics, directory)
 
 
-def _report(metrics: dict[str, float], folder: pathlib.Path) -> None:
-    """Writes the metrics beside what was exported, and prints them."""
-    processes.from_first(lambda: files.write_json(folder.parent / "metrics.json", metrics))
-    print(f"exported to {folder}: {json.dumps(metrics, indent=2)}")
+def _check_lasts(options: trainer.TrainOptions, epochs: float | None) -> None:
+    """Raises ValueError unless the run lasts so many steps, or else so many epochs."""
+    checks.Maybe(EPOCHS)("EPOCHS", epochs)
+    if (options.total_steps is None) == (epochs is None):
+        raise ValueError(
+            f"give TRAIN_STEPS or EPOCHS, one of the two: got {options.total_steps} and {epochs}"
+        )
+
+
+def _lasting(
+    options: trainer.TrainOptions,
+    epochs: float | None,
+    data: Data,
+    expected: Expected,
+    max_segments: int | None,
+) -> trainer.TrainOptions:
+    """The options with the steps of so many epochs, which are said."""
+    if epochs is None:
+        return options
+    steps = steps_of(data, epochs, expected, max_segments)
+    count = len(data.chosen(expected))
+    say(f"{data.place}: EPOCHS={epochs} of {count:,} examples are {steps:,} steps")
+    return dataclasses.replace(options, total_steps=steps)
+
+
+def _reported(metrics: dict[str, float], directory: pathlib.Path) -> dict[str, float]:
+    """The metrics, which are written beside what was exported, drawn, and printed."""
+
+    def write():
+        files.write_json(directory / "metrics.json", metrics)
+        _draw(directory)
+
+    processes.from_first(write)
+    print(f"exported to {directory / EXPORT}: {json.dumps(metrics, indent=2)}")
+    return metrics
+
+
+def _draw(directory: pathlib.Path) -> None:
+    """Draws the run's `metrics.csv`, where there are one and matplotlib."""
+    if not importlib.util.find_spec("matplotlib") or not (directory / METRICS).exists():
+        return
+    from coda_jax.profiling.learning_curve import learning_curve
+
+    found = read_metrics(directory)
+    evaluation = {
+        name.removeprefix(EVALUATION): curve
+        for name, curve in found.items()
+        if name.startswith(EVALUATION)
+    }
+    with files.atomic(directory / CURVE) as path:
+        learning_curve(path, found, evaluation, directory.resolve().name)
 
 
 def _expected(trained: Model, teacher: Distillation | None) -> Expected:
@@ -136,10 +188,15 @@ def _expected(trained: Model, teacher: Distillation | None) -> Expected:
     return dataclasses.replace(trained.expects, targets=None)
 
 
-def _check_divides(
-    config: ModelConfig, data: Data, options: trainer.TrainOptions, placement: Placement
+def _check_options(
+    config: ModelConfig,
+    data: Data,
+    options: trainer.TrainOptions,
+    epochs: float | None,
+    placement: Placement,
 ) -> None:
-    """Raises ValueError where devices cannot share the model, or each part of a batch."""
+    """Raises ValueError where devices cannot share the model or a batch, or no end is said."""
+    _check_lasts(options, epochs)
     check_divides(config, placement)
     placement.check("BATCH_SIZE", data.batch_size, "data")
     parts = options.accumulation * placement.mesh.shape["data"]

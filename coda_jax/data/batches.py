@@ -85,7 +85,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self.num_truncated = 0
         self.longest = dict.fromkeys(FEATURES, 0)
         self._layout, self._on_cut = layout, on_cut
-        rows = _packed_rows if pack else _single_rows
+        rows = packed_rows if pack else _single_rows
         self._batches = _batches(
             rows(self._trimmed(examples), layout.lengths, max_segments),
             layout,
@@ -170,7 +170,10 @@ def _single_rows(examples, unused_lengths, unused_max_segments) -> Iterator[list
         yield [example]
 
 
-def _packed_rows(examples, lengths, max_segments) -> Iterator[list[Example]]:
+def packed_rows(
+    examples: Iterable[Example], lengths: Mapping[str, int], max_segments: int | None
+) -> Iterator[list[Example]]:
+    """The examples of each row, in order: as many as fit, and at most `max_segments`."""
     row: list[Example] = []
     used = dict.fromkeys(FEATURES, 0)
     for example in examples:

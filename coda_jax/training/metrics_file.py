@@ -15,6 +15,7 @@ from coda_jax import files
 
 METRICS = "metrics.csv"
 SPEED = "examples_per_second"  # the one metric that is another in each run: it is not in the file
+EVALUATION = "eval/"  # before the metrics of held-out data
 _STEP = "step"  # the first column
 
 Rows = dict[int, dict[str, float]]

@@ -78,11 +78,11 @@ class Progress:
                 )
         return self._pending
 
-    def show(self, metrics: Mapping[str, float]) -> None:
-        """Prints an evaluation's metrics above the bar."""
+    def show(self, metrics: Mapping[str, float], remark: str = "") -> None:
+        """Prints an evaluation's metrics above the bar, and what there is to say of them."""
         self._since = time.monotonic()
         values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._bar.write(f"step {self._step}: {values}")
+        self._bar.write(f"step {self._step}: {values}" + (remark and f" ({remark})"))
 
 
 def _total(sums: Sequence[Sums]) -> Sums:

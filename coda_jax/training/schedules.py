@@ -1,5 +1,8 @@
 """Learning rates over a run."""
 
+from collections.abc import Callable
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +13,37 @@ from coda_jax import checks
 RATE = checks.Number(above=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class OverRun:
+    """A schedule over the whole of a run, whose steps are not known yet.
+
+    Attributes:
+        make: (steps of the run) -> the schedule.
+    """
+
+    make: Callable[[int], optax.Schedule]
+
+
+Rate = optax.ScalarOrSchedule | OverRun
+
+
+def of_run(learning_rate: Rate, total_steps: int | None) -> optax.ScalarOrSchedule:
+    """The rate of a run of so many steps; ValueError where they are not known."""
+    total_steps = checks.COUNT("TrainOptions.total_steps", total_steps)
+    return learning_rate.make(total_steps) if isinstance(learning_rate, OverRun) else learning_rate
+
+
 def warmup_cosine(
-    peak_value: float, total_steps: int, warmup_steps: int = 20, end_value: float = 0.0
-) -> optax.Schedule:
+    peak_value: float,
+    total_steps: int | None = None,
+    warmup_steps: int = 20,
+    end_value: float = 0.0,
+) -> optax.Schedule | OverRun:
     """Linearly from 0 to a peak, then along a cosine to the end of the run.
 
     Args:
         peak_value: the greatest rate.
-        total_steps: of the run.
+        total_steps: of the run; None for those that it will have.
         warmup_steps: up to the peak; at most a quarter of the run.
         end_value: the rate at the end.
 
@@ -25,11 +51,15 @@ def warmup_cosine(
         ValueError: a value is out of its range.
     """
     peak_value = RATE("warmup_cosine.peak_value", peak_value)
-    total_steps = checks.COUNT("warmup_cosine.total_steps", total_steps)
+    total_steps = checks.Maybe(checks.COUNT)("warmup_cosine.total_steps", total_steps)
     warmup_steps = checks.Whole(0)("warmup_cosine.warmup_steps", warmup_steps)
     end_value = checks.Number(least=0, most=peak_value)("warmup_cosine.end_value", end_value)
-    warmup_steps = min(warmup_steps, total_steps // 4)
-    return optax.warmup_cosine_decay_schedule(0.0, peak_value, warmup_steps, total_steps, end_value)
+
+    def make(steps):
+        warmup = min(warmup_steps, steps // 4)
+        return optax.warmup_cosine_decay_schedule(0.0, peak_value, warmup, steps, end_value)
+
+    return OverRun(make) if total_steps is None else make(total_steps)
 
 
 def rate_or_schedule(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:

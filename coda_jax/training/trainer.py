@@ -19,11 +19,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from coda_jax import checks, methods, processes, trees
+from coda_jax import methods, processes, trees
 from coda_jax.objectives import Model
 from coda_jax.sharding import Placement
-from coda_jax.training import routing_schedule, run_identity, schedules
+from coda_jax.training import run_identity, schedules
+from coda_jax.training.best import Best
 from coda_jax.training.distillation import Distillation
+from coda_jax.training.metrics_file import EVALUATION
+from coda_jax.training.options import TrainOptions
 from coda_jax.training.progress import Progress
 from coda_jax.training.run_checkpoints import RunCheckpoints, Saved, recover
 from coda_jax.training.run_directory import (
@@ -34,7 +37,6 @@ from coda_jax.training.run_directory import (
     saved_steps,
 )
 from coda_jax.training.steps import (
-    NORM,
     Batch,
     Step,
     TrainState,
@@ -45,89 +47,8 @@ from coda_jax.training.steps import (
     steps_of,
 )
 
-_UNLOGGED = "unlogged"  # in a checkpoint: the steps since the last log entry, with their sums
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """How long and how often.
-
-    Attributes:
-        total_steps: steps of the whole run, those before a restart included.
-        accumulation: parts into which a batch is cut, to be worked through one after the other.
-        max_grad_norm: gradients are scaled down to this global norm; None for no limit.
-        seed: of dropout, of noise, and of the reductions that are drawn.
-        log_every: steps between log entries.
-        save_every: steps between checkpoints, each with an evaluation before it.
-        keep: checkpoints kept.
-        best_metric: the metric of an evaluation, one of the model's `metrics`, by which the kept
-            ones are chosen; None: by age.
-        reductions: each step trains at one of these r, drawn by the seed and the step, so that one
-            adapter serves at all of them; None for the model's own.
-        reduction_start: r goes from here to the model's own in the first half of the run, in
-            stages; 1 starts at the dense model; None for no such start.
-        epsilon_start: the temperature of the routing falls from here to the model's own, in stages;
-            None for the model's own throughout.
-    """
-
-    total_steps: int
-    accumulation: int = 1
-    max_grad_norm: float | None = 1.0
-    seed: int = 0
-    log_every: int = 20
-    save_every: int = 500
-    keep: int = 3
-    best_metric: str | None = None
-    reductions: tuple[float | tuple[float, ...], ...] | None = None
-    reduction_start: float | None = None
-    epsilon_start: float | None = None
-
-    def __post_init__(self):
-        counts = ("total_steps", "accumulation", "log_every", "save_every", "keep")
-        checks.fields(
-            self,
-            **dict.fromkeys(counts, checks.COUNT),
-            max_grad_norm=checks.Maybe(NORM),
-            seed=checks.SEED,
-            best_metric=checks.Maybe(checks.text),
-            **routing_schedule.CHECKS,
-        )
-
-    def methods_of(self, model: Model, step: int) -> tuple[methods.Method, ...]:
-        """The model's methods as they route at a step, counted from 0.
-
-        Raises:
-            ValueError: the options change a routing that the model does not have.
-        """
-        names = ("total_steps", "seed", *routing_schedule.CHECKS)
-        values = {name: getattr(self, name) for name in names}
-        return routing_schedule.routed(model.config.methods, step, **values)
-
-    def check_routing(self, model: Model) -> None:
-        """Raises ValueError where the model cannot route as the options say."""
-        for r in self.reductions or (None,):
-            options = dataclasses.replace(self, reductions=r and (r,))
-            for step in (0, self.total_steps - 1):
-                model.config.replace(methods=options.methods_of(model, step))
-
-    def best_mode(self, model: Model, evaluates: bool) -> str:
-        """Whether more of the best metric is better, "max", or less, "min".
-
-        Args:
-            model: that is trained.
-            evaluates: whether there is something to evaluate it on.
-
-        Raises:
-            ValueError: the model has no such metric, or is not evaluated.
-        """
-        if self.best_metric is None:
-            return "max"
-        name = f"TrainOptions.best_metric={self.best_metric!r}"
-        if self.best_metric not in model.metrics:
-            raise ValueError(f"{name} must be one of {[*model.metrics]} of {model.name!r}")
-        if not evaluates:
-            raise ValueError(f"{name} needs data to evaluate on, a split 'validation'")
-        return model.metrics[self.best_metric].better
+# In a checkpoint: the steps since the last log entry, with their sums; and the best evaluation.
+_UNLOGGED, _BEST = "unlogged", "best"
 
 
 def evaluate(
@@ -172,21 +93,21 @@ def train(
     *,
     options: TrainOptions,
     optimizer: Callable[..., optax.GradientTransformation],
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: schedules.Rate,
     directory: str | os.PathLike,
     run: Mapping[str, Any],
     eval_batches: Callable[[], Iterable[Batch]] | None = None,
     placement: Placement | None = None,
     distillation: Distillation | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Trains from `params`, or from the newest checkpoint in `directory`, to the last step.
+    """Trains from `params`, or from the newest checkpoint in `directory`, to the end.
 
     Args:
         model, params: what to train, and the parameters to start from.
         batches: of the whole run, in one order; a restarted run skips those that it took.
         options: how long and how often.
         optimizer: for example `optax.adamw`; called as `optimizer(learning_rate=...)`.
-        learning_rate: a number or an optax schedule.
+        learning_rate: a number, an optax schedule, or one that takes the run's steps.
         directory: of the run's checkpoints and logs.
         run: what identifies the data, as JSON; "eval_data" only where `best_metric` is set.
         eval_batches: makes a pass over the evaluation data.
@@ -202,19 +123,19 @@ def train(
         FloatingPointError: a loss, a metric or what would be saved was not finite; it is not saved.
         Interruption: SIGTERM, SIGHUP or Ctrl-C came; the state is saved.
     """
-    best_mode = options.best_mode(model, eval_batches is not None)
+    mode = options.best_mode(model, eval_batches is not None)
+    learning_rate = schedules.of_run(learning_rate, options.total_steps)
     rate = schedules.checked(learning_rate, options.total_steps)
     options.check_routing(model)
     first, batches = _peek(batches, options)
     _announce(model, params, distillation, first)
-    own = run_identity.identify(
-        model, params, options, optimizer, learning_rate, first, distillation
-    )
-    run = run_identity.run_file({**own, **run}, placement := placement or Placement())
+    of_run = model, params, options, optimizer, learning_rate, first, distillation
+    run = run_identity.identify(*of_run) | dict(run)
+    run = run_identity.run_file(run, placement := placement or Placement())
     with (
         owned(directory := pathlib.Path(directory).absolute()),
         interruption() as requests,
-        _checkpoints(directory, run, options, best_mode) as kept,
+        _checkpoints(directory, run, options, mode) as kept,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
         state, frozen, step = _start(model, params, transform, options, placement, distillation)
@@ -223,9 +144,8 @@ def train(
             loop = _Loop(
                 model, frozen, placement, options, eval_batches, kept, write, requests, rate, step
             )
-            best = kept.best(loop.run(saved, batches))
-    trained = processes.fetch(best.state.trained)
-    return trees.merge(trained, partition(model, params)[1]), best.metrics
+            state, metrics, _ = kept.best(loop.run(saved, batches))
+    return trees.merge(processes.fetch(state.trained), partition(model, params)[1]), metrics
 
 
 def _start(
@@ -297,6 +217,12 @@ class _Loop:
     rate: Callable[[int], float]
     step: Callable[[int], Step]
 
+    @functools.cached_property
+    def best(self) -> Best:
+        """The best evaluation so far."""
+        mode = self.options.best_mode(self.model, self.eval_batches is not None)
+        return Best(self.options.best_metric, mode, self.options.patience)
+
     def _saves_at(self, number: int) -> bool:
         """Whether a checkpoint, with an evaluation, is due after a step."""
         return number % self.options.save_every == 0 or number == self.options.total_steps
@@ -309,7 +235,9 @@ class _Loop:
         batches = self.eval_batches()
         metrics = evaluate(self.model, params, batches, self.placement, self.requests)
         if metrics is not None:
-            self.write(int(state.step), {f"eval/{name}": x for name, x in metrics.items()})
+            number = int(state.step)
+            self.write(number, {f"{EVALUATION}{name}": x for name, x in metrics.items()})
+            self.best.note(number, metrics)
         return metrics
 
     def _of_methods(self, state: TrainState) -> dict[str, float]:
@@ -322,6 +250,13 @@ class _Loop:
         trained = processes.fetch(state.trained) if own else {}
         return {name: x for method in own for name, x in method.progress(trained).items()}
 
+    def _begins(self, number: int) -> str:
+        """What a run that goes on from a checkpoint does."""
+        if self.best.is_over:
+            return "the run is finished: by its patience it ended"
+        finished = number == self.options.total_steps
+        return "the run is finished: it ended" if finished else "continuing"
+
     def _stop(self, number: int) -> None:
         of = f"of {self.options.total_steps}"
         self.requests.stop(f"step {number} {of} is saved" if number else f"before step 1 {of}")
@@ -333,15 +268,17 @@ class _Loop:
             saved: the checkpoint that the run goes on from, or the first state.
             batches: of the whole run.
         """
-        state, evaluated, carried = saved
+        state, metrics, carried = saved
         number, total = int(state.step), self.options.total_steps
+        self.best.go_on(number, metrics, carried.get(_BEST))
+        unevaluated = number and not metrics and self._saves_at(number)
+        if unevaluated and (metrics := self._evaluated(state)) is not None:
+            self.checkpoints.replace(state, metrics, carried | {_BEST: self.best.carried})
         if number:
-            done = "the run is finished: it ended" if number == total else "continuing"
-            print(f"{done} at step {number} of {total}", flush=True)
-        cut_off = number and not evaluated and self._saves_at(number)
-        if cut_off and (metrics := self._evaluated(state)) is not None:
-            self.checkpoints.replace(state, metrics, carried)
+            print(f"{self._begins(number)} at step {number} of {total}", flush=True)
         self._stop(number)
+        if self.best.is_over:
+            return state
         unlogged = carried.get(_UNLOGGED, ())
         with Progress(total, number, self.model.report, unlogged) as progress:
             for batch in itertools.islice(batches, number, total):
@@ -357,10 +294,14 @@ class _Loop:
                     self.write(number, progress.flush() | {"learning_rate": rate} | own)
                 metrics = self._evaluated(state) if saving else None
                 if metrics is not None:
-                    progress.show(metrics | {k: x for k, x in own.items() if "/" not in k})
+                    own = {name: x for name, x in own.items() if "/" not in name}
+                    progress.show(metrics | own, self.best.said)
                 if saving or self.requests():
-                    self.checkpoints.save(state, metrics, {_UNLOGGED: progress.unlogged()})
+                    carried = {_UNLOGGED: progress.unlogged(), _BEST: self.best.carried}
+                    self.checkpoints.save(state, metrics, carried)
                     self._stop(number)
+                if self.best.is_over:
+                    return state
         if number < total:
             raise ValueError(f"the data ended after {number} of {total} batches")
         return state

@@ -153,6 +153,26 @@ def test_what_is_missing_or_out_of_place_is_told(command, files, bindings, messa
     assert len(str(told.value).splitlines()) == 1
 
 
+def values(*names):
+    """Of macros."""
+    return [gin.query_parameter(f"{name}/macro.value") for name in names]
+
+
+def test_epochs_of_ones_own_take_the_place_of_the_packages_steps(tmp_path):
+    given = [MODEL, "MODEL_DIR=x"]
+    configure(TRAIN, [], [*given, "EPOCHS=3"], "train")
+    assert values("TRAIN_STEPS", "EPOCHS") == [None, 3]
+    own = tmp_path / "own.gin"
+    own.write_text("TRAIN_STEPS = 7\n")
+    configure([*TRAIN, str(own)], [], given, "train")
+    assert values("TRAIN_STEPS", "EPOCHS") == [7, None]
+    configure([*TRAIN, str(own)], [], [*given, "EPOCHS=3", "TRAIN_STEPS=None"], "train")
+    assert values("TRAIN_STEPS", "EPOCHS") == [None, 3]
+    named = rf"TRAIN_STEPS or EPOCHS, one of the two: {re.escape(str(own))}:1 and --gin.EPOCHS=3"
+    with pytest.raises(UsageError, match=named):
+        configure([*TRAIN, str(own)], [], [*given, "EPOCHS=3"], "train")
+
+
 @pytest.mark.parametrize("files", list(itertools.permutations(TRAIN)))
 def test_files_in_any_order_configure_the_same(files):
     configure(TRAIN, [], [MODEL, "MODEL_DIR=x"], "train")

@@ -38,11 +38,12 @@ def cut_at(number, kill=False):
         yield batch
 
 
-def stopping(after):
-    """Evaluation data; the run is asked to stop after some of its batches."""
-    yield from make_batches(after)
+def stopping():
+    """Evaluation data; the run is asked to stop before the last of its batches."""
+    first, last = make_batches(2)
+    yield first
     os.kill(os.getpid(), signal.SIGTERM)
-    yield from make_batches(2 - after)
+    yield last
 
 
 def test_each_step_has_a_row_and_what_was_not_measured_is_empty(uncut):
@@ -69,17 +70,27 @@ def test_the_loss_of_a_row_is_the_mean_since_the_row_before(uncut, tmp_path):
     np.testing.assert_allclose(rows, expected, rtol=1e-6)
 
 
+def more(*cuts, name):
+    """A case of `make test-all`."""
+    return pytest.param([*cuts], id=name, marks=pytest.mark.all)
+
+
 @pytest.mark.parametrize(
     "cuts",
     [
-        [{"batches": lambda: cut_at(3)}],
-        [{"batches": lambda: cut_at(9)}, {"batches": lambda: cut_at(11)}],  # without a row between
-        [{"batches": lambda: cut_at(4)}, {"batches": lambda: cut_at(6)}],  # with a row, and saved
-        [{"eval_batches": lambda: stopping(1)}],
-        [{"batches": lambda: cut_at(11, kill=True)}],
-        [{"batches": lambda: cut_at(7)}, {"batches": lambda: cut_at(9, kill=True)}],
+        more({"batches": lambda: cut_at(3)}, name="once"),
+        pytest.param(  # without a row between them
+            [{"batches": lambda: cut_at(9)}, {"batches": lambda: cut_at(11)}], id="twice"
+        ),
+        more({"batches": lambda: cut_at(4)}, {"batches": lambda: cut_at(6)}, name="at_rows"),
+        more({"eval_batches": stopping}, name="in_evaluation"),
+        more({"batches": lambda: cut_at(11, kill=True)}, name="killed"),
+        more(
+            {"batches": lambda: cut_at(7)},
+            {"batches": lambda: cut_at(9, kill=True)},
+            name="stopped_then_killed",
+        ),
     ],
-    ids=["once", "twice", "at_rows", "in_evaluation", "killed", "stopped_then_killed"],
 )
 def test_a_run_that_was_cut_off_writes_the_bytes_of_an_uncut_one(tmp_path, uncut, cuts):
     for cut in cuts:
@@ -143,10 +154,11 @@ def test_a_file_that_is_removed_while_a_run_writes_comes_back_whole(tmp_path):
         (b"\n", "metrics.csv:1 "),
     ],
 )
-def test_a_file_that_no_run_writes_is_refused_before_training(tmp_path, content, named):
+def test_a_file_that_no_run_writes_is_refused_and_stays(tmp_path, content, named):
     (tmp_path / METRICS).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{named}.*: move the file away"):
-        run(tmp_path)
+    for use in (read_metrics, lambda folder: MetricsFile(folder, 0)):
+        with pytest.raises(ValueError, match=f"{named}.*: move the file away"):
+            use(tmp_path)
     assert (tmp_path / METRICS).read_bytes() == content
 
 

@@ -24,7 +24,7 @@ from training_runs import Quick, make_batches
 
 from coda_jax.data.cache import write_cache
 from coda_jax.training import run_directory
-from coda_jax.training.metrics_file import read_metrics
+from coda_jax.training.metrics_file import METRICS, read_metrics
 from coda_jax.training.run_directory import Interruption, interruption, owned
 
 run = functools.partial(training_runs.run, model=Quick)
@@ -165,6 +165,7 @@ def test_a_run_that_is_asked_to_stop_ends_like_an_uncut_one(tmp_path, finished, 
     _, after, _ = run(tmp_path)
     assert "continuing at step 2 of 6" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, after, finished[2])
+    assert (tmp_path / METRICS).read_bytes() == (finished[0] / METRICS).read_bytes()
 
 
 def test_an_evaluation_is_cut_off_and_made_up_for(tmp_path, finished, capsys):
@@ -186,6 +187,7 @@ def test_an_evaluation_is_cut_off_and_made_up_for(tmp_path, finished, capsys):
     assert json.loads(contents.read_text())["evaluation"].keys() == metrics.keys()
     jax.tree.map(np.testing.assert_array_equal, after, finished[2])
     assert metrics == finished[3]
+    assert (tmp_path / METRICS).read_bytes() == (finished[0] / METRICS).read_bytes()
     assert not (tmp_path / ".replaced").exists()
 
 
@@ -355,5 +357,5 @@ def test_killed_runs_end_like_uncut_ones_without_tensorflow(tmp_path, cache):
         for path in a.files:
             np.testing.assert_array_equal(a[path], b[path], err_msg=path)
     adapter = "export/adapter/adapter.safetensors"
-    for name in (adapter, "metrics.csv"):
+    for name in (adapter, METRICS):
         assert (uncut / name).read_bytes() == (killed / name).read_bytes()
