@@ -12,6 +12,7 @@ from coda_jax.commands import evaluate
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.objectives import NOT_FINITE, model_for
+from coda_jax.sharding import Placement
 
 CONFIG = config(coda={"reduction": 2.0}, num_encoder_layers=1)
 SMALL = config(num_encoder_layers=1, num_decoder_layers=1)
@@ -107,6 +108,25 @@ def test_all_candidates_come_with_their_scores(rng):
         assert tokens.shape == (2, 5) and scores.shape == (2,) and scores[0] >= scores[1]
         np.testing.assert_array_equal(tokens[0], best[index])
         assert (tokens[0] != tokens[1]).any()
+
+
+@pytest.mark.parametrize(("devices", "sizes"), [(1, [8, 8, 1, 2, 4, 8]), (2, [8, 8, 2, 2, 4, 8])])
+def test_a_list_that_is_shorter_than_a_batch_takes_a_smaller_one(rng, devices, sizes):
+    placement = Placement(devices=jax.devices()[:devices])
+    decoding = Decoding(max_decode_length=3, batch_size=8)
+    predictor = Predictor(SMALL, random_params(SMALL), decoding, placement=placement)
+    found = []
+
+    def answered(params, batch):
+        found.append(len(batch))
+        return np.repeat(batch[:, :1], 3, axis=1)[:, None], np.zeros((len(batch), 1))
+
+    predictor._generate = answered
+    texts = inputs(rng, [9, 3, 12, 5, 7, 4, 8, 6, 2, 11])
+    for count in (10, 1, 2, 3, 7):
+        answers = dict(predictor(texts[:count]))
+        assert [answers[i][0] for i in range(count)] == [text[0] for text in texts[:count]]
+    assert found == sizes
 
 
 @pytest.mark.all
@@ -278,29 +298,23 @@ def test_encodings_that_are_not_finite_are_none(embed):
 
 def test_metrics_of_a_head_that_are_not_finite_name_the_input():
     cfg = SMALL.encoder_only().replace(head="classification", labels=("a", "b"))
-    texts = np.array([[3, 1], [4, 1], [5, 1], [19, 1]], np.int32)
-    targets = np.zeros((4, 1), np.int32)
+    texts = ([3, 1], [4, 1], [5, 1], [19, 1])
 
     class Examples:
-        """Two batches of two."""
+        """Four texts."""
 
-        task, batch_size = "task", 2
+        task = "task"
 
         def check(self, expected):
             """As of `Data`."""
 
-        def batches(self, **layout):
+        def chosen(self, expected):
             """As of `Data`."""
-            for half in (slice(2), slice(2, 4)):
-                yield {
-                    "encoder_input_tokens": texts[half],
-                    "decoder_target_tokens": targets[half],
-                    "decoder_loss_weights": np.ones_like(targets[half]),
-                }
+            return [{"inputs": np.array(text), "targets": np.array([0])} for text in texts]
 
     model = LoadedModel(cfg, broken(random_params(cfg), 19), None)
     with pytest.raises(FloatingPointError, match="no answer to input 3 "):
-        evaluate._of_head(model, Examples(), Decoding(batch_size=2))
+        evaluate._of_head(model, Examples(), Decoding(batch_size=2), None, None)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused_before_any_input():

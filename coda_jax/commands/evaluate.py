@@ -1,24 +1,27 @@
 """`coda evaluate`: the metrics of a task, from decoded outputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import json
-import math
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from coda_jax import checks, files, processes
 from coda_jax.commands.loading import LoadedModel, held_at_once, with_checkpoint_defaults
-from coda_jax.data import jsonl
+from coda_jax.data import classes, jsonl
 from coda_jax.data.labels import check_labels
 from coda_jax.data.reports import say
 from coda_jax.data.source import Data
+from coda_jax.data.vocabularies import Vocabulary
 from coda_jax.inference import Decoding, Encodings, Predictor
-from coda_jax.models import placed
 from coda_jax.objectives import model_for
 from coda_jax.sharding import Placement
+
+Lines = Iterable[Mapping[str, Any]]
 
 
 def evaluate(
@@ -29,12 +32,14 @@ def evaluate(
     split: str | None = None,
     output: str | None = None,
     placement: Placement | None = None,
-) -> dict[str, dict[str, float]]:
+    predictions: str | None = None,
+    confusion: str | None = None,
+) -> dict[str, dict[str, Any]]:
     """Decodes the inputs of a task and compares the best outputs with its targets.
 
     Outputs may be as long as the longest target needs. Inputs and outputs that are cut are counted
     and said. A model with a head for labels or numbers is compared with those of a task of
-    `data.labels`.
+    `data.labels`; of labels there are also precision, recall and F1, see `data.classes`.
 
     Args:
         model: what to evaluate.
@@ -44,6 +49,8 @@ def evaluate(
         split: of the task; None for "validation" or else the only one.
         output: JSON file for the metrics.
         placement: the devices; None for all, which share the rows of a batch.
+        predictions: JSONL file for each example, its "prediction", and its "score" or "scores".
+        confusion: PNG file for a picture of which labels were taken for which.
 
     Returns:
         {task: {metric: value}}.
@@ -52,9 +59,7 @@ def evaluate(
         ValueError: the task has no such split, no metrics, or examples that the model cannot take.
         FloatingPointError: what the model gives for an input is not finite; its number is named.
     """
-    checks.paths(OUTPUT=output)
-    if output is not None:
-        files.prepare(output)
+    _check_files(model, output, predictions, confusion)
     lengths = dict(feature_lengths or {})
     if decoding.max_input_length is not None:
         lengths["inputs"] = decoding.max_input_length
@@ -66,52 +71,94 @@ def evaluate(
         say(f"at most {limit:,} inputs are kept; the adapter was trained with {known:,}")
     data.check_vocabulary(**model.vocabulary)
     check_labels(task, model_for(model.config).describes)
+    decoding = dataclasses.replace(decoding, max_input_length=limit)
     if model_for(model.config).describes:
-        found = _of_head(model, data, decoding, placement)
+        found, lines = _of_head(model, data, decoding, placement, confusion)
     else:
-        found = _of_texts(model, data, decoding, placement)
+        found, lines = _of_texts(model, data, decoding, placement)
     print(json.dumps(found, indent=2))
     if output is not None and processes.is_first():
         files.write_json(output, found)
+    if predictions is not None and processes.is_first():
+        texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        files.write_text(predictions, "".join(texts))
     return found
 
 
-def _of_head(
-    model: LoadedModel, data: Data, decoding: Decoding, placement: Placement | None = None
-) -> dict[str, dict[str, float]]:
-    """{task: metrics} of a head."""
-    from coda_jax.training import trainer  # Here: it imports orbax, which nothing else needs.
+def _check_files(
+    model: LoadedModel, output: str | None, predictions: str | None, confusion: str | None
+) -> None:
+    """Raises ValueError where a file cannot be written, or has nothing to show."""
+    given = {"OUTPUT": output, "PREDICTIONS": predictions, "CONFUSION": confusion}
+    checks.paths(**given)
+    if confusion is not None and not _labels(model):
+        raise ValueError(f"CONFUSION={confusion!r} is of labels, and the model has none")
+    for path in given.values():
+        if path is not None:
+            files.prepare(path)
+    if confusion is not None:
+        _picture()  # what it needs is missed before anything is computed
 
+
+def _of_head(
+    model: LoadedModel,
+    data: Data,
+    decoding: Decoding,
+    placement: Placement | None,
+    confusion: str | None,
+) -> tuple[dict[str, dict[str, Any]], Lines]:
+    """{task: metrics} of a head, and a line for each example."""
     decoding.check_encodes()
-    objective, placement = model_for(model.config), placement or Placement()
+    objective = model_for(model.config)
     data.check(objective.expects)
-    made = functools.partial(data.batches, repeat=False, **model.layout, expected=objective.expects)
-    params = placed(model.config, model.params, placement)
-    metrics = trainer.evaluate(objective, params, made(), placement)
-    if not all(map(math.isfinite, metrics.values())):
-        encodings = Encodings(model.config, model.params, decoding, placement=placement)
-        for number, batch in enumerate(made()):
-            list(encodings(list(batch["encoder_input_tokens"]), number * data.batch_size))  # raises
-        raise FloatingPointError(f"metrics are not finite: {metrics}")
-    return {data.task: metrics}
+    examples = data.chosen(objective.expects)
+    encodings = Encodings(model.config, model.params, decoding, placement=placement)
+    outputs = _in_order(encodings, data.task, examples, held_at_once(model, decoding))
+    outputs = np.stack([found for (found,) in outputs])
+    for line in encodings.cuts():
+        say(line)
+    targets = np.stack([example["targets"] for example in examples])
+    batch = {"decoder_target_tokens": targets, "decoder_loss_weights": np.ones_like(targets)}
+    _, sums = objective.loss_of(jnp.asarray(outputs), batch)
+    metrics: dict[str, Any] = objective.report(sums)
+    if labels := _labels(model):
+        counts = classes.confusion(targets[:, 0], outputs.argmax(-1), len(labels))
+        metrics |= classes.scores(counts, labels)
+        if confusion is not None and processes.is_first():
+            with files.atomic(confusion) as new:
+                _picture()(new, counts, labels, data.place)
+    columns = jsonl.TASKS[data.task].columns[data.split]
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    lines = ({**row, **objective.describe(x)} for row, x in zip(rows, outputs, strict=True))
+    return {data.task: metrics}, lines
+
+
+def _labels(model: LoadedModel) -> Sequence[str]:
+    return getattr(model.config, "labels", ())
+
+
+def _picture() -> Callable[..., None]:
+    from coda_jax.profiling.confusion import confusion_picture  # Here: it imports matplotlib.
+
+    return confusion_picture
 
 
 @dataclasses.dataclass
 class _Scored:
-    """A task: its examples, and (outputs of each) -> metrics."""
+    """A task: its examples, and (outputs of each) -> metrics; and what each is in words."""
 
     name: str
     examples: Sequence[Mapping[str, Any]]
     score: Callable[[Sequence[Sequence[int]]], dict[str, float]]
+    rows: Lines
 
 
 def _of_texts(
     model: LoadedModel, data: Data, decoding: Decoding, placement: Placement | None
-) -> dict[str, dict[str, float]]:
-    """{task: metrics} of generated texts."""
+) -> tuple[dict[str, dict[str, float]], Lines]:
+    """{task: metrics} of generated texts, and a line for each example."""
     tasks = _tasks(data)
     targets = max(len(example["targets"]) for task in tasks for example in task.examples)
-    decoding = dataclasses.replace(decoding, max_input_length=data.feature_lengths["inputs"])
     predictor = Predictor(
         model.config,
         model.params,
@@ -120,10 +167,19 @@ def _of_texts(
         placement,
     )
     held = held_at_once(model, predictor.decoding)
-    found = {task.name: task.score(_outputs(predictor, task, held)) for task in tasks}
+    found, lines = {}, []
+    for task in tasks:
+        outputs = _in_order(predictor.candidates, task.name, task.examples, held)
+        tokens = [candidates[0].tolist() for candidates, _ in outputs]
+        found[task.name] = task.score(tokens)
+        named = {"task": task.name} if len(tasks) > 1 else {}
+        lines += [
+            {**named, **row, "prediction": data.vocabulary.decode(best), "score": float(scores[0])}
+            for row, best, (_, scores) in zip(task.rows, tokens, outputs, strict=True)
+        ]
     for line in predictor.cuts():
         say(line)
-    return found
+    return found, lines
 
 
 def _tasks(data: Data) -> list[_Scored]:
@@ -131,23 +187,51 @@ def _tasks(data: Data) -> list[_Scored]:
     if data.task in jsonl.TASKS:
         task = jsonl.TASKS[data.task]
         score = functools.partial(task.metrics, data.split)
-        return [_Scored(task.name, task.examples(data.split), score)]
+        columns = task.columns[data.split]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [_Scored(task.name, task.examples(data.split), score, rows)]
     from coda_jax.data import seqio_tasks
 
     return [
-        _Scored(task.name, examples, functools.partial(seqio_tasks.metrics_of, task, examples))
+        _Scored(
+            task.name,
+            examples,
+            functools.partial(seqio_tasks.metrics_of, task, examples),
+            [_in_words(example, data.vocabulary) for example in examples],
+        )
         for task, examples in seqio_tasks.evaluated(data.task, data.split, data.feature_lengths)
     ]
 
 
-def _outputs(predictor: Predictor, task: _Scored, size: int) -> list[list[int]]:
-    """The tokens of the best output of each example."""
-    outputs: list[list[int]] = [[]] * len(task.examples)
+def _in_words(example: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, str]:
+    """The sides of an example that are texts."""
+    return {
+        key: vocabulary.decode(example[key].tolist())
+        for key in ("inputs", "targets")
+        if np.issubdtype(example[key].dtype, np.integer)
+    }
+
+
+def _in_order(
+    answers: Callable[..., Iterable[tuple]],
+    name: str,
+    examples: Sequence[Mapping[str, Any]],
+    size: int,
+) -> list[tuple]:
+    """What is answered to each example: without its index, which comes first.
+
+    Args:
+        answers: (inputs, number of the first) -> (index, ...) of each, in any order.
+        name: of the task, for the progress bar.
+        examples: with "inputs".
+        size: examples held at once.
+    """
+    found: list[tuple] = [()] * len(examples)
     silent = not processes.is_first()
-    with tqdm(total=len(outputs), desc=task.name, unit="example", disable=silent) as progress:
-        for start in range(0, len(outputs), size):
-            inputs = [example["inputs"] for example in task.examples[start : start + size]]
-            for place, tokens in predictor(inputs, first=start):
-                outputs[start + place] = tokens.tolist()
+    with tqdm(total=len(found), desc=name, unit="example", disable=silent) as progress:
+        for start in range(0, len(found), size):
+            inputs = [examples[i]["inputs"] for i in range(start, min(start + size, len(found)))]
+            for place, *answer in answers(inputs, first=start):
+                found[start + place] = tuple(answer)
                 progress.update()
-    return outputs
+    return found

@@ -13,8 +13,9 @@ Without seqio and TensorFlow:
 - `stop_texts`: the table by which a compiled program finds the texts that end an output.
 - `jsonl`: JSONL files and tasks over them.
 - `labels`: JSONL files of texts with a class or a number.
-- `scores`: how texts are compared.
+- `scores`, `classes`: how texts, and how classes, are compared.
 - `source`: `Data`, which finds the examples of a task's name or of a cache file.
+- `epoch_steps`: how many steps are so many epochs.
 - `reports`: what is said of them.
 
 With them:

@@ -15,4 +15,6 @@
 | `comparison_svg` | quality over speed as an SVG with links |
 | `comparison_page` | all of it in one HTML file |
 | `labels` | where ticks and labels of a picture stand |
+| `learning_curve` | a picture of a run's metrics |
+| `confusion` | a picture of which classes were taken for which |
 """

@@ -94,15 +94,37 @@ def test_a_head_is_not_trained_with_all_of_its_base(base, files, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def check_scores(found, pairs):
+    """The metrics are those of (label, prediction), each counted by hand."""
+    for label, of_class in found["classes"].items():
+        right = pairs.count((label, label))
+        there = sum(true == label for true, _ in pairs)
+        taken = sum(answer == label for _, answer in pairs)
+        assert of_class["examples"] == there
+        assert of_class["recall"] == pytest.approx(right / there)
+        assert of_class["precision"] == pytest.approx(right / taken if taken else 0)
+        assert of_class["f1"] == pytest.approx(2 * right / (there + taken))
+    for name in ("precision", "recall", "f1"):
+        values = [of_class[name] for of_class in found["classes"].values()]
+        assert found[name] == pytest.approx(sum(values) / len(values))
+
+
 def test_evaluate_and_predict_agree_with_the_run(trained, tmp_path):
     folder, given = trained
     task = {key: value for key, value in given.items() if key not in ("TRAIN_FILE", "HEAD")}
     adapter = {"INITIAL_ADAPTER_PATH": folder / "export" / "adapter"}
-    output = {"OUTPUT": tmp_path / "metrics.json"}
+    output = {"OUTPUT": tmp_path / "metrics.json", "PREDICTIONS": tmp_path / "each.jsonl"}
+    if given["HEAD"] == "classification":
+        output["CONFUSION"] = tmp_path / "confusion.png"
     coda("evaluate", ["runs/evaluate.gin", "tasks/labels.gin"], {**task, **adapter, **output})
     (found,) = json.loads((tmp_path / "metrics.json").read_text()).values()
     expected = json.loads((folder / "metrics.json").read_text())
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    each = [json.loads(line) for line in (tmp_path / "each.jsonl").read_text().splitlines()]
+    if given["HEAD"] == "classification":
+        assert [{key: line[key] for key in ROWS[0]} for line in each] == ROWS
+        check_scores(found, [(line["label"], line["prediction"]) for line in each])
+        assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"inputs": row["inputs"]}) + "\n" for row in ROWS))
@@ -111,6 +133,8 @@ def test_evaluate_and_predict_agree_with_the_run(trained, tmp_path):
     coda("predict", ["runs/predict.gin"], given)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     answers = [line["prediction"] for line in lines]
+    together = [line["prediction"] for line in each]
+    assert together == (answers if "accuracy" in expected else pytest.approx(answers, abs=1e-4))
     if "accuracy" in expected:
         right = [a == row["label"] for a, row in zip(answers, ROWS, strict=True)]
         assert sum(right) / len(right) == pytest.approx(expected["accuracy"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 from command_line import coda, flags
 from helpers import ADAPTER, config, method_of, random_params
@@ -13,6 +14,7 @@ from coda_jax.commands.loading import load_model
 from coda_jax.data.cache import read_cache
 from coda_jax.data.source import Data
 from coda_jax.methods import Coda, ParallelAdapter
+from coda_jax.training.metrics_file import read_metrics
 
 CONFIG = config(vocab_size=384, num_encoder_layers=1)
 LENGTHS = {"inputs": 8, "targets": 4}
@@ -76,19 +78,61 @@ def test_train_exports_an_adapter_for_the_checkpoint(trained, checkpoint):
     )
     assert cfg.methods == (Coda(reduction=3), ParallelAdapter(bottleneck=4))
     assert np.asarray(params["encoder"]["layers_0"]["adapter"]["wo"]["kernel"]).any()
-    assert json.loads((trained / "metrics.json").read_text()).keys() >= {"loss", "exact_match"}
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics.keys() >= {"loss", "exact_match"}
+    curves = read_metrics(trained)
+    assert {name: curves[f"eval/{name}"][-1] for name in metrics} == {
+        name: (24, value) for name, value in metrics.items()
+    }
+    assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_epochs_are_so_many_steps(shared, trained, tmp_path, capsys):
+    """24 examples in batches of 4: four epochs are the steps of the run above."""
+    files = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
+    given = shared | {"ParallelAdapter.bottleneck": 4, "EPOCHS": 4}
+    same = shutil.copytree(trained, tmp_path / "same")
+    coda("train", files, given | {"MODEL_DIR": same})
+    said = capsys.readouterr()
+    assert "train.jsonl: EPOCHS=4 of 24 examples are 24 steps" in said.err
+    assert "the run is finished: it ended at step 24 of 24" in said.out
+
+
+@pytest.mark.all
+def test_an_early_end_exports_the_best(shared, tmp_path):
+    files = ["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"]
+    given = shared | {"ParallelAdapter.bottleneck": 4, "MODEL_DIR": tmp_path / "early"}
+    given |= {"BEST_METRIC": "token_accuracy", "PATIENCE": 1, "TrainOptions.save_every": 1}
+    coda("train", files, given)
+    curve = read_metrics(tmp_path / "early")["eval/token_accuracy"]
+    assert len(curve) < 1000 and curve[-1][1] <= curve[-2][1]
+    exported = json.loads((tmp_path / "early" / "metrics.json").read_text())
+    assert exported["token_accuracy"] == curve[-2][1] == max(value for _, value in curve)
 
 
 def test_evaluate_agrees_with_the_evaluation_during_training(trained, shared, tmp_path):
     given = {
         "INITIAL_ADAPTER_PATH": trained / "export" / "adapter",
         "OUTPUT": tmp_path / "metrics.json",
+        "PREDICTIONS": tmp_path / "each.jsonl",
         "Decoding.max_decode_length": 4,
     }
     coda("evaluate", ["runs/evaluate.gin", "tasks/jsonl.gin"], shared | given)
+    each = [json.loads(line) for line in (tmp_path / "each.jsonl").read_text().splitlines()]
+    lines = shared["VALIDATION_FILE"].read_text().splitlines()
+    assert [{key: line[key] for key in ("inputs", "targets")} for line in each] == [
+        *map(json.loads, lines)
+    ]
     (metrics,) = json.loads((tmp_path / "metrics.json").read_text()).values()
     during = json.loads((trained / "metrics.json").read_text())
     assert metrics["accuracy"] == pytest.approx(100 * during["exact_match"], abs=1e-4)
+    right = sum(line["prediction"] == line["targets"] for line in each)
+    assert metrics["accuracy"] == pytest.approx(100 * right / len(each))
+    assert all(line["score"] < 0 for line in each)
+    with pytest.raises(
+        ValueError, match=r"CONFUSION='c\.png' is of labels, and the model has none"
+    ):
+        coda("evaluate", ["runs/evaluate.gin", "tasks/jsonl.gin"], shared | {"CONFUSION": "c.png"})
 
 
 def test_predict_answers_in_order(trained, checkpoint, tmp_path):
