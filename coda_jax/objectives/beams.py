@@ -55,9 +55,13 @@ class T5XRules:
     def best_possible_score(
         self, log_probs: Float[Array, "b 1"], new_tokens: Int[Array, ""]
     ) -> Float[Array, "b 1"]:
-        """What the best live beams may still score, [B, 1]: as they are, at the greatest length."""
-        del new_tokens
-        return log_probs / self._penalty(self.longest + 1)
+        """What the best live beams may still score, [B, 1].
+
+        As they are, at the length that is best for a sum of log-probabilities, which is not above
+        0: the greatest, or with a negative alpha the next.
+        """
+        longest = self._penalty(self.longest + 1)
+        return log_probs / jnp.maximum(longest, self._penalty(self.prefix_length + new_tokens + 1))
 
     def finishing(self, ended: Bool[Array, "b n"], at_end: Bool[Array, ""]) -> Bool[Array, "b n"]:
         """Which of the 2M continuations [B, 2M], best first, may become finished beams."""
