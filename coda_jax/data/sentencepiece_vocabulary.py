@@ -1,5 +1,8 @@
 """The vocabulary of a SentencePiece file, `spiece.model`. Ids and texts are those of seqio's.
 
+A sentinel is one wherever it stands. seqio's, whose pieces begin with a space, are letters behind
+any other character, as in `f(<extra_id_0>)`: one without the space gets it here, as it is decoded.
+
 Of two ways to divide a text with equal scores, such as 0 00 and 00 0, rounding picks one: the sum
 of the scores before a piece is float32, that with the piece float64, and it must be the larger one.
 So do SentencePiece up to 0.2.1 and tensorflow-text, with which seqio and T5X divide texts. From
@@ -10,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 import os
+import re
 import struct
 
 import sentencepiece
@@ -19,6 +23,7 @@ from coda_jax.data.vocabulary_files import (
     EXTRA_IDS,
     LOCAL,
     NAMES,
+    SENTINEL,
     SIDE_FILES,
     SPACED_SENTINEL,
     SPIECE,
@@ -28,6 +33,8 @@ from coda_jax.data.vocabulary_files import (
     sentinel_ids,
 )
 
+SPACE_BETWEEN = r"\1 \2"  # what a `glued_sentinel` becomes
+_SENTINEL_START = SENTINEL.partition("{")[0]
 _USER_DEFINED = 4  # the type of a piece that is never split
 
 
@@ -129,8 +136,21 @@ class SentencePieceVocabulary:
         """The id of a token's text, None where there is no such token."""
         return _piece_id(self.processor, token)
 
+    @functools.cached_property
+    def glued_sentinel(self) -> str:
+        """A regular expression, also of TensorFlow: a character, and a sentinel that needs a space.
+
+        Two of them may share a sentinel, so that all are found in two passes.
+        """
+        every = map(SENTINEL.format, range(len(self.sentinel_ids)))
+        spaced = [text for text in every if self.token_to_id(text) is None]
+        return f"([^ ▁])({'|'.join(spaced) or SENTINEL})"
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without EOS."""
+        if _SENTINEL_START in text:
+            for _ in range(2):
+                text = re.sub(self.glued_sentinel, SPACE_BETWEEN, text)
         return self.processor.EncodeAsIds(text)
 
     def decode(self, ids: Iterable[int]) -> str:

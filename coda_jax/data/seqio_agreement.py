@@ -74,7 +74,7 @@ def _difference(their: seqio.Vocabulary, our: seqio.Vocabulary) -> str | None:
     if their == our:
         return None
     kinds = f"{_shown(their)} and {_shown(our)}"
-    if type(their) is not type(our) or not isinstance(their, _KNOWN):
+    if not any(isinstance(their, kind) and isinstance(our, kind) for kind in _KNOWN):
         return kinds
     a, b = map(plain_vocabulary, (their, our))
     if a.fingerprint != b.fingerprint:

@@ -1,10 +1,11 @@
 """seqio's vocabularies: those of seqio, or over the library `tokenizers`."""
 
+import functools
 import os
 
 import numpy as np
 
-from coda_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
+from coda_jax.data.sentencepiece_vocabulary import SPACE_BETWEEN, SentencePieceVocabulary
 from coda_jax.data.tokenizers_vocabulary import TokenizersVocabulary
 from coda_jax.data.vocabularies import ByteVocabulary, Vocabulary, load_vocabulary
 from coda_jax.data.vocabulary_files import FileSystem
@@ -76,6 +77,26 @@ class TokenizersSeqioVocabulary(seqio.Vocabulary):
         return str(self.plain)
 
 
+class SentencePieceSeqioVocabulary(seqio.SentencePieceVocabulary):
+    """seqio's, with sentinels wherever they stand: see `sentencepiece_vocabulary`.
+
+    seqio compares vocabularies by their attributes, so that this one has no others.
+    """
+
+    @property
+    def _same(self) -> SentencePieceVocabulary:
+        return _plain_once(self.sentencepiece_model_file, self.extra_ids)
+
+    def _encode(self, s: str | bytes) -> list[int]:
+        return self._same.encode(s.decode() if isinstance(s, bytes) else s)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        glued = self._same.glued_sentinel
+        for _ in range(2):
+            s = tf.strings.regex_replace(s, glued, SPACE_BETWEEN)
+        return super()._encode_tf(s)
+
+
 _BUCKETS = FileSystem(
     isdir=tf.io.gfile.isdir,
     exists=tf.io.gfile.exists,
@@ -102,7 +123,7 @@ def seqio_vocabulary(path: str | os.PathLike) -> seqio.Vocabulary:
         return TokenizersSeqioVocabulary(plain)
     if isinstance(plain, ByteVocabulary):
         return seqio.ByteVocabulary(extra_ids=plain.extra_ids)
-    return seqio.SentencePieceVocabulary(plain.file, extra_ids=plain.added_ids)
+    return SentencePieceSeqioVocabulary(plain.file, extra_ids=plain.added_ids)
 
 
 def plain_vocabulary(vocabulary: seqio.Vocabulary) -> Vocabulary:
@@ -111,5 +132,11 @@ def plain_vocabulary(vocabulary: seqio.Vocabulary) -> Vocabulary:
         return vocabulary.plain
     if isinstance(vocabulary, seqio.ByteVocabulary):
         return ByteVocabulary(vocabulary.extra_ids)
-    file = vocabulary.sentencepiece_model_file
-    return SentencePieceVocabulary(file, vocabulary.extra_ids, _BUCKETS)
+    return _plain(vocabulary.sentencepiece_model_file, vocabulary.extra_ids)
+
+
+def _plain(file: str, extra_ids: int) -> SentencePieceVocabulary:
+    return SentencePieceVocabulary(file, extra_ids, _BUCKETS)
+
+
+_plain_once = functools.lru_cache(maxsize=8)(_plain)  # seqio remembers a file's, too

@@ -45,7 +45,7 @@ class FileSystem(NamedTuple):
 
     Attributes:
         isdir: as `os.path.isdir`.
-        exists: as `os.path.exists`.
+        exists: as `os.path.isfile`, as a pipe would keep whoever opens it waiting.
         size: as `os.path.getsize`.
         open: opens a file for reading of bytes.
     """
@@ -60,7 +60,7 @@ def _open(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-LOCAL = FileSystem(os.path.isdir, os.path.exists, os.path.getsize, _open)
+LOCAL = FileSystem(os.path.isdir, os.path.isfile, os.path.getsize, _open)
 
 
 class SpecialIds(NamedTuple):
@@ -219,6 +219,8 @@ class Folder:
     def check_added_tokens(self, token_to_id: Callable[[str], int | None], main: str) -> None:
         """Checks that the vocabulary has the tokens which the files beside it name.
 
+        A special token without an id gets the next one from transformers, as an added token.
+
         Args:
             token_to_id: a token's id in the vocabulary, None for one that it does not have.
             main: the vocabulary's own file.
@@ -228,6 +230,8 @@ class Folder:
         """
         tokens = self.added_tokens.items()
         missing = [f"{t!r} ({x['id']})" for t, x in tokens if token_to_id(t) != x["id"]]
+        special = self.special_tokens().keys() - self.added_tokens.keys()
+        missing += [repr(token) for token in sorted(special) if token_to_id(token) is None]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(

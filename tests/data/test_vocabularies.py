@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from pathlib import Path
 import shutil
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 import sentencepiece
+import seqio
 
 from coda_jax import bundled
 from coda_jax.data import seqio_tasks, vocabularies
@@ -41,11 +43,35 @@ def test_numbers_equal_those_of_seqio(path):
 @settings(max_examples=300)
 @given(text=TEXTS)
 @example("{000")  # of equal scores: 0 00 and 00 0
+@example("f(<extra_id_0><extra_id_1><extra_id_2>)\n<extra_id_3><extra_id_100>")
 def test_texts_have_the_ids_of_seqio(path, text):
     ours, theirs = PAIRS[path]
     ids = ours.encode(text)
     assert ids == list(theirs.encode(text)) == theirs.encode_tf(text).numpy().tolist()
     assert ours.decode(ids) == theirs.decode(ids)
+
+
+SEQIOS_OWN = seqio.SentencePieceVocabulary(str(bundled.VOCABULARY / "spiece.model"), 100)
+
+
+@settings(max_examples=300)
+@given(parts=st.lists(st.integers(0, 99) | WORDS | st.text(max_size=5), max_size=12))
+@example(["f(", 0, ")"])
+@example([0, 1, 2, 3])
+@example(["\n", 7, "\t", 8])
+@example(["▁", 9, "x"])
+def test_a_sentinel_is_one_wherever_it_stands(parts):
+    """As seqio's are behind a space."""
+    sentinels = [4095 - part for part in parts if isinstance(part, int)]
+    texts = [f"<extra_id_{x}>" if isinstance(x, int) else x for x in parts]
+    spaced = ""
+    for part, text in zip(parts, texts, strict=True):
+        glued = isinstance(part, int) and spaced[-1:] not in ("", " ", "▁")
+        spaced += " " * glued + text
+    ours = PAIRS[str(bundled.VOCABULARY)][0]
+    ids = ours.encode("".join(texts))
+    assert [i for i in ids if i >= 3996] == sentinels
+    assert ids == list(SEQIOS_OWN.encode(spaced))
 
 
 def test_texts_that_divide_equally_well_in_two_ways_have_the_ids_of_seqio():
@@ -178,3 +204,36 @@ def test_the_vocabulary_must_be_the_models(tmp_path):
     vocabularies.check_vocabulary(other, 128, tmp_path, eos_id=5)
     with pytest.raises(ValueError, match="differs from"):
         check(path, 4096, tmp_path)
+
+
+ADDED = {  # files of transformers beside a spiece.model of 4,096 ids, and what is missing
+    "with its id": ("added_tokens.json", {"<sep>": 4096}, r"'<sep>' \(4096\)"),
+    "described": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"4096": {"content": "<sep>"}}},
+        r"'<sep>' \(4096\)",
+    ),
+    "by its role": ("special_tokens_map.json", {"sep_token": "<sep>"}, "'<sep>'"),
+    "among others": (
+        "tokenizer_config.json",
+        {"additional_special_tokens": ["<extra_id_0>", "<sep>"]},
+        "'<sep>'",
+    ),
+    "by a name": ("tokenizer_config.json", {"extra_special_tokens": {"a": "<sep>"}}, "'<sep>'"),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_token_that_was_added_to_a_model_is_read_or_refused(tmp_path, name):
+    """It is in no spiece.model: its text would be letters, and its id would be unknown."""
+    file, content, missing = ADDED[name]
+    shutil.copy(bundled.VOCABULARY / "spiece.model", tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    for load in (vocabularies.load_vocabulary, seqio_tasks.seqio_vocabulary):
+        for path in (tmp_path, tmp_path / "spiece.model"):
+            with pytest.raises(ValueError, match=f"does not have: {missing}. Save the tokenizer"):
+                load(path)
+    (tmp_path / file).write_text(
+        json.dumps(content).replace("<sep>", "<extra_id_99>").replace("4096", "3996")
+    )
+    assert vocabularies.load_vocabulary(tmp_path).vocab_size == 4096
