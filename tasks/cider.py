@@ -9,20 +9,19 @@ have it, v(g) = c(g) (ln M - ln max(1, d(g))), and for one reference r of a pred
 b the number of bigrams. An example's score is the mean over its references.
 
 Reference: Vedantam et al. 2015, CIDEr, with the "D" variant's clipping and penalty of lengths. The
-original splits texts by a Java program; here words are runs of letters, digits and apostrophes, in
-lower case, which is the same for captions.
+original splits texts by a Java program; here words are those of `words` with apostrophes, which is
+the same for captions.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 import math
-import re
 
 from coda_jax.tasks.metrics import check_pairs
+from coda_jax.tasks.words import words
 
 MAX_N = 4
 SIGMA = 6.0  # of the penalty for another length, in bigrams
-_WORD = re.compile(r"[\w']+")
 
 _NGram = tuple[str, ...]
 
@@ -54,9 +53,9 @@ def cider(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
 
 
 def _ngrams(text: str) -> Counter[_NGram]:
-    words = _WORD.findall(text.lower())
+    found = words(text, "'_")
     return Counter(
-        tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1)
+        tuple(found[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(found) - n + 1)
     )
 
 

@@ -4,11 +4,13 @@ import collections
 import itertools
 import re
 import string
+import unicodedata
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
+from rouge_score import rouge_scorer
 
 from coda_jax.tasks import metrics
 
@@ -201,8 +203,58 @@ def ngram_f1(target, prediction, n):
     return 2 * shared / (sum(a.values()) + sum(b.values())) if shared else 0.0
 
 
+ASCII = st.lists(st.sampled_from([w for w in WORDS if w.isascii()]), max_size=6).map(" ".join)
+ASCII |= st.text(st.characters(max_codepoint=127), max_size=8)
+
+
 @few_examples
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5))
+@given(st.lists(st.tuples(ASCII, ASCII), min_size=1, max_size=5))
+def test_rouge_of_ascii_is_that_of_t5(pairs):
+    """Of the library's own tokenizer."""
+    own = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeLsum"])
+    scores = [own.score(*(text.replace(" . ", " .\n") for text in pair)) for pair in pairs]
+    expected = {x: 100 * np.mean([score[x].fmeasure for score in scores]) for x in scores[0]}
+    assert metrics.rouge(*zip(*pairs, strict=True)) == approx(**expected)
+
+
+SCRIPTS = [
+    *["Кошка сидит на окне.", "猫が窓の上にいる。", "猫坐在窗台上。", "แมวนั่งอยู่บนหน้าต่าง"],
+    *["고양이가 창가에 앉아 있다.", "बिल्ली खिड़की पर बैठी है।", "القطة على النافذة", "החתול יושב"],
+    *["Η γάτα κάθεται", "ကြောင်", "Katze äußerst Übermut", "ⅷ ½ ﬁ", "გამარჯობა", "ជំរាបសួរ"],  # noqa: RUF001
+]
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_rouge_of_a_text_in_any_script_with_itself_is_100(text):
+    found = metrics.rouge([text], [text])
+    assert found["rouge1"] == found["rougeLsum"] == 100
+    decomposed = unicodedata.normalize("NFD", text).swapcase()
+    assert metrics.rouge([text], [decomposed])["rouge1"] == 100
+    assert metrics.rouge([text], ["other words"])["rouge1"] == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction", "rouge1"),
+    [
+        ("Über äußerst", "Öber üußerst", 0),
+        ("Über äußerst", "uber ausserst", 0),  # other letters, though ASCII's would be alike
+        ("Straße", "STRASSE", 100),
+        ("кошка на окне", "кошка на столе", 200 / 3),
+        ("猫が窓", "猫と窓", 200 / 3),  # by characters
+        ("한국 사람", "한국 음식", 50),  # by words
+        ("ที่", "ที", 0),  # a character with its marks
+        ("\u0646\u06cc\u200c\u062e", "\u0646\u06cc\u062e", 100),  # a joiner is not seen
+        ("👍️", "👎️", 0),  # nor is what makes a symbol an emoji
+        ("don't_go", "don t go", 100),
+    ],
+)
+def test_rouge_compares_words_of_any_script(target, prediction, rouge1):
+    assert metrics.rouge([target], [prediction])["rouge1"] == pytest.approx(rouge1)
+    assert metrics.rouge_of_any([[target]], [prediction])["rouge1"] == pytest.approx(rouge1)
+
+
+@few_examples
+@given(st.lists(st.tuples(ASCII, ASCII), min_size=1, max_size=5))
 def test_rouge_1_and_2_are_their_definitions(pairs):
     targets, predictions = zip(*pairs, strict=True)
     result = metrics.rouge(targets, predictions)
@@ -225,6 +277,15 @@ def test_transcript_errors_count_edits_of_words_and_characters_over_all_transcri
     assert found == {"wer": pytest.approx(100 * 2 / 4), "cer": pytest.approx(100 * 6 / 13)}
     assert metrics.transcript_errors(targets, targets) == {"wer": 0, "cer": 0}
     assert metrics.transcript_errors(["a b"], [""]) == {"wer": 100, "cer": 100}
+
+
+def test_letters_are_the_same_however_they_are_composed():
+    text = "Åse hörte 한국 ấm й"
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert metrics.transcript_errors([composed], [decomposed]) == {"wer": 0, "cer": 0}
+    assert metrics.transcript_errors([decomposed], ["Åse"])["cer"] == pytest.approx(100 * 14 / 17)
+    assert metrics.anls([[composed]], [decomposed]) == {"anls": 100}
+    assert metrics.rouge([composed], [decomposed])["rougeLsum"] == 100
 
 
 @few_examples
