@@ -11,6 +11,7 @@ import secrets
 import shutil
 from typing import Any
 
+MAX_DEPTH = 100  # of JSON: Python's own limit depends on where it is read
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -201,15 +202,76 @@ def parse_json(content: bytes, path: str | os.PathLike) -> Mapping[str, Any]:
         path: its name, for the error.
 
     Raises:
-        ValueError: it is not JSON, is nested too deep, or is not an object; the file is named.
+        ValueError: it is not UTF-8, not JSON as `json_value` reads it, or not an object; the file
+            is named.
     """
     check_is_no_pointer(content, path)
+    text = decoded(content, path)
     try:
-        value = json.loads(content.decode("utf-8"))
-    except ValueError as error:  # also covers bytes that are not UTF-8
+        value = json_value(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is not read: its JSON is nested too deep") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def json_value(text: str) -> Any:
+    """The value that JSON stands for.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deep to be walked through, or has half of a pair
+            of escapes, which is no character; it is not said where it was found.
+    """
+    try:
+        value = json.loads(text)
+        deep = _is_deep(value)
+    except RecursionError:
+        deep = True
+    if deep:
+        raise ValueError(f"lists and objects are nested too deep, at most {MAX_DEPTH} are read")
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise ValueError(f"half of a pair of \\u escapes: {half!a}") from error
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested deeper than `MAX_DEPTH`."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [x for x in level if isinstance(x, dict | list)]
+        level = [x for outer in level for x in (outer.values() if type(outer) is dict else outer)]
+    return bool(level)
+
+
+def decoded(content: bytes, place: str | os.PathLike, first: int = 1) -> str:
+    """The text of bytes in UTF-8; a byte order mark at the start of a file is no part of it.
+
+    Args:
+        content: the bytes.
+        place: the file, for errors.
+        first: their first line in the file.
+
+    Raises:
+        ValueError: they are not UTF-8; the file and the first such line are named.
+    """
+    try:
+        return content.decode("utf-8-sig" if first == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first + content[: error.start].count(b"\n")
+        raise ValueError(f"{place}:{line}: not UTF-8: {error.reason}") from error
+
+
+def lines(content: bytes, place: str | os.PathLike) -> list[str]:
+    """The lines of a text in UTF-8, [] for no bytes; errors are those of `decoded`.
+
+    A line ends with a line feed, or with a carriage return and one; a carriage return alone is a
+    part of its line.
+    """
+    text = decoded(content, place)
+    parts = text.removesuffix("\n").split("\n") if text else []
+    return [part.removesuffix("\r") for part in parts]

@@ -8,7 +8,7 @@ from pathlib import Path
 import re
 import shlex
 
-from coda_jax.files import read_json
+from coda_jax.files import decoded, read_json
 
 SAFETENSORS, FLAX, TORCH = "model.safetensors", "flax_model.msgpack", "pytorch_model.bin"
 WEIGHTS = (SAFETENSORS, FLAX, TORCH)  # or shards of them
@@ -41,8 +41,9 @@ def snapshot(name: str | os.PathLike) -> Path | None:
         return None
     model = cache() / f"models--{name.replace('/', '--')}"
     main = model / "refs" / "main"  # which says a commit
-    folder = main.is_file() and model / "snapshots" / main.read_text(encoding="utf-8").strip()
-    return folder if folder and folder.is_dir() else None
+    commit = decoded(main.read_bytes(), main).strip() if main.is_file() else ""
+    folder = model / "snapshots" / commit
+    return folder if re.fullmatch(r"\w+", commit) and folder.is_dir() else None
 
 
 def find(checkpoint: str | os.PathLike) -> Path:

@@ -10,17 +10,15 @@ a folder. Registering reads neither. seqio can cache the tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import csv
 import dataclasses
 import functools
-import json
 import os
 
 import seqio
 import tensorflow as tf
 
 from coda_jax.data import seqio_tasks
-from coda_jax.tasks import metrics, preprocessors, registry, stdlib_corpus
+from coda_jax.tasks import metrics, preprocessors, registry, stdlib_corpus, tables
 
 CLINC_FILE = "data_full.json"
 CLINC_KEYS = {
@@ -162,11 +160,7 @@ def read_clinc(directory: str, split: str) -> _Columns:
         ValueError: the file is not as published; the place is named.
     """
     path, key = os.path.join(directory, CLINC_FILE), CLINC_KEYS[split]
-    with open(path, "rb") as f:
-        try:
-            splits = json.loads(f.read().decode("utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{path}: not JSON: {e}") from e
+    splits = tables.read_json(path)
     if not isinstance(splits, dict) or not isinstance(splits.get(key), list) or not splits[key]:
         raise ValueError(f"{path}: there must be a list of pairs [text, intent] under {key!r}")
     for number, pair in enumerate(splits[key]):
@@ -211,18 +205,15 @@ def read_banking(directory: str, split: str) -> _Columns:
 
 def _read_csv(path: str) -> list[list[str]]:
     """Returns the rows after the header, which must be `BANKING_COLUMNS`."""
-    rows: list[list[str]] = []
-    with open(path, encoding="utf-8", newline="") as f:
-        reader = csv.reader(f, strict=True)
-        try:
-            if (header := next(reader, None)) != BANKING_COLUMNS:
-                raise ValueError(f"the first line must be {BANKING_COLUMNS}, not {header}")
-            for row in reader:
-                if len(row) != len(BANKING_COLUMNS) or not all(map(_is_text, row)):
-                    raise ValueError(f"not a row of {BANKING_COLUMNS}: {row}")
-                rows.append(row)
-        except (ValueError, csv.Error) as e:  # UnicodeDecodeError is a ValueError.
-            raise ValueError(f"{path}:{reader.line_num}: {e}") from e
+    lines = tables.read_csv(path)
+    number, header = next(lines, (0, None))
+    if header != BANKING_COLUMNS:
+        raise ValueError(f"{path}:{number}: the first line must be {BANKING_COLUMNS}, not {header}")
+    rows = []
+    for number, row in lines:
+        if len(row) != len(BANKING_COLUMNS) or not all(map(_is_text, row)):
+            raise ValueError(f"{path}:{number}: not a row of {BANKING_COLUMNS}: {row}")
+        rows.append(row)
     return rows
 
 

@@ -7,7 +7,6 @@ Registering reads nothing.
 """
 
 from collections.abc import Callable, Sequence
-import csv
 import dataclasses
 import functools
 import os
@@ -17,7 +16,7 @@ import tensorflow as tf
 
 from coda_jax.data import seqio_tasks
 from coda_jax.data.audio import frames
-from coda_jax.tasks import audio, found_files, metrics, registry, texts
+from coda_jax.tasks import audio, found_files, metrics, registry, tables, texts
 
 SPLITS = ("train", "validation", "test")
 # Of the files that are taken from a folder.
@@ -54,17 +53,17 @@ def read_folder(directory: str, split: str) -> dict[str, list[str]]:
     """
     file = os.path.join(directory, f"{split}.tsv")
     columns: dict[str, list[str]] = {"audio": [], "targets": []}
-    with open(file, encoding="utf-8", newline="") as f:
-        rows = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = set(COLUMNS) - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(f"{file}:1: no column {sorted(missing)} in {rows.fieldnames}")
-        for row in rows:
-            path, sentence = (row[name] for name in COLUMNS)
-            if not path or sentence is None:
-                raise ValueError(f"{file}:{rows.line_num}: no {list(COLUMNS)} in {row!r}")
-            columns["audio"].append(os.path.join(directory, path))
-            columns["targets"].append(sentence.lower())
+    rows = tables.read_tsv(file)
+    _, names = next(rows, (1, []))
+    if missing := set(COLUMNS) - set(names):
+        raise ValueError(f"{file}:1: no column {sorted(missing)} in {names}")
+    for number, fields in rows:
+        row = dict(zip(names, fields, strict=False))  # which may lack the last columns
+        path, sentence = (row.get(name) for name in COLUMNS)
+        if not path or sentence is None:
+            raise ValueError(f"{file}:{number}: no {list(COLUMNS)} in {row!r}")
+        columns["audio"].append(os.path.join(directory, path))
+        columns["targets"].append(sentence.lower())
     if not columns["audio"]:
         raise ValueError(f"{file}: there are no recordings")
     return columns

@@ -5,14 +5,13 @@ order nor on the names of the files, and no text is in both splits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import json
 from typing import NamedTuple
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from coda_jax import checks
+from coda_jax import checks, files
 from coda_jax.data import seqio_tasks
 from coda_jax.tasks import found_files
 
@@ -57,14 +56,11 @@ def _reader(field: str):
         path, first = path.decode(), LINES_PER_TEXT * int(number) + 1
         if path.lower().endswith(JSONL):
             records = (
-                _field(line, field, f"{path}:{first + i}")
-                for i, line in enumerate(lines)
-                if line.strip()
+                _field(line, field, path, first + i) for i, line in enumerate(lines) if line.strip()
             )
             return np.array(list(records), object)
         text = b"".join(line + b"\n" for line in lines)
-        _decoded(text, path, first)
-        return np.array([text.removeprefix(b"\xef\xbb\xbf") if first == 1 else text], object)
+        return np.array([files.decoded(text, path, first).encode()], object)
 
     def read(path: tf.Tensor) -> tf.data.Dataset:
         lines = tf.data.TextLineDataset(path).batch(LINES_PER_TEXT).enumerate()
@@ -78,30 +74,18 @@ def _reader(field: str):
     return read
 
 
-def _decoded(line: bytes, path: str, first: int) -> str:
-    """The text of lines; ValueError names the file and the first line that is not UTF-8."""
-    try:
-        return line.decode("utf-8-sig" if first == 1 else "utf-8")
-    except UnicodeDecodeError as e:
-        number = first + line[: e.start].count(b"\n")
-        raise ValueError(f"{path}:{number}: not UTF-8: {e.reason}") from e
-
-
-def _field(line: bytes, field: str, place: str) -> bytes:
+def _field(line: bytes, field: str, path: str, number: int) -> bytes:
     """The text under a name in a line of JSONL; ValueError names the place."""
-    path, _, number = place.rpartition(":")
+    place, text = f"{path}:{number}", files.decoded(line, path, number)
     try:
-        record = json.loads(_decoded(line, path, int(number)))
-    except (json.JSONDecodeError, RecursionError) as e:
+        record = files.json_value(text)
+    except ValueError as e:
         raise ValueError(f"{place}: not JSON: {e}") from e
     if not isinstance(record, Mapping) or field not in record:
         raise ValueError(f"{place}: there is no field {field!r}, which TEXT_FIELD names")
     if not isinstance(record[field], str):
         raise ValueError(f"{place}: {field!r} must be a string, not {record[field]!r:.60}")
-    try:
-        return record[field].encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"{place}: half of a pair of \\u escapes: {e}") from e
+    return record[field].encode()
 
 
 class SplitTexts(seqio.DataSource):

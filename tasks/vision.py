@@ -6,7 +6,6 @@ files and images. Nothing is downloaded. Questions are drawn above the images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import csv
 import dataclasses
 import functools
 import json
@@ -15,9 +14,10 @@ from typing import Any
 
 import seqio
 
+from coda_jax import files
 from coda_jax.data.jsonl import read_jsonl
 from coda_jax.data.seqio_tasks import MemorySource, accuracy, seqio_vocabulary, strip_text
-from coda_jax.tasks import cider, images, metrics, registry
+from coda_jax.tasks import cider, images, metrics, registry, tables
 
 SPLITS = ("train", "validation", "test")
 OCR_VQA_SPLITS = {"train": 1, "validation": 2, "test": 3}
@@ -40,12 +40,10 @@ def _columns(rows: Sequence[tuple[str, str, str, Sequence[str]]], where: str) ->
     }
 
 
-def _read_json(path: str) -> Any:
-    with open(path, "rb") as f:
-        try:
-            return json.loads(f.read().decode("utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{path}: not JSON: {e}") from e
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: there must be an object of records, not {value!r:.80}")
+    return value
 
 
 def _field(record: Any, name: str, kind: type, where: str) -> Any:
@@ -81,7 +79,7 @@ def read_ocr_vqa(directory: str, split: str) -> _Columns:
     """
     path = os.path.join(directory, "dataset.json")
     rows = []
-    for key, record in _read_json(path).items():
+    for key, record in _object(tables.read_json(path), path).items():
         where = f"{path}: {key!r}"
         if _field(record, "split", int, where) != OCR_VQA_SPLITS[split]:
             continue
@@ -112,7 +110,7 @@ def read_docvqa(directory: str, split: str) -> _Columns:
     folder = os.path.join(directory, DOCVQA_SPLITS[split])
     path = os.path.join(folder, f"{DOCVQA_SPLITS[split]}_v1.0.json")
     rows = []
-    for number, record in enumerate(_field(_read_json(path), "data", list, path)):
+    for number, record in enumerate(_field(tables.read_json(path), "data", list, path)):
         where = f"{path}: data[{number}]"
         question, image = (_field(record, name, str, where) for name in ("question", "image"))
         answers = _texts(record, "answers", where)
@@ -139,16 +137,18 @@ def read_screen2words(directory: str, split: str) -> _Columns:
     """
     path = os.path.join(directory, "screen_summaries.csv")
     summaries: dict[str, list[str]] = {}
-    with open(path, encoding="utf-8", newline="") as f:
-        reader = csv.DictReader(f)
-        for row in reader:
-            if not row.get("screenId") or not row.get("summary"):
-                raise ValueError(f"{path}:{reader.line_num}: no 'screenId' or 'summary': {row!r}")
+    lines = tables.read_csv(path)
+    _, columns = next(lines, (1, []))
+    for number, fields in lines:
+        row = dict(zip(columns, fields, strict=False))
+        if fields and not (row.get("screenId") and row.get("summary")):
+            raise ValueError(f"{path}:{number}: no 'screenId' or 'summary': {row!r}")
+        if fields:
             summaries.setdefault(row["screenId"], []).append(row["summary"])
     names = os.path.join(directory, "split", f"{SCREEN2WORDS_SPLITS[split]}_screens.txt")
     rows = []
-    with open(names, encoding="utf-8") as f:
-        for screen in f.read().split():
+    with open(names, "rb") as f:
+        for screen in files.decoded(f.read(), names).split():
             if screen not in summaries:
                 raise ValueError(f"{names}: {path} has no summary of the screen {screen!r}")
             texts = summaries[screen]

@@ -191,7 +191,7 @@ def test_what_json_cannot_hold_is_not_written(tmp_path, value):
     [
         (b"{", r"a\.json is not valid JSON"),
         (b"", r"a\.json is not valid JSON"),
-        (b"\xff\xfe", r"a\.json is not valid JSON"),
+        (b"{\n\xff\xfe", r"a\.json:2: not UTF-8: invalid start byte"),
         (b"[1]", r"a\.json must hold a JSON object, not a list"),
         (b"null", r"a\.json must hold a JSON object, not a NoneType"),
     ],
@@ -211,12 +211,22 @@ def test_a_missing_file_of_json_is_named(tmp_path):
     ("content", "problem"),
     [
         (b"{", "is not valid JSON"),
-        (b"\xff", "is not valid JSON"),
+        (b"\xff", ":1: not UTF-8"),
+        (b'{"a": "\\ud83d"}', r"is not valid JSON: half of a pair of \\u escapes: '\\ud83d'"),
         (b"[]", "must hold a JSON object, not a list"),
-        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "nested too deep"),
+        *[
+            (b'{"a":' * depth + b"1" + b"}" * depth, "nested too deep, at most 100 are read")
+            for depth in (101, 900, 10_000, 100_000)
+        ],
     ],
 )
 def test_what_is_no_json_object_is_refused(tmp_path, content, problem):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.json.*{problem}"):
         files.read_json(tmp_path / "a.json")
+
+
+def test_json_may_have_a_byte_order_mark_and_be_nested_as_deep_as_is_read(tmp_path):
+    content = b'{"a":' * 100 + b'"\\ud83d\\ude00"' + b"}" * 100
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert files.read_json(tmp_path / "a.json") == json.loads(content)

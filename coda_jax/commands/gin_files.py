@@ -253,8 +253,9 @@ def _statements(path: pathlib.Path, name: str) -> list:
     """What gin's parser finds in a file."""
     try:
         return list(_parser()(_text(path)))
-    except UnicodeDecodeError:
-        raise UsageError(f"{name} is no gin file: it is not text in UTF-8") from None
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise UsageError(f"{name} is no gin file: line {line} is not text in UTF-8") from None
     except OSError as error:
         raise UsageError(f"{name}: {error.strerror}") from None
     except UNREADABLE as error:

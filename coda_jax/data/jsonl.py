@@ -8,7 +8,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import checks
+from coda_jax import checks, files
 from coda_jax.data.batches import FEATURES
 from coda_jax.data.scores import accuracy
 from coda_jax.data.vocabularies import Vocabulary, load_vocabulary
@@ -278,48 +277,41 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
     if lines == [b""]:
         raise ValueError(f"{os.fspath(path)}: the file is empty")
     for number, line in enumerate(lines, start=1):
-        place = f"{os.fspath(path)}:{number}"
-        try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            if b"\\u" in line:
-                json.dumps(record, ensure_ascii=False).encode("utf-8")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{place}: not UTF-8: {e}") from e
-        except UnicodeEncodeError as e:
-            raise ValueError(f"{place}: half of a pair of \\u escapes: {e}") from e
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{place}: not JSON: {e} (each line must be an object)") from e
-        if not isinstance(record, dict):
-            raise ValueError(f"{place}: not an object: {record!r}")
-        yield place, record
+        yield f"{os.fspath(path)}:{number}", _record(line, os.fspath(path), number)
+
+
+def _record(line: bytes, path: str, number: int) -> dict[str, Any]:
+    """The object in a line; ValueError names the file and the line."""
+    place, text = f"{path}:{number}", files.decoded(line, path, number)
+    try:
+        record = files.json_value(text)
+    except ValueError as e:
+        raise ValueError(f"{place}: not JSON: {e} (each line must be an object)") from e
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: not an object: {record!r:.80}")
+    return record
 
 
 def read_inputs(path: str | os.PathLike) -> list[str]:
     """Reads the inputs to predict from.
 
     Args:
-        path: a text file with one input a line, a .jsonl file with lines {"inputs": str}, or "-"
-            for text on standard input.
+        path: a text file with one input a line, see `files.lines`; a .jsonl file with lines
+            {"inputs": str}; or "-" for text on standard input.
 
     Returns:
         The inputs in order.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there is no input, or a bad JSONL line (file and line are named).
+        ValueError: there is no input, a line that is not UTF-8, or a bad JSONL line (file and line
+            are named).
     """
     path = os.fspath(path)
     if path.endswith(".jsonl"):
         return read_jsonl(path, ("inputs",))["inputs"]
     place = path if path != "-" else "standard input"
-    try:
-        if path == "-":
-            text = sys.stdin.read()
-        else:
-            text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{place}: not UTF-8: {e}") from e
-    lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-    if not lines:
+    content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    if not (lines := files.lines(content, place)):
         raise ValueError(f"{place}: there are no inputs")
     return lines

@@ -122,7 +122,14 @@ def test_a_task_of_seqio_scores_exact_matches(write):
         (lines(("a", "b"), ("c", 3)), ":2: 'targets' must be a string: 3"),
         (lines((None, "b")), ":1: 'inputs' must be a string: None"),
         ('["a", "b"]\n', ":1: not an object"),
-        ("[" * 100_000, ":1: not JSON: maximum recursion depth"),
+        *[
+            (brackets, r":1: not JSON: lists and objects are nested too deep, at most 100")
+            for brackets in (
+                "[" * 100_000,
+                "[" * 5000 + "]" * 5000,
+                '{"a":' * 101 + "1" + "}" * 101,
+            )
+        ],
         ("", "file is empty"),
         ("\n\n", "file is empty"),
     ],
@@ -155,20 +162,31 @@ def test_a_task_needs_a_file_and_a_vocabulary_that_exist(write, tmp_path, monkey
         jsonl.jsonl_task(**files, vocabulary="nowhere")
 
 
+LINES = {
+    b"x\ny": ["x", "y"],
+    b"x\r\ny\r\n": ["x", "y"],
+    b"x\ry\n": ["x\ry"],  # one line, as in every other reader
+    b"x\r\r\n\n": ["x\r", ""],
+    b"\xef\xbb\xbfx\n\xef\xbb\xbfy": ["x", "\ufeffy"],
+    "x\u2028y\x0c\x85\n".encode(): ["x\u2028y\x0c\x85"],
+}
+
+
 def test_inputs_come_from_text_jsonl_and_standard_input(tmp_path, monkeypatch):
     text, path = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_text("one\n\n two\x0cand \n", encoding="utf-8")
     path.write_text('{"inputs": "one\\ntwo", "targets": 3}\n')
     assert jsonl.read_inputs(text) == ["one", "", " two\x0cand "]
     assert jsonl.read_inputs(str(path)) == ["one\ntwo"]
-    text.write_bytes("\ufeffone\r\ntwo".encode())
-    assert jsonl.read_inputs(text) == ["one", "two"]
-    for typed in ("x\ny", "x\r\ny\r\n"):
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        assert jsonl.read_inputs("-") == ["x", "y"]
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
-    with pytest.raises(ValueError, match=r"^standard input: not UTF-8"):
-        jsonl.read_inputs("-")
+    for typed, expected in LINES.items():
+        text.write_bytes(typed)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        assert jsonl.read_inputs("-") == jsonl.read_inputs(text) == expected
+    text.write_bytes(b"fine\nso \xff\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.read_bytes())))
+    for name, place in (("-", "^standard input"), (text, r"a\.txt")):
+        with pytest.raises(ValueError, match=f"{place}:2: not UTF-8: invalid start byte"):
+            jsonl.read_inputs(name)
     text.write_text("")
     with pytest.raises(ValueError, match=r"a\.txt: there are no inputs"):
         jsonl.read_inputs(text)
@@ -179,9 +197,16 @@ def test_inputs_come_from_text_jsonl_and_standard_input(tmp_path, monkeypatch):
 
 def test_half_of_a_pair_of_escapes_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"inputs": "\\ud83d\\ude00"}\n{"inputs": "\\ud83d"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: half of a pair of \\u escapes"):
-        jsonl.read_inputs(path)
+    for half in (
+        '{"inputs": "\\ud83d"}',
+        '{"inputs": "x", "\\uDE00": 1}',
+        '{"inputs": ["\\ud83d"]}',
+    ):
+        path.write_text('{"inputs": "\\ud83d\\ude00"}\n' + half)
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl:2: not JSON: half of a pair of \\u escapes"
+        ):
+            jsonl.read_inputs(path)
 
 
 @pytest.mark.parametrize("name", ["train_file", "vocabulary"])
