@@ -170,7 +170,17 @@ def _call(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command as a process does; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _status(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as in `coda predict ... | head`, `coda --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _status(arguments: Sequence[str]) -> int:
     if not arguments:
         print(parser().format_help())
         return 2
@@ -184,10 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(programs, file=sys.stderr)
         environment.collect_garbage_rarely()
         _call(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as in `coda predict ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except (Exception, KeyboardInterrupt) as error:
         said = mistakes.told(error)
         if traceback or said is None:

@@ -1,12 +1,11 @@
 """`coda predict`: answers to the inputs of a file."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-import contextlib
 import itertools
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -54,7 +53,8 @@ def predict(
         inputs: a text file with one input a line, a .jsonl file, or "-" for text lines from
             standard input. An input is a text or the file of an image or a recording; lines of JSON
             have "inputs", or "image" and, as models for questions need it, "header".
-        output: the JSONL file to write, or "-" for standard output.
+        output: the JSONL file to write, which is there when it is complete; or "-" for standard
+            output.
         decoding: how outputs are made; what it leaves open, the adapter's training or
             generation_config.json may say. What is cut, inputs or outputs, is counted and said.
         vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
@@ -124,14 +124,22 @@ def _chunks(records: Iterator, size: int) -> Iterator[list]:
 
 
 def _write(lines: Iterable[Mapping[str, Any]], output: str) -> None:
-    """Writes lines of JSON as they come, to a file or, for "-", standard output."""
-    with contextlib.ExitStack() as stack:
-        path, file = output if processes.is_first() else os.devnull, sys.stdout
-        if path != "-":
-            file = stack.enter_context(open(path, "w", encoding="utf-8"))
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+    """Writes lines of JSON as they come: to standard output, for "-", or to a new file.
+
+    The new file takes the place of an older one when it is complete.
+    """
+    if output == "-":
+        _write_each(lines, sys.stdout)
+        return
+    written = files.atomic(output if processes.is_first() else os.devnull)
+    with written as path, open(path, "w", encoding="utf-8") as file:
+        _write_each(lines, file)
+
+
+def _write_each(lines: Iterable[Mapping[str, Any]], file: TextIO) -> None:
+    for line in lines:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
 
 
 def _answers(predictor, vocabulary, encode, chunks, scores: bool) -> Iterator[dict[str, Any]]:

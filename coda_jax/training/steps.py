@@ -42,6 +42,16 @@ class TrainState:
     optimizer: Any
 
 
+def check_parts(batch: Batch, accumulation: int) -> None:
+    """Raises ValueError where a batch has no so many equal parts."""
+    rows = len(next(iter(batch.values())))
+    if rows % accumulation:
+        raise ValueError(
+            f"a batch of {rows} rows cannot be worked through in accumulation={accumulation} equal "
+            f"parts: it must be one of {[n for n in range(1, rows + 1) if rows % n == 0][:20]}"
+        )
+
+
 Step = Callable[..., tuple[TrainState, Sums]]  # see `make_train_step`
 
 
@@ -85,6 +95,7 @@ def make_train_step(
                 jnp.add, total, grad(state.trained, frozen, microbatch, part_rng, teacher)
             ), None
 
+        check_parts(batch, accumulation)
         if accumulation == 1:
             gradients, sums = grad(state.trained, frozen, batch, rng, teacher)
         else:

@@ -40,6 +40,7 @@ from coda_jax.training.steps import (
     Batch,
     Step,
     TrainState,
+    check_parts,
     make_optimizer,
     make_train_step,
     partition,
@@ -184,6 +185,7 @@ def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Itera
     first = next(batches, None)
     if first is None:
         raise ValueError(f"the data ended after 0 of {options.total_steps} batches")
+    check_parts(first, options.accumulation)
     return first, itertools.chain([first], batches)
 
 

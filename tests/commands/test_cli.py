@@ -324,3 +324,12 @@ def test_predicting_imports_nothing_that_it_does_not_need():
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert not {"orbax", "tensorflow", "seqio", "clu", "matplotlib", "gin"} & loaded
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], []])
+def test_a_reader_that_leaves_ends_a_command_quietly(arguments):
+    """As in `coda --help | head -1`."""
+    command = [sys.executable, "-m", "coda_jax.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b"" and running.wait() == 1

@@ -1,7 +1,11 @@
 """What `coda predict` writes beside the best output: scores, several outputs, growing texts."""
 
+import concurrent.futures
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
 
 from helpers import config, random_params
@@ -145,3 +149,58 @@ def test_a_character_is_printed_when_all_its_bytes_have_come(model, inputs, monk
     pieces = [piece for piece in sys.stdout if piece]
     monkeypatch.undo()
     assert pieces[:5] == ["a", "é", "日", "!", "\n"]
+
+
+def test_the_output_is_the_older_one_until_the_new_one_is_complete(model, inputs, monkeypatch):
+    complete = written(model, inputs, {})
+    output = model.directory / "out.jsonl"
+    output.write_text("older\n")
+    seen, candidates = [], Predictor.candidates
+
+    def interrupted(self, tokens, first=0):
+        seen.append((output.read_text(), len([*model.directory.glob(".out.jsonl.*")])))
+        if first == 2:
+            raise KeyboardInterrupt
+        return candidates(self, tokens, first)
+
+    monkeypatch.setattr(Predictor, "candidates", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written(model, inputs, {}, chunk_size=2)
+    assert seen == [("older\n", 1)] * 2
+    assert output.read_text() == "older\n"
+    monkeypatch.undo()
+    assert written(model, inputs, {}, chunk_size=2) == complete
+    assert not [*model.directory.glob(".*")]
+
+
+KILLED = """
+import os, signal, sys
+from coda_jax.commands.predict import _write
+
+def lines():
+    for number in range(5000):
+        yield {"prediction": str(number)}
+    os.kill(os.getpid(), signal.SIGKILL)
+
+_write(lines(), sys.argv[1])
+"""
+
+
+@pytest.mark.all
+def test_a_kill_leaves_the_older_output_and_the_next_call_clears_up(model, inputs):
+    output = model.directory / "out.jsonl"
+    output.write_text("older\n")
+    killed = subprocess.run([sys.executable, "-c", KILLED, output])
+    assert killed.returncode == -signal.SIGKILL
+    assert output.read_text() == "older\n" and len([*model.directory.glob(".out.jsonl.*")]) == 1
+    assert len(written(model, inputs, {})) == len(TEXTS)
+    assert not [*model.directory.glob(".*")]
+
+
+def test_a_pipe_gets_its_lines_as_they_come(model, inputs):
+    os.mkfifo(model.directory / "out.jsonl")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        read = pool.submit((model.directory / "out.jsonl").read_text)
+        decoding = Decoding(max_decode_length=LENGTH, batch_size=2)
+        predict(model, inputs, str(model.directory / "out.jsonl"), decoding, "bytes")
+        assert len(read.result().splitlines()) == len(TEXTS)
