@@ -10,10 +10,11 @@ JAX are numbers. What is computed is float32, so a number must not leave its ran
 float32 rounds to a bound which it must not reach is refused.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import os
 import re
+from re import _parser  # how `re` itself reads a pattern, which nothing public shows
 import reprlib
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 
 Check = Callable[[str, Any], Any]
 
+_MOST_WAYS = 8  # of a pattern: a repeat counts twice, and is tried at each character of a path
 _INT32 = 2**31 - 1  # of whole numbers that have no other limit
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -187,12 +189,38 @@ def paths(**values: Any) -> None:
 
 
 def pattern(name: str, value: Any) -> str:
-    """A regular expression."""
+    """A regular expression that is searched for in no time, as files of strangers hold some."""
     try:
         re.compile(text(name, value))
+        choices = [*_choices(_parser.parse(str(value)))]
     except (re.error, RecursionError, OverflowError) as error:
         raise wrong(name, "a regular expression", value, f": {error}") from error
+    if sum(choices) > _MOST_WAYS:
+        limits = "a regular expression with at most 4 repeats or 8 choices, none within a repeat"
+        raise wrong(name, limits, value)
     return str(value)
+
+
+def _choices(parsed: Iterable, within: int = 1) -> Iterator[int]:
+    """For each repeat, or choice, of a pattern how much it may cost; more within a repeat."""
+    for operation, argument in parsed:
+        parts = _parts(argument)
+        if operation in (_parser.MAX_REPEAT, _parser.MIN_REPEAT):
+            least, most, _ = argument
+            yield within * (most > least) * (2 if most > 1 else 1)
+            for part in parts:
+                yield from _choices(part, _MOST_WAYS + 1 if most > 1 else within)
+            continue
+        yield within * (operation is _parser.BRANCH)
+        for part in parts:
+            yield from _choices(part, within)
+
+
+def _parts(argument: Any) -> list[Iterable]:
+    """The patterns in the argument of an operation."""
+    if isinstance(argument, _parser.SubPattern):
+        return [argument]
+    return [x for part in argument for x in _parts(part)] if type(argument) in (tuple, list) else []
 
 
 @dataclasses.dataclass(frozen=True)

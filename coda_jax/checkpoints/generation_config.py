@@ -99,6 +99,8 @@ def read_generation_config(
             expected = " or ".join(_CALLED[kind] for kind in _TYPES[name])
             raise ValueError(f"{path}: {name}={fields[name]!r:.80} is not {expected}")
     options = {name: fields[name] for name in fields if name in _TYPES}
+    if not 0 <= (first := options.get("forced_bos_token_id", 0)) < config.vocab_size:
+        raise ValueError(f"{path}: forced_bos_token_id={first} is no id below {config.vocab_size}")
     if isinstance(options.get("stop_strings"), list):
         options["stop_strings"] = tuple(options["stop_strings"])
     # transformers' lengths count the start token and the prefix, its numbers of new tokens neither.

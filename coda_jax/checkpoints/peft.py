@@ -45,7 +45,7 @@ def load_peft(
     folder = Path(path)
     fields = files.read_json(folder / CONFIG)
     kind = fields.get("peft_type")
-    if kind not in methods.PEFT:
+    if kind not in [*methods.PEFT]:
         known = " or ".join(methods.PEFT)
         raise ValueError(f"{folder / CONFIG} is of peft_type={kind!r}; {known} alone is read")
     form = methods.PEFT[kind]

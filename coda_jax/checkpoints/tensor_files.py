@@ -1,6 +1,11 @@
-"""Safetensors files as numpy arrays, read lazily and written atomically."""
+"""Safetensors files as numpy arrays, read lazily and written atomically.
+
+What is written here has a SHA-256 of the tensors among the file's metadata, which other libraries
+ignore; where a file has it, the tensors are checked when it is read.
+"""
 
 from collections.abc import Mapping
+import hashlib
 import json
 from pathlib import Path
 import re
@@ -14,6 +19,7 @@ from coda_jax.files import atomic, write_json
 from coda_jax.hub import SAFETENSORS, index_of
 
 SINGLE, INDEX = SAFETENSORS, index_of(SAFETENSORS)
+_SHA256 = "sha256"  # in the metadata of a file
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -31,11 +37,13 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             renaming another file over it is safe.
 
     Returns:
-        {name: read-only array}; bytes are read from disk when they are first used.
+        {name: read-only array}; bytes are read from disk when they are first used, or now where
+        the file has a checksum.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated or corrupt, or a tensor is not floating point.
+        ValueError: if the file is truncated or corrupt, a tensor is not floating point, or the
+            tensors are not those of the checksum.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -47,7 +55,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_size))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     unknown = [f"{name} ({entry['dtype']})" for name, entry in header.items()
                if entry["dtype"] not in DTYPES]  # fmt: skip
     if unknown:
@@ -58,7 +66,18 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         start, stop = entry["data_offsets"]
         flat = np.asarray(data[start:stop]).view(DTYPES[entry["dtype"]])
         tensors[name] = flat.reshape(entry["shape"])
+    if _SHA256 in metadata and metadata[_SHA256] != _sha256(tensors):
+        raise ValueError(f"{path} is damaged: its tensors are not what its SHA-256 says")
     return tensors
+
+
+def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
+    """The digest of tensors that are contiguous: their names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(tensors.items()):
+        digest.update(f"{name} {leaf.shape} {leaf.dtype.name}\n".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -76,9 +95,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     if wrong:
         raise ValueError(f"Tensors that are not floating point cannot be saved: {wrong}")
     contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
+    # transformers reads only files that say that they hold PyTorch's layout.
+    metadata = {"format": "pt", _SHA256: _sha256(contiguous)}
     with atomic(path) as temporary:
-        # transformers reads only files that say that they hold PyTorch's layout.
-        save_file(contiguous, temporary, metadata={"format": "pt"})
+        save_file(contiguous, temporary, metadata=metadata)
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -33,7 +33,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             renaming another file over it is safe.
 
     Returns:
-        {name: read-only array}; bytes are read from disk when they are first used.
+        {name: read-only array}; those of the older format are read from disk when they are first
+        used, those in a zip file now too, as that has a checksum of each storage.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -72,8 +73,7 @@ def _read_zip(path: Path, data: np.ndarray) -> Contents:
     pickle = _stored(entries[pickles[0]], data)[: MAX_PICKLE + 1].tobytes()
     if len(pickle) > MAX_PICKLE:
         raise ValueError(f"its pickle has more than {MAX_PICKLE} bytes")
-    if zlib.crc32(pickle) != entries[pickles[0]].CRC:
-        raise ValueError("its pickle is damaged")
+    _check_sum(pickle, entries[pickles[0]])
     order = entries.get(folder + "byteorder")  # since PyTorch 2.1
     if order and _stored(order, data)[:7].tobytes() != b"little":
         raise ValueError("its bytes are not in little-endian order")
@@ -83,7 +83,14 @@ def _read_zip(path: Path, data: np.ndarray) -> Contents:
         for name, entry in entries.items()
         if name.startswith(prefix)
     }
+    for key, storage in storages.items():
+        _check_sum(storage, entries[prefix + key])
     return _state_dict(io.BytesIO(pickle)), storages
+
+
+def _check_sum(content: bytes | np.ndarray, entry: zipfile.ZipInfo) -> None:
+    if zlib.crc32(content) != entry.CRC:
+        raise ValueError(f"its entry {entry.filename!r:.80} is damaged: its CRC-32 differs")
 
 
 def _stored(entry: zipfile.ZipInfo, data: np.ndarray) -> np.ndarray:

@@ -44,7 +44,13 @@ from coda_jax.methods import Method
 from coda_jax.models import ModelConfig, family_of, param_shapes
 from coda_jax.objectives import OBJECTIVES
 from coda_jax.training.run_checkpoints import STATE, DamagedError, check_leaves, read_contents
-from coda_jax.training.run_directory import CHECKPOINTS, FORMAT_VERSION, RUN_FILE, saved_steps
+from coda_jax.training.run_directory import (
+    CHECKPOINTS,
+    FORMAT_VERSION,
+    RUN_FILE,
+    read_run,
+    saved_steps,
+)
 
 _MACROS = {  # what people give the options as
     "base": "INITIAL_CHECKPOINT_PATH",
@@ -205,7 +211,7 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
 
     The optimizer's state is not read, nor are an objective's own leaves, which are in no model.
     """
-    run = files.read_json(folder / RUN_FILE)
+    run = read_run(folder)
     config = _config_of(run, folder / RUN_FILE)
     steps = saved_steps(folder)
     if not steps or step not in (None, *steps):
@@ -254,7 +260,7 @@ def _config_of(run: Mapping[str, Any], file: Path) -> ModelConfig:
         if version != FORMAT_VERSION:
             raise ValueError(f"format_version={version!r} is unknown")
         return from_json(run["config"], file)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not describe a model: {error}") from error
 
 

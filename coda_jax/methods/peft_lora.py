@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from coda_jax import checks
 from coda_jax.methods.base import Method
 from coda_jax.methods.lora import Lora
 
@@ -55,8 +56,12 @@ def read(fields: Mapping[str, Any], targets: tuple[str, ...], source: str) -> Lo
     if unknown:
         raise ValueError(f"{source} asks for what Lora has not: {unknown}")
     values = {ours: fields[theirs] for theirs, ours in _FIELDS.items()}
-    switches = {ours: bool(fields.get(theirs)) for theirs, ours in _SWITCHES.items()}
-    return Lora(targets=targets, **values, **switches)
+    given = {x: fields[x] for x in _SWITCHES if fields.get(x) is not None}
+    try:
+        switches = {_SWITCHES[x]: checks.flag(x, value) for x, value in given.items()}
+        return Lora(targets=targets, **values, **switches)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def write(method: Method) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def find(name: str, source: object) -> Family:
     Raises:
         ValueError: there is none; `source` says where the name was found.
     """
-    if name not in FAMILIES:
+    if name not in [*FAMILIES]:
         raise ValueError(f"{source}: family={name!r} is unknown; it must be one of {[*FAMILIES]}")
     return FAMILIES[name]
 

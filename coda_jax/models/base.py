@@ -24,6 +24,8 @@ from coda_jax.models import hf_fields
 from coda_jax.nn.remat import POLICIES
 from coda_jax.sharding import Placement
 
+MAX_LAYERS = 1000  # of a stack: a file that says more would keep whoever reads it busy for hours
+
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
@@ -74,8 +76,10 @@ class ModelConfig:
     run_fields: ClassVar[tuple[str, ...]] = ("dtype", "dropout_rate", "remat_policy")
     divided_fields: ClassVar[tuple[str, ...]] = ()
     field_checks: ClassVar[Mapping[str, checks.Check]] = {
-        **dict.fromkeys(("vocab_size", "emb_dim", "num_encoder_layers"), checks.COUNT),
-        **dict.fromkeys(("num_decoder_layers", "pad_id", "decoder_start_id"), checks.Whole(0)),
+        **dict.fromkeys(("vocab_size", "emb_dim"), checks.COUNT),
+        "num_encoder_layers": checks.Whole(1, MAX_LAYERS),
+        "num_decoder_layers": checks.Whole(0, MAX_LAYERS),
+        **dict.fromkeys(("pad_id", "decoder_start_id"), checks.Whole(0)),
         "eos_id": checks.Whole(-1),
         "dropout_rate": checks.Number(least=0, below=1),
         "dtype": checks.dtype,

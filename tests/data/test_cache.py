@@ -1,11 +1,15 @@
 """The cache file gives back what was written, and cannot lie."""
 
 import json
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 
 from coda_jax.data.cache import CACHE_FORMAT, read_cache, write_cache
+
+OLDER = "coda_jax examples 1"  # the format without a checksum
 
 LENGTHS = {"inputs": 24, "targets": 9}
 
@@ -53,9 +57,13 @@ def test_an_interrupted_write_leaves_the_old_cache(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def described(**fields):
+    return np.array(json.dumps({"format": OLDER, **fields}))
+
+
 def arrays(**changed):
     return {
-        "metadata": np.array(json.dumps({"format": CACHE_FORMAT})),
+        "metadata": described(),
         "inputs_tokens": np.arange(5),
         "inputs_offsets": np.array([0, 2, 5]),
         "targets_tokens": np.arange(3),
@@ -74,6 +82,34 @@ def arrays(**changed):
         ({"inputs_offsets": np.array([0, 6, 5])}, "inputs_offsets do not rise"),
         ({"targets_offsets": np.array([0, 3])}, "different numbers of examples"),
         ({"targets_tokens": None}, r"lacks \['targets_tokens'\]"),
+        ({"metadata": described(format=CACHE_FORMAT)}, "is damaged: its SHA-256 is missing"),
+        ({"metadata": np.array("[" * 5000)}, "nested too deep"),
+        ({"metadata": np.array(["a"])}, "metadata without a format"),
+        # Values that cannot be right.
+        ({"inputs_tokens": np.arange(-1, 4)}, r"inputs_tokens holds the id -1; .* 0 to 2147483647"),
+        (
+            {"metadata": described(vocab_size=4)},
+            "inputs_tokens holds the id 4; the vocabulary has 0 to",
+        ),
+        ({"targets_tokens": np.array([1, np.nan, 2])}, "targets_tokens holds numbers that are not"),
+        ({"metadata": described(vocab_size=-1)}, "vocab_size must be a whole number"),
+        ({"metadata": described(vocab_size=20, eos_id=20)}, "eos_id must be a whole number from 0"),
+        ({"metadata": described(unk_id="x")}, "unk_id must be a whole number"),
+        ({"metadata": described(vocabulary=3)}, "vocabulary must be a text"),
+        ({"metadata": described(feature_lengths=[9])}, "feature_lengths must be a dict"),
+        (
+            {"metadata": described(feature_lengths={"inputs": 0})},
+            r"feature_lengths\['inputs'\] must",
+        ),
+        # Arrays of unknown kinds.
+        ({"inputs_tokens": np.array([{"a": 1}] * 5)}, "inputs_tokens holds object"),
+        ({"inputs_tokens": np.array(["a"] * 5)}, "inputs_tokens holds <U1"),
+        ({"inputs_tokens": np.zeros(5, complex)}, "inputs_tokens holds complex128"),
+        ({"inputs_tokens": np.zeros(5, [("a", int)])}, "inputs_tokens holds"),
+        ({"inputs_offsets": np.array([0.0, 2, 5])}, "inputs_offsets holds float64"),
+        ({"inputs_offsets": np.array(5)}, "inputs_offsets do not rise from 0"),
+        ({"inputs_tokens": np.zeros((5, 1, 1))}, r"inputs_tokens has the shape \(5, 1, 1\)"),
+        ({"metadata": np.arange(3)}, "metadata holds int64"),
     ],
 )
 def test_a_cache_that_does_not_fit_together_is_refused(tmp_path, changed, message):
@@ -103,3 +139,63 @@ def test_files_that_are_no_cache_are_refused(tmp_path):
             read_cache(path)
     with pytest.raises(FileNotFoundError):
         read_cache(tmp_path / "missing.npz")
+
+
+def npy(shape, content=b"", dtype="<i4"):
+    """A member of an npz file that says it has a shape."""
+    head = str({"descr": dtype, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + content
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("inputs_tokens", b"text", r"lacks \['inputs_tokens'\]"),  # whose name has no ending
+        ("inputs_tokens.npy", b"text" * 9, "the magic string is not correct"),
+        ("inputs_tokens.npy", b"", "is not a readable npz file"),
+        ("inputs_tokens.npy", npy((2**40,)), "has another number of bytes"),
+        ("inputs_tokens.npy", npy((-1,)), "has another number of bytes"),
+        ("inputs_tokens.npy", npy((5,), bytes(24)), "has another number of bytes"),
+        ("inputs_tokens.npy", npy((5,), dtype="|O"), "holds object"),
+        ("inputs_tokens.npy", b"\x93NUMPY\x09\x00" + bytes(20), "version"),
+    ],
+)
+def test_members_that_are_no_arrays_are_refused(tmp_path, name, content, message):
+    path = tmp_path / "cache.npz"
+    np.savez(path, **{k: v for k, v in arrays().items() if k != "inputs_tokens"})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_cache(path)
+    assert str(path) in str(error.value)
+
+
+def test_an_encrypted_member_is_refused_and_others_are_not_opened(tmp_path):
+    path = tmp_path / "cache.npz"
+    np.savez_compressed(path, **arrays(other=np.zeros(2**25, np.uint8)))
+    tracemalloc.start()
+    assert len(read_cache(path)[0]) == 2
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+    content = bytearray(path.read_bytes())
+    for start in (b"PK\x03\x04", b"PK\x01\x02"):
+        place = content.index(start)
+        content[place + (6 if start[2] == 3 else 8)] |= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a readable npz file: .* is encrypted"):
+        read_cache(path)
+
+
+def test_every_bit_of_a_cache_counts(tmp_path):
+    path = tmp_path / "cache.npz"
+    write_cache(path, random_examples(2), {})
+    assert path.read_bytes()[-71:-64] == b"sha256:"
+    content, np_reads = path.read_bytes(), np.load(path)
+    assert set(np_reads.files) == arrays().keys()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"cache\.npz"):
+            read_cache(path)
+    path.write_bytes(content + b"more")
+    with pytest.raises(ValueError, match=r"cache\.npz"):
+        read_cache(path)
