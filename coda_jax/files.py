@@ -7,11 +7,14 @@ import glob
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from typing import Any
 
 MAX_DEPTH = 100  # of JSON: Python's own limit depends on where it is read
+# In a path: patterns, what is a / on other systems, the end of a scheme, bytes that are not UTF-8.
+_MISREAD = re.compile(r"[\[\]*?\\\ud800-\udfff]|:(?=/|$)")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -93,6 +96,20 @@ def checked_folder(path: str | os.PathLike) -> pathlib.Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: name a folder")
     return path
+
+
+def check_stores(name: str, path: str | os.PathLike) -> None:
+    """Raises ValueError where tensorstore or orbax would take a folder for another, or a pattern.
+
+    Args:
+        name: of the option, for the error.
+        path: of the folder.
+    """
+    if wrong := sorted({*_MISREAD.findall(os.path.abspath(path))}):
+        raise ValueError(
+            f"{name}={os.fspath(path)!a}: its path has {' '.join(map(ascii, wrong))}, with which "
+            "arrays are written elsewhere or cannot be read again: name another folder"
+        )
 
 
 def check_new(path: str | os.PathLike) -> None:

@@ -218,3 +218,25 @@ def test_the_flags_of_bench_are_read():
     options = parser.parse_args(["--reductions=2,2.5", "--measures=encoder", "--rounds=3"])
     assert (options.reductions, options.measures) == ((2.0, 2.5), ("encoder",))
     assert options.rounds == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["(a+)+$", "(.*)*x", "(a|a)*b", "(a?){30}b", ".*" * 5, "a?" * 9, "(?:(x)*y)+"]
+)
+def test_a_pattern_that_may_take_for_ever_is_refused(text):
+    with pytest.raises(ValueError, match=r"targets must be a regular expression with at most 4"):
+        checks.pattern("targets", text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"attention/(query|value)$",
+        r"^(encoder|decoder)/layers_\d+/(self_)?attention/(query|key|value|out)/kernel$",
+        r"layers_[0-3]/.*/wi(_\d)?$",
+        r"(ab){3}x{2,5}",
+        "(?=a)b|(?!c)d",
+    ],
+)
+def test_patterns_of_paths_are_taken(text):
+    assert checks.pattern("targets", text) == text

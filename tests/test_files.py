@@ -230,3 +230,16 @@ def test_json_may_have_a_byte_order_mark_and_be_nested_as_deep_as_is_read(tmp_pa
     content = b'{"a":' * 100 + b'"\\ud83d\\ude00"' + b"}" * 100
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + content)
     assert files.read_json(tmp_path / "a.json") == json.loads(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\\b", "a\\..\\..\\b", "gs:", "a:/b", "a[1]", "a*", "a?", os.fsdecode(b"a\xff")]
+)
+def test_a_folder_that_would_be_taken_for_another_is_refused(tmp_path, name, monkeypatch):
+    with pytest.raises(ValueError, match=r"MODEL_DIR='.*: its path has '"):
+        files.check_stores("MODEL_DIR", tmp_path / name)
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(ValueError, match="MODEL_DIR='run': its path has '"):
+        files.check_stores("MODEL_DIR", "run")
+    files.check_stores("MODEL_DIR", tmp_path / "a b:c %5C {ü} $HOME ~")

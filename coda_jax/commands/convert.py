@@ -128,7 +128,9 @@ def convert(
     checks.Maybe(checks.Whole(0))("STEP", step)
     checks.flag("ENCODER_ONLY", encoder_only)
     write = _writer(layout, scan_layers)
-    if layout != "t5x":
+    if layout == "t5x":
+        files.check_stores("OUTPUT", output)
+    else:
         files.check_new(output)
     folder = hub.find(source)
     read = read_source(folder, base=base, config=config, methods=tuple(methods) or None, step=step)

@@ -12,7 +12,7 @@ from typing import Any
 from absl import logging
 from flax import linen as nn
 
-from coda_jax import checks
+from coda_jax import checks, files
 from coda_jax.checkpoints.huggingface import CONFIG_FILE
 from coda_jax.checkpoints.t5x import PREFIX, find_t5x, is_remote, t5x_step, table_of
 from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder
@@ -102,6 +102,8 @@ def network(
     trains = model_dir is not None
     if trains:
         _check_absolute("MODEL_DIR", model_dir)
+        if not is_remote(model_dir):
+            files.check_stores("MODEL_DIR", model_dir)
     last = checks.COUNT("TRAIN_STEPS", total_steps) if trains and not relative_steps else None
     if trains and has_checkpoints(run_folder(model_dir)):
         _check_resumed(config, model_dir, last)

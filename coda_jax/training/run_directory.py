@@ -34,14 +34,10 @@ def checked(directory: str | os.PathLike) -> pathlib.Path:
     """The path of a run's folder.
 
     Raises:
-        ValueError: it is no name, or a file, or orbax would take it for a pattern or another path.
+        ValueError: it is no name, or a file; and see `files.check_stores`.
     """
     checks.paths(MODEL_DIR=directory)
-    if pattern := set(os.fspath(directory)) & set("[]*?\\"):
-        raise ValueError(
-            f"MODEL_DIR={os.fspath(directory)!r} has {''.join(sorted(pattern))}, with which "
-            "checkpoints cannot be read again: name another folder"
-        )
+    files.check_stores("MODEL_DIR", directory)
     return files.checked_folder(directory)
 
 

@@ -31,6 +31,7 @@ from coda_jax.training.progress import Progress
 from coda_jax.training.run_checkpoints import RunCheckpoints, Saved, recover
 from coda_jax.training.run_directory import (
     Requests,
+    checked,
     interruption,
     metric_writer,
     owned,
@@ -134,7 +135,7 @@ def train(
     run = run_identity.identify(*of_run) | dict(run)
     run = run_identity.run_file(run, placement := placement or Placement())
     with (
-        owned(directory := pathlib.Path(directory).absolute()),
+        owned(directory := checked(directory).absolute()),
         interruption() as requests,
         _checkpoints(directory, run, options, mode) as kept,
     ):

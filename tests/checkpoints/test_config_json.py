@@ -159,3 +159,19 @@ def test_methods_that_version_1_did_not_have_are_left_out():
 def test_what_version_1_did_not_write_is_refused(values, adaptation, trained, text):
     with pytest.raises(ValueError, match=text):
         from_version_1(values, adaptation, "a file", trained)
+
+
+@pytest.mark.parametrize("field", ["num_encoder_layers", "num_decoder_layers"])
+def test_more_layers_than_any_model_has_are_refused_before_a_network_is_made(field):
+    with pytest.raises(
+        ValueError, match=rf"a file is not valid: .*{field} must be .* to 1000, got 10"
+    ):
+        from_json({**to_json(TINY), field: 100_000}, "a file")
+
+
+@pytest.mark.parametrize("name", [[], {}, None, 3])
+def test_a_name_that_is_no_text_is_unknown(name):
+    with pytest.raises(ValueError, match=r"a file: family=.* is unknown"):
+        from_json({**to_json(TINY), "family": name}, "a file")
+    with pytest.raises(ValueError, match=r"a file: method .* is unknown"):
+        from_json({**to_json(TINY), "methods": [{"name": name}]}, "a file")
