@@ -24,5 +24,7 @@ With them:
   the top.
 - `seqio_agreement`: whether seqio's vocabularies are those of a model.
 - `images`: image files to patches. TensorFlow is imported when patches are made.
+- `image_files`, `headers`: image files as they are to be seen; questions above them.
 - `audio`: recordings to frames. TensorFlow is imported when frames are made.
+- `audio_containers`: whether a recording is whole.
 """

@@ -5,33 +5,26 @@ processor): a question becomes a header above the image; the image is standardis
 many whole patches as are allowed without changing its shape more than rounding does, and cut.
 """
 
-import math
 import os
-import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from coda_jax.data import image_files
+from coda_jax.data.headers import DEFAULT_FONT, with_header
 from coda_jax.data.jsonl import read_inputs, read_jsonl
 from coda_jax.optional import needs
-
-with needs("images"):
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
-# The original draws headers in Arial, which is not free. A checkpoint that was trained with it is
-# best served with a file of it.
-DEFAULT_FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-HEADER_FONT_SIZE = 36
-HEADER_MARGIN = 5
-HEADER_COLUMNS = 80  # characters of a line
+__all__ = ["DEFAULT_FONT", "patches", "read_image", "read_requests", "with_header"]
+
+_BLOCK = 2**21  # values that are held as float64 at once
 
 
 def read_image(path: str, header: str = "", font: str | None = None) -> np.ndarray:
-    """Reads an image file of any kind that Pillow knows.
+    """Reads an image file as a person sees it; see `image_files`.
 
     Args:
         path: the file.
@@ -43,50 +36,20 @@ def read_image(path: str, header: str = "", font: str | None = None) -> np.ndarr
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no complete image, or has no pixels; the file is named.
+        ValueError: `image_files.read` or `with_header` refuses it; the file is named.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no image {path!r}")
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        image = image_files.read(path)
+    except (OSError, ValueError) as e:
         raise ValueError(f"{path!r} is not a readable image: {e}") from e
-    if 0 in image.size:
-        raise ValueError(f"{path!r} has no pixels: its size is {image.size}")
-    return np.asarray(with_header(image, header, font) if header else image)
-
-
-def with_header(image: Image.Image, header: str, font: str | None = None) -> Image.Image:
-    """Puts a text above an image; the narrower of the two is scaled to the width of the other.
-
-    Args:
-        image: RGB.
-        header: the text; it is wrapped into lines.
-        font: a TrueType file; None for `DEFAULT_FONT`.
-
-    Returns:
-        The new image.
-    """
-    text = draw_text(header, font)
-    width = max(text.width, image.width)
-    height = int(image.height * (width / image.width))
-    header_height = int(text.height * (width / text.width))
-    joined = Image.new("RGB", (width, height + header_height), "white")
-    joined.paste(text.resize((width, header_height)), (0, 0))
-    joined.paste(image.resize((width, height)), (0, header_height))
-    return joined
-
-
-def draw_text(text: str, font: str | None = None) -> Image.Image:
-    """Returns an image of a text, black on white, just large enough for it."""
-    lines = "\n".join(textwrap.wrap(text, HEADER_COLUMNS))
-    loaded = ImageFont.truetype(font or DEFAULT_FONT, HEADER_FONT_SIZE)
-    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), lines, font=loaded)
-    width, height = (math.ceil(end) + 2 * HEADER_MARGIN for end in box[2:])
-    image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).text((HEADER_MARGIN, HEADER_MARGIN), lines, fill="black", font=loaded)
-    return image
+    if header:
+        try:
+            image = with_header(image, header, font)
+        except ValueError as e:
+            raise ValueError(f"{path!r}: {e}") from e
+    return np.asarray(image)
 
 
 def patches(
@@ -111,20 +74,46 @@ def patches(
     with needs():  # Here: only patches need it.
         import tensorflow as tf
 
-    image = tf.cast(image, tf.float32)
     size = tf.shape(image)[:2]
     some = tf.debugging.Assert(tf.reduce_min(size) > 0, ["an image without pixels, of size", size])
     with tf.control_dependencies([some]):
-        image = tf.image.per_image_standardization(image)
+        mean, factor = _standard(tf.reshape(image, [-1]))
     sides = tf.cast(size, tf.float64) / patch_size
     scale = tf.sqrt(tf.cast(max_patches, tf.float64) / tf.reduce_prod(sides))
     grid = tf.clip_by_value(tf.cast(scale * sides, tf.int32), 1, max_patches)
     rows, columns = grid[0], grid[1]
-    image = tf.image.resize(image, grid * patch_size, antialias=True)
+    # Standardised once it is small: scaling is linear, and its weights add up to 1.
+    image = tf.cast(tf.image.resize(image, grid * patch_size, antialias=True), tf.float32)
+    image = (image - mean) * factor
     cut = tf.reshape(image, [rows, patch_size, columns, patch_size, 3])
     cut = tf.reshape(tf.transpose(cut, [0, 2, 1, 3, 4]), [rows * columns, 3 * patch_size**2])
     ids = tf.stack(tf.meshgrid(tf.range(rows), tf.range(columns), indexing="ij"), axis=-1) + 1
     return tf.concat([tf.cast(tf.reshape(ids, [-1, 2]), tf.float32), cut], axis=1)
+
+
+def _standard(values: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
+    """The mean m and the factor f, float32, for which (x - m) f has mean 0 and variance 1.
+
+    As `tf.image.per_image_standardization`, which holds several copies of the image as float32.
+    f is at most sqrt(n), and 0 where all values are the same.
+    """
+    import tensorflow as tf
+
+    def sums(start):
+        block = tf.cast(values[start : start + _BLOCK], tf.float64)
+        return tf.stack([tf.reduce_sum(block), tf.reduce_sum(tf.square(block))])
+
+    count = tf.size(values)
+    blocks = tf.map_fn(
+        sums, tf.range(0, count, _BLOCK), fn_output_signature=tf.float64, parallel_iterations=1
+    )
+    count = tf.cast(count, tf.float64)
+    mean, square = tf.unstack(tf.reduce_sum(blocks, axis=0) / count)
+    variance = square - tf.square(mean)
+    factor = tf.minimum(tf.math.rsqrt(tf.maximum(variance, 0)), tf.sqrt(count))
+    same = tf.equal(values[0], tf.reduce_min(values)) & tf.equal(values[0], tf.reduce_max(values))
+    factor = tf.where(same, tf.zeros_like(factor), factor)
+    return tf.cast(mean, tf.float32), tf.cast(factor, tf.float32)
 
 
 def read_requests(path: str) -> list[dict[str, str]]:
