@@ -27,6 +27,9 @@ CACHE_FORMAT = "coda_jax examples 2"
 _WITHOUT_SHA256 = "coda_jax examples 1"
 _MARK, _DIGITS = b"sha256:", 64
 _ROOM = 2**20  # bytes that are hashed at once
+# Of an array that is unpacked: more than MAX_UNPACKED bytes must have been packed to no less than
+# one in MAX_PACKING, which tokens and patches never reach and a few kB of zeros do.
+MAX_UNPACKED, MAX_PACKING = 2**28, 100
 _IDS = ("eos_id", "pad_id", "unk_id")
 # What zipfile and numpy raise of a damaged archive.
 _DAMAGED = (
@@ -180,6 +183,11 @@ def _array(archive: zipfile.ZipFile, name: str, kinds: str, path: Any) -> np.nda
         size = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or size != member.file_size - file.tell():
             raise ValueError(f"{name} of the shape {shape} has another number of bytes")
+        if size > max(MAX_UNPACKED, MAX_PACKING * member.compress_size):
+            raise ValueError(
+                f"{name} has {size:,} bytes, packed to {member.compress_size:,}; beyond "
+                f"MAX_UNPACKED={MAX_UNPACKED:,} at most MAX_PACKING={MAX_PACKING} to one are read"
+            )
         content = file.read()
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 

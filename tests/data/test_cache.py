@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from coda_jax.data import cache
 from coda_jax.data.cache import CACHE_FORMAT, read_cache, write_cache
 
 OLDER = "coda_jax examples 1"  # the format without a checksum
@@ -199,3 +200,15 @@ def test_every_bit_of_a_cache_counts(tmp_path):
     path.write_bytes(content + b"more")
     with pytest.raises(ValueError, match=r"cache\.npz"):
         read_cache(path)
+
+
+def test_an_array_that_is_packed_to_nothing_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "MAX_UNPACKED", 2**20)
+    tokens = np.zeros(2**19, np.int32)
+    changed = arrays(inputs_tokens=tokens, inputs_offsets=np.array([0, 2, len(tokens)]))
+    np.savez_compressed(tmp_path / "cache.npz", **changed)
+    with pytest.raises(ValueError, match=r"inputs_tokens has 2,097,152 bytes, packed to .* MAX_"):
+        read_cache(tmp_path / "cache.npz")
+    tokens = np.random.default_rng(0).integers(1, 4000, 2**19, np.int32)
+    np.savez_compressed(tmp_path / "cache.npz", **changed | {"inputs_tokens": tokens})
+    assert len(read_cache(tmp_path / "cache.npz")[0]) == 2
