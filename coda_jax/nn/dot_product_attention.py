@@ -201,7 +201,9 @@ def _biased(logits, bias, mask):
     if bias is not None:
         logits += bias.astype(logits.dtype)
     if mask is not None:
-        logits = jnp.where(mask, logits, jnp.asarray(attention_kernel.MASKED_LOGIT, logits.dtype))
+        # Finite in every type: where nothing is seen, all of -inf would be NaN.
+        masked = max(attention_kernel.MASKED_LOGIT, float(jnp.finfo(logits.dtype).min))
+        logits = jnp.where(mask, logits, jnp.asarray(masked, logits.dtype))
     return logits
 
 

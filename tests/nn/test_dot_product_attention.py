@@ -172,3 +172,19 @@ def test_attention_equals_numpy_and_beams_share_keys(with_source, beams, rng):
     )
     expected = y.reshape(*x_q.shape[:2], -1) @ kernels["out"]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_a_query_that_sees_no_key_gets_the_mean_of_the_values(dtype, num_queries, branches, rng):
+    """And no NaN, in any type: of an empty row, and of the padding of a packed one."""
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, 2, n, 4)), dtype) for n in (num_queries, 6, 6)
+    )
+    mask = np.zeros((2, 1, num_queries, 6), bool)
+    mask[1, :, -1, :3] = True
+    found = np.asarray(dot_product_attention.attend(query, key, value, None, mask), np.float32)
+    expected = np.broadcast_to(np.asarray(value, np.float32).mean(2, keepdims=True), found.shape)
+    np.testing.assert_allclose(found[0], expected[0], atol=0.02)
+    np.testing.assert_allclose(found[1, :, :-1], expected[1, :, :-1], atol=0.02)
+    assert np.isfinite(found).all()
