@@ -12,8 +12,8 @@ from coda_jax.files import decoded, read_json
 
 SAFETENSORS, FLAX, TORCH = "model.safetensors", "flax_model.msgpack", "pytorch_model.bin"
 WEIGHTS = (SAFETENSORS, FLAX, TORCH)  # or shards of them
-OTHERS = ("config.json", "generation_config.json", "*token*", "spiece.model", "vocab.json",
-          "merges.txt")  # fmt: skip
+OTHERS = ("config.json", "generation_config.json", "*processor_config.json", "*token*",
+          "spiece.model", "vocab.json", "merges.txt")  # fmt: skip
 MAX_JSON_BYTES = 4 * 2**20  # of a config or an index, which have some kB
 _NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 

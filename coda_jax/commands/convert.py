@@ -41,7 +41,7 @@ from coda_jax.checkpoints.zarr_arrays import list_orbax, read_arrays
 from coda_jax.commands.t5x_identity import config_of, infer_config, write_beside
 from coda_jax.data.vocabularies import copy_files, find_files, find_fingerprint
 from coda_jax.methods import Method
-from coda_jax.models import ModelConfig, family_of, param_shapes
+from coda_jax.models import ModelConfig, family_of, param_shapes, preprocessing
 from coda_jax.objectives import OBJECTIVES
 from coda_jax.training.run_checkpoints import STATE, DamagedError, check_leaves, read_contents
 from coda_jax.training.run_directory import (
@@ -105,8 +105,8 @@ def convert(
             be merged into the base; else the base as it was, and in its folder `adapter` the
             adapter file. In layout "t5x" it gets an orbax checkpoint `checkpoint_<step>` with all
             leaves under `target`, named as here; in layouts "adapter" and "peft" the adapter file
-            alone, ours or that of the library peft. A vocabulary beside the source, or beside the
-            base, is copied beside a checkpoint, and generation_config.json in layout "hf".
+            alone, ours or that of the library peft. A vocabulary beside source or base is copied
+            beside a checkpoint; in layout "hf" generation_ and preprocessor_config.json are, too.
         layout: "hf", "t5x", "adapter" or "peft".
         base: folder of the dense checkpoint, in Hugging Face layout or of T5X, that `source` was
             trained from. A source that holds only what was trained needs it. Given with a T5X
@@ -138,7 +138,7 @@ def convert(
     folders = [folder, *([hub.find(base)] if base else [])]
     beside = vocabulary_files(read, folders)
     if layout == "hf":
-        beside |= generation_files(read, folders)
+        beside |= generation_files(read, folders) | preprocessor_files(folders)
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
         note = write(Path(new), read)
         if layout not in ("adapter", "peft"):
@@ -361,6 +361,11 @@ def generation_files(read: Source, folders: list[Path]) -> dict[str, str]:
     paths = [str(folder / GENERATION_CONFIG_FILE) for folder in folders]
     found = [path for path in paths if os.path.isfile(path)]
     return {GENERATION_CONFIG_FILE: found[0]} if found and read.config.num_decoder_layers else {}
+
+
+def preprocessor_files(folders: list[Path]) -> dict[str, str]:
+    """The first folder's file that says how inputs are prepared, {name: path}."""
+    return next(filter(None, map(preprocessing.find, folders)), {})
 
 
 def vocabulary_files(read: Source, folders: list[Path]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from coda_jax.data.labels import read_labels
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.inference import Decoding
 from coda_jax.methods import max_segments, with_reduction
-from coda_jax.models import ModelConfig, family_of, init_params, param_shapes, preset
+from coda_jax.models import Inputs, ModelConfig, init_params, inputs_of, param_shapes, preset
 from coda_jax.objectives import model_for
 from coda_jax.optional import needs
 
@@ -62,9 +62,14 @@ class LoadedModel:
         }
 
     @property
+    def inputs(self) -> Inputs:
+        """The inputs of its family, as its checkpoint prepares them."""
+        return inputs_of(self.config, self.directory)
+
+    @property
     def longest_inputs(self) -> int:
         """The most inputs that are kept where nobody says another limit."""
-        return self.lengths.get("inputs") or family_of(self.config).inputs.longest
+        return self.lengths.get("inputs") or self.inputs.longest
 
 
 def configured_preset(
@@ -264,7 +269,7 @@ def sized(decoding: Decoding, model: LoadedModel) -> Decoding:
 
 def held_at_once(model: LoadedModel, decoding: Decoding) -> int:
     """Inputs held at once: texts are worth sorting by length, images and audio are large."""
-    return family_of(model.config).inputs.held or 8 * decoding.batch_size
+    return model.inputs.held or 8 * decoding.batch_size
 
 
 def with_checkpoint_defaults(

@@ -21,7 +21,6 @@ from coda_jax.data.reports import say
 from coda_jax.data.stop_texts import cut
 from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
-from coda_jax.models import family_of
 from coda_jax.objectives import model_for
 from coda_jax.sharding import Placement
 
@@ -79,7 +78,7 @@ def predict(
     decoding = sized(decoding, model)
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
-    requests = family_of(model.config).inputs
+    requests = model.inputs
     encode = requests.encoder(model.config, vocabulary, decoding.max_input_length, font)
     chunks = _chunks(iter(requests.read(inputs)), chunk_size or held_at_once(model, decoding))
     if embed is not None:

@@ -18,7 +18,7 @@ from coda_jax.data.labels import check_labels
 from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
-from coda_jax.models import ModelConfig, check_divides, family_of
+from coda_jax.models import ModelConfig, check_divides, family_of, preprocessing
 from coda_jax.objectives import Model, model_for
 from coda_jax.sharding import Placement
 from coda_jax.training import run_directory, schedules, trainer
@@ -302,7 +302,8 @@ def export(
                 _, dense = trees.split(params, methods.created(finished))
                 checkpoints.save_hf(new, finished.dense(), dense)
                 beside = find_files(base_directory) if base_directory else {}
-                copy_files(beside or data.vocabulary_files(), new)
+                beside = beside or data.vocabulary_files()
+                copy_files(beside | preprocessing.find(base_directory or new), new)
             if finished.methods:
                 said = {"vocabulary": vocabulary, "lengths": lengths}
                 checkpoints.save_adapter(new / "adapter", finished, params, **said)

@@ -21,6 +21,7 @@ class Expected:
         targets: "tokens", "numbers", or None where they are not read.
         eos_id: of the token that ends a text.
         misfit: (inputs, targets) -> why the objective cannot learn them; None where it can.
+        misplaced: (inputs) -> why the model has no places for vectors; None where it has.
     """
 
     vocab_size: int
@@ -28,6 +29,7 @@ class Expected:
     targets: str | None = "tokens"
     eos_id: int = 1
     misfit: Callable[[np.ndarray, np.ndarray], str | None] = lambda inputs, targets: None
+    misplaced: Callable[[np.ndarray], str | None] = lambda inputs: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _vectors(values: np.ndarray, expected: Expected) -> str | None:
         return "its inputs are empty"
     if not np.isfinite(values).all():
         return "its inputs hold values that are not finite numbers"
-    return None
+    return expected.misplaced(values)
 
 
 @dataclasses.dataclass

@@ -3,14 +3,18 @@
 Every folder has the files `config` (sizes, options, published presets, a tiny one), `network` (the
 Flax modules), `huggingface` (checkpoints), `inputs` (how inputs are read), and in `__init__` its
 `FAMILY`; some have more. `FAMILIES` holds them all by name; a new family is a folder, and an import
-and an entry here. `hf_fields` is what all checkpoints of Hugging Face share.
+and an entry here. `hf_fields` is what all checkpoints of Hugging Face share, `preprocessing` their
+preprocessor_config.json.
 """
 
 import dataclasses
 import difflib
+import os
+import pathlib
 
 from coda_jax.models.base import (
     Family,
+    Inputs,
     ModelConfig,
     check_divides,
     init_params,
@@ -38,11 +42,13 @@ __all__ = [
     "DEFAULT_PRESET",
     "FAMILIES",
     "Family",
+    "Inputs",
     "ModelConfig",
     "check_divides",
     "family_of",
     "find",
     "init_params",
+    "inputs_of",
     "param_axes",
     "param_shapes",
     "placed",
@@ -65,6 +71,18 @@ def find(name: str, source: object) -> Family:
 def family_of(config: ModelConfig) -> Family:
     """The family of a config."""
     return FAMILIES[config.family]
+
+
+def inputs_of(config: ModelConfig, directory: str | os.PathLike | None = None) -> Inputs:
+    """The inputs of a config's family, as the checkpoint in a folder, if any, prepares them.
+
+    Raises:
+        ValueError: its preprocessor_config.json asks for what is not handled.
+    """
+    inputs = family_of(config).inputs
+    if directory is None:
+        return inputs
+    return inputs.of_checkpoint(inputs, pathlib.Path(directory), config)
 
 
 def presets() -> dict[str, ModelConfig]:

@@ -9,6 +9,7 @@ Axis letters: B batch, N input tokens, C channels, D embedding, V vocabulary.
 from collections.abc import Callable, Container, Iterable, Mapping
 import dataclasses
 import functools
+import pathlib
 from typing import Any, ClassVar
 
 from flax import linen as nn
@@ -140,6 +141,10 @@ class ModelConfig:
             f"{name}={ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs
         ]
 
+    def misplaced(self, inputs: np.ndarray) -> str | None:
+        """Why the network has no places for inputs [n, ...]; None where it has."""
+        del inputs
+
     def network(self) -> nn.Module:
         """The network of this configuration."""
         raise NotImplementedError
@@ -192,6 +197,8 @@ class Inputs:
             "seconds" of a frame.
         longest: the most of them that are kept where nobody says another limit.
         held: requests that are held at once, to be sorted by length; None for a few batches.
+        of_checkpoint: (these, folder of a checkpoint, its config) -> those of the checkpoint, whose
+            own files may say more.
     """
 
     unit: str
@@ -201,6 +208,7 @@ class Inputs:
     shown: Callable[[np.ndarray, Any], dict[str, Any]]
     longest: int = 512
     held: int | None = None
+    of_checkpoint: Callable[["Inputs", pathlib.Path, Any], "Inputs"] = lambda inputs, *_: inputs
 
 
 @dataclasses.dataclass(frozen=True)

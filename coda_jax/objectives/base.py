@@ -130,6 +130,7 @@ class Model:
             targets=targets if self.reads_targets else None,
             eos_id=self.config.eos_id,
             misfit=self.misfit,
+            misplaced=self.config.misplaced,
         )
 
     def misfit(self, inputs: np.ndarray, targets: np.ndarray) -> str | None:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from coda_jax import checks
 from coda_jax.models.t5.config import T5Config, sizes
@@ -22,7 +23,7 @@ class Pix2StructConfig(T5Config):
     Attributes:
         patch_size: height and width of a patch in pixels of three colours.
         num_positions: rows of each of the two position embeddings. A row or column id that is not
-            below it makes the outputs NaN.
+            below it makes the outputs NaN; see `misplaced`.
     """
 
     family: ClassVar[str] = "pix2struct"
@@ -41,6 +42,22 @@ class Pix2StructConfig(T5Config):
     def patch_dim(self) -> int:
         """Values of a patch."""
         return 3 * self.patch_size**2
+
+    def misplaced(self, inputs: np.ndarray) -> str | None:
+        """Why the network has no places for patches [n, C]; None where it has."""
+        places = inputs[:, :2]
+        if not (places[:, 0] > 0).any():
+            return "its patches are padding alone: none has a row"
+        if (places != np.rint(places)).any() or places.min() < 0:
+            return "its rows and columns are not whole numbers from 1, or 0 for padding"
+        if (most := int(places.max())) >= self.num_positions:
+            side = "rows" if places[:, 0].max() == most else "columns"
+            return (
+                f"it has {most:,} {side} of patches, and the model positions for "
+                f"{self.num_positions - 1:,}: give Decoding.max_input_length, or "
+                "TASK_FEATURE_LENGTHS, fewer patches, or cut so long a picture"
+            )
+        return None
 
     def network(self) -> nn.Module:
         """The network of this configuration."""

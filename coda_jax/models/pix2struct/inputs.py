@@ -1,11 +1,15 @@
-"""Images for Pix2Struct: random patches, requests of `coda predict`."""
+"""Images for Pix2Struct: random patches, requests of `coda predict`, what a checkpoint says."""
 
 from collections.abc import Callable, Iterator, Mapping
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from coda_jax import checks, files, hub
+from coda_jax.models import preprocessing
 from coda_jax.models.base import Inputs
 from coda_jax.models.pix2struct.config import Pix2StructConfig
 
@@ -54,4 +58,40 @@ def shown(inputs: np.ndarray, vocabulary: Any) -> dict[str, Any]:
     return {"kind": "image", "image": image, "grid": grid}
 
 
-INPUTS = Inputs("patches", random_patches, read_images, encoder, shown, longest=2048)
+def of_checkpoint(inputs: Inputs, directory: Path, config: Pix2StructConfig) -> Inputs:
+    """The most patches that a checkpoint's own files say, and whether it answers questions."""
+    fields, source = preprocessing.read(directory, _USED, _FIXED)
+    sides = fields.get("patch_size", config.patch_size)
+    sides = sides if isinstance(sides, Mapping) else {"height": sides, "width": sides}
+    if {**sides} != dict.fromkeys(("height", "width"), config.patch_size):
+        raise ValueError(f"{source}: patch_size={sides} is not config.json's {config.patch_size}")
+    longest = checks.COUNT(f"{source}: max_patches", fields.get("max_patches", inputs.longest))
+    if "is_vqa" not in fields and (directory / _CONFIG).is_file():
+        source = str(directory / _CONFIG)
+        fields = files.read_json(source, hub.MAX_JSON_BYTES)
+    asked = checks.flag(f"{source}: is_vqa", fields.get("is_vqa") or False)
+
+    def read(path: str) -> Iterator[dict[str, str]]:
+        for number, request in enumerate(inputs.read(path)):
+            if not request.get("header", "").strip():
+                raise ValueError(
+                    f"input {number} (the first is 0) of {path} has no question, which this "
+                    f'checkpoint needs ({source}: is_vqa): lines {{"image": ..., "header": ...}}'
+                )
+            yield request
+
+    return dataclasses.replace(inputs, longest=longest, read=read if asked else inputs.read)
+
+
+_CONFIG = "config.json"
+_USED = {"is_vqa", "max_patches", "patch_size"}
+_FIXED = {"do_normalize": (True,), "do_convert_rgb": (True,)}
+INPUTS = Inputs(
+    "patches",
+    random_patches,
+    read_images,
+    encoder,
+    shown,
+    longest=2048,
+    of_checkpoint=of_checkpoint,
+)

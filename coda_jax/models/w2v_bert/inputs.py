@@ -1,11 +1,13 @@
-"""Recordings for w2v-BERT: random frames, requests of `coda predict`."""
+"""Recordings for w2v-BERT: random frames, requests of `coda predict`, what a checkpoint says."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coda_jax.data import jsonl
+from coda_jax.models import preprocessing
 from coda_jax.models.base import Inputs
 from coda_jax.models.w2v_bert.config import W2vBertConfig
 
@@ -44,6 +46,20 @@ def shown(inputs: np.ndarray, vocabulary: Any) -> dict[str, Any]:
     return {"kind": "sound", "spectrogram": bins, "seconds": seconds}
 
 
-INPUTS = Inputs(
-    "frames", random_frames, read_recordings, encoder, shown, longest=1500
-)  # 30 seconds
+def of_checkpoint(inputs: Inputs, directory: Path, config: W2vBertConfig) -> Inputs:
+    """The same; ValueError where a checkpoint's own files ask for other frames."""
+    bins = config.feature_dim // 2
+    fixed = {"sampling_rate": 16000, "stride": 2, "feature_size": bins, "num_mel_bins": bins}
+    preprocessing.read(directory, set(), {name: (value,) for name, value in fixed.items()})
+    return inputs
+
+
+INPUTS = Inputs(  # of 30 seconds
+    "frames",
+    random_frames,
+    read_recordings,
+    encoder,
+    shown,
+    longest=1500,
+    of_checkpoint=of_checkpoint,
+)
