@@ -4,7 +4,7 @@ A path is the keys of a leaf joined by "/", for example "encoder/layers_0/adapte
 A tree is a nested mapping whose leaves have a `shape`; a flat mapping of paths is one too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 import re
 from typing import Any
@@ -71,6 +71,25 @@ def merge(first: Mapping, second: Mapping) -> dict:
     if both:
         raise ValueError("leaves present on both sides of a merge:\n  " + "\n  ".join(both))
     return unflatten(dict(sorted({**flat_first, **flat_second}.items())))
+
+
+def weighted_sum(
+    leaves: Sequence[Mapping[str, Any]], weights: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """{path: sum of weight x leaf} of flat trees, added up in float64, in the dtype of the first.
+
+    Raises:
+        ValueError: if they have other leaves or shapes; lists all of them.
+    """
+    for other in leaves[1:]:
+        check_tree(leaves[0], other, what="the leaves to be added do")
+    return {
+        path: sum(
+            weight * np.asarray(tree[path], np.float64)
+            for tree, weight in zip(leaves, weights, strict=True)
+        ).astype(np.asarray(first).dtype)
+        for path, first in leaves[0].items()
+    }
 
 
 def count(params: Mapping) -> int:

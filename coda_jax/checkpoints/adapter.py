@@ -28,7 +28,8 @@ import numpy as np
 import coda_jax
 from coda_jax import files, methods, trees
 from coda_jax.checkpoints import config_json, tensor_files
-from coda_jax.checkpoints.peft import CONFIG as PEFT_CONFIG
+from coda_jax.checkpoints.adapter_hub import is_adapter_hub
+from coda_jax.checkpoints.peft import CONFIG as LIBRARY_CONFIG
 from coda_jax.checkpoints.swap_in import encoder_of
 from coda_jax.methods import version_1
 from coda_jax.models import ModelConfig, param_shapes
@@ -151,10 +152,10 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     inner = [Path(path) / name for name in ("adapter", "export/adapter")]
     if not file.exists() and (found := [x for x in inner if (x / MANIFEST).exists()]):
         raise FileNotFoundError(f"{file} does not exist: the adapter is {found[0]}")
-    if not file.exists() and (Path(path) / PEFT_CONFIG).exists():
+    if not file.exists() and (Path(path) / LIBRARY_CONFIG).exists():
         raise FileNotFoundError(
-            f"{path} is a LoRA of the library peft: coda convert with LAYOUT=adapter makes an "
-            "adapter file of it"
+            f"{path} is of the library {'adapters' if is_adapter_hub(path) else 'peft'}: coda "
+            "convert with LAYOUT=adapter makes an adapter file of it"
         )
     manifest = dict(files.read_json(file))
     version = manifest.get("format_version")

@@ -7,7 +7,7 @@
 of its base: another base of the same shapes is not noticed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import os
 from pathlib import Path
 import re
@@ -45,12 +45,12 @@ def load_peft(
     folder = Path(path)
     fields = files.read_json(folder / CONFIG)
     kind = fields.get("peft_type")
-    if kind not in [*methods.PEFT]:
+    if kind not in [*methods.PEFT]:  # which may be anything
         known = " or ".join(methods.PEFT)
         raise ValueError(f"{folder / CONFIG} is of peft_type={kind!r}; {known} alone is read")
     form = methods.PEFT[kind]
     tensors, unknown = _by_leaf(_read_tensors(folder), form.LEAVES, config)
-    targets = _patterns({module for module, _ in tensors}, config)
+    targets = patterns_of({module for module, _ in tensors}, [*_modules(config)])
     method = form.read(fields, targets, str(folder / CONFIG))
     if unknown:
         raise ValueError(f"{folder} has tensors of no projection of the base: {unknown}")
@@ -141,9 +141,8 @@ def _modules(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def _patterns(targets: set[str], config: ModelConfig) -> tuple[str, ...]:
+def patterns_of(targets: set[str], modules: Sequence[str]) -> tuple[str, ...]:
     """Patterns that match these modules and no other, the same for all layers where that is so."""
-    modules = [*_modules(config)]
     found = []
     for path in sorted(targets):
         every_layer = "^" + re.sub(r"layers_\d+", r"layers_\\d+", path) + "$"

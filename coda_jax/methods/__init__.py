@@ -14,6 +14,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `lora` | `Lora`: thin matrices beside frozen projections |
 | `prefix_tuning` | `PrefixTuning`: learned keys and values before those of every attention |
 | `houlsby_adapter` | `HoulsbyAdapter`: a bottleneck behind each sublayer |
+| `adapter_hub` | bottlenecks as the library adapters stores them |
 | `peft_lora` | LoRA as the library peft stores it |
 | `structured_pruning` | `StructuredPruning`: adapters beside what stays, masks for what vanishes |
 | `pruning` | which groups vanish, and when |
@@ -21,6 +22,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `pruning_groups` | which leaves belong to a group |
 | `norms` | `Norms`: the base's norms are trained |
 | `full` | `Full`: every leaf of the base is trained |
+| `combining` | several adapters of one base as one |
 | `comparisons` | the methods that `coda bench` sets side by side |
 | `version_1` | methods as the first version's files wrote them |
 """
@@ -28,7 +30,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 from collections.abc import Iterable
 
 from coda_jax import checks
-from coda_jax.methods import peft_lora
+from coda_jax.methods import adapter_hub, peft_lora
 from coda_jax.methods.base import (
     Method,
     acting,
@@ -55,6 +57,7 @@ from coda_jax.methods.coda import (
     with_room_of,
     with_tuning_of,
 )
+from coda_jax.methods.combining import combine_adapters
 from coda_jax.methods.full import Full
 from coda_jax.methods.houlsby_adapter import HoulsbyAdapter
 from coda_jax.methods.lora import Lora
@@ -80,8 +83,10 @@ METHODS: dict[str, type[Method]] = {
 }
 
 PEFT = {form.KIND: form for form in (peft_lora,)}  # how the library peft stores methods
+ADAPTER_HUB = {form.KIND: form for form in (adapter_hub,)}  # and the library adapters
 
 __all__ = [
+    "ADAPTER_HUB",
     "ATTENTIONS",
     "EPSILON",
     "METHODS",
@@ -92,6 +97,7 @@ __all__ = [
     "check_packs",
     "check_reduction",
     "check_start",
+    "combine_adapters",
     "created",
     "dense_routing",
     "epsilon_of",

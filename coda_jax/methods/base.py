@@ -8,7 +8,7 @@ what a run trains and what an adapter file holds follow from them alone.
 Axis letters: B batch, N tokens, K selected tokens, D embedding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 from typing import Any, ClassVar
@@ -148,6 +148,33 @@ class Method:
         """
         del config
         return self, params
+
+    @classmethod
+    def combined(
+        cls,
+        methods: Sequence["Method"],
+        leaves: Sequence[Mapping[str, Any]],
+        weights: Sequence[float],
+    ) -> tuple["Method", dict[str, Any]]:
+        """One method in the place of several of its kind; by default the weighted sum of leaves.
+
+        Args:
+            methods: one for each adapter.
+            leaves: {path: leaf} that it created in each.
+            weights: one for each adapter.
+
+        Returns:
+            (the method, its leaves).
+
+        Raises:
+            ValueError: fields or leaves differ, or are such as cannot be added.
+        """
+        if cls.without_gradient:
+            raise ValueError(f"adapters of {cls.name!r} cannot be added: masks have no sums")
+        for other in methods[1:]:
+            if not methods[0].continues(other):
+                raise ValueError(f"adapters with other fields cannot be added: {[*methods]}")
+        return methods[0], trees.weighted_sum(leaves, weights)
 
     def finish(self, config: Any, params: Mapping[str, Any]) -> tuple["Method | None", Mapping]:
         """What is exported after training: (the method, the parameters); by default as it is."""

@@ -6,13 +6,14 @@ A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA; Liu et al. 2024, 
 Weight-Decomposed Low-Rank Adaptation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any, ClassVar
 
 from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 
 from coda_jax import checks, trees
 from coda_jax.methods.base import Call, LayerFlops, Method, Place, new_leaf
@@ -162,6 +163,41 @@ class Lora(Method):
                 merged *= resizing(w, a, b, leaves.pop(f"{module}lora_magnitude"))
             leaves[f"{module}kernel"] = merged.astype(kernel.dtype)
         return None, trees.unflatten(leaves)
+
+    @classmethod
+    def combined(
+        cls,
+        methods: Sequence["Lora"],
+        leaves: Sequence[Mapping[str, Any]],
+        weights: Sequence[float],
+    ) -> tuple["Lora", dict[str, Array]]:
+        """The weighted sum of the updates, exactly: [A_1, A_2], [w_1 s_1 B_1; w_2 s_2 B_2].
+
+        The rank is the sum of the ranks, and s = 1. The library peft calls it "cat".
+
+        Raises:
+            ValueError: other projections are targets; an update is DoRA's, which is no sum.
+        """
+        if any(method.weight_decomposed for method in methods):
+            raise ValueError("updates of DoRA (weight_decomposed) are not linear: merge each alone")
+        targets = [
+            {path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")}
+            for flat in leaves
+        ]
+        if different := sorted(set.union(*targets) - set.intersection(*targets)):
+            raise ValueError(f"updates of other projections are not added: {different}")
+        rank = sum(method.rank for method in methods)
+        joined = {}
+        for path in sorted(targets[0]):
+            a = [np.asarray(flat[f"{path}/lora_a"], np.float32) for flat in leaves]
+            b = [
+                np.asarray(weight * method.scale * np.asarray(flat[f"{path}/lora_b"], np.float64))
+                for method, flat, weight in zip(methods, leaves, weights, strict=True)
+            ]
+            joined[f"{path}/lora_a"] = np.concatenate(a, axis=1)
+            joined[f"{path}/lora_b"] = np.concatenate(b, axis=0).astype(np.float32)
+        fields = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
+        return dataclasses.replace(methods[0], **fields), joined
 
 
 def resizing(

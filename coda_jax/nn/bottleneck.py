@@ -3,6 +3,8 @@
 Axis letters: D embedding.
 """
 
+import functools
+
 from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,17 +19,18 @@ class Bottleneck(nn.Module):
         width: between the two projections.
         activation: one of `nn.layers.ACTIVATIONS`.
         dtype: of the computation.
+        use_bias: whether both projections have biases, zero at the start.
     """
 
     width: int
     activation: str = "relu"
     dtype: Dtype = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, u: Vectors) -> Float[Array, "... d"]:
         """[..., D] -> [..., D]."""
-        down = Dense(self.width, ("embed", "mlp"), dtype=self.dtype, name="wi")
-        up = Dense(
-            u.shape[-1], ("mlp", "embed"), nn.initializers.zeros, dtype=self.dtype, name="wo"
-        )
+        dense = functools.partial(Dense, dtype=self.dtype, use_bias=self.use_bias)
+        down = dense(self.width, ("embed", "mlp"), name="wi")
+        up = dense(u.shape[-1], ("mlp", "embed"), nn.initializers.zeros, name="wo")
         return up(activation_function(self.activation)(down(u)))

@@ -163,5 +163,5 @@ def test_other_methods_are_not_saved(methods, tmp_path):
 
 def test_an_adapter_file_is_asked_for_by_name(base):
     """Where a run is given peft's folder."""
-    with pytest.raises(FileNotFoundError, match=r"is a LoRA of the library peft: coda convert"):
+    with pytest.raises(FileNotFoundError, match=r"is of the library peft: coda convert"):
         checkpoints.load_adapter(GOLDEN / "peft" / "usual", *base)
