@@ -19,6 +19,7 @@ import coda_jax
 from coda_jax.commands import COMMANDS, command_lines, environment, load, manual, mistakes
 from coda_jax.commands.configuration import configure
 from coda_jax.commands.gin_files import UsageError, nearest, suggested
+from coda_jax.commands.model_card import made_by
 
 _BINDING = re.compile(r"--gin\.[^=]+=", re.DOTALL)
 _DESCRIPTION = """\
@@ -164,8 +165,18 @@ def _call(options: argparse.Namespace) -> None:
 
     from coda_jax import processes  # Here: it imports JAX, which not every command needs.
 
-    with processes.ending_together(mistakes.told, mistakes.exit_code):
+    with processes.ending_together(mistakes.told, mistakes.exit_code), made_by(*_words(options)):
         gin.get_configurable(function)(*others)
+
+
+def _words(options: argparse.Namespace) -> list[str]:
+    """The command again, in words: what decides what it does."""
+    return [
+        f"coda {options.command}",
+        *(f"--gin_file={name}" for name in options.gin_file),
+        *(f"--gin_search_paths={name}" for name in options.gin_search_paths),
+        *(f"--gin.{binding}" for binding in options.gin_bindings),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

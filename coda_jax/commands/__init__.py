@@ -8,7 +8,9 @@
 | `manual` | what `--help` says of a command's macros |
 | `environment` | what a process sets up before anything is imported: logs, compiled programs |
 | `mistakes` | which errors are a user's, and how they are told |
+| `sources` | every kind of checkpoint that `convert` and `prune` read |
 | `loading` | a checkpoint, methods and an adapter file, put together for all commands |
+| `model_card` | what an adapter file says of itself to people: its README.md |
 | `command_lines` | the flags of commands that another command runs |
 | `compare_cells` | a recipe of `compare` with a seed: its commands, its run, what is kept |
 | `compare_speed` | what the models of `compare` cost |

@@ -37,6 +37,7 @@ class LoadedModel:
         adapter: {the adapter's folder: the fingerprint of the vocabulary that it was trained with},
             where it has one.
         lengths: {"inputs", "targets"} of the adapter's training: see `save_adapter`; {} if unknown.
+        checkpoint: the checkpoint as it was given, a folder or a name; None for none.
     """
 
     config: ModelConfig
@@ -44,6 +45,7 @@ class LoadedModel:
     directory: pathlib.Path | None
     adapter: Mapping[str, str] | None = None
     lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    checkpoint: str | None = None
 
     @property
     def vocabulary(self) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def load_model(
         reduction: replaces that of the routing.
         dtype, dropout_rate, remat_policy: see `ModelConfig`.
         seed: of what is created.
-        head: values of the config's `head_fields`, for an encoder alone: how its outputs are read.
+        head: values of the config's `head_fields`, for an encoder alone: how outputs are read.
         encoder_only: whether the encoder is taken alone, as it is for a head or an adapter of one.
 
     Raises:
@@ -190,15 +192,14 @@ def load_model(
     rng, given = jax.random.key(checks.SEED("SEED", seed)), config
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
-    if adapter_checkpoint is not None:
-        encoder_only |= not read_config(adapter_checkpoint).num_decoder_layers
-    if head or encoder_only:
+    of_encoder = adapter_checkpoint and not read_config(adapter_checkpoint).num_decoder_layers
+    if head or encoder_only or of_encoder:
         config, params = encoder_of(config, params)
         given = _headed(given, config, head or {})
     config = config.replace(**run)
     if adapter_checkpoint is None:
-        given_methods = methods or (given.methods if given else ())
-        config = _with_head_of(config, given).replace(methods=tuple(given_methods))
+        chosen = tuple(methods or (given.methods if given else ()))
+        config = _with_head_of(config, given).replace(methods=chosen)
         params = checkpoints.swap_in(config, params, rng)
     else:
         config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)
@@ -209,7 +210,8 @@ def load_model(
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
     adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
-    return LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
+    loaded = LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
+    return dataclasses.replace(loaded, checkpoint=checkpoint and str(checkpoint))
 
 
 def load_teacher(

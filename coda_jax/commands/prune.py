@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from coda_jax import checkpoints, checks, files, hub, methods, trees
-from coda_jax.commands.convert import generation_files, read_source, vocabulary_files
+from coda_jax.commands.sources import generation_files, read_source, vocabulary_files
 from coda_jax.data.vocabularies import copy_files
 
 

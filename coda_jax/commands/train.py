@@ -12,6 +12,7 @@ import optax
 
 from coda_jax import checkpoints, checks, files, methods, processes, trees
 from coda_jax.commands.loading import LoadedModel, load_teacher
+from coda_jax.commands.model_card import write_card
 from coda_jax.data.epoch_steps import EPOCHS, steps_of
 from coda_jax.data.examples import Expected, num_shared
 from coda_jax.data.labels import check_labels
@@ -124,6 +125,7 @@ def train(
     )
     data.report(batches)
     params = _exported(trained, params, export_dtype)
+    said |= {"base": model.checkpoint, "metrics": metrics}
     model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
     return model, _reported(metrics, directory)
 
@@ -273,6 +275,9 @@ def export(
     data: Data,
     vocabulary: str | None,
     lengths: dict[str, int],
+    *,
+    base: str | None = None,
+    metrics: dict[str, float] | None = None,
 ) -> LoadedModel:
     """Writes what was trained: the base, where its leaves were; what the methods leave behind.
 
@@ -285,6 +290,8 @@ def export(
         data: that it was trained on.
         vocabulary: the fingerprint of their vocabulary.
         lengths: of the training; see `checkpoints.save_adapter`.
+        base: the checkpoint that it started from, as it was given, for the model card.
+        metrics: of the evaluation, for the same.
 
     Returns:
         The model as it is exported.
@@ -307,6 +314,9 @@ def export(
             if finished.methods:
                 said = {"vocabulary": vocabulary, "lengths": lengths}
                 checkpoints.save_adapter(new / "adapter", finished, params, **said)
+                counts = trees.count(trained), trees.count(params)
+                said = {"base": base, "task": data.task or data.cache, "metrics": metrics}
+                write_card(new / "adapter", finished, counts, **said)
 
     processes.from_first(write)
-    return LoadedModel(finished, params, base_directory, lengths=lengths)
+    return LoadedModel(finished, params, base_directory, lengths=lengths, checkpoint=base)

@@ -110,6 +110,14 @@ def test_an_early_end_exports_the_best(shared, tmp_path):
     assert exported["token_accuracy"] == curve[-2][1] == max(value for _, value in curve)
 
 
+def test_a_model_card_lies_beside_the_adapter(trained, checkpoint):
+    card = (trained / "export" / "adapter" / "README.md").read_text()
+    assert f'base_model: "{checkpoint}"\n' in card
+    assert "# coda + parallel_adapter of" in card and "| exact_match |" in card
+    assert "      --gin_file=methods/coda.gin \\\n" in card
+    assert f"      --gin.MODEL_DIR={trained} \\\n" in card
+
+
 def test_evaluate_agrees_with_the_evaluation_during_training(trained, shared, tmp_path):
     given = {
         "INITIAL_ADAPTER_PATH": trained / "export" / "adapter",
