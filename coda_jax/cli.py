@@ -157,6 +157,8 @@ def _call(options: argparse.Namespace) -> None:
         function(options)
         return
     given, others = (options.gin_file, options.gin_search_paths, options.gin_bindings), ()
+    bindings = dict(text.split("=", 1) for text in options.gin_bindings)
+    words = command_lines.CommandLine(*given[:2], bindings).words(options.command)
     if COMMANDS[options.command].runs_others:
         given, passed_on = command_lines.divided(options.command, *given)
         others = (passed_on,)
@@ -165,18 +167,8 @@ def _call(options: argparse.Namespace) -> None:
 
     from coda_jax import processes  # Here: it imports JAX, which not every command needs.
 
-    with processes.ending_together(mistakes.told, mistakes.exit_code), made_by(*_words(options)):
+    with processes.ending_together(mistakes.told, mistakes.exit_code), made_by(*words):
         gin.get_configurable(function)(*others)
-
-
-def _words(options: argparse.Namespace) -> list[str]:
-    """The command again, in words: what decides what it does."""
-    return [
-        f"coda {options.command}",
-        *(f"--gin_file={name}" for name in options.gin_file),
-        *(f"--gin_search_paths={name}" for name in options.gin_search_paths),
-        *(f"--gin.{binding}" for binding in options.gin_bindings),
-    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,12 +54,19 @@ class CommandLine:
         texts = [f"{name}={value}" for name, value in self.bindings.items()]
         configure(self.gin_files, self.search_paths, texts, command)
 
+    def words(self, command: str) -> list[str]:
+        """The command, and its arguments."""
+        return [
+            f"coda {command}",
+            *(f"--gin_file={name}" for name in self.gin_files),
+            *(f"--gin_search_paths={name}" for name in self.search_paths),
+            *(f"--gin.{name}={value}" for name, value in self.bindings.items()),
+        ]
+
     def text(self, command: str) -> str:
         """What a person would type."""
-        words = [f"--gin_file={name}" for name in self.gin_files]
-        words += [f"--gin_search_paths={name}" for name in self.search_paths]
-        words += [f"--gin.{name}={value}" for name, value in self.bindings.items()]
-        return f"coda {command} {shlex.join(words)}"
+        name, *arguments = self.words(command)
+        return f"{name} {shlex.join(arguments)}"
 
 
 def macros_of(gin_files: Sequence[str], search_paths: Sequence[str] = ()) -> set[str]:

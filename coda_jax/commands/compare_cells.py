@@ -13,6 +13,7 @@ from coda_jax.commands.command_lines import FILES, CommandLine, macros_of
 from coda_jax.commands.evaluate import evaluate
 from coda_jax.commands.gin_files import UsageError, read
 from coda_jax.commands.loading import LoadedModel, load_model
+from coda_jax.commands.model_card import made_by
 from coda_jax.commands.train import train
 from coda_jax.training.run_directory import EXPORT, RUN_FILE
 
@@ -88,7 +89,8 @@ class Cell:
         began, start = self.directory.exists(), time.monotonic()
         model = self.fresh()
         trained, total = _sizes(model)
-        exported, _ = _configured(train)(model=model)
+        with made_by(*self.training.words("train")):
+            exported, _ = _configured(train)(model=model)
         seconds = None if began else time.monotonic() - start
         self.answering().configure("evaluate")
         metrics = _configured(evaluate)()
