@@ -240,6 +240,20 @@ class Each:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pair:
+    """A tuple, or a list, of two entries, each of which passes its check."""
+
+    first: Check
+    second: Check
+
+    def __call__(self, name: str, value: Any) -> tuple:
+        """The tuple; see the module."""
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise wrong(name, "a pair", value)
+        return self.first(f"{name}[0]", value[0]), self.second(f"{name}[1]", value[1])
+
+
+@dataclasses.dataclass(frozen=True)
 class Maybe:
     """What a check allows, or None."""
 

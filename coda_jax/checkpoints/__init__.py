@@ -3,6 +3,7 @@
 | file | holds |
 |---|---|
 | `huggingface` | dense checkpoints in Hugging Face's layout |
+| `own_layout` | dense checkpoints that have no place in that layout |
 | `swap_in` | from a dense checkpoint to one with the leaves of its methods |
 | `adapter` | adapter files: what was trained, without its base |
 | `peft` | LoRA files of the library peft |
@@ -20,7 +21,7 @@
 
 from coda_jax.checkpoints.adapter import load_adapter, save_adapter
 from coda_jax.checkpoints.adapter_hub import is_adapter_hub, load_adapter_hub, save_adapter_hub
-from coda_jax.checkpoints.huggingface import load_hf, load_hf_config, save_hf
+from coda_jax.checkpoints.huggingface import load_hf, load_hf_config, save_dense, save_hf
 from coda_jax.checkpoints.peft import load_peft, save_peft
 from coda_jax.checkpoints.swap_in import encoder_of, swap_in
 from coda_jax.checkpoints.t5x import load_t5x, save_t5x
@@ -36,6 +37,7 @@ __all__ = [
     "load_t5x",
     "save_adapter",
     "save_adapter_hub",
+    "save_dense",
     "save_hf",
     "save_peft",
     "save_t5x",

@@ -199,10 +199,10 @@ def _sublayers(config: ModelConfig) -> dict[str, str]:
     dense = config.dense()
     named = family_of(config).huggingface.tensor_name
     found = {}
-    for stack, depth in _depths(config).items():
-        for i in range(depth):
-            for projection in dense.projections(stack):
-                path = f"{stack}/layers_{i}/{projection.path}"
+    for stack in ("encoder", "decoder"):
+        for place in dense.places(stack):
+            for projection in dense.projections(place):
+                path = f"{place.path}/{projection.path}"
                 name = re.match(r".*\.layer\.\d+(?=\.)", named(f"{path}/kernel", dense))
                 if name is None:
                     raise ValueError(

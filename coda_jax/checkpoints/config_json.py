@@ -2,7 +2,7 @@
 
 A config is an object with its family, its fields, and its methods as a list of objects with their
 names and fields. Dtypes are written by name, tuples as lists. What a layer computes again for its
-gradient is not written: it is of a run on some machine.
+gradient is not written: it is of a run on some machine. Sizes of layers are, where there are any.
 """
 
 from collections.abc import Mapping
@@ -73,10 +73,17 @@ def _fields(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if field.name == "dtype":
             value = jnp.dtype(value).name
-        values[field.name] = list(value) if isinstance(value, tuple) else value
+        values[field.name] = _as(list, value)
     for name in ("methods", "remat_policy"):
         values.pop(name, None)
+    if not values.get("layer_sizes", True):  # as older versions wrote it
+        del values["layer_sizes"]
     return values
+
+
+def _as(kind: type, value: Any) -> Any:
+    """Tuples as lists, or lists as tuples, also within them."""
+    return kind(_as(kind, x) for x in value) if isinstance(value, tuple | list) else value
 
 
 def _method(entry: Any, source: object) -> methods.Method:
@@ -95,8 +102,11 @@ def _is_of(kind: Any, value: Any) -> bool:
     if isinstance(kind, types.UnionType):
         return any(_is_of(member, value) for member in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        members = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(_is_of(members, member) for member in value)
+        if not isinstance(value, tuple):
+            return False
+        members = typing.get_args(kind)
+        members = members[:1] * len(value) if members[-1] is Ellipsis else members
+        return len(members) == len(value) and all(map(_is_of, members, value))
     return kind is Any or type(value) in _KINDS.get(kind, (kind,))
 
 
@@ -106,7 +116,7 @@ def _made(cls: type, values: Mapping[str, Any], source: object, **others: Any) -
     unknown = {key: values[key] for key in sorted(values.keys() - known.keys())}
     if unknown:
         raise ValueError(f"{source} has unknown keys for {cls.__name__}: {unknown}")
-    arguments = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
+    arguments = {key: _as(tuple, x) for key, x in values.items()}
     for name, value in arguments.items():
         if not _is_of(known[name].type, value):
             raise ValueError(f"{source} has {cls.__name__}.{name}={value!r} of a wrong type")

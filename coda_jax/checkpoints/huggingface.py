@@ -1,4 +1,7 @@
-"""Dense checkpoints in Hugging Face's layout; what differs by family is in its folder."""
+"""Dense checkpoints, in Hugging Face's layout where it has a place for the model.
+
+What differs by family is in its folder.
+"""
 
 from collections.abc import Mapping
 import os
@@ -8,7 +11,7 @@ import jax
 import numpy as np
 
 from coda_jax import files, hub, methods, trees
-from coda_jax.checkpoints import tensor_files, weights
+from coda_jax.checkpoints import own_layout, tensor_files, weights
 from coda_jax.checkpoints.t5x import is_t5x
 from coda_jax.models import FAMILIES, Family, ModelConfig, family_of, param_shapes
 from coda_jax.models.hf_fields import is_transposed
@@ -59,6 +62,8 @@ def _read_config(directory: Path) -> tuple[ModelConfig, dict]:
             "LAYOUT='hf' makes a folder in Hugging Face's layout"
         )
     raw = files.read_json(directory / CONFIG_FILE, hub.MAX_JSON_BYTES)
+    if own_layout.is_own(raw):
+        return own_layout.parse_config(raw, source), raw
     model_type, family = _family(raw, source)
     raw = {**raw, "model_type": model_type}
     try:
@@ -75,7 +80,7 @@ def load_hf_config(directory: str | os.PathLike) -> ModelConfig:
 
 
 def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
-    """Loads a dense checkpoint in the layout of transformers' class for the family.
+    """Loads a dense checkpoint in the layout of transformers' class for the family, or our own.
 
     Args:
         directory: has config.json and weights: model.safetensors, flax_model.msgpack or
@@ -94,6 +99,8 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
     """
     directory = hub.find(directory)
     config, raw = _read_config(directory)
+    if own_layout.is_own(raw):
+        return config, own_layout.read_leaves(directory, config)
     source, layout = str(directory / CONFIG_FILE), family_of(config).huggingface
     tensors = layout.resolve_tensors(weights.read_weights(directory), raw, source)
     expected = trees.flatten(param_shapes(config))
@@ -107,6 +114,42 @@ def load_hf(directory: str | os.PathLike) -> tuple[ModelConfig, dict]:
         path: _converted(path, tensors[names[path]], leaf.shape) for path, leaf in expected.items()
     }
     return config, trees.unflatten(flat)
+
+
+def _format(config: ModelConfig, dtype: str) -> dict:
+    """The fields of a config.json; a ValueError where there is no such model."""
+    if config.layer_sizes:
+        more = f" and {len(config.layer_sizes) - 1} more" * (len(config.layer_sizes) > 1)
+        raise ValueError(
+            f"layers of unequal sizes have no place in Hugging Face's layout: "
+            f"{config.layer_sizes[0]}{more}; pruned with scope='uniform' they are equal"
+        )
+    return family_of(config).huggingface.format_config(config, dtype)
+
+
+def has_place(config: ModelConfig) -> bool:
+    """Whether a dense model is one of Hugging Face's, as a T5 with a head is not."""
+    try:
+        _format(config, "float32")
+    except ValueError:
+        return False
+    return True
+
+
+def save_dense(directory: str | os.PathLike, config: ModelConfig, params: Mapping) -> bool:
+    """Saves a dense checkpoint that `load_hf` reads, in Hugging Face's layout where it has a place.
+
+    Args:
+        directory, config, params: as of `save_hf`, whose errors it raises.
+
+    Returns:
+        Whether it is in that layout; otherwise it is in our own, see `own_layout`.
+    """
+    if has_place(config.dense()):
+        save_hf(directory, config, params)
+        return True
+    own_layout.save(Path(directory), config.dense(), _leaves(config, params), MAX_SHARD_BYTES)
+    return False
 
 
 def save_hf(directory: str | os.PathLike, config: ModelConfig, params: Mapping) -> None:
@@ -124,18 +167,9 @@ def save_hf(directory: str | os.PathLike, config: ModelConfig, params: Mapping) 
         ValueError: if there are leaves of a method; if leaves are missing, extra
             or misshapen (all are listed); if the config has no equivalent.
     """
-    every = tuple(pattern for method in methods.METHODS.values() for pattern in method.creates)
-    if new := trees.flatten(trees.split(params, every)[0]):
-        lines = "\n  ".join(new)
-        raise ValueError(
-            "a Hugging Face checkpoint has no leaves of a method: save them with `save_adapter`, "
-            f"or `merge` them first, and save the dense leaves here; found:\n  {lines}"
-        )
-    dense = config.dense()
-    trees.check_tree(param_shapes(dense), params)
+    dense, flat = config.dense(), _leaves(config, params)
     layout = family_of(config).huggingface
-    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-    raw = layout.format_config(dense, max(flat.values(), key=np.size).dtype.name)
+    raw = _format(dense, max(flat.values(), key=np.size).dtype.name)
     tensors = {
         layout.tensor_name(path, dense): _converted(
             path, leaf, layout.tensor_shape(path, leaf.shape)
@@ -145,3 +179,16 @@ def save_hf(directory: str | os.PathLike, config: ModelConfig, params: Mapping) 
     directory = Path(directory)
     tensor_files.write_directory(directory, tensors, MAX_SHARD_BYTES)
     files.write_json(directory / CONFIG_FILE, raw, sort_keys=True)
+
+
+def _leaves(config: ModelConfig, params: Mapping) -> dict[str, np.ndarray]:
+    """The leaves of a dense model by path, once they are known to be that."""
+    every = tuple(pattern for method in methods.METHODS.values() for pattern in method.creates)
+    if new := trees.flatten(trees.split(params, every)[0]):
+        lines = "\n  ".join(new)
+        raise ValueError(
+            "a Hugging Face checkpoint has no leaves of a method: save them with `save_adapter`, "
+            f"or `merge` them first, and save the dense leaves here; found:\n  {lines}"
+        )
+    trees.check_tree(param_shapes(config.dense()), params)
+    return {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}

@@ -35,6 +35,7 @@ _FIXED = {  # what its network does, under the names of our fields
     "relpos_num_buckets": 32,
     "relpos_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
+    "layer_sizes": (),
 }
 
 

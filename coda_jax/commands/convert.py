@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coda_jax import checkpoints, checks, files, hub, trees
 from coda_jax import methods as methods_lib
+from coda_jax.checkpoints.huggingface import has_place
 from coda_jax.checkpoints.t5x_scanned import to_scanned
 from coda_jax.commands.model_card import write_card
 from coda_jax.commands.sources import (
@@ -25,7 +26,7 @@ from coda_jax.commands.sources import (
 from coda_jax.commands.t5x_identity import write_beside
 from coda_jax.data.vocabularies import copy_files
 from coda_jax.methods import Method
-from coda_jax.models import ModelConfig, family_of
+from coda_jax.models import ModelConfig
 
 
 def convert(
@@ -117,7 +118,7 @@ def _encoder_of(read: Source) -> Source:
 def _write_hf(output: Path, read: Source) -> str:
     """Returns what is to be said of the folder, which transformers loads as if it were all."""
     config, params = methods_lib.merge(read.config, read.params)
-    if not config.methods and not (read.base and _is_refused(config)):
+    if not config.methods and not (read.base and not has_place(config)):
         rate = read.base[0].dropout_rate if read.base else config.dropout_rate
         checkpoints.save_hf(output, config.replace(dropout_rate=rate), params)
         merged = [method.name for method in read.config.methods]
@@ -129,15 +130,6 @@ def _write_hf(output: Path, read: Source) -> str:
         checkpoints.save_hf(output, *read.base)
     _write_adapter(output / ADAPTER, read)
     return "; its weights are the base alone, and only coda_jax reads what was trained, in adapter/"
-
-
-def _is_refused(config: ModelConfig) -> bool:
-    """Whether a dense model is none of Hugging Face's, such as a T5 with a head."""
-    try:
-        family_of(config).huggingface.format_config(config, "float32")
-    except ValueError:
-        return True
-    return False
 
 
 def _write_t5x(output: Path, read: Source) -> str:

@@ -12,14 +12,14 @@ def prune(source: str, output: str, *, base: str | None = None, step: int | None
 
     Args:
         source: an adapter file, or a run of `coda train` or T5X, of structured pruning.
-        output: folder to write in Hugging Face's layout, which must not exist yet or be empty.
+        output: folder to write, which must not exist yet or be empty; in Hugging Face's layout,
+            or, where that has no place for what is left, in our own.
         base: folder of the dense checkpoint that it was trained from.
         step: of a run; None for the newest.
 
     Raises:
         FileExistsError: the output holds something.
-        ValueError: what is left has no place in the layout, see `methods.sliced`; other errors are
-            those of `convert`.
+        ValueError: nothing can be cut, see `methods.sliced`; other errors are those of `convert`.
     """
     checks.paths(INPUT=source, OUTPUT=output, INITIAL_CHECKPOINT_PATH=base)
     checks.Maybe(checks.Whole(0))("STEP", step)
@@ -30,8 +30,12 @@ def prune(source: str, output: str, *, base: str | None = None, step: int | None
     folders = [folder, *([hub.find(base)] if base else [])]
     beside = vocabulary_files(read, folders) | generation_files(read, folders)
     with files.atomic_folder(output) as new:
-        checkpoints.save_hf(Path(new), config, params)
+        in_hf = checkpoints.save_dense(Path(new), config, params)
         copy_files(beside, Path(new))
     before = trees.count(methods.merge(read.config, read.params)[1])
     after = trees.count(params)
-    print(f"{source} is now in {output}: {after:,} parameters, {after / before:.1%} of {before:,}")
+    layout = "Hugging Face's layout" if in_hf else "a layout that only coda_jax reads"
+    print(
+        f"{source} is now in {output}, in {layout}: {after:,} parameters, {after / before:.1%} of "
+        f"{before:,}"
+    )

@@ -11,6 +11,7 @@ import jax
 import optax
 
 from coda_jax import checkpoints, checks, files, methods, processes, trees
+from coda_jax.checkpoints import own_layout
 from coda_jax.commands.loading import LoadedModel, load_teacher
 from coda_jax.commands.model_card import write_card
 from coda_jax.data.epoch_steps import EPOCHS, steps_of
@@ -83,7 +84,7 @@ def train(
 ) -> tuple[LoadedModel, dict[str, float]]:
     """Trains and exports into `directory`/export what `load_model` reads.
 
-    A base that came out is in Hugging Face layout, what the methods trained in its `adapter`.
+    A base that came out is in Hugging Face layout or its base's, what was trained in its `adapter`.
 
     Args:
         directory: of the run: checkpoints, logs, metrics, export.
@@ -222,7 +223,7 @@ def _checked(
     """
     if data.task is None and data.cache is None:
         raise ValueError("there is nothing to train on: name a task or a cache file")
-    if not methods.partition(model.config, model.params)[1]:
+    if not (methods.partition(model.config, model.params)[1] or own_layout.is_in(model.directory)):
         family_of(model.config).huggingface.format_config(model.config.dense(), "float32")
     if data.pack or (eval_data is not None and eval_data.pack):
         methods.check_packs(model.config.methods)
@@ -307,7 +308,7 @@ def export(
         with files.atomic_folder(folder) as new:
             if not frozen:
                 _, dense = trees.split(params, methods.created(finished))
-                checkpoints.save_hf(new, finished.dense(), dense)
+                checkpoints.save_dense(new, finished.dense(), dense)
                 beside = find_files(base_directory) if base_directory else {}
                 beside = beside or data.vocabulary_files()
                 copy_files(beside | preprocessing.find(base_directory or new), new)

@@ -46,6 +46,11 @@ class Place:
     index: int
     num_layers: int
 
+    @property
+    def path(self) -> str:
+        """Of the layer's leaves."""
+        return f"{self.stack}/layers_{self.index}"
+
 
 class Method:
     """A way to adapt a frozen model; each is a frozen dataclass with its options as fields.

@@ -110,9 +110,10 @@ class HoulsbyAdapter(Method):
 
     def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
         """Two more products for each row of a sublayer's output, which its last matrix makes."""
-        rows_of = _rows_of(config, place.stack)
-        prefix = f"{place.stack}/layers_{place.index}"
-        targets = [r for x, r in rows_of.items() if trees.matches(f"{prefix}/{x}", self.targets)]
+        rows_of = _rows_of(config, place)
+        targets = [
+            r for x, r in rows_of.items() if trees.matches(f"{place.path}/{x}", self.targets)
+        ]
         per_row = 2 * 2 * config.emb_dim * self.bottleneck
 
         def adapted(tokens, context):
@@ -124,15 +125,14 @@ class HoulsbyAdapter(Method):
 
 def sublayers(config: Any) -> list[str]:
     """The paths of all sublayers of a model."""
-    depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
     return [
-        f"{stack}/layers_{i}/{name}"
-        for stack, depth in depths.items()
-        for i in range(depth)
-        for name in _rows_of(config, stack)
+        f"{place.path}/{name}"
+        for stack in ("encoder", "decoder")
+        for place in config.places(stack)
+        for name in _rows_of(config, place)
     ]
 
 
-def _rows_of(config: Any, stack: str) -> Mapping[str, str]:
+def _rows_of(config: Any, place: Place) -> Mapping[str, str]:
     """{sublayer: the rows of its last matrix} of a layer."""
-    return {p.path.split("/")[0]: p.rows for p in config.projections(stack)}
+    return {p.path.split("/")[0]: p.rows for p in config.projections(place)}

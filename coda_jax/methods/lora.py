@@ -79,13 +79,10 @@ class Lora(Method):
     def validate(self, config: Any) -> None:
         """Raises ValueError where a target is no projection of the model, or thinner than R."""
         projections = {
-            f"{stack}/layers_{i}/{projection.path}": projection
-            for stack, depth in (
-                ("encoder", config.num_encoder_layers),
-                ("decoder", config.num_decoder_layers),
-            )
-            for i in range(depth)
-            for projection in config.projections(stack)
+            f"{place.path}/{projection.path}": projection
+            for stack in ("encoder", "decoder")
+            for place in config.places(stack)
+            for projection in config.projections(place)
         }
         idle = [t for t in self.targets if not any(trees.matches(p, (t,)) for p in projections)]
         if idle:
@@ -142,9 +139,8 @@ class Lora(Method):
 
     def _targets(self, place, config):
         """The projections of a layer that are targets."""
-        prefix = f"{place.stack}/layers_{place.index}"
-        projections = config.projections(place.stack)
-        return [p for p in projections if trees.matches(f"{prefix}/{p.path}", self.targets)]
+        projections = config.projections(place)
+        return [p for p in projections if trees.matches(f"{place.path}/{p.path}", self.targets)]
 
     def merge(self, config: Any, params: Mapping[str, Any]) -> tuple[None, Mapping[str, Any]]:
         """Nothing of the method, and the updated matrix in the place of each W."""

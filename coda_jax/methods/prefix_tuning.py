@@ -74,14 +74,14 @@ class PrefixTuning(Method):
 
     def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
         """L more keys and values in each attention."""
-        widths = _widths(config, place.stack)
+        widths = _widths(config, place)
         return lambda tokens, context: (
             flops(tokens, context) + 2 * 2 * tokens * self.length * sum(widths)
         )
 
     def call_flops(self, place: Place, config: Any) -> float:
         """Those of the network that makes the prefix."""
-        widths = _widths(config, place.stack)
+        widths = _widths(config, place)
         return sum(2 * self.length * self.hidden * 3 * width for width in widths)
 
     def finish(
@@ -106,9 +106,9 @@ class PrefixTuning(Method):
         return dataclasses.replace(self, hidden=0), trees.unflatten(leaves)
 
 
-def _widths(config, stack):
+def _widths(config, place):
     """Of the keys of each attention of a layer."""
-    return [p.outputs for p in config.projections(stack) if p.path.endswith("/key")]
+    return [p.outputs for p in config.projections(place) if p.path.endswith("/key")]
 
 
 def _repeated(x, rows, dtype):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from coda_jax import trees
+from coda_jax.methods.base import Place
 
 MASK = "pruning_mask"
 # What may vanish lies in these: heads, and hidden channels of feed-forward blocks.
@@ -24,9 +25,9 @@ def is_prunable(path: str) -> bool:
     return trees.matches(path, PROJECTIONS)
 
 
-def targets_of(config: Any, stack: str) -> list[Any]:
+def targets_of(config: Any, place: Place) -> list[Any]:
     """The projections of a layer that have groups."""
-    return [p for p in config.projections(stack) if is_prunable(p.path)]
+    return [p for p in config.projections(place) if is_prunable(p.path)]
 
 
 def masks_of(leaves: Mapping[str, Any]) -> dict[str, Any]:

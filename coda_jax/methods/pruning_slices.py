@@ -10,7 +10,7 @@ import numpy as np
 
 from coda_jax import trees
 from coda_jax.methods.base import merge
-from coda_jax.methods.pruning_groups import MASK, groups_of, is_of_heads, masks_of, without_layer
+from coda_jax.methods.pruning_groups import MASK, groups_of, is_of_heads, masks_of
 
 _BIAS = "relpos_bias/rel_embedding"  # [H, buckets]
 
@@ -18,30 +18,33 @@ _BIAS = "relpos_bias/rel_embedding"  # [H, buckets]
 def sliced(config: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(config, params) of the merged model, whose matrices have only what stayed.
 
+    Where layers have kept different numbers of heads or channels, the config says those of each
+    (`layer_sizes`). Where they have kept different heads, those of a position bias that they shared
+    become each layer's own.
+
     Args:
         config: with `StructuredPruning`, and other methods that merge.
         params: the whole parameter tree.
 
     Raises:
-        ValueError: nothing is pruned by heads and channels; another method does not merge; layers
-            have kept different numbers, or different heads under a shared position bias.
+        ValueError: nothing is pruned by heads and channels, or a mask is none; another method does
+            not merge.
     """
-    masks = masks_of(trees.flatten(params))
+    masks = {p: np.asarray(mask) for p, mask in masks_of(trees.flatten(params)).items()}
     if not masks or not all(
         path.endswith(("/wo/" + MASK, "/dot_product/" + MASK)) for path in masks
     ):
         raise ValueError("there are no heads and channels that were pruned (kind 'splora')")
-    kept = {path: np.flatnonzero(np.asarray(mask)) for path, mask in masks.items()}
+    wrong = [path for path, x in masks.items() if not np.isin(x, (0, 1)).all() or not x.any()]
+    if wrong:
+        raise ValueError(f"masks must be of zeros and ones, with a one at least: {wrong} are not")
+    kept = {path: np.flatnonzero(mask) for path, mask in masks.items()}
     merged_config, merged = merge(config, params)
     if merged_config.methods:
         left = [method.name for method in merged_config.methods]
         raise ValueError(f"{left} cannot be merged, and a smaller model has no place for them")
-    heads = {path: places for path, places in kept.items() if is_of_heads(path)}
-    channels = {path: places for path, places in kept.items() if not is_of_heads(path)}
-    sizes = {"num_heads": _number("heads", heads), "mlp_dim": _number("channels", channels)}
     leaves = trees.flatten(merged)
-    for path in [path for path in leaves if path.endswith(_BIAS)]:
-        leaves[path] = np.asarray(leaves[path])[_heads_of_bias(path, heads)]
+    changes = _sizes(merged_config, kept) | _cut_biases(merged_config, leaves, kept)
     for path, places in kept.items():
         makers, reader = groups_of(path, leaves)
         for maker in makers:
@@ -51,7 +54,7 @@ def sliced(config: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]
                         leaves[f"{maker}/{name}"], places, masks[path].size, -1
                     )
         leaves[f"{reader}/kernel"] = _taken(leaves[f"{reader}/kernel"], places, masks[path].size, 0)
-    return merged_config.replace(**sizes), trees.unflatten(leaves)
+    return merged_config.replace(**changes), trees.unflatten(dict(sorted(leaves.items())))
 
 
 def _taken(leaf, places, number, axis):
@@ -61,31 +64,51 @@ def _taken(leaf, places, number, axis):
     return np.take(leaf, (places[:, None] * width + np.arange(width)).reshape(-1), axis=axis)
 
 
-def _number(what: str, kept: Mapping[str, np.ndarray]) -> int:
-    """How many groups stayed in each set, which must be the same everywhere."""
-    numbers = {path.removesuffix(f"/{MASK}"): len(places) for path, places in kept.items()}
-    if len({*numbers.values()}) > 1:
-        listed = "\n  ".join(f"{path}: {number}" for path, number in numbers.items())
-        raise ValueError(
-            f"layers have kept different numbers of {what}, for which Hugging Face's layout has no "
-            f"place; prune with scope='uniform':\n  {listed}"
-        )
-    return next(iter(numbers.values()))
+def _block(path: str) -> str:
+    """The path of the attention or the feed-forward that a mask is of."""
+    return path.rsplit("/", 2)[0]
 
 
-def _heads_of_bias(path: str, kept: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The heads of a position bias that stayed in the attentions that it is of."""
-    owner = path.removesuffix(f"/{_BIAS}")
-    of = {
-        p: places
-        for p, places in kept.items()
-        if p.startswith(f"{owner}/") and "encoder_decoder_attention" not in without_layer(p)
-    }
-    first = next(iter(of.values()))
-    different = [p for p, places in of.items() if not np.array_equal(places, first)]
-    if different:
-        raise ValueError(
-            f"{path} is shared, and these layers have kept other heads than the first; prune with "
-            "scope='uniform':\n  " + "\n  ".join(different)
-        )
-    return first
+def _sizes(config: Any, kept: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of the config that say how many groups stayed in each block."""
+    numbers: dict[str, dict[str, int]] = {}  # of the blocks whose size a field says
+    for path, places in kept.items():
+        stack, _, block = _block(path).split("/")
+        numbers.setdefault(config.blocks[stack][block], {})[_block(path)] = len(places)
+    changes, others = {}, []
+    for field, found in numbers.items():
+        same = len({*found.values()}) == 1
+        changes[field] = next(iter(found.values())) if same else getattr(config, field)
+        others += [item for item in found.items() if item[1] != changes[field]]
+    return {**changes, "layer_sizes": tuple(sorted(others))}
+
+
+def _cut_biases(
+    config: Any, leaves: dict[str, Any], kept: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Leaves of each position bias the heads that stayed.
+
+    Args:
+        config: of the merged model.
+        leaves: its leaves by path, changed in place.
+        kept: the groups that stayed, by the path of their mask.
+
+    Returns:
+        What changes in the config.
+    """
+    heads = {_block(path): places for path, places in kept.items() if is_of_heads(path)}
+    biases = {}
+    for path in [path for path in leaves if path.endswith(_BIAS)]:
+        owner = path.removesuffix(_BIAS)
+        biases[path] = {
+            block: places
+            for block, places in heads.items()
+            if block.startswith(owner) and block.rpartition("/")[2] in config.biased
+        }
+    alike = all(len({x.tobytes() for x in of.values()}) == 1 for of in biases.values())
+    for path, of in biases.items():
+        bias = np.asarray(leaves.pop(path))
+        for block, places in of.items():
+            own = f"{block.rpartition('/')[0]}/{_BIAS}"
+            leaves[path if alike else own] = bias[places]
+    return {} if alike else {"shared_relpos_bias": False}

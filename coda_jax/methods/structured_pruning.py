@@ -143,8 +143,8 @@ class StructuredPruning(Method):
 
     def validate(self, config: Any) -> None:
         """Raises ValueError where a model has matrices too small for it, or no convolution."""
-        stacks = ("encoder", "decoder")[: 1 + bool(config.num_decoder_layers)]
-        projections = [p for stack in stacks for p in config.projections(stack)]
+        places = [*config.places("encoder"), *config.places("decoder")]
+        projections = [p for place in places for p in config.projections(place)]
         if self.kind == "sppara" and not any(
             p.path.startswith("convolution/") for p in projections
         ):
@@ -157,7 +157,7 @@ class StructuredPruning(Method):
             raise ValueError(
                 f"StructuredPruning.kind='splopa' replaces matrices that {others} would update"
             )
-        for p in (p for stack in stacks for p in targets_of(config, stack)):
+        for p in (p for place in places for p in targets_of(config, place)):
             if self.kind == "splopa" and (p.inputs % self.block or p.outputs % self.block):
                 raise ValueError(
                     f"StructuredPruning.block={self.block} does not divide {p.path} "
@@ -304,7 +304,7 @@ class StructuredPruning(Method):
         """Two thin products beside each prunable matrix, and gates; what is gone costs the same."""
         if self.kind == "splopa":
             return flops
-        targets = targets_of(config, place.stack)
+        targets = targets_of(config, place)
         gates = sum(t.inputs for t in targets if t.path.endswith(("/out", "/wo")))
 
         def updated(tokens, context):
@@ -318,7 +318,7 @@ class StructuredPruning(Method):
         """The sums of prototypes, which make matrices of the size of W, and the blocks' masks."""
         if self.kind != "splopa":
             return 0.0
-        sizes = sum(target.inputs * target.outputs for target in targets_of(config, place.stack))
+        sizes = sum(target.inputs * target.outputs for target in targets_of(config, place))
         return 2 * (self.prototypes + 1) * sizes
 
     def merge(self, config: Any, params: Mapping[str, Any]) -> tuple[None, Mapping[str, Any]]:

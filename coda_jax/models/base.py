@@ -21,6 +21,7 @@ import numpy as np
 
 from coda_jax import checks, processes, trees
 from coda_jax.methods import Method, ordered
+from coda_jax.methods.base import Place
 from coda_jax.models import hf_fields
 from coda_jax.nn.remat import POLICIES
 from coda_jax.sharding import Placement
@@ -56,7 +57,8 @@ class ModelConfig:
             saved with what the methods create.
         head_fields: what such a base, which `lacks_head`, does not say.
         run_fields: how a run computes, in which two runs of one model may differ.
-        divided_fields: sizes that the devices along "model" of a mesh must share evenly.
+        blocks: {stack: {a block of its layers, an attention or a feed-forward: the field that says
+            its size, which is heads or hidden channels}}.
         field_checks: what the value of each field must be, but for `methods`.
         vocab_size: V.
         dtype: of the computation, float32 or bfloat16.
@@ -68,6 +70,8 @@ class ModelConfig:
         pad_id: the token that fills up a row.
         eos_id: the token that ends a target; -1 where none does.
         decoder_start_id: the token from which a decoder starts.
+        layer_sizes: ((path of a block, its size), ...) where it is not that of `blocks`, such as
+            (("encoder/layers_0/attention", 3),); pruning leaves such models.
         methods: how the model is adapted, in the order of `methods.METHODS`; () for a dense model.
     """
 
@@ -75,7 +79,7 @@ class ModelConfig:
     heads: ClassVar[tuple[str, ...]] = ()
     head_fields: ClassVar[tuple[str, ...]] = ()
     run_fields: ClassVar[tuple[str, ...]] = ("dtype", "dropout_rate", "remat_policy")
-    divided_fields: ClassVar[tuple[str, ...]] = ()
+    blocks: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     field_checks: ClassVar[Mapping[str, checks.Check]] = {
         **dict.fromkeys(("vocab_size", "emb_dim"), checks.COUNT),
         "num_encoder_layers": checks.Whole(1, MAX_LAYERS),
@@ -85,6 +89,7 @@ class ModelConfig:
         "dropout_rate": checks.Number(least=0, below=1),
         "dtype": checks.dtype,
         "remat_policy": checks.OneOf([*POLICIES]),
+        "layer_sizes": checks.Each(checks.Pair(checks.text, checks.COUNT)),
     }
 
     vocab_size: int
@@ -97,6 +102,7 @@ class ModelConfig:
     pad_id: int = 0
     eos_id: int = 1
     decoder_start_id: int = 0
+    layer_sizes: tuple[tuple[str, int], ...] = ()
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self):
@@ -107,9 +113,33 @@ class ModelConfig:
                     f"{type(self).__name__}.{name} must be below vocab_size={self.vocab_size}, "
                     f"got {token}"
                 )
+        self._check_layer_sizes()
         object.__setattr__(self, "methods", ordered(self.methods))
         for method in self.methods:
             method.validate(self)
+
+    def _check_layer_sizes(self):
+        if not self.layer_sizes:
+            return
+        paths = [path for path, _ in self.layer_sizes]
+        places = [place for stack in self.blocks for place in self.places(stack)]
+        known = {f"{place.path}/{block}" for place in places for block in self.blocks[place.stack]}
+        wrong = sorted({path for path in paths if path not in known or paths.count(path) > 1})
+        if wrong:
+            raise ValueError(
+                f"{type(self).__name__}.layer_sizes names {wrong}, which must be blocks of the "
+                f"model, each once, such as {min(known, default=None)}"
+            )
+
+    def places(self, stack: str) -> list[Place]:
+        """The layers of the "encoder" or the "decoder"."""
+        number = self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
+        return [Place(stack, index, number) for index in range(number)]
+
+    def size_of(self, place: Place, block: str) -> int:
+        """The heads of an attention of a layer, or the hidden channels of a feed-forward."""
+        usual = getattr(self, self.blocks[place.stack][block])
+        return dict(self.layer_sizes).get(f"{place.path}/{block}", usual)
 
     def dense(self) -> "ModelConfig":
         """The same model without methods."""
@@ -157,15 +187,15 @@ class ModelConfig:
         """Arguments with which the network makes its parameters."""
         raise NotImplementedError
 
-    def projections(self, stack: str) -> tuple[Projection, ...]:
-        """The frozen matrices of a layer of the "encoder" or the "decoder"."""
+    def projections(self, place: Place) -> tuple[Projection, ...]:
+        """The frozen matrices of a layer."""
         raise NotImplementedError
 
-    def mixing_flops(self, stack: str, tokens: int, context: int) -> float:
+    def mixing_flops(self, place: Place, tokens: int, context: int) -> float:
         """Operations of a layer beside its projections: what mixes the tokens of a row.
 
         Args:
-            stack: "encoder" or "decoder".
+            place: of the layer.
             tokens: of a row, that the layer works on.
             context: tokens that they attend to; for a decoder, those of the encoder.
         """
@@ -286,8 +316,11 @@ def param_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
 
 def check_divides(config: ModelConfig, placement: Placement) -> None:
     """Raises ValueError where devices cannot share what a config's network divides."""
-    for name in config.divided_fields:
-        placement.check(f"{type(config).__name__}.{name}", getattr(config, name), "model")
+    fields = dict.fromkeys(x for blocks in config.blocks.values() for x in blocks.values())
+    sizes = {name: getattr(config, name) for name in fields}
+    sizes |= {f"layer_sizes[{path!r}]": size for path, size in config.layer_sizes}
+    for name, size in sizes.items():
+        placement.check(f"{type(config).__name__}.{name}", size, "model")
 
 
 def placed(config: ModelConfig, params: Mapping[str, Any], placement: Placement) -> dict[str, Any]:

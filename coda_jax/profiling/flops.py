@@ -37,28 +37,23 @@ def step_bytes(
 
     Those are of N input tokens, which the M beams of a row share, and of T places of each beam.
     """
-    projections = config.projections("decoder")
+    projections = [p for place in config.places("decoder") for p in config.projections(place)]
     weights = sum(p.inputs * p.outputs for p in projections if p.rows == "tokens")
     keys_values = sum(p.outputs for p in projections if p.rows == "context")
     places = batch * (length + num_beams * target_length)
     head = config.output_flops(length, 1) // 2
-    numbers = config.num_decoder_layers * (weights + keys_values * places) + head
+    numbers = weights + keys_values * places + head
     return int(numbers) * np.dtype(config.dtype).itemsize
-
-
-def _places(config: ModelConfig, stack: str) -> list[Place]:
-    number = config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers
-    return [Place(stack, index, number) for index in range(number)]
 
 
 def _layers(config: ModelConfig, stack: str, tokens: int, context: int) -> float:
     """Operations of all layers of a stack on one row."""
-    return sum(_layer(config, place)(tokens, context) for place in _places(config, stack))
+    return sum(_layer(config, place)(tokens, context) for place in config.places(stack))
 
 
 def _call(config: ModelConfig, stack: str) -> float:
     """Operations that methods need once a call, however many rows there are."""
-    return sum(m.call_flops(p, config) for m in config.methods for p in _places(config, stack))
+    return sum(m.call_flops(p, config) for m in config.methods for p in config.places(stack))
 
 
 def _layer(config: ModelConfig, place: Place) -> LayerFlops:
@@ -66,10 +61,8 @@ def _layer(config: ModelConfig, place: Place) -> LayerFlops:
 
     def frozen(tokens, context):
         rows = {"tokens": tokens, "context": context}
-        products = (
-            2 * rows[p.rows] * p.inputs * p.outputs for p in config.projections(place.stack)
-        )
-        return sum(products) + config.mixing_flops(place.stack, tokens, context)
+        products = (2 * rows[p.rows] * p.inputs * p.outputs for p in config.projections(place))
+        return sum(products) + config.mixing_flops(place, tokens, context)
 
     flops: LayerFlops = frozen
     for method in config.methods:

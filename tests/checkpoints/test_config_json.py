@@ -77,6 +77,12 @@ def test_every_field_of_a_config_comes_back():
     assert through_json(config) == config
 
 
+def test_sizes_of_layers_are_written_where_there_are_any():
+    config = TINY.replace(layer_sizes=(("encoder/layers_0/mlp", 3), ("decoder/layers_0/mlp", 5)))
+    assert through_json(config) == config
+    assert "layer_sizes" not in to_json(TINY)
+
+
 def test_what_is_computed_again_is_of_no_model():
     """A run may go on with another policy, and what reads its files knows nothing of it."""
     config = TINY.replace(remat_policy="full")
@@ -108,6 +114,8 @@ def test_a_field_that_was_not_written_has_its_default():
         ({**FIELDS, "mlp_activations": "relu"}, "mlp_activations='relu' of a wrong type"),
         ({**FIELDS, "mlp_activations": [3]}, r"mlp_activations=\(3,\) of a wrong type"),
         ({**FIELDS, "dtype": "complex64"}, "not valid: T5Config.dtype .*'complex64'"),
+        ({**FIELDS, "layer_sizes": [["encoder/layers_0/mlp"]]}, "layer_sizes=.* of a wrong type"),
+        ({**FIELDS, "layer_sizes": {"encoder/layers_0/mlp": 1}}, "layer_sizes=.* of a wrong type"),
         ({**FIELDS, "methods": {}}, "methods={} is not a list"),
         ({**FIELDS, "methods": ["coda"]}, "the method 'coda' is not an object"),
         ({**FIELDS, "methods": [{}]}, "a file: method None is unknown"),

@@ -128,7 +128,7 @@ def test_config_is_mapped():
         "float32_attention_logits": False, "relpos_num_buckets": 16, "relpos_max_distance": 20,
         "layer_norm_epsilon": 1e-6, "methods": (), "shared_relpos_bias": True, "pad_id": 0,
         "eos_id": 1, "decoder_start_id": 0, "head": None, "labels": (), "pooling": "mean",
-        "remat_policy": "none",
+        "remat_policy": "none", "layer_sizes": (),
     }  # fmt: skip
     assert params["encoder"]["relpos_bias"]["rel_embedding"].shape == (3, 16)
     assert load_hf(GOLDEN / "v1_0")[0].mlp_activations == ("relu",)

@@ -27,6 +27,7 @@ class Pix2StructConfig(T5Config):
     """
 
     family: ClassVar[str] = "pix2struct"
+    biased: ClassVar[tuple[str, ...]] = ("self_attention",)
     head_kinds: ClassVar[tuple[str, ...]] = ()
     field_checks: ClassVar[Mapping[str, checks.Check]] = {
         **T5Config.field_checks,

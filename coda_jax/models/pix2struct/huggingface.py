@@ -222,6 +222,8 @@ def format_config(config: Pix2StructConfig, dtype: str) -> dict[str, Any]:
             f"{config.logits_via_embedding} cannot be saved as a Hugging Face Pix2Struct, which "
             "has ('gelu', 'linear') and an output layer of its own."
         )
+    if not config.shared_relpos_bias:
+        raise ValueError("the layers of a Hugging Face Pix2Struct share one position bias.")
     if config.num_heads * config.head_dim != config.emb_dim:
         raise ValueError(
             f"num_heads={config.num_heads} times head_dim={config.head_dim} must be emb_dim="

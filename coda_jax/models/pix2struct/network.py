@@ -54,7 +54,7 @@ class Pix2Struct(Transformer):
     def make_encoder(self) -> Encoder:
         """The encoder, as `setup` attaches it."""
         self.patch_embedder = PatchEmbed(self.config)
-        return Encoder(self.config, self.patch_embedder, relative_positions=False)
+        return Encoder(self.config, self.patch_embedder)
 
     @staticmethod
     def input_mask(encoder_input_tokens: Float[Array, "b n c"]) -> Bool[Array, "b n"]:

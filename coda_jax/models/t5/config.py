@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from coda_jax import checks, trees
+from coda_jax.methods.base import Place
 from coda_jax.models.base import ModelConfig, Projection
 from coda_jax.nn.layers import ACTIVATIONS
 from coda_jax.nn.tokens import POOLINGS
@@ -23,6 +24,7 @@ class T5Config(ModelConfig):
     """Sizes and options of a T5 model, under the names of T5X's config where it has them.
 
     Attributes:
+        biased: the attentions that have a relative position bias.
         num_heads: attention heads.
         head_dim: width of a head.
         mlp_dim: hidden width of the feed-forward block.
@@ -42,7 +44,15 @@ class T5Config(ModelConfig):
     family: ClassVar[str] = "t5"
     heads: ClassVar[tuple[str, ...]] = (r"^head/",)
     head_fields: ClassVar[tuple[str, ...]] = ("head", "labels", "pooling")
-    divided_fields: ClassVar[tuple[str, ...]] = ("num_heads", "mlp_dim")
+    blocks: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "encoder": {"attention": "num_heads", "mlp": "mlp_dim"},
+        "decoder": {
+            "self_attention": "num_heads",
+            "encoder_decoder_attention": "num_heads",
+            "mlp": "mlp_dim",
+        },
+    }
+    biased: ClassVar[tuple[str, ...]] = ("attention", "self_attention")
     head_kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
     field_checks: ClassVar[Mapping[str, checks.Check]] = {
         **ModelConfig.field_checks,
@@ -91,6 +101,15 @@ class T5Config(ModelConfig):
                 f"relpos_num_buckets={self.relpos_num_buckets}, got {self.relpos_max_distance}"
             )
 
+    def _check_layer_sizes(self):
+        super()._check_layer_sizes()
+        wrong = [path for path, _ in self.layer_sizes if path.rpartition("/")[2] in self.biased]
+        if wrong and self.shared_relpos_bias:
+            raise ValueError(
+                f"{type(self).__name__}.layer_sizes: {wrong} cannot share a position bias with "
+                "attentions of other heads: shared_relpos_bias=False"
+            )
+
     @property
     def lacks_head(self) -> bool:
         """Whether it is an encoder alone whose outputs nobody reads yet."""
@@ -103,7 +122,8 @@ class T5Config(ModelConfig):
 
     def encoder_only(self) -> "T5Config":
         """The same encoder without a decoder."""
-        return self.replace(num_decoder_layers=0, logits_via_embedding=False)
+        sizes = tuple(entry for entry in self.layer_sizes if entry[0].startswith("encoder/"))
+        return self.replace(num_decoder_layers=0, logits_via_embedding=False, layer_sizes=sizes)
 
     def network(self) -> nn.Module:
         """`Transformer` where there is a decoder, else `TextEncoder`."""
@@ -123,32 +143,36 @@ class T5Config(ModelConfig):
         inputs = jnp.ones(spec.shape, spec.dtype)
         return (inputs, tokens, tokens) if self.num_decoder_layers else (inputs,)
 
-    def projections(self, stack: str) -> tuple[Projection, ...]:
-        """The frozen matrices of a layer of the "encoder" or the "decoder"."""
-        if stack == "encoder":
-            return (*self._attention("attention", "context"), *self._mlp("mlp"))
+    def projections(self, place: Place) -> tuple[Projection, ...]:
+        """The frozen matrices of a layer."""
+        if place.stack == "encoder":
+            return (*self._attention(place, "attention", "context"), *self._mlp(place, "mlp"))
         return (
-            *self._attention("self_attention", "tokens"),
-            *self._attention("encoder_decoder_attention", "context"),
-            *self._mlp("mlp"),
+            *self._attention(place, "self_attention", "tokens"),
+            *self._attention(place, "encoder_decoder_attention", "context"),
+            *self._mlp(place, "mlp"),
         )
 
-    def _attention(self, path: str, keys: str) -> tuple[Projection, ...]:
-        inner = self.num_heads * self.head_dim
+    def _attention(self, place: Place, path: str, keys: str) -> tuple[Projection, ...]:
+        inner = self.size_of(place, path) * self.head_dim
         rows = {"query": "tokens", "key": keys, "value": keys}
         made = (Projection(f"{path}/{n}", self.emb_dim, inner, r) for n, r in rows.items())
         return (*made, Projection(f"{path}/out", inner, self.emb_dim))
 
-    def _mlp(self, path: str) -> tuple[Projection, ...]:
-        gated = len(self.mlp_activations) > 1
+    def _mlp(self, place: Place, path: str) -> tuple[Projection, ...]:
+        gated, inner = len(self.mlp_activations) > 1, self.size_of(place, path)
         names = [f"wi_{i}" for i in range(len(self.mlp_activations))] if gated else ["wi"]
-        made = (Projection(f"{path}/{name}", self.emb_dim, self.mlp_dim) for name in names)
-        return (*made, Projection(f"{path}/wo", self.mlp_dim, self.emb_dim))
+        made = (Projection(f"{path}/{name}", self.emb_dim, inner) for name in names)
+        return (*made, Projection(f"{path}/wo", inner, self.emb_dim))
 
-    def mixing_flops(self, stack: str, tokens: int, context: int) -> float:
+    def mixing_flops(self, place: Place, tokens: int, context: int) -> float:
         """Logits and weighted sums of the attentions; a decoder's own reads its whole cache."""
-        seen = context if stack == "encoder" else context + tokens
-        return 2 * 2 * tokens * seen * self.num_heads * self.head_dim
+        if place.stack == "encoder":
+            seen = context * self.size_of(place, "attention")
+        else:
+            seen = tokens * self.size_of(place, "self_attention")
+            seen += context * self.size_of(place, "encoder_decoder_attention")
+        return 2 * 2 * tokens * seen * self.head_dim
 
     def output_flops(self, inputs: int, targets: int) -> float:
         """The logits of T outputs of the decoder, or what a head makes of pooled outputs."""

@@ -26,9 +26,9 @@ def _norm(cfg: T5Config, name: str) -> layers.RMSNorm:
     return layers.RMSNorm(cfg.layer_norm_epsilon, cfg.dtype, name=name)
 
 
-def _attention(cfg: T5Config, name: str) -> attentions.Attention:
+def _attention(cfg: T5Config, place: Place, name: str) -> attentions.Attention:
     return attentions.Attention(
-        cfg.num_heads,
+        cfg.size_of(place, name),
         cfg.head_dim,
         cfg.dropout_rate,
         cfg.float32_attention_logits,
@@ -37,17 +37,18 @@ def _attention(cfg: T5Config, name: str) -> attentions.Attention:
     )
 
 
-def _mlp(cfg: T5Config) -> layers.MlpBlock:
-    return layers.MlpBlock(
-        cfg.mlp_dim, cfg.mlp_activations, cfg.dropout_rate, cfg.dtype, name="mlp"
-    )
+def _mlp(cfg: T5Config, place: Place) -> layers.MlpBlock:
+    size = cfg.size_of(place, "mlp")
+    return layers.MlpBlock(size, cfg.mlp_activations, cfg.dropout_rate, cfg.dtype, name="mlp")
 
 
-def _relpos_bias(cfg: T5Config, bidirectional: bool) -> position_bias.RelativePositionBiases:
+def _relpos_bias(
+    cfg: T5Config, num_heads: int, bidirectional: bool
+) -> position_bias.RelativePositionBiases:
     return position_bias.RelativePositionBiases(
         cfg.relpos_num_buckets,
         cfg.relpos_max_distance,
-        cfg.num_heads,
+        num_heads,
         bidirectional,
         cfg.dtype,
         name="relpos_bias",
@@ -81,11 +82,12 @@ class EncoderLayer(nn.Module):
     ) -> Float[Array, "b n d"]:
         """[B, N, D] -> [B, N, D]; `mask` is False for padding."""
         cfg = self.config
-        attention, mlp = _attention(cfg, "attention"), _mlp(cfg)
+        place = Place("encoder", self.layer_index, cfg.num_encoder_layers)
+        attention, mlp = _attention(cfg, place, "attention"), _mlp(cfg, place)
         mlp_norm = _norm(cfg, "pre_mlp_layer_norm")
         relpos_bias = self.shared_bias
-        if not cfg.shared_relpos_bias:
-            relpos_bias = _relpos_bias(cfg, bidirectional=True)
+        if "attention" in cfg.biased and not cfg.shared_relpos_bias:
+            relpos_bias = _relpos_bias(cfg, attention.num_heads, bidirectional=True)
         dropout = _dropout(cfg, deterministic)
 
         def layer(tokens: Tokens, context: Tokens) -> Array:
@@ -105,7 +107,6 @@ class EncoderLayer(nn.Module):
         norm = _norm(cfg, "pre_attention_layer_norm")
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         tokens = Tokens(x, norm(x), positions, mask, segment_ids)
-        place = Place("encoder", self.layer_index, cfg.num_encoder_layers)
         return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
 
 
@@ -135,13 +136,14 @@ class DecoderLayer(nn.Module):
     ) -> Float[Array, "b t d"]:
         """[B, T, D] -> [B, T, D]; see `Transformer.decode` for R and the cache."""
         cfg = self.config
+        place = Place("decoder", self.layer_index, cfg.num_decoder_layers)
         relpos_bias = self.shared_bias
         if not cfg.shared_relpos_bias:
-            relpos_bias = _relpos_bias(cfg, bidirectional=False)
+            relpos_bias = _relpos_bias(cfg, cfg.size_of(place, "self_attention"), False)
         dropout = _dropout(cfg, deterministic)
 
         def self_attention(u):
-            attention = _attention(cfg, "self_attention")
+            attention = _attention(cfg, place, "self_attention")
             key, value = attention.keys_values(u)
             query_positions = jnp.arange(u.shape[1], dtype=jnp.int32)[None]
             if decode:
@@ -156,7 +158,7 @@ class DecoderLayer(nn.Module):
             return attention(u, (key, value), visible, bias, deterministic=deterministic)
 
         def cross_attention(q):
-            attention = _attention(cfg, "encoder_decoder_attention")
+            attention = _attention(cfg, place, "encoder_decoder_attention")
             source = None
             if self.has_variable("cache", "encoded_key"):
                 key, value, *matrices = (self.get_variable("cache", name) for name in _OF_ENCODING)
@@ -176,12 +178,11 @@ class DecoderLayer(nn.Module):
             h = tokens.x + dropout(self_attention(tokens.u))
             h += dropout(cross_attention(_norm(cfg, "pre_cross_attention_layer_norm")(h)))
             mlp_norm = _norm(cfg, "pre_mlp_layer_norm")
-            return h + dropout(_mlp(cfg)(mlp_norm(h), deterministic))
+            return h + dropout(_mlp(cfg, place)(mlp_norm(h), deterministic))
 
         norm = _norm(cfg, "pre_self_attention_layer_norm")
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         tokens = Tokens(x, norm(x), positions, jnp.ones(x.shape[:2], bool))
-        place = Place("decoder", self.layer_index, cfg.num_decoder_layers)
         return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
 
 
@@ -191,12 +192,10 @@ class Encoder(nn.Module):
     Attributes:
         config: sizes and options.
         embedding: the inputs as vectors, [B, N] or [B, N, C] -> [B, N, D].
-        relative_positions: whether there is a relative position bias.
     """
 
     config: T5Config
     embedding: nn.Module
-    relative_positions: bool = True
 
     @nn.compact
     def __call__(
@@ -209,8 +208,8 @@ class Encoder(nn.Module):
         """Inputs [B, N] or [B, N, C] -> [B, N, D]; `mask` is False for padding."""
         cfg = self.config
         dropout = _dropout(cfg, deterministic)
-        shared = self.relative_positions and cfg.shared_relpos_bias
-        shared_bias = _relpos_bias(cfg, bidirectional=True) if shared else None
+        shared = "attention" in cfg.biased and cfg.shared_relpos_bias
+        shared_bias = _relpos_bias(cfg, cfg.num_heads, bidirectional=True) if shared else None
         x = dropout(self.embedding(encoder_input_tokens))
         layer = rematerialised(EncoderLayer, cfg.remat_policy, static_argnums=(4,))
         for i in range(cfg.num_encoder_layers):
@@ -247,7 +246,7 @@ class Decoder(nn.Module):
         dropout = _dropout(cfg, deterministic)
         shared_bias = None
         if cfg.shared_relpos_bias:
-            shared_bias = _relpos_bias(cfg, bidirectional=False)
+            shared_bias = _relpos_bias(cfg, cfg.num_heads, bidirectional=False)
         y = dropout(self.shared_embedding(decoder_input_tokens))
         layer = rematerialised(DecoderLayer, cfg.remat_policy, static_argnums=(5, 6, 7))
         for i in range(cfg.num_decoder_layers):

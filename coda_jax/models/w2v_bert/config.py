@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from coda_jax import checks
+from coda_jax.methods.base import Place
 from coda_jax.models.base import Projection
 from coda_jax.models.t5.config import T5Config
 from coda_jax.nn.tokens import split_frames
@@ -39,6 +40,11 @@ class W2vBertConfig(T5Config):
     heads: ClassVar[tuple[str, ...]] = (r"^ctc_head/",)
     head_fields: ClassVar[tuple[str, ...]] = ("vocab_size", "blank_id")
     head_kinds: ClassVar[tuple[str, ...]] = ()
+    blocks: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        **T5Config.blocks,
+        "encoder": {"first_mlp": "mlp_dim", "attention": "num_heads", "second_mlp": "mlp_dim"},
+    }
+    biased: ClassVar[tuple[str, ...]] = ("self_attention",)
     field_checks: ClassVar[Mapping[str, checks.Check]] = {
         **T5Config.field_checks,
         **dict.fromkeys(("feature_dim", "conv_width"), checks.COUNT),
@@ -88,28 +94,29 @@ class W2vBertConfig(T5Config):
         frames, *tokens = super().init_inputs()
         return (frames, *tokens) if self.num_decoder_layers else split_frames(frames)
 
-    def projections(self, stack: str) -> tuple[Projection, ...]:
+    def projections(self, place: Place) -> tuple[Projection, ...]:
         """The frozen matrices of a layer; its first feed-forward is for all that is attended to."""
-        if stack == "decoder":
-            return super().projections(stack)
-        width, inner = self.emb_dim, self.mlp_dim
+        if place.stack == "decoder":
+            return super().projections(place)
+        width = self.emb_dim
+        first, second = (self.size_of(place, f"{name}_mlp") for name in ("first", "second"))
         return (
-            Projection("first_mlp/wi", width, inner, "context"),
-            Projection("first_mlp/wo", inner, width, "context"),
-            *self._attention("attention", "context"),
+            Projection("first_mlp/wi", width, first, "context"),
+            Projection("first_mlp/wo", first, width, "context"),
+            *self._attention(place, "attention", "context"),
             Projection("convolution/wi", width, 2 * width),
             Projection("convolution/wo", width, width),
-            Projection("second_mlp/wi", width, inner),
-            Projection("second_mlp/wo", inner, width),
+            Projection("second_mlp/wi", width, second),
+            Projection("second_mlp/wo", second, width),
         )
 
-    def mixing_flops(self, stack: str, tokens: int, context: int) -> float:
+    def mixing_flops(self, place: Place, tokens: int, context: int) -> float:
         """Logits, those of the distances too, and weighted sums; the convolution by channel."""
-        flops = super().mixing_flops(stack, tokens, context)
-        if stack == "decoder":
+        flops = super().mixing_flops(place, tokens, context)
+        if place.stack == "decoder":
             return flops
         distances = self.max_left_distance + 1 + self.max_right_distance
-        flops += 2 * tokens * self.num_heads * self.head_dim * distances
+        flops += 2 * tokens * self.size_of(place, "attention") * self.head_dim * distances
         return flops + 2 * tokens * self.emb_dim * self.conv_width
 
     def output_flops(self, inputs: int, targets: int) -> float:

@@ -49,6 +49,13 @@ class FeatureProjection(nn.Module):
         )(x)
 
 
+def _mlp(cfg: W2vBertConfig, place: Place, name: str) -> layers.MlpBlock:
+    size = cfg.size_of(place, name)
+    return layers.MlpBlock(
+        size, ("swish",), cfg.dropout_rate, use_bias=True, dtype=cfg.dtype, name=name
+    )
+
+
 class ConformerLayer(nn.Module):
     """A Conformer layer: two half feed-forwards around attention and convolution."""
 
@@ -65,9 +72,10 @@ class ConformerLayer(nn.Module):
     ) -> Float[Array, "b n d"]:
         """[B, N, D] -> [B, N, D]; `mask` is False for padding."""
         cfg = self.config
+        place = Place("encoder", self.layer_index, cfg.num_encoder_layers)
         dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
         attention = RelativeKeyAttention(
-            cfg.num_heads,
+            cfg.size_of(place, "attention"),
             cfg.head_dim,
             cfg.max_left_distance,
             cfg.max_right_distance,
@@ -83,12 +91,7 @@ class ConformerLayer(nn.Module):
             LayerNorm(cfg.layer_norm_epsilon, cfg.dtype, name=f"{name}_layer_norm")
             for name in ("pre_first_mlp", "pre_attention", "pre_second_mlp", "final")
         )
-        first_mlp, second_mlp = (
-            layers.MlpBlock(
-                cfg.mlp_dim, ("swish",), cfg.dropout_rate, use_bias=True, dtype=cfg.dtype, name=name
-            )
-            for name in ("first_mlp", "second_mlp")
-        )
+        first_mlp, second_mlp = (_mlp(cfg, place, name) for name in ("first_mlp", "second_mlp"))
 
         def layer(tokens: Tokens, context: Tokens) -> Array:
             seen = context.x + 0.5 * dropout(first_mlp(context.u, deterministic))
@@ -109,7 +112,6 @@ class ConformerLayer(nn.Module):
 
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         tokens = Tokens(x, first_norm(x), positions, mask, segment_ids)
-        place = Place("encoder", self.layer_index, cfg.num_encoder_layers)
         return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
 
 
