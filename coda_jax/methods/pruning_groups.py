@@ -56,12 +56,15 @@ def groups_of(path: str, names: Mapping[str, Any]) -> tuple[list[str], str]:
 
 def cost_of(path: str, number: int, leaves: Mapping[str, Any]) -> int:
     """Weights of a group of the sets of a mask; 1 where the groups are blocks."""
-    makers, reader = groups_of(path, leaves)
-    if f"{reader}/pruning_rows" not in leaves:
+    if leaves[path].ndim > 1:
         return 1
-    width = leaves[f"{reader}/pruning_rows"].shape[0] // number
-    inputs = sum(leaves[f"{maker}/pruning_rows"].shape[0] for maker in makers)
-    return width * (inputs + leaves[f"{reader}/pruning_columns"].shape[1])
+
+    def size(module, axis):
+        leaf = f"{module}/{('pruning_rows', 'pruning_columns')[axis]}"
+        return leaves[leaf if leaf in leaves else f"{module}/kernel"].shape[axis]
+
+    makers, reader = groups_of(path, leaves)
+    return size(reader, 0) // number * (sum(size(x, 0) for x in makers) + size(reader, 1))
 
 
 def group_norms(block: Mapping[str, Any], number: int) -> Float[Array, "g"]:
@@ -71,7 +74,9 @@ def group_norms(block: Mapping[str, Any], number: int) -> Float[Array, "g"]:
     for name, leaves in block.items():
         if name != reader and name not in ("query", "key", "value") and not name.startswith("wi"):
             continue
-        kernel = leaves["kernel"] + leaves["pruning_rows"] @ leaves["pruning_columns"]
+        kernel = leaves["kernel"]
+        if "pruning_rows" in leaves:
+            kernel += leaves["pruning_rows"] @ leaves["pruning_columns"]
         squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=int(name == reader))
         total += squares.reshape(number, -1).sum(-1)
     return jnp.sqrt(total)

@@ -78,7 +78,7 @@ class StructuredPruning(Method):
 
     Attributes:
         kind: see above.
-        rank: R; of prototypes, that of each.
+        rank: R; of prototypes, that of each. 0 for masks alone, beside `Full`: fine-pruning.
         criterion: which groups go first: those with the least norm of their weights ("weight"), the
             least gradient of what they give ("gradient"), or that times what they give ("taylor").
             Blocks go by movement, the sum of -W x its gradient, whatever is said here.
@@ -112,7 +112,7 @@ class StructuredPruning(Method):
         checks.fields(
             self,
             kind=checks.OneOf(KINDS),
-            rank=checks.COUNT,
+            rank=checks.Whole(int(self.kind != "splora")),
             criterion=checks.OneOf(CRITERIA),
             density=checks.Number(above=0, most=1),
             start=checks.Whole(0),
@@ -184,6 +184,8 @@ class StructuredPruning(Method):
             if module.name == "wo":
                 x = self._gate(-1, module, x)
             y = call(x)
+            if not self.rank:
+                return y
             inputs, outputs = module.kernel_axes  # "kv" is an axis that T5X never divides
             a = new_leaf("pruning_rows", _START, (x.shape[-1], self.rank), (inputs, "kv"))
             b = new_leaf("pruning_columns", _ZEROS, (self.rank, module.features), ("kv", outputs))
@@ -250,7 +252,12 @@ class StructuredPruning(Method):
         """Adds up scores, which are the masks' gradients, and takes groups away when it is time."""
 
         def init(params):
-            masks = masks_of(trees.flatten(params))
+            leaves = trees.flatten(params)
+            masks = masks_of(leaves)
+            if not self.rank and not any(path.endswith("/kernel") for path in leaves):
+                raise ValueError(
+                    "StructuredPruning.rank=0 trains masks alone, for METHODS with 'full'"
+                )
             scores = {path: jnp.zeros_like(mask) for path, mask in masks.items()}
             return PruningState(jnp.zeros((), jnp.int32), scores, optimizer.init(params))
 
@@ -366,7 +373,7 @@ class StructuredPruning(Method):
         """The adapters' entries of groups that are gone are zero."""
         del config
         leaves = trees.flatten(params)
-        if self.kind != "splopa":
+        if self.kind != "splopa" and self.rank:
             for path, mask in masks_of(leaves).items():
                 silence(leaves, path, jnp.asarray(mask), "pruning_columns", "pruning_rows")
         return self, trees.unflatten(leaves)

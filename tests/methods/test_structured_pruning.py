@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from coda_jax import methods, trees
-from coda_jax.methods import Lora, StructuredPruning
+from coda_jax.methods import Full, Lora, StructuredPruning
 from coda_jax.methods.base import applied_to_modules
 from coda_jax.methods.pruning_groups import MASK, masks_of
 from coda_jax.nn.convolution import DepthwiseConvolution
@@ -127,7 +127,7 @@ def test_taps_of_convolutions_merge(rng):
 
 def run(method, number, base=BASE):
     """(config, trained leaves before and after each step) of steps on one batch."""
-    config = base.replace(methods=(method,))
+    config = base.replace(methods=(*base.methods, method))
     model, params = model_for(config), fresh_params(config)
     optimizer = steps.make_optimizer(model, optax.adam, 1e-3, max_grad_norm=1.0)
     step = steps.make_train_step(model, optimizer, accumulation=1, seed=0)
@@ -265,7 +265,15 @@ def test_finish_clears_what_is_gone_and_changes_no_output():
     [
         (TINY, {"density": 0.0}, r"density must be a number above 0 and at most 1, got 0\.0"),
         (TINY, {"density": 1.5}, r"density must be a number above 0 and at most 1, got 1\.5"),
+        (TINY, {"density": float("nan")}, "density must be a finite number above 0"),
         (TINY, {"rank": 17}, r"rank=17 is above the width 16 of attention/query"),
+        (TINY, {"rank": -1}, "rank must be a whole number of at least 0, got -1"),
+        (TINY, {"kind": "splopa", "rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        (TINY, {"kind": "splopa", "rank": 5, "block": 4}, "rank=5 is above the width 4 of atten"),
+        (TINY, {"kind": "prune"}, "kind must be one of"),
+        (TINY, {"scope": "layer"}, "scope must be one of"),
+        (TINY, {"start": -1}, "start must be a whole number of at least 0, got -1"),
+        (TINY, {"every": 0}, "every must be a whole number of at least 1, got 0"),
         (TINY, {"kind": "sppara"}, "is of convolutions, and the model has none"),
         (TINY, {"kind": "splopa", "rank": 1}, "block=32 does not divide attention/query"),
         (TINY_SPEECH, {"kind": "splopa", "scope": "uniform"}, "is of heads and channels, not"),
@@ -275,6 +283,24 @@ def test_finish_clears_what_is_gone_and_changes_no_output():
 def test_what_cannot_be_is_refused(base, options, message):
     with pytest.raises(ValueError, match=message):
         base.replace(methods=(StructuredPruning(**options),))
+
+
+@pytest.mark.all
+def test_masks_alone_are_for_a_base_that_is_trained():
+    """Fine-pruning: the weights of groups count as they do beside thin matrices."""
+    method = StructuredPruning(rank=0, density=0.5, start=1, steps=0, every=1)
+    with pytest.raises(ValueError, match="rank=0 trains masks alone, for METHODS with 'full'"):
+        run(method, 1)
+    config, params, seen = run(method, 1, BASE.replace(methods=(Full(),)))
+    assert 0.5 <= density_of(config, params, masks_of(seen[-1])) < 0.57
+    assert not any("pruning_rows" in path for path in params)
+    assert config.methods[0].progress(trees.unflatten(seen[-1]))["density"] == pytest.approx(
+        density_of(config, params, masks_of(seen[-1]))
+    )
+    merged_config, merged = methods.sliced(*methods.finish(config, trees.unflatten(seen[-1])))
+    found = jax.jit(model_for(merged_config).logits)(merged, batch_of(config))
+    expected = jax.jit(model_for(config).logits)(trees.unflatten(seen[-1]), batch_of(config))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_blocks_beside_lora_are_refused():
