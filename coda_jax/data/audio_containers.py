@@ -18,6 +18,7 @@ import numpy as np
 Content = bytes | mmap.mmap
 
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # which programs write that do not know how much is to come
+_PAIRS_AT_ONCE = 2**16  # as numbers of Python
 _ZEROS = re.compile(rb"\0*")
 
 
@@ -201,24 +202,53 @@ def _check_mp3(content: Content, start: int) -> None:
     while size := _mp3_frame(content, place):
         _check_end("last frame", place + size, content)
         place, count = place + size, count + 1
-    declared = _mp3_frames(content, first)
+    declared, checksum = _mp3_claims(content, first)
     if declared is not None and count - 1 < declared:
         raise ValueError(f"it ends early, or is damaged: {count - 1:,} of {declared:,} frames")
+    if checksum and _crc_16(content[first + _mp3_frame(content, first) : place]) != checksum:
+        raise ValueError("its frames are damaged: their checksum is another one")
     for end in _tags(content, place):
         place = end
     if place + _zeros(content, place) != len(content):
         raise ValueError(f"there is no frame at byte {place:,} of {len(content):,}")
 
 
-def _mp3_frames(content: Content, place: int) -> int | None:
-    """How many frames an MP3's first one says that there are behind it; None where it does not."""
+def _mp3_claims(content: Content, place: int) -> tuple[int | None, int]:
+    """What an MP3's first frame may say of those behind it: how many, and their checksum, or 0."""
     mpeg_1, mono = content[place + 1] >> 3 & 3 == 3, content[place + 3] >> 6 == 3
-    side = (17 if mono else 32) if mpeg_1 else (9 if mono else 17)
-    info = bytes(content[place + 4 + side : place + 16 + side])
-    if info[:4] in (b"Xing", b"Info") and len(info) == 12 and info[7] & 1:
-        return struct.unpack(">I", info[8:])[0]
+    info = place + 4 + ((17 if mono else 32) if mpeg_1 else (9 if mono else 17))
+    if content[info : info + 4] in (b"Xing", b"Info") and len(content) >= info + 156:
+        (flags,) = _unpack(">I", content, info + 4)
+        frames = _unpack(">I", content, info + 8)[0] if flags & 1 else None
+        parts = ((1, 4), (2, 4), (4, 100), (8, 4))
+        end = info + 8 + sum(size for flag, size in parts if flags & flag) + 34
+        music, own = _unpack(">HH", content, end - 2)
+        # LAME's part is there if its own checksum is right.
+        return frames, music if own == _crc_16(content[place:end]) else 0
     old = bytes(content[place + 36 : place + 54])
-    return struct.unpack(">I", old[14:])[0] if old[:4] == b"VBRI" and len(old) == 18 else None
+    known = old[:4] == b"VBRI" and len(old) == 18
+    return (struct.unpack(">I", old[14:])[0] if known else None), 0
+
+
+def _crc_16(content: bytes) -> int:
+    """CRC-16 with the polynomial 0x8005, from the lowest bit on, two bytes at a time."""
+    table, found = _crc_16_table(), 0
+    pairs = np.frombuffer(content[: len(content) // 2 * 2], "<u2")
+    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+        for pair in pairs[start : start + _PAIRS_AT_ONCE].tolist():
+            found = table[found ^ pair]
+    if len(content) % 2:
+        found = found >> 8 ^ table[(found ^ content[-1]) << 8 & 0xFFFF]
+    return found
+
+
+@functools.cache
+def _crc_16_table() -> list[int]:
+    """The checksum behind each state of 16 bits, when 16 bits of 0 have come."""
+    states = np.arange(2**16)
+    for _ in range(16):
+        states = states >> 1 ^ 0xA001 * (states & 1)
+    return states.tolist()
 
 
 def _after_id3(content: Content, place: int) -> int:

@@ -107,7 +107,7 @@ def test_what_is_missing_in_the_middle_is_seen(tmp_path, kind):
         audio.read_audio(str(path))
 
 
-@pytest.mark.parametrize("kind", ["flac", "ogg"])
+@pytest.mark.parametrize("kind", ["flac", "ogg", "mp3"])
 @hypothesis.given(st.integers(0, 2**30), st.integers(1, 255))
 @hypothesis.settings(max_examples=25, suppress_health_check=list(hypothesis.HealthCheck))
 def test_a_damaged_byte_is_seen_where_there_is_a_checksum(tmp_path, kind, place, change):

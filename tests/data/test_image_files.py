@@ -4,6 +4,8 @@ import io
 import struct
 import zlib
 
+import hypothesis
+from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
 import pytest
@@ -188,10 +190,11 @@ def test_what_has_no_certain_picture_is_refused(tmp_path):
 
 
 def test_previews_beside_a_picture_are_no_pages(tmp_path):
-    picture, preview = (Image.fromarray(CORNERS).resize(size) for size in ((6, 4), (3, 2)))
-    picture.save(tmp_path / "a.tiff", save_all=True, append_images=[preview])
-    content = (tmp_path / "a.tiff").read_bytes()
-    del content
+    preview = Image.fromarray(CORNERS).resize((2, 2))
+    preview.encoderinfo = {"tiffinfo": {254: 1}}  # NewSubfileType: of less resolution
+    Image.fromarray(CORNERS).save(tmp_path / "a.tiff", save_all=True, append_images=[preview])
+    assert Image.open(tmp_path / "a.tiff").n_frames == 2
+    np.testing.assert_array_equal(grey(tmp_path / "a.tiff"), CORNERS)
     frames(tmp_path / "a.jpg", "MPO")
     assert grey(tmp_path / "a.jpg").max() < 5
 
@@ -226,3 +229,75 @@ def test_checksums_of_a_png_are_verified(tmp_path, rng):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(ValueError, match=r"a\.png' is not a readable image"):
             images.read_image(str(path))
+
+
+# {name: (format, options)}; a photo of 60 x 80.
+KINDS = {
+    **{kind: (kind, {}) for kind in ("png", "jpeg", "gif", "bmp", "ppm", "tiff", "webp", "avif")},
+    "progressive": ("jpeg", {"progressive": True}),
+    "lzw": ("tiff", {"compression": "tiff_lzw"}),
+    "deflate": ("tiff", {"compression": "tiff_adobe_deflate"}),
+    "lossless": ("webp", {"lossless": True}),
+    "jpeg2000": ("jpeg2000", {}),
+}
+
+
+def photo(kind):
+    """The bytes of a file."""
+    slope = np.add.outer(np.arange(60), np.arange(80)) * 1.8
+    noise = np.random.default_rng(0).normal(0, 9, (60, 80, 3))
+    pixels = np.clip(slope[..., None] + noise, 0, 255).astype(np.uint8)
+    name, options = KINDS[kind]
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, name, **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_end_early_are_refused(tmp_path, kind):
+    """At every fifth and 20 other places; of the last byte alone the picture may do without."""
+    path, content = tmp_path / "a", photo(kind)
+    path.write_bytes(content)
+    whole = images.read_image(str(path))
+    parts = {len(content) * part // 20 for part in range(20)}
+    for end in sorted(parts | {len(content) * part // 5 for part in range(5)}):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match="a' is not a readable image: "):
+            images.read_image(str(path))
+    path.write_bytes(content[:-1])
+    try:
+        np.testing.assert_array_equal(images.read_image(str(path)), whole)
+    except ValueError as error:
+        assert "a' is not a readable image: " in str(error)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("kind", KINDS)
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=150, suppress_health_check=list(hypothesis.HealthCheck))
+def test_damaged_images_are_read_or_refused_by_name(tmp_path, kind, data):
+    """Changed in some places, of which many are in the header, and cut anywhere."""
+    content = bytearray(photo(kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        most = data.draw(st.sampled_from((60, len(content) - 1)))
+        content[data.draw(st.integers(0, most))] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(content)))
+    (tmp_path / "a").write_bytes(content[: end if data.draw(st.booleans()) else None])
+    try:
+        found = images.read_image(str(tmp_path / "a"))
+    except ValueError as error:
+        assert "a' is not a readable image: " in str(error)
+    else:
+        assert found.dtype == np.uint8 and found.shape[2] == 3 and found.size <= 3 * 50_000_000
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("kind", ["png", "bmp", "ppm", "tiff", "webp", "gif"])
+@hypothesis.given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**30))
+@hypothesis.settings(max_examples=40, suppress_health_check=list(hypothesis.HealthCheck))
+def test_small_images_are_read_as_they_were(tmp_path, kind, height, width, seed):
+    """Of few colours, which a palette holds."""
+    pixels = np.random.default_rng(seed).integers(0, 3, (height, width, 3), dtype=np.uint8) * 127
+    options = {"lossless": True} if kind == "webp" else {}
+    Image.fromarray(pixels).save(tmp_path / "a", kind, **options)
+    np.testing.assert_array_equal(images.read_image(str(tmp_path / "a")), pixels)
