@@ -22,7 +22,7 @@ from coda_jax.checkpoints import adapter, config_json, load_hf, save_hf
 from coda_jax.checkpoints import huggingface as hf
 from coda_jax.checkpoints.generation_config import read_generation_config
 from coda_jax.checkpoints.huggingface import load_hf_config
-from coda_jax.commands.convert import _config_of
+from coda_jax.commands.sources import _config_of
 from coda_jax.data import cache, jsonl, labels
 from coda_jax.data.vocabularies import load_vocabulary
 from coda_jax.tasks import tables

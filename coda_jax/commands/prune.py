@@ -3,7 +3,12 @@
 from pathlib import Path
 
 from coda_jax import checkpoints, checks, files, hub, methods, trees
-from coda_jax.commands.sources import generation_files, read_source, vocabulary_files
+from coda_jax.commands.sources import (
+    generation_files,
+    preprocessor_files,
+    read_source,
+    vocabulary_files,
+)
 from coda_jax.data.vocabularies import copy_files
 
 
@@ -29,6 +34,7 @@ def prune(source: str, output: str, *, base: str | None = None, step: int | None
     config, params = methods.sliced(read.config, read.params)
     folders = [folder, *([hub.find(base)] if base else [])]
     beside = vocabulary_files(read, folders) | generation_files(read, folders)
+    beside |= preprocessor_files(folders)
     with files.atomic_folder(output) as new:
         in_hf = checkpoints.save_dense(Path(new), config, params)
         copy_files(beside, Path(new))
