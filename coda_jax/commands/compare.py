@@ -78,13 +78,7 @@ def compare(
         "baselines": dict(baselines or {}),
     }
     report["recipes"] = _rows(directory, found, report["metric"])
-    timed_cells = {cell.recipe: cell for cell in reversed(cells)}
-    timed_cells = {name: timed_cells[name] for name in report["recipes"]}
-    models = {name: cell.exported() for name, cell in timed_cells.items()}
-    timed.add_answering(report, models)
-    report["routed"] = _routed(directory, models, first, timed)
-    del models
-    timed.add_training(report, {name: cell.fresh() for name, cell in timed_cells.items()})
+    _measure(directory, report, [cell for cell in cells if cell.seed == cells[0].seed], timed)
     report |= {"versions": timing.versions(), "seconds": time.monotonic() - start}
     _write(directory, report)
     return report
@@ -126,6 +120,17 @@ def _rows(
         row["mean"] = statistics.mean(scores)
         row["error"] = statistics.stdev(scores) / len(scores) ** 0.5 if several else None
     return rows
+
+
+def _measure(
+    directory: pathlib.Path, report: dict[str, Any], cells: Sequence[Cell], timed: Timed
+) -> None:
+    """Adds what the models of some cells cost, and what a routed one reads."""
+    models = {cell.recipe: cell.exported() for cell in cells}
+    timed.add_answering(report, models)
+    report["routed"] = _routed(directory, models, cells[0].kept(), timed)
+    del models
+    timed.add_training(report, {cell.recipe: cell.fresh() for cell in cells})
 
 
 def _routed(

@@ -150,7 +150,8 @@ def plan(
 
     Args:
         directory: of all; each cell has a folder in it.
-        recipes: {name: flags of `coda train`}, or names of files of methods/.
+        recipes: {name: flags of `coda train`}, or names of files of methods/. "{seed}" in a text is
+            the cell's seed.
         seeds: of each recipe.
         given: flags of both commands, as far as `coda evaluate` knows them; those of a recipe go
             before them.
@@ -180,7 +181,7 @@ def plan(
             name,
             seed,
             folder := directory / folders[name] / str(seed),
-            trained.plus(flags).plus({"SEED": seed, "MODEL_DIR": str(folder)}),
+            trained.plus(_of_seed(flags, seed)).plus({"SEED": seed, "MODEL_DIR": str(folder)}),
             evaluated,
         )
         for name, flags in recipes.items()
@@ -204,6 +205,14 @@ def _recipes(recipes: Mapping[str, Any] | Sequence[str]) -> dict[str, Mapping[st
         shown = "a tuple of recipes such as ('full', 'coda'), or {name: {flag: value}}"
         raise checks.wrong("RECIPES", shown, recipes)
     return found
+
+
+def _of_seed(flags: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Flags with a seed in their texts."""
+    return {
+        name: value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+        for name, value in flags.items()
+    }
 
 
 def _is_task(name: str, search_paths: Sequence[str]) -> bool:

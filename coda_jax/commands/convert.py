@@ -51,25 +51,23 @@ def convert(
             run's with other steps. In layout "hf" it gets the trained model, where its methods can
             be merged into the base; else the base as it was, and in its folder `adapter` the
             adapter file. In layout "t5x" it gets an orbax checkpoint `checkpoint_<step>` with all
-            leaves under `target`, named as here; in the other layouts the adapter file alone, ours
-            or another library's. A vocabulary beside source or base is copied beside a
-            checkpoint; in layout "hf" generation_ and preprocessor_config.json are, too.
+            leaves under `target`, named as here; in the others an adapter file alone. A vocabulary
+            and what says how to read and to decode, beside source or base, are copied, too.
         layout: "hf", "t5x", "adapter", "peft" or "adapter_hub".
-        base: folder of the dense checkpoint, in Hugging Face layout or of T5X, that `source` was
-            trained from. A source that holds only what was trained needs it. Given with a T5X
-            checkpoint, the frozen leaves have to be the base's, and get its dtype again.
+        base: folder of the dense checkpoint, of Hugging Face's layout or T5X, that `source` was
+            trained from, which one without frozen leaves needs. Those of T5X have to be the base's.
         config: sizes, for a T5X checkpoint; None for what its run's folder or its shapes tell.
         methods: how the model of a T5X checkpoint is adapted; () for what its run's folder says.
         step: takes the checkpoint of that step from a run; None for the newest.
         encoder_only: whether the encoder of an encoder-decoder is written alone.
-        scan_layers: whether layers are stacked for T5X's scalable T5, methods merged into them.
+        scan_layers: whether layers are stacked for T5X's scalable T5, with methods merged.
         weights: of several sources, one for each: see `methods.combine_adapters`.
 
     Raises:
         FileExistsError: if the output holds something.
         FileNotFoundError: if there is no such checkpoint, or files of it are missing.
-        ValueError: if an argument is unknown, missing or not used by such a source; if leaves are
-            missing, extra, misshapen or damaged (all are listed); if the base is another one.
+        ValueError: an argument is unknown, missing or not used; leaves are missing, extra,
+            misshapen or damaged (all are listed); the base is another one.
     """
     sources = _checked_sources(source)
     checks.paths(OUTPUT=output, INITIAL_CHECKPOINT_PATH=base)

@@ -95,7 +95,7 @@ def train(
         export_dtype: of the leaves, where all were trained: float32 or bfloat16.
         placement: the devices; None for all, which share the rows of a batch.
         distill: the teacher, if any.
-        epochs: passes over the examples; None where `options` say the steps.
+        epochs: passes over the data; None where `options` say the steps.
 
     Returns:
         The trained model, as it is exported, and its evaluation.
@@ -125,10 +125,9 @@ def train(
         distillation=teacher,
     )
     data.report(batches)
-    params = _exported(trained, params, export_dtype)
     said |= {"base": model.checkpoint, "metrics": metrics}
-    model = export(directory / EXPORT, model.config, params, model.directory, data, **said)
-    return model, _reported(metrics, directory)
+    what = model.config, _exported(trained, params, export_dtype), model.directory
+    return export(directory / EXPORT, *what, data, **said), _reported(metrics, directory)
 
 
 def _check_lasts(options: trainer.TrainOptions, epochs: float | None) -> None:

@@ -27,6 +27,7 @@ GIVEN = {
     "convert": (["runs/convert.gin"], ["INPUT=x", "OUTPUT=y", "LAYOUT=hf"]),
     "export": (["runs/export.gin"], [MODEL, "OUTPUT=y"]),
     "prune": (["runs/prune.gin"], ["INPUT=x", "OUTPUT=y"]),
+    "compare": (["runs/compare.gin"], ["MODEL_DIR=x"]),
     "cache": (["runs/cache.gin", "tasks/jsonl.gin"], ["OUTPUT=y", "VOCABULARY=bytes"]),
 }
 

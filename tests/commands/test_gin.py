@@ -214,13 +214,13 @@ def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
     arguments["objective"](config)
 
 
-@pytest.mark.parametrize("name", [name for name in files("runs") if "demo" in name])
-def test_what_demos_compare_is_configured(name, monkeypatch, tmp_path):
-    _, arguments = bindings_of_run(name, monkeypatch)
+@pytest.mark.parametrize("name", ["demo", "demo_vision", "demo_speech", "ablations"])
+def test_what_the_package_compares_is_configured(name, monkeypatch, tmp_path):
+    _, arguments = bindings_of_run(f"runs/{name}.gin", monkeypatch)
     passed_on = {"recipes", "seeds", "training", "evaluation"}
     own = {key: value for key, value in arguments.items() if key in passed_on}
     cells = plan(tmp_path, given=CommandLine(), **own)  # configures them
-    assert [cell.recipe for cell in cells] == [*arguments["recipes"]]
+    assert [*dict.fromkeys(cell.recipe for cell in cells)] == [*arguments["recipes"]]
     for cell in cells:
         assert int(cell.training.bindings["TRAIN_STEPS"]) >= 100
         assert pathlib.Path(cell.training.bindings["INITIAL_CHECKPOINT_PATH"]).is_dir()
