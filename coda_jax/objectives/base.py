@@ -9,6 +9,7 @@ import copy
 from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
@@ -203,6 +204,22 @@ class Model:
             ValueError: it cannot; the option is named.
         """
         raise NotImplementedError
+
+    def check_places(self, encoder_input_tokens: Any) -> None:
+        """Raises ValueError for inputs, [B, N] or [B, N, C], that the model has no tables for.
+
+        Of arrays that are known: of those of a program that is traced, outputs say it, as NaN.
+        """
+        if isinstance(encoder_input_tokens, jax.core.Tracer):
+            return
+        inputs, size = np.asarray(encoder_input_tokens), self.config.vocab_size
+        if inputs.ndim == 2 and inputs.size and not 0 <= inputs.min() <= inputs.max() < size:
+            wrong = inputs.min() if inputs.min() < 0 else inputs.max()
+            raise ValueError(f"its inputs have the id {wrong}, the model's are 0 to {size - 1}")
+        for row, values in enumerate(inputs if inputs.ndim > 2 else ()):
+            # Rows of padding alone fill a batch up.
+            if values[..., 0].any() and (why := self.config.misplaced(values)):
+                raise ValueError(f"row {row} of the inputs: {why}")
 
     def generate(
         self, params: Mapping[str, Any], encoder_input_tokens, generation: Generation

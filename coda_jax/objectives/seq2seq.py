@@ -126,9 +126,11 @@ class Seq2Seq(Model):
             the prefix and padding, its score 0.
 
         Raises:
-            ValueError: options contradict each other or the vocabulary; stop texts lack `stops`.
+            ValueError: options contradict each other or the vocabulary; stop texts lack `stops`;
+                see `check_places`.
         """
         options, batch = generation.resolved(), encoder_input_tokens.shape[0]
+        self.check_places(encoder_input_tokens)
         given = self._given(options, batch, prefix, stops)
         inputs = self.module, params, encoder_input_tokens, given, options
         if options.num_beams > 1:

@@ -3,7 +3,7 @@
 import json
 
 from command_line import coda
-from helpers import TINY_IMAGES, TINY_SPEECH, config, random_params
+from helpers import TINY, TINY_IMAGES, TINY_SPEECH, config, random_params
 import numpy as np
 from PIL import Image
 import pytest
@@ -13,6 +13,7 @@ from coda_jax.commands.convert import convert
 from coda_jax.commands.loading import load_model
 from coda_jax.inference import Predictor
 from coda_jax.models import inputs_of
+from coda_jax.objectives import model_for
 
 FILE = "preprocessor_config.json"
 CONFIG = config(base=TINY_IMAGES, vocab_size=384, num_encoder_layers=1)
@@ -171,3 +172,14 @@ def test_patches_without_a_place_are_refused(place, named):
     patches[0, :2] = place
     with pytest.raises(ValueError, match=rf"input 0 .*: {named}"):
         list(Predictor(CONFIG, random_params(CONFIG))([patches]))
+    if place[0]:  # a batch may be filled up with padding
+        with pytest.raises(ValueError, match=f"row 1 of the inputs: {named}"):
+            model = model_for(CONFIG)
+            model.predict(random_params(CONFIG), np.stack([patches * 0, patches]))
+
+
+@pytest.mark.parametrize("token", [-1, 20])
+def test_ids_that_a_vocabulary_lacks_are_refused(token):
+    """And not taken from the end of its table, or as NaN."""
+    with pytest.raises(ValueError, match=rf"the id {token}, the model's are 0 to 19"):
+        model_for(TINY).predict(random_params(TINY), np.array([[3, token, 1]]))
