@@ -15,6 +15,7 @@ from typing import Any
 MAX_DEPTH = 100  # of JSON: Python's own limit depends on where it is read
 # In a path: patterns, what is a / on other systems, the end of a scheme, bytes that are not UTF-8.
 _MISREAD = re.compile(r"[\[\]*?\\\ud800-\udfff]|:(?=/|$)")
+_NOT_JSON = "not JSON: "
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -223,11 +224,11 @@ def parse_json(content: bytes, path: str | os.PathLike) -> Mapping[str, Any]:
             is named.
     """
     check_is_no_pointer(content, path)
-    text = decoded(content, path)
     try:
-        value = json_value(text)
+        value = json_value(decoded(content, path))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        problem = str(error).removeprefix(_NOT_JSON)
+        raise ValueError(f"{path} is not valid JSON: {problem}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
@@ -245,8 +246,13 @@ def json_value(text: str) -> Any:
         deep = _is_deep(value)
     except RecursionError:
         deep = True
+    except ValueError as error:
+        raise ValueError(f"{_NOT_JSON}{error}") from error
     if deep:
-        raise ValueError(f"lists and objects are nested too deep, at most {MAX_DEPTH} are read")
+        raise ValueError(
+            f"{_NOT_JSON}maximum recursion depth: it is nested too deep, at most {MAX_DEPTH} lists "
+            "and objects within each other are read"
+        )
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -19,7 +19,7 @@ def read_json(path: str) -> Any:
     try:
         return files.json_value(text)
     except ValueError as e:
-        raise ValueError(f"{path}: not JSON: {e}") from e
+        raise ValueError(f"{path}: {e}") from e
 
 
 def read_csv(path: str) -> Iterator[tuple[int, list[str]]]:

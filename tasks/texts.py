@@ -4,10 +4,9 @@ A hash of each text picks the split "validation", 5 % of them, so that it depend
 order nor on the names of the files, and no text is in both splits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -16,6 +15,7 @@ from coda_jax.data import seqio_tasks
 from coda_jax.tasks import found_files
 
 LINES_PER_TEXT = 64
+_READ_AT_ONCE = 2**20  # bytes of a file
 VALIDATION_BUCKETS = 20  # One of them is the validation split.
 SHUFFLED = 1000  # records that are held to be shuffled
 MAX_VALIDATION = 1000  # records; an evaluation reads them all, however many texts there are
@@ -52,26 +52,41 @@ class TextFiles(seqio.FileDataSource):
 def _reader(field: str):
     """What makes a dataset of a file's records."""
 
-    def texts(path, number, lines):
-        path, first = path.decode(), LINES_PER_TEXT * int(number) + 1
-        if path.lower().endswith(JSONL):
-            records = (
-                _field(line, field, path, first + i) for i, line in enumerate(lines) if line.strip()
-            )
-            return np.array(list(records), object)
-        text = b"".join(line + b"\n" for line in lines)
-        return np.array([files.decoded(text, path, first).encode()], object)
+    def texts(path: bytes) -> Iterator[bytes]:
+        path = path.decode()
+        for first, lines in _blocks(path):
+            if not path.lower().endswith(JSONL):
+                text = b"".join(line.removesuffix(b"\r") + b"\n" for line in lines)
+                yield files.decoded(text, path, first).encode()
+                continue
+            for number, line in enumerate(lines, start=first):
+                if line.strip():
+                    yield _field(line, field, path, number)
 
     def read(path: tf.Tensor) -> tf.data.Dataset:
-        lines = tf.data.TextLineDataset(path).batch(LINES_PER_TEXT).enumerate()
-
-        def records(number, some):
-            found = tf.numpy_function(texts, [path, number, some], tf.string, stateful=False)
-            return {field: tf.ensure_shape(found, [None])}
-
-        return lines.map(records).unbatch()
+        text = tf.TensorSpec([], tf.string)
+        found = tf.data.Dataset.from_generator(texts, args=[path], output_signature=text)
+        return found.map(lambda text: {field: text})
 
     return read
+
+
+def _blocks(path: str) -> Iterator[tuple[int, list[bytes]]]:
+    """(number of the first, 64 lines) of a file, also in a bucket.
+
+    TensorFlow's own lines lack their carriage returns, wherever these are.
+    """
+    first, lines, rest = 1, [], b""
+    with tf.io.gfile.GFile(path, "rb") as file:
+        while part := file.read(_READ_AT_ONCE):
+            *ended, rest = (rest + part).split(b"\n")
+            lines += ended
+            whole = len(lines) // LINES_PER_TEXT * LINES_PER_TEXT
+            for start in range(0, whole, LINES_PER_TEXT):
+                yield first + start, lines[start : start + LINES_PER_TEXT]
+            first, lines = first + whole, lines[whole:]
+    if lines := lines + [rest] * bool(rest):
+        yield first, lines
 
 
 def _field(line: bytes, field: str, path: str, number: int) -> bytes:
@@ -80,7 +95,7 @@ def _field(line: bytes, field: str, path: str, number: int) -> bytes:
     try:
         record = files.json_value(text)
     except ValueError as e:
-        raise ValueError(f"{place}: not JSON: {e}") from e
+        raise ValueError(f"{place}: {e}") from e
     if not isinstance(record, Mapping) or field not in record:
         raise ValueError(f"{place}: there is no field {field!r}, which TEXT_FIELD names")
     if not isinstance(record[field], str):

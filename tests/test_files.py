@@ -215,7 +215,7 @@ def test_a_missing_file_of_json_is_named(tmp_path):
         (b'{"a": "\\ud83d"}', r"is not valid JSON: half of a pair of \\u escapes: '\\ud83d'"),
         (b"[]", "must hold a JSON object, not a list"),
         *[
-            (b'{"a":' * depth + b"1" + b"}" * depth, "nested too deep, at most 100 are read")
+            (b'{"a":' * depth + b"1" + b"}" * depth, "nested too deep, at most 100 lists")
             for depth in (101, 900, 10_000, 100_000)
         ],
     ],

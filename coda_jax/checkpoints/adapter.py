@@ -159,7 +159,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         )
     manifest = dict(files.read_json(file))
     version = manifest.get("format_version")
-    if version not in _KEYS:
+    if type(version) is not int or version not in _KEYS:
         raise ValueError(f"{file} has format_version={version!r}; this version reads {[*_KEYS]}")
     missing = sorted(_KEYS[version] - manifest.keys())
     unknown = sorted(manifest.keys() - _KEYS[version] - _MAY_HAVE)

@@ -73,7 +73,8 @@ def _read_zip(path: Path, data: np.ndarray) -> Contents:
     pickle = _stored(entries[pickles[0]], data)[: MAX_PICKLE + 1].tobytes()
     if len(pickle) > MAX_PICKLE:
         raise ValueError(f"its pickle has more than {MAX_PICKLE} bytes")
-    _check_sum(pickle, entries[pickles[0]])
+    if zlib.crc32(pickle) != entries[pickles[0]].CRC:
+        raise ValueError("its pickle is damaged")
     order = entries.get(folder + "byteorder")  # since PyTorch 2.1
     if order and _stored(order, data)[:7].tobytes() != b"little":
         raise ValueError("its bytes are not in little-endian order")
@@ -84,13 +85,9 @@ def _read_zip(path: Path, data: np.ndarray) -> Contents:
         if name.startswith(prefix)
     }
     for key, storage in storages.items():
-        _check_sum(storage, entries[prefix + key])
+        if zlib.crc32(storage) != entries[prefix + key].CRC:
+            raise ValueError(f"its storage {key!r:.80} is damaged: the CRC-32 differs")
     return _state_dict(io.BytesIO(pickle)), storages
-
-
-def _check_sum(content: bytes | np.ndarray, entry: zipfile.ZipInfo) -> None:
-    if zlib.crc32(content) != entry.CRC:
-        raise ValueError(f"its entry {entry.filename!r:.80} is damaged: its CRC-32 differs")
 
 
 def _stored(entry: zipfile.ZipInfo, data: np.ndarray) -> np.ndarray:

@@ -108,12 +108,14 @@ def read_cache(path: str | os.PathLike) -> tuple[CachedExamples, dict]:
     with open(path, "rb") as file:
         sealed = _is_sealed(file, path)
         with _opened(file, path) as archive:
-            metadata = _metadata(_text(archive, path), path, sealed)
+            metadata, file_format = _metadata(_text(archive, path), path)
             tokens = {key: _array(archive, f"{key}_tokens", "iuf", path) for key in FEATURES}
             offsets = {key: _array(archive, f"{key}_offsets", "iu", path) for key in FEATURES}
     _check_offsets(path, tokens, offsets)
     for key in FEATURES:
         _check_values(tokens[key], f"{os.fspath(path)!r}: {key}_tokens", metadata)
+    if file_format == CACHE_FORMAT and not sealed:
+        raise ValueError(f"{os.fspath(path)!r} is damaged: its SHA-256 is missing")
     return CachedExamples(tokens, offsets), metadata
 
 
@@ -199,8 +201,8 @@ def _text(archive: zipfile.ZipFile, path: str | os.PathLike) -> str:
 # --- What it holds ---
 
 
-def _metadata(text: str, path: str | os.PathLike, sealed: bool) -> dict[str, Any]:
-    """What the examples are, without the file's format."""
+def _metadata(text: str, path: str | os.PathLike) -> tuple[dict[str, Any], str]:
+    """What the examples are, and the file's format."""
     path = repr(os.fspath(path))
     try:
         metadata = json_value(text)
@@ -209,8 +211,6 @@ def _metadata(text: str, path: str | os.PathLike, sealed: bool) -> dict[str, Any
         raise ValueError(f"{path}: metadata without a format ({e})") from e
     if file_format not in (_WITHOUT_SHA256, CACHE_FORMAT):
         raise ValueError(f"{path} has the format {file_format!r}, not {CACHE_FORMAT!r}")
-    if file_format == CACHE_FORMAT and not sealed:
-        raise ValueError(f"{path} is damaged: its SHA-256 is missing")
     size = metadata.get("vocab_size")
     checks.Maybe(checks.COUNT)(f"{path}: vocab_size", size)
     for name in _IDS:
@@ -220,7 +220,7 @@ def _metadata(text: str, path: str | os.PathLike, sealed: bool) -> dict[str, Any
     checks.InstanceOf(dict)(f"{path}: feature_lengths", lengths)
     for key, length in lengths.items():
         checks.COUNT(f"{path}: feature_lengths[{key!r}]", length)
-    return metadata
+    return metadata, file_format
 
 
 def _check_offsets(path, tokens, offsets) -> None:

@@ -286,7 +286,7 @@ def _record(line: bytes, path: str, number: int) -> dict[str, Any]:
     try:
         record = files.json_value(text)
     except ValueError as e:
-        raise ValueError(f"{place}: not JSON: {e} (each line must be an object)") from e
+        raise ValueError(f"{place}: {e} (each line must be an object)") from e
     if not isinstance(record, dict):
         raise ValueError(f"{place}: not an object: {record!r:.80}")
     return record
@@ -311,7 +311,13 @@ def read_inputs(path: str | os.PathLike) -> list[str]:
     if path.endswith(".jsonl"):
         return read_jsonl(path, ("inputs",))["inputs"]
     place = path if path != "-" else "standard input"
-    content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    content = _standard_input() if path == "-" else pathlib.Path(path).read_bytes()
     if not (lines := files.lines(content, place)):
         raise ValueError(f"{place}: there are no inputs")
     return lines
+
+
+def _standard_input() -> bytes:
+    """All of it; what a program has put in its place may be text alone."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read().encode() if buffer is None else buffer.read()

@@ -123,7 +123,7 @@ def test_a_task_of_seqio_scores_exact_matches(write):
         (lines((None, "b")), ":1: 'inputs' must be a string: None"),
         ('["a", "b"]\n', ":1: not an object"),
         *[
-            (brackets, r":1: not JSON: lists and objects are nested too deep, at most 100")
+            (brackets, ":1: not JSON: maximum recursion depth: it is nested too deep, at most 100 ")
             for brackets in (
                 "[" * 100_000,
                 "[" * 5000 + "]" * 5000,
@@ -203,9 +203,7 @@ def test_half_of_a_pair_of_escapes_is_refused(tmp_path):
         '{"inputs": ["\\ud83d"]}',
     ):
         path.write_text('{"inputs": "\\ud83d\\ude00"}\n' + half)
-        with pytest.raises(
-            ValueError, match=r"a\.jsonl:2: not JSON: half of a pair of \\u escapes"
-        ):
+        with pytest.raises(ValueError, match=r"a\.jsonl:2: half of a pair of \\u escapes"):
             jsonl.read_inputs(path)
 
 

@@ -213,3 +213,10 @@ def test_a_split_without_a_text_is_named(tmp_path):
 def test_errors_that_are_not_of_a_dataset_s_own_code_stay_what_they_are():
     with pytest.raises(tf.errors.InvalidArgumentError), seqio_tasks.own_errors():
         tf.debugging.assert_equal(1, 2)
+
+
+def test_carriage_returns_within_lines_are_a_part_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\rtwo\r\nthree\n" + b"x\n" * 100)
+    source = texts.TextFiles([str(tmp_path / "a.txt")], "text")
+    found = [x["text"] for x in source.get_dataset("train", shuffle=False).as_numpy_iterator()]
+    assert found == [b"one\rtwo\nthree\n" + b"x\n" * 62, b"x\n" * 38]
