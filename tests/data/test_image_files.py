@@ -130,7 +130,7 @@ def test_what_is_transparent_is_white(tmp_path):
         np.testing.assert_array_equal(grey(path), CORNERS, err_msg=path.name)
 
 
-@pytest.mark.parametrize(("depth", "row", "clear"), [(1, 0x60, 1), (2, 0x3C, 3), (4, 0x0F, 15)])
+@pytest.mark.parametrize(("depth", "row", "clear"), [(1, 0x60, 0), (2, 0x1B, 1), (4, 0x37, 3)])
 def test_a_transparent_grey_of_few_bits_is_white(tmp_path, depth, row, clear):
     """A PNG says it in its own shades, which are 255 / (2^bits - 1) apart."""
     path = png(tmp_path / "a.png", [[row]], depth, 0, tRNS=struct.pack(">H", clear))
