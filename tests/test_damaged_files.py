@@ -26,7 +26,7 @@ from coda_jax.commands.sources import _config_of
 from coda_jax.data import cache, jsonl, labels
 from coda_jax.data.vocabularies import load_vocabulary
 from coda_jax.tasks import tables
-from coda_jax.training.run_directory import read_run, write_run
+from coda_jax.training.run_identity import check_run
 
 TEXT = "def f(<extra_id_0>): ü 日本 🙂 x"
 CODA = config({"reduction": 2.0})
@@ -65,6 +65,12 @@ def cached(folder):
 @functools.cache
 def base():
     return random_params(TINY)
+
+
+def go_on(folder):
+    """As a run does that has saved something."""
+    (folder / "checkpoints" / "3").mkdir(parents=True, exist_ok=True)
+    check_run(folder, RUN)
 
 
 def write_adapter(folder):
@@ -134,10 +140,10 @@ KINDS = {  # file: (what writes its folder, what reads it, whether there is a ch
                             lambda x: values(adapter.load_adapter(x, TINY, base())), True),
     "model.safetensors": (lambda x: save_hf(x, TINY, base()), lambda x: values(load_hf(x)), True),
     "model.safetensors.index.json": (write_shards, lambda x: values(load_hf(x)), True),
-    "run.json": (lambda x: write_run(x, RUN), read_run, True),
-    "run.json, of a model": (
-        lambda x: files.write_json(x / "run.json", RUN),  # as older versions wrote it
-        lambda x: _config_of(read_run(x), x / "run.json"), False),
+    "run.json": (
+        lambda x: files.write_json(x / "run.json", RUN),
+        lambda x: _config_of(files.read_json(x / "run.json"), x / "run.json"), False),
+    "run.json, that goes on": (lambda x: files.write_json(x / "run.json", RUN), go_on, False),
     "cache.npz": (lambda x: cache.write_cache(x / "cache.npz", ENTRIES, METADATA), cached, True),
 }  # fmt: skip
 
@@ -149,7 +155,8 @@ def sound(kind):
         folder = pathlib.Path(folder)
         write, read, _ = KINDS[kind]
         write(folder)
-        return {x.name: x.read_bytes() for x in folder.iterdir()}, read(folder)
+        found = {x.name: x.read_bytes() for x in folder.iterdir() if x.is_file()}
+        return found, read(folder)
 
 
 PIECES = st.sampled_from(

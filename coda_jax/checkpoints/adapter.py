@@ -136,7 +136,7 @@ def save_adapter(
     }
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    tensor_files.write_tensors(directory / TENSORS, tensors)
+    tensor_files.write_tensors(directory / TENSORS, tensors, checksum=False)  # see `manifest`
     manifest["manifest_sha256"] = json_sha256(manifest, "manifest_sha256")
     files.write_json(directory / MANIFEST, manifest, sort_keys=True)
 

@@ -1,7 +1,7 @@
 """Safetensors files as numpy arrays, read lazily and written atomically.
 
-What is written here has a SHA-256 of the tensors among the file's metadata, which other libraries
-ignore; where a file has it, the tensors are checked when it is read.
+Checkpoints that are written here have a SHA-256 of the tensors among the file's metadata, which
+other libraries ignore; where a file has it, the tensors are checked when it is read.
 """
 
 from collections.abc import Mapping
@@ -80,12 +80,13 @@ def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], checksum: bool = True) -> None:
     """Writes a safetensors file under a temporary name, then renames it to `path`.
 
     Args:
         path: the file; its folder must exist.
         tensors: {name: array in any layout}; dtypes are kept.
+        checksum: whether the file has one; another file may have those of the tensors.
 
     Raises:
         ValueError: if a dtype is not one of DTYPES.
@@ -96,7 +97,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise ValueError(f"Tensors that are not floating point cannot be saved: {wrong}")
     contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
     # transformers reads only files that say that they hold PyTorch's layout.
-    metadata = {"format": "pt", _SHA256: _sha256(contiguous)}
+    metadata = {"format": "pt"} | ({_SHA256: _sha256(contiguous)} if checksum else {})
     with atomic(path) as temporary:
         save_file(contiguous, temporary, metadata=metadata)
 

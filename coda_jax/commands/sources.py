@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import checkpoints, hub, trees
+from coda_jax import checkpoints, files, hub, trees
 from coda_jax import methods as methods_lib
 from coda_jax.checkpoints.adapter import (
     MANIFEST,
@@ -39,13 +39,7 @@ from coda_jax.methods import Method
 from coda_jax.models import ModelConfig, param_shapes, preprocessing
 from coda_jax.objectives import OBJECTIVES
 from coda_jax.training.run_checkpoints import STATE, DamagedError, check_leaves, read_contents
-from coda_jax.training.run_directory import (
-    CHECKPOINTS,
-    FORMAT_VERSION,
-    RUN_FILE,
-    read_run,
-    saved_steps,
-)
+from coda_jax.training.run_directory import CHECKPOINTS, FORMAT_VERSION, RUN_FILE, saved_steps
 
 _MACROS = {  # what people give the options as
     "base": "INITIAL_CHECKPOINT_PATH",
@@ -178,7 +172,7 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
 
     The optimizer's state is not read, nor are an objective's own leaves, which are in no model.
     """
-    run = read_run(folder)
+    run = files.read_json(folder / RUN_FILE)
     config = _config_of(run, folder / RUN_FILE)
     steps = saved_steps(folder)
     if not steps or step not in (None, *steps):

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from coda_jax import files, processes
 from coda_jax.checkpoints.adapter import json_sha256, leaf_sha256
 from coda_jax.sharding import divided_as
-from coda_jax.training.run_directory import CHECKPOINTS, saved_steps, write_run
+from coda_jax.training.run_directory import CHECKPOINTS, RUN_FILE, saved_steps
 
 STATE, CONTENTS = "state", "contents"  # in the folder of a step
 DAMAGED = "damaged"  # in a run's folder: checkpoints that were set aside
@@ -197,7 +197,7 @@ class RunCheckpoints:
         }
         contents["sha256"] = json_sha256(contents, "sha256")
         if processes.is_first() and not saved_steps(self._directory):
-            write_run(self._directory, self._run)
+            files.write_json(self._directory / RUN_FILE, self._run)
         items = {STATE: ocp.args.StandardSave(state), CONTENTS: ocp.args.JsonSave(contents)}
         self._checkpointer.save(self._folder / str(step), args=ocp.args.Composite(**items))
 

@@ -13,10 +13,8 @@ import shlex
 import signal
 import sys
 import threading
-from typing import Any
 
 from coda_jax import checks, files, processes
-from coda_jax.checkpoints.adapter import json_sha256
 from coda_jax.data.reports import say
 from coda_jax.optional import needs
 from coda_jax.training.metrics_file import SPEED, MetricsFile
@@ -25,7 +23,6 @@ RUN_FILE = "run.json"  # in a run's folder: what the run is
 FORMAT_VERSION = 3  # of that file
 CHECKPOINTS = "checkpoints"  # in a run's folder: one folder for each step that is kept
 EXPORT = "export"  # in a run's folder: what came out
-_SHA256 = "sha256"  # in that file: of the rest
 _CLI = "coda_jax.cli"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -39,25 +36,6 @@ def checked(directory: str | os.PathLike) -> pathlib.Path:
     checks.paths(MODEL_DIR=directory)
     files.check_stores("MODEL_DIR", directory)
     return files.checked_folder(directory)
-
-
-def write_run(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
-    """Writes what a run is, with the SHA-256 of it."""
-    sealed = {**run, _SHA256: json_sha256(run, _SHA256)}
-    files.write_json(directory / RUN_FILE, sealed)
-
-
-def read_run(directory: pathlib.Path) -> dict[str, Any]:
-    """What the run in a folder is.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is damaged, or was changed by hand; older ones have no SHA-256.
-    """
-    run = dict(files.read_json(path := directory / RUN_FILE))
-    if run.pop(_SHA256, expected := json_sha256(run, _SHA256)) != expected:
-        raise ValueError(f"{path} is damaged, or was changed by hand: its SHA-256 differs")
-    return run
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coda_jax import methods, processes, trees
+from coda_jax import files, methods, processes, trees
 from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import from_json, to_json
 from coda_jax.objectives import Model
@@ -32,7 +32,6 @@ from coda_jax.training.run_directory import (
     EXPORT,
     FORMAT_VERSION,
     RUN_FILE,
-    read_run,
     saved_steps,
 )
 
@@ -215,7 +214,7 @@ def check_run(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
             f"{directory} has checkpoints of steps {steps}, but no {RUN_FILE} that says of which "
             "run: put it back, or name another MODEL_DIR"
         )
-    found = read_run(directory)
+    found = files.read_json(path)
     if found.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{directory} holds a run of format_version={found.get('format_version', 1)}, which "
@@ -256,7 +255,7 @@ def run_file(run: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
 
 def say_other_machine(directory: pathlib.Path, run: Mapping[str, Any]) -> None:
     """Prints a line if a run goes on with other devices."""
-    there, here = read_run(directory).get("machine"), run["machine"]
+    there, here = files.read_json(directory / RUN_FILE).get("machine"), run["machine"]
     if there != here:
         line = f"the run began on {there} and goes on on {here}: the last bits will differ"
         print(line, flush=True)
