@@ -15,7 +15,11 @@ def read_json(path: str) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, as `files.json_value` reads it.
     """
-    text = files.decoded(pathlib.Path(path).read_bytes(), path)
+    content = pathlib.Path(path).read_bytes()
+    try:
+        text = files.decoded(content, path)
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON: {e}") from e
     try:
         return files.json_value(text)
     except ValueError as e:
@@ -29,7 +33,8 @@ def read_csv(path: str) -> Iterator[tuple[int, list[str]]]:
         FileNotFoundError: there is no such file.
         ValueError: it is not CSV.
     """
-    lines = files.decoded(pathlib.Path(path).read_bytes(), path).removesuffix("\n").split("\n")
+    text = files.decoded(pathlib.Path(path).read_bytes(), path)
+    lines = text.removesuffix("\n").split("\n") if text else []
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
     try:
         for row in reader:
