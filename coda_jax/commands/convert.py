@@ -75,10 +75,7 @@ def convert(
     checks.Maybe(checks.Whole(0))("STEP", step)
     checks.flag("ENCODER_ONLY", encoder_only)
     write = _writer(layout, scan_layers)
-    if layout == "t5x":
-        files.check_stores("OUTPUT", output)
-    else:
-        files.check_new(output)
+    files.check_stores("OUTPUT", output) if layout == "t5x" else files.check_new(output)
     folders = [hub.find(each) for each in sources]
     options = {"base": base, "config": config, "methods": tuple(methods) or None, "step": step}
     read = read_weighted(folders, weights, **options)
