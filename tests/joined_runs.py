@@ -29,9 +29,10 @@ def state(placement, folder):
     rows = placement.batch({"tokens": numbers})["tokens"]
     np.testing.assert_array_equal(processes.fetch(rows), numbers)
     with RunCheckpoints(folder, {"name": "test"}, keep=1) as checkpoints:
-        checkpoints.save(saved, {"loss": 1.0})
+        checkpoints.save(saved, {"loss": 1.0}, {"since": 2})
         empty = jax.tree.map(jax.numpy.zeros_like, saved)
-        found, metrics = checkpoints.best(empty)
+        found, metrics, carried = checkpoints.best(empty)
+        assert carried == {"since": 2}
         assert divided_runs.same_bits(processes.fetch(found), processes.fetch(saved))
         assert metrics == {"loss": 1.0}
         assert found.trained["wi"]["kernel"].sharding == saved.trained["wi"]["kernel"].sharding

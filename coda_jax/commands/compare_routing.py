@@ -13,6 +13,7 @@ from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.source import Data
 from coda_jax.models import family_of
 from coda_jax.objectives import model_for
+from coda_jax.optional import needs
 
 _LOOKED_AT = 64  # inputs among which those of a size that fits a page are chosen
 _LENGTH = 150  # tokens of a text that fits
@@ -77,7 +78,8 @@ def as_json(example: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(example)
     found["weights"] = [[float(f"{w:.3g}") for w in layer] for layer in example["weights"]]
     if example["kind"] == "image":
-        from PIL import Image
+        with needs("images"):
+            from PIL import Image
 
         file = io.BytesIO()
         Image.fromarray(example["image"]).save(file, "PNG")

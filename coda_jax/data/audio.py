@@ -81,7 +81,8 @@ def read_audio(path: str) -> np.ndarray:
 
 def _read(path: str) -> tuple[np.ndarray, int]:
     """The mean of the channels [samples] float64, and the rate."""
-    import soundfile
+    with needs("speech"):
+        import soundfile
 
     with open(path, "rb") as file:
         if not os.path.getsize(path):
@@ -176,7 +177,8 @@ def features(samples: "tf.Tensor") -> "tf.Tensor":
 
 def _log_mel(samples: "tf.Tensor") -> "tf.Tensor":
     """The log of the mel bins of each window, [windows, 80] float64."""
-    import tensorflow as tf
+    with needs():
+        import tensorflow as tf
 
     windows = tf.signal.frame(tf.cast(samples, tf.float64) * _FULL_SCALE, WINDOW, HOP)
     windows -= tf.reduce_mean(windows, axis=1, keepdims=True)

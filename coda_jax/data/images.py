@@ -97,7 +97,8 @@ def _standard(values: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
     As `tf.image.per_image_standardization`, which holds several copies of the image as float32.
     f is at most sqrt(n), and 0 where all values are the same.
     """
-    import tensorflow as tf
+    with needs():
+        import tensorflow as tf
 
     def sums(start):
         block = tf.cast(values[start : start + _BLOCK], tf.float64)

@@ -10,9 +10,10 @@ import pytest
 from coda_jax import checkpoints, methods, trees
 from coda_jax.checkpoints.adapter import MANIFEST, TENSORS, json_sha256, leaf_sha256
 from coda_jax.checkpoints.tensor_files import read_tensors, write_tensors
-from coda_jax.commands.convert import convert, read_source
+from coda_jax.commands.convert import convert
 from coda_jax.commands.loading import load_model
 from coda_jax.commands.prune import prune
+from coda_jax.commands.sources import read_source
 from coda_jax.methods import Coda, ParallelAdapter, StructuredPruning
 from coda_jax.methods.pruning_groups import is_of_heads, masks_of
 from coda_jax.objectives import model_for

