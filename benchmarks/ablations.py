@@ -241,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("demo", choices=[*ADAPTATIONS])
     parser.add_argument("--variants", help="names, separated by ';'; all if it is not given")
+    parser.add_argument("--dense", type=pathlib.Path, help="a dense checkpoint for the bundled one")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=pathlib.Path, required=True)
     parser.add_argument("--table", action="store_true", help="prints the table and stops")
@@ -251,6 +252,7 @@ def main() -> None:
         print(table(results))
         return
     demo = ADAPTATIONS[given.demo]
+    demo = dataclasses.replace(demo, dense=given.dense or demo.dense)
     if given.picture:
         picture(demo, results[given.demo], given.picture)
         return

@@ -8,6 +8,8 @@ import re
 import time
 from typing import Any
 
+import numpy as np
+
 from coda_jax import checks, files, methods, trees
 from coda_jax.commands.command_lines import FILES, CommandLine, macros_of
 from coda_jax.commands.evaluate import evaluate
@@ -83,8 +85,8 @@ class Cell:
         Returns:
             {"train", "evaluate"}: the commands; "task", "split": what is evaluated, None where the
             split is left open; "metrics": {metric: value}; "methods": their names;
-            "trained", "total", "stored": parameters, of the last those that a task needs beside the
-            base; "steps" of the training; "seconds", None for a run that was cut off.
+            "trained", "total": parameters; "stored": those that a task needs beside the base, and
+            that are not zero; "steps" of the training; "seconds", None for a run that was cut off.
         """
         began, start = self.directory.exists(), time.monotonic()
         model = self.fresh()
@@ -103,7 +105,7 @@ class Cell:
             "methods": [method.name for method in model.config.methods],
             "trained": trained,
             "total": total,
-            "stored": _sizes(exported)[0] if exported.config.methods else total,
+            "stored": _stored(exported),
             "steps": _read(self.directory / RUN_FILE)["options"]["total_steps"],
             "seconds": seconds,
         }
@@ -136,6 +138,13 @@ def _sizes(model: LoadedModel) -> tuple[int, int]:
     """The parameters that are trained, and all."""
     trained, _ = methods.partition(model.config, model.params)
     return trees.count(trained), trees.count(model.params)
+
+
+def _stored(model: LoadedModel) -> int:
+    """The numbers of a task that are not zero: what its methods trained, or the whole model."""
+    config, params = model.config, model.params
+    leaves = methods.partition(config, params)[0] if config.methods else params
+    return sum(int(np.count_nonzero(leaf)) for leaf in trees.flatten(leaves).values())
 
 
 def plan(

@@ -74,11 +74,11 @@ def test_a_report_has_quality_sizes_and_speed_of_every_recipe(compared, given):
         assert speed["train_step_bytes"] > 0
         assert len(speed["end_to_end_speed_up"]["dense model"]) == 3, name
     everything, routed = report["recipes"].values()
-    assert everything["trained"] == everything["stored"] == everything["total"]
+    assert everything["trained"] == everything["total"] >= everything["stored"] > 0
     adapter = directory / "routed_r_2" / "0" / "export" / "adapter"
     model = load_model(str(given["INITIAL_CHECKPOINT_PATH"]), adapter_checkpoint=str(adapter))
     trained, _ = methods.partition(model.config, model.params)
-    assert routed["trained"] == trees.count(trained)
+    assert routed["trained"] == trees.count(trained) >= routed["stored"] > 0
     assert (
         report["dense"]["speed"]["2x8"]["flops_ratio"] == 1 < routed["speed"]["2x8"]["flops_ratio"]
     )
