@@ -13,6 +13,9 @@ are trained, and the model answers several times faster than one with plain adap
     )
     params = coda_jax.swap_in(config, params, jax.random.key(0))  # strict: lists wrong leaves
     model = coda_jax.model_for(config)          # .logits .loss .predict .generate .encode ...
+    batch = coda_jax.text_batch(
+        config, coda_jax.load_vocabulary("flan-t5-base"), [("an input", "its target")]
+    )
     coda_jax.save_adapter("my_adapter", config, params)
 
 Methods are frozen dataclasses, listed in METHODS: any of them alone, or several in
@@ -43,6 +46,7 @@ _HOMES = {
     "load_hf": "checkpoints",
     "load_peft": "checkpoints",
     "load_t5x": "checkpoints",
+    "load_vocabulary": "data.vocabularies",
     "merge": "methods",
     "model_for": "objectives",
     "partition": "methods",
@@ -54,6 +58,7 @@ _HOMES = {
     "save_t5x": "checkpoints",
     "soft_topk": "methods.soft_topk",
     "swap_in": "checkpoints",
+    "text_batch": "data.text_batches",
 }
 
 

@@ -4,13 +4,14 @@ import pathlib
 import re
 
 import jax
+import optax
 import pytest
 
 import coda_jax
-from coda_jax import trees
+from coda_jax import bundled, trees
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def examples(path: pathlib.Path) -> list[str]:
@@ -50,6 +51,20 @@ def test_examples_of_extending_run(tmp_path, monkeypatch):
     finally:
         for table, name in added:
             table.pop(name, None)
+
+
+def test_the_readme_is_short_and_its_python_runs(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    (code,) = examples(ROOT / "README.md")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("flan-t5-base", str(bundled.DENSE)), names)
+    logits = names["model"].logits(names["params"], names["batch"])
+    targets, weights = (names["batch"][f"decoder_{x}"] for x in ("target_tokens", "loss_weights"))
+    chosen = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    assert names["loss"] == pytest.approx(float((chosen * weights).sum()), rel=1e-5)
+    assert names["tokens"].shape == (1, 16)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

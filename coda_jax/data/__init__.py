@@ -3,6 +3,7 @@
 Without seqio and TensorFlow:
 
 - `batches`: examples to batches, padded or packed, as long as they are; epochs of examples.
+- `text_batches`: a batch of texts, for those who call a model in Python.
 - `examples`: what examples a model can take; what is found in all of a file.
 - `cache`: the file that holds a task's tokenised examples.
 - `vocabularies`: a folder's vocabulary, whatever its kind; bytes; whether it is a model's.
