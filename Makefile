@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 
 DEMOS := demo demo-vision demo-speech
 
-.PHONY: $(DEMOS) test test-all test-t5x test-tpu lint format clean
+.PHONY: $(DEMOS) test test-all test-reliability test-t5x test-tpu lint format clean
 
 # By default glibc returns large buffers to the kernel after each step and asks for them in the next.
 # Two devices of one CPU share a batch better than two threads share each of its small products.
@@ -30,6 +30,13 @@ test: $(INSTALLED)
 # Every combination, and the light installation, which needs the network.
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m ""
+
+# docs/reliability.md: damaged files by kind, limits of memory, runs that are killed.
+test-reliability: $(INSTALLED)
+	$(BIN)/python -m pytest -m "" tests/test_damaged_files.py tests/objectives/test_beam_bounds.py \
+	  tests/data/test_image_files.py tests/data/test_headers.py tests/data/test_audio_containers.py \
+	  tests/data/test_memory.py tests/data/test_cache.py tests/data/test_hostile_vocabularies.py \
+	  tests/training/test_run_directory.py tests/training/test_run_checkpoints.py
 
 # T5X_PATH: a folder with clones of google-research/t5x, google/airio and google-research/jestimator.
 test-t5x: $(INSTALLED)
