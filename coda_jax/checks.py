@@ -24,6 +24,8 @@ import numpy as np
 
 Check = Callable[[str, Any], Any]
 
+_REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT, _parser.POSSESSIVE_REPEAT)
+_MOST_TIMES = 100  # that a pattern may ask for in a repeat
 _MOST_WAYS = 8  # of a pattern: a repeat counts twice, and is tried at each character of a path
 _INT32 = 2**31 - 1  # of whole numbers that have no other limit
 _LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
@@ -205,9 +207,9 @@ def _choices(parsed: Iterable, within: int = 1) -> Iterator[int]:
     """For each repeat, or choice, of a pattern how much it may cost; more within a repeat."""
     for operation, argument in parsed:
         parts = _parts(argument)
-        if operation in (_parser.MAX_REPEAT, _parser.MIN_REPEAT):
+        if operation in _REPEATS:
             least, most, _ = argument
-            yield within * (most > least) * (2 if most > 1 else 1)
+            yield _MOST_WAYS + 1 if least > _MOST_TIMES else within * (2 if most > 1 else most)
             for part in parts:
                 yield from _choices(part, _MOST_WAYS + 1 if most > 1 else within)
             continue

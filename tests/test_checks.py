@@ -221,8 +221,10 @@ def test_the_flags_of_bench_are_read():
 
 
 @pytest.mark.parametrize(
-    "text", ["(a+)+$", "(.*)*x", "(a|a)*b", "(a?){30}b", ".*" * 5, "a?" * 9, "(?:(x)*y)+"]
-)
+    "text",
+    ["(a+)+$", "(.*)*x", "(a|a)*b", "(a?){30}b", ".*" * 5, "a?" * 9, "(?:(x)*y)+", "(a*+b)*+c",
+     "(?:){4000000000}", "(?:(?=e)){4000000000}", "(?:(?:){65535}){65535}x"],
+)  # fmt: skip
 def test_a_pattern_that_may_take_for_ever_is_refused(text):
     with pytest.raises(ValueError, match=r"targets must be a regular expression with at most 4"):
         checks.pattern("targets", text)

@@ -26,6 +26,8 @@ _OTHERS = ("head_config.json", "embedding.pt")  # beside an adapter: more than a
 _PREFIX = "transformer."  # of models with heads of the library's own
 _NAME = re.compile(r"\w[\w-]*")  # a module's, which has no dots
 
+_SUBLAYER = re.compile(r"(en|de)coder\.block\.\d+\.layer\.\d+(?=\.)")  # in the names of T5
+
 
 def is_adapter_hub(folder: str | os.PathLike) -> bool:
     """Whether a folder with adapter_config.json is of the library adapters, and not of peft."""
@@ -203,7 +205,7 @@ def _sublayers(config: ModelConfig) -> dict[str, str]:
         for place in dense.places(stack):
             for projection in dense.projections(place):
                 path = f"{place.path}/{projection.path}"
-                name = re.match(r".*\.layer\.\d+(?=\.)", named(f"{path}/kernel", dense))
+                name = _SUBLAYER.match(named(f"{path}/kernel", dense))
                 if name is None:
                     raise ValueError(
                         f"the library adapters has no sublayers of a {config.family!r}"

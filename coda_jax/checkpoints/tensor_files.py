@@ -19,7 +19,7 @@ from coda_jax.files import atomic, write_json
 from coda_jax.hub import SAFETENSORS, index_of
 
 SINGLE, INDEX = SAFETENSORS, index_of(SAFETENSORS)
-_SHA256 = "sha256"  # in the metadata of a file
+_SHA256 = "coda_jax_sha256"  # in the metadata of a file
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPES = {
     "F64": np.dtype(np.float64),

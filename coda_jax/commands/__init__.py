@@ -12,6 +12,7 @@
 | `loading` | a checkpoint, methods and an adapter file, put together for all commands |
 | `model_card` | what an adapter file says of itself to people: its README.md |
 | `command_lines` | the flags of commands that another command runs |
+| `compare_plan` | from what `compare` is given to its cells |
 | `compare_cells` | a recipe of `compare` with a seed: its commands, its run, what is kept |
 | `compare_speed` | what the models of `compare` cost |
 | `compare_routing` | what a model of `compare` makes of held-out inputs |

@@ -13,7 +13,8 @@ from typing import Any
 from coda_jax import checks, files
 from coda_jax.commands import compare_routing
 from coda_jax.commands.command_lines import CommandLine
-from coda_jax.commands.compare_cells import Cell, plan
+from coda_jax.commands.compare_cells import CHECKPOINT, Cell
+from coda_jax.commands.compare_plan import plan
 from coda_jax.commands.compare_speed import Timed
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.reports import say
@@ -23,6 +24,8 @@ from coda_jax.profiling.comparison_text import markdown
 from coda_jax.training.metrics_file import read_metrics
 from coda_jax.training.run_directory import checked
 
+_BETTER = ("max", "min")
+_LESS_IS_BETTER = ("loss", "wer", "cer", "mean_absolute_error", "mean_squared_error")
 _INPUTS = 512  # of a held-out example that is shown, where nothing is timed
 
 
@@ -34,7 +37,7 @@ def compare(
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     metric: str | None = None,
-    better: str = "max",
+    better: str | None = None,
     baselines: Mapping[str, float] | None = None,
     timed: Timed | None = None,
 ) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def compare(
         seeds: of each recipe.
         training, evaluation: flags of one of the two commands.
         metric: of the task that is shown; None for its first.
-        better: whether more of it is better, "max", or less, "min".
+        better: whether more of it is better, "max", or less, "min"; None for what its name says.
         baselines: {name: the metric of another method}, to set beside.
         timed: what is timed; None for nothing.
 
@@ -62,16 +65,19 @@ def compare(
             folder is of another command; and what `coda train` and `coda evaluate` raise.
     """
     start, directory = time.monotonic(), checked(directory)
-    better, timed = checks.OneOf(("max", "min"))("BETTER", better), timed or Timed()
+    better, timed = checks.Maybe(checks.OneOf(_BETTER))("BETTER", better), timed or Timed()
     cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {})
+    anew = not any(cell.is_finished for cell in cells)
     found = [(cell, _found(cell)) for cell in cells]
     first = found[0][1]
+    metric = _metric(first["metrics"], metric)
     report: dict[str, Any] = {
         "task": first["task"],
-        "metric": _metric(first["metrics"], metric),
-        "better": better,
-        "steps": first["steps"],
-        "checkpoint": cells[0].training.bindings["INITIAL_CHECKPOINT_PATH"],
+        "split": first["split"],
+        "metric": metric,
+        "better": better or ("min" if metric in _LESS_IS_BETTER else "max"),
+        "steps": [*dict.fromkeys(score["steps"] for _, score in found)],
+        "checkpoints": [*dict.fromkeys(cell.training.bindings[CHECKPOINT] for cell in cells)],
         "seeds": [*dict.fromkeys(cell.seed for cell in cells)],
         "timed": [[*sizes] for sizes in timed.batches],
         "dense": {},
@@ -79,7 +85,8 @@ def compare(
     }
     report["recipes"] = _rows(directory, found, report["metric"])
     _measure(directory, report, [cell for cell in cells if cell.seed == cells[0].seed], timed)
-    report |= {"versions": timing.versions(), "seconds": time.monotonic() - start}
+    seconds = time.monotonic() - start if anew else None
+    report |= {"versions": timing.versions(), "seconds": seconds}
     _write(directory, report)
     return report
 

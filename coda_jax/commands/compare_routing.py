@@ -44,7 +44,8 @@ def examples(
         [what `Inputs.shown` returns, with "title" and "weights" [layers, n]].
     """
     lengths = {"inputs": input_length, "targets": answer_length}
-    data = Data(lengths, task, batch_size=_LOOKED_AT, shuffle=False).with_split(split)
+    reading = {"batch_size": _LOOKED_AT, "shuffle": False, "leave_out": True}
+    data = Data(lengths, task, **reading).with_split(split)
     objective = model_for(model.config)
     if objective.describes or objective.expects.targets is None:
         return []
@@ -53,7 +54,7 @@ def examples(
     inputs, targets = batch["encoder_input_tokens"], batch["decoder_target_tokens"]
     family = family_of(model.config)
     used = np.asarray(model.config.network().input_mask(inputs)).sum(-1)
-    chosen = sorted(range(len(inputs)), key=lambda i: abs(int(used[i]) - _LENGTH))[:count]
+    chosen = sorted(np.flatnonzero(used), key=lambda i: abs(int(used[i]) - _LENGTH))[:count]
 
     @jax.jit
     def run(params, rows):

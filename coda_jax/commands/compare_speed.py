@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from coda_jax import checks, methods, trees
@@ -91,7 +92,8 @@ class Timed:
             calls = {}
             for name, model in models.items():
                 batch = random_batch(model.config, *sizes, self.answer_length)
-                programs = Programs(model.config, model.params, batch)
+                on_device = jax.device_put((model.params, batch))
+                programs = Programs(model.config, *on_device)
                 compiled, calls[name] = compiled_call(what, *getattr(programs, what)())
                 report[name][f"{what}_bytes"] = timing.peak_memory(compiled)
             times = timing.time_interleaved(calls, self.rounds, title=what.replace("_", " "))

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import json
+import math
+import os
 from typing import Any
 
 import jax.numpy as jnp
@@ -59,7 +61,7 @@ def evaluate(
         ValueError: the task has no such split, no metrics, or examples that the model cannot take.
         FloatingPointError: what the model gives for an input is not finite; its number is named.
     """
-    _check_files(model, output, predictions, confusion)
+    _check_files(model, task, output, predictions, confusion)
     lengths = dict(feature_lengths or {})
     if decoding.max_input_length is not None:
         lengths["inputs"] = decoding.max_input_length
@@ -86,16 +88,23 @@ def evaluate(
 
 
 def _check_files(
-    model: LoadedModel, output: str | None, predictions: str | None, confusion: str | None
+    model: LoadedModel,
+    task: str,
+    output: str | None,
+    predictions: str | None,
+    confusion: str | None,
 ) -> None:
-    """Raises ValueError where a file cannot be written, or has nothing to show."""
+    """Raises ValueError where a file cannot be written, is read, or has nothing to show."""
     given = {"OUTPUT": output, "PREDICTIONS": predictions, "CONFUSION": confusion}
     checks.paths(**given)
     if confusion is not None and not _labels(model):
         raise ValueError(f"CONFUSION={confusion!r} is of labels, and the model has none")
-    for path in given.values():
-        if path is not None:
-            files.prepare(path)
+    written = [os.path.abspath(path) for path in given.values() if path is not None]
+    if len({*written}) < len(written):
+        raise ValueError(f"files that are written need names of their own: {written}")
+    read = jsonl.TASKS[task].files.values() if task in jsonl.TASKS else ()
+    for path in written:
+        files.prepare(path, *read)
     if confusion is not None:
         _picture()  # what it needs is missed before anything is computed
 
@@ -121,6 +130,8 @@ def _of_head(
     batch = {"decoder_target_tokens": targets, "decoder_loss_weights": np.ones_like(targets)}
     _, sums = objective.loss_of(jnp.asarray(outputs), batch)
     metrics: dict[str, Any] = objective.report(sums)
+    if not all(map(math.isfinite, metrics.values())):
+        raise FloatingPointError(f"metrics are not finite: {metrics}")
     if labels := _labels(model):
         counts = classes.confusion(targets[:, 0], outputs.argmax(-1), len(labels))
         metrics |= classes.scores(counts, labels)

@@ -179,8 +179,11 @@ def _draw(directory: pathlib.Path) -> None:
         for name, curve in found.items()
         if name.startswith(EVALUATION)
     }
-    with files.atomic(directory / CURVE) as path:
-        learning_curve(path, found, evaluation, directory.resolve().name)
+    try:
+        with files.atomic(directory / CURVE) as path:
+            learning_curve(path, found, evaluation, directory.resolve().name)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # the run has ended well
+        say(f"there is no {CURVE}: {error}")
 
 
 def _expected(trained: Model, teacher: Distillation | None) -> Expected:
@@ -314,8 +317,13 @@ def export(
             if finished.methods:
                 said = {"vocabulary": vocabulary, "lengths": lengths}
                 checkpoints.save_adapter(new / "adapter", finished, params, **said)
-                counts = trees.count(trained), trees.count(params)
-                said = {"base": base, "task": data.task or data.cache, "metrics": metrics}
+                own, _ = methods.partition(finished, params)
+                counts = trees.count(own), trees.count(params)
+                said = {
+                    "base": base if frozen else None,
+                    "task": data.task or data.cache,
+                    "metrics": metrics,
+                }
                 write_card(new / "adapter", finished, counts, **said)
 
     processes.from_first(write)

@@ -177,7 +177,7 @@ class Method:
         if cls.without_gradient:
             raise ValueError(f"adapters of {cls.name!r} cannot be added: masks have no sums")
         for other in methods[1:]:
-            if not methods[0].continues(other):
+            if methods[0] != other:
                 raise ValueError(f"adapters with other fields cannot be added: {[*methods]}")
         return methods[0], trees.weighted_sum(leaves, weights)
 

@@ -76,7 +76,7 @@ def group_norms(block: Mapping[str, Any], number: int) -> Float[Array, "g"]:
             continue
         kernel = leaves["kernel"]
         if "pruning_rows" in leaves:
-            kernel += leaves["pruning_rows"] @ leaves["pruning_columns"]
+            kernel = kernel + leaves["pruning_rows"] @ leaves["pruning_columns"]
         squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=int(name == reader))
         total += squares.reshape(number, -1).sum(-1)
     return jnp.sqrt(total)

@@ -44,7 +44,8 @@ def sliced(config: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]
         left = [method.name for method in merged_config.methods]
         raise ValueError(f"{left} cannot be merged, and a smaller model has no place for them")
     leaves = trees.flatten(merged)
-    changes = _sizes(merged_config, kept) | _cut_biases(merged_config, leaves, kept)
+    changes = _sizes(merged_config, kept)
+    changes |= _cut_biases(merged_config, leaves, kept, dict(changes["layer_sizes"]))
     for path, places in kept.items():
         makers, reader = groups_of(path, leaves)
         for maker in makers:
@@ -84,7 +85,10 @@ def _sizes(config: Any, kept: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _cut_biases(
-    config: Any, leaves: dict[str, Any], kept: Mapping[str, np.ndarray]
+    config: Any,
+    leaves: dict[str, Any],
+    kept: Mapping[str, np.ndarray],
+    layer_sizes: Mapping[str, int],
 ) -> dict[str, Any]:
     """Leaves of each position bias the heads that stayed.
 
@@ -92,6 +96,7 @@ def _cut_biases(
         config: of the merged model.
         leaves: its leaves by path, changed in place.
         kept: the groups that stayed, by the path of their mask.
+        layer_sizes: of the blocks whose size is not the usual one, which share no bias.
 
     Returns:
         What changes in the config.
@@ -105,7 +110,10 @@ def _cut_biases(
             for block, places in heads.items()
             if block.startswith(owner) and block.rpartition("/")[2] in config.biased
         }
-    alike = all(len({x.tobytes() for x in of.values()}) == 1 for of in biases.values())
+    alike = all(
+        len({x.tobytes() for x in of.values()}) == 1 and not of.keys() & layer_sizes
+        for of in biases.values()
+    )
     for path, of in biases.items():
         bias = np.asarray(leaves.pop(path))
         for block, places in of.items():

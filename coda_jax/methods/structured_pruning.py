@@ -152,6 +152,11 @@ class StructuredPruning(Method):
                 "StructuredPruning.kind='sppara' is of convolutions, and the model has none: "
                 "'splora' or 'splopa'"
             )
+        if self.scope == "uniform" and config.layer_sizes:
+            raise ValueError(
+                "StructuredPruning.scope='uniform' is of layers of one size, and the model has "
+                "layer_sizes: 'global'"
+            )
         others = [m.name for m in config.methods if isinstance(m, Lora)]
         if self.kind == "splopa" and others:
             raise ValueError(

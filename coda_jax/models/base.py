@@ -6,6 +6,7 @@ says what else differs: published sizes, checkpoints of Hugging Face, how inputs
 Axis letters: B batch, N input tokens, C channels, D embedding, V vocabulary.
 """
 
+import collections
 from collections.abc import Callable, Container, Iterable, Mapping
 import dataclasses
 import functools
@@ -124,7 +125,8 @@ class ModelConfig:
         paths = [path for path, _ in self.layer_sizes]
         places = [place for stack in self.blocks for place in self.places(stack)]
         known = {f"{place.path}/{block}" for place in places for block in self.blocks[place.stack]}
-        wrong = sorted({path for path in paths if path not in known or paths.count(path) > 1})
+        counts = collections.Counter(paths)
+        wrong = sorted(path for path, count in counts.items() if path not in known or count > 1)
         if wrong:
             raise ValueError(
                 f"{type(self).__name__}.layer_sizes names {wrong}, which must be blocks of the "

@@ -210,6 +210,8 @@ class Model:
 
         Of arrays that are known: of those of a program that is traced, outputs say it, as NaN.
         """
+        if not getattr(encoder_input_tokens, "is_fully_addressable", True):
+            return  # traced, or of several processes
         if isinstance(encoder_input_tokens, jax.core.Tracer):
             return
         inputs, size = np.asarray(encoder_input_tokens), self.config.vocab_size

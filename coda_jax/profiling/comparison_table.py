@@ -109,15 +109,17 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 def facts(report: Mapping[str, Any]) -> list[str]:
     """What the numbers are and how they were made, in sentences."""
     seeds, versions = report.get("seeds") or [], dict(report.get("versions") or {})
-    what = f"Held-out {metric_name(report)} ({direction(report)})"
+    what = f"{metric_name(report).capitalize()} ({direction(report)})"
     what += f" on {report['task']}" if "task" in report else ""
-    what += f", {report['steps']:,} steps of adaptation each" if "steps" in report else ""
+    what += f", split '{report['split']}'" if "split" in report else ""
+    if steps := report.get("steps"):
+        what += f", {' or '.join(f'{x:,}' for x in steps)} steps of adaptation"
     sentences = [f"{what}."]
     if len(seeds) > 1:
         listed = ", ".join(map(str, seeds))
         sentences.append(f"Means over seeds {listed}; ± is the standard error.")
-    if "checkpoint" in report:
-        sentences.append(f"Checkpoint: {report['checkpoint']}.")
+    if found := report.get("checkpoints"):
+        sentences.append(f"From {' and '.join(found)}.")
     if versions:
         device = versions.pop("device", None)
         made = [f"on {device}"] if device else []

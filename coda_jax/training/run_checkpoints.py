@@ -253,9 +253,11 @@ class RunCheckpoints:
     def _ranked(self) -> list[tuple[float, int]]:
         """(rank, step): those that are damaged first, so that they are named; then from the best.
 
-        Of equals the newest is before the others.
+        Of equals the oldest is before the others where a metric chooses, else the newest.
         """
-        return sorted(((self._rank(x), x) for x in saved_steps(self._directory)), reverse=True)
+        found = ((self._rank(x), x) for x in saved_steps(self._directory))
+        newest_first = -1 if self._metric is None else 1
+        return sorted(found, key=lambda x: (-x[0], newest_first * x[1]))
 
     def _first_sound(self, state: Any, steps: Sequence[int]) -> Saved:
         damaged: dict[int, str] = {}

@@ -35,7 +35,7 @@ from coda_jax.training.run_directory import (
     saved_steps,
 )
 
-_HOW_OFTEN = ("log_every", "save_every", "keep")  # options that do not change the result
+_HOW_OFTEN = ("log_every", "save_every", "keep")  # options that do not change the parameters
 _TABLES = {  # of many values: (what is counted, the tolerance)
     "base": ("the base's leaves", 0.0),
     "start": ("the new leaves at the start", 1e-3),  # drawn: other machines, other last bits
@@ -66,12 +66,13 @@ def identify(
     drawn = (*methods.created(model.config), *model.config.heads, *model.creates)
     new, base = trees.split(params, drawn)
     fields = dataclasses.asdict(options)
+    how_often = {*_HOW_OFTEN} - ({"save_every"} if options.patience else set())  # which ends a run
     return {
         "config": to_json(model.config),
         "base": fingerprints(base),
         "start": {path: _size(leaf) for path, leaf in trees.flatten(new).items()},
         "objective": {"name": model.name, **model.options},
-        "options": {name: fields[name] for name in fields if name not in _HOW_OFTEN},
+        "options": {name: fields[name] for name in fields if name not in how_often},
         "optimizer": _optimizer(optimizer),
         "learning_rate": _learning_rate(learning_rate, options.total_steps),
         "distillation": distillation and distillation.described(),

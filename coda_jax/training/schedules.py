@@ -82,16 +82,17 @@ def rates(
     return steps, np.asarray(found)
 
 
-def checked(learning_rate: optax.ScalarOrSchedule, total_steps: int) -> optax.Schedule:
+def checked(learning_rate: Rate, total_steps: int) -> optax.Schedule:
     """The learning rate as a schedule; up to 10,000 of its rates in a run are checked.
 
     Args:
-        learning_rate: a number, above 0, or an optax schedule.
+        learning_rate: a number, above 0, an optax schedule, or one that takes the run's steps.
         total_steps: of the run.
 
     Raises:
         ValueError: a rate is another one; its step is named.
     """
+    learning_rate = of_run(learning_rate, total_steps)
     if not callable(learning_rate):
         rate = RATE("learning_rate", learning_rate)
         return lambda step: rate

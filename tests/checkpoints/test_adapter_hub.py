@@ -4,7 +4,7 @@ import importlib.util
 import json
 import shutil
 
-from helpers import ADAPTER, GOLDEN, TINY, TINY_SPEECH, random_params
+from helpers import ADAPTER, GOLDEN, TINY, TINY_IMAGES, TINY_SPEECH, random_params
 import jax
 import numpy as np
 import pytest
@@ -225,6 +225,10 @@ def test_weights_of_torch_are_read_without_torch():
         (
             TINY_SPEECH.replace(methods=(HoulsbyAdapter(4, train_norms=False),)),
             "has no sublayers of a 'wav2vec2-bert'",
+        ),
+        (
+            TINY_IMAGES.replace(methods=(HoulsbyAdapter(4, train_norms=False),)),
+            "has no sublayers of a 'pix2struct'",
         ),
     ],
 )

@@ -72,6 +72,19 @@ def test_a_frozen_model_that_would_stay_random_is_refused(shared, tmp_path, caps
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_evaluate_does_not_write_over_what_it_reads(trained, shared, tmp_path, capsys):
+    given = shared | {"INITIAL_ADAPTER_PATH": trained / "export" / "adapter"}
+    del given["TASK_FEATURE_LENGTHS"]
+    files, valid = ["runs/evaluate.gin", "tasks/jsonl.gin"], shared["VALIDATION_FILE"]
+    before = valid.read_bytes()
+    assert cli.main(["evaluate", *flags(files, given | {"PREDICTIONS": valid})]) == 1
+    assert "is read: give what is written another name" in capsys.readouterr().err
+    both = dict.fromkeys(("OUTPUT", "PREDICTIONS"), tmp_path / "x")
+    assert cli.main(["evaluate", *flags(files, given | both)]) == 1
+    assert "need names of their own" in capsys.readouterr().err
+    assert valid.read_bytes() == before
+
+
 def test_train_exports_an_adapter_for_the_checkpoint(trained, checkpoint):
     cfg, params = checkpoints.load_adapter(
         trained / "export" / "adapter", *checkpoints.load_hf(checkpoint)

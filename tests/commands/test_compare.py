@@ -12,6 +12,7 @@ import pytest
 
 from coda_jax import checkpoints, cli, methods, trees
 from coda_jax.commands.command_lines import CommandLine, divided
+from coda_jax.commands.compare_plan import plan
 from coda_jax.commands.compare_speed import Timed
 from coda_jax.commands.gin_files import UsageError
 from coda_jax.commands.loading import load_model
@@ -142,7 +143,9 @@ def test_a_folder_of_another_comparison_is_refused(compared, given, capsys):
         ({"METRICK": "x"}, "nothing reads METRICK"),
         ({"TIMED": ((4,),)}, "(TIMED)[0] must be (rows, inputs)"),
         ({"BETTER": "most"}, "BETTER must be one of ('max', 'min')"),
-        ({"TRAIN": {"MODEL_DIR": "x"}}, "MODEL_DIR"),
+        ({"TRAIN": {"MODEL_DIR": "x"}}, "TRAIN: ['MODEL_DIR']: give SEEDS, and MODEL_DIR of all"),
+        ({"SEED": 5}, "the command: ['SEED']: give SEEDS"),
+        ({"EVALUATE": {"INITIAL_ADAPTER_PATH": "x"}}, "each cell evaluates what it has trained"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(given, tmp_path, capsys, changes, message):
@@ -175,3 +178,57 @@ def test_timed_batches_are_pairs_of_counts():
     assert Timed(((2, 8), [4, 16])).batches == ((2, 8), (4, 16))
     with pytest.raises(ValueError, match=r"Timed.batches\[0\]\[1\] must be a whole number"):
         Timed(((2, 0),))
+
+
+def plan_of(tmp_path, given, recipes=("full",), training=None, evaluation=None, files=()):
+    line = CommandLine(("tasks/jsonl.gin", *files), (), given)
+    return plan(tmp_path, recipes, (0, 1), line, training or {}, evaluation or {})
+
+
+def test_a_recipe_goes_before_the_command_and_the_command_before_what_all_share(tmp_path):
+    given = {
+        "INITIAL_CHECKPOINT_PATH": "base",
+        "REDUCTION": "3",
+        "TRAIN_FILE": "x",
+        "BATCH_SIZE": "8",
+    }
+    recipes = {"r5": {"gin_file": "methods/coda.gin", "REDUCTION": 5, "DTYPE": "bfloat16"}}
+    training = {"BATCH_SIZE": 2, "TRAIN_STEPS": 7}
+    evaluation = {"BATCH_SIZE": 64}
+    cell, _ = plan_of(tmp_path, given, recipes, training, evaluation)
+    expected = {"BATCH_SIZE": "8", "TRAIN_STEPS": "7", "REDUCTION": "5"}
+    assert {name: cell.training.bindings[name] for name in expected} == expected
+    assert cell.evaluation.bindings == {
+        "REDUCTION": "5",
+        "TRAIN_FILE": "x",
+        "BATCH_SIZE": "64",
+        "DTYPE": "bfloat16",
+    }
+
+
+def test_texts_know_the_seed_and_the_folder(tmp_path):
+    given = {"INITIAL_CHECKPOINT_PATH": "{directory}/r/{seed}", "TRAIN_FILE": "x"}
+    cells = plan_of(tmp_path, given)
+    found = [cell.training.bindings["INITIAL_CHECKPOINT_PATH"] for cell in cells]
+    assert found == [f"{tmp_path}/r/{seed}" for seed in (0, 1)]
+
+
+def test_a_file_of_ones_own_serves_both_commands_or_says_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match="full: INITIAL_CHECKPOINT_PATH must be given"):
+        plan_of(tmp_path, {"TRAIN_FILE": "x"})
+    own, given = tmp_path / "own.gin", {"INITIAL_CHECKPOINT_PATH": "base", "TRAIN_FILE": "x"}
+    for text, in_evaluation in (("VALIDATION_FILE = 'y'\n", True), ("ACCUMULATION = 2\n", False)):
+        own.write_text(text)
+        cell, _ = plan_of(tmp_path, given, files=(str(own),))
+        assert str(own) in cell.training.gin_files
+        assert (str(own) in cell.evaluation.gin_files) == in_evaluation
+    own.write_text("VALIDATION_FILE = 'y'\nACCUMULATION = 2\n")
+    with pytest.raises(UsageError, match=r"own.gin binds \['VALIDATION_FILE'\], which"):
+        plan_of(tmp_path, given, files=(str(own),))
+
+
+def test_answers_are_not_judged_on_what_was_trained_on(given, tmp_path, capsys):
+    own = {name: x for name, x in given.items() if name != "VALIDATION_FILE"}
+    own |= {"RECIPES": ("norms",), "SEEDS": (0,), "MODEL_DIR": tmp_path, "TIMED": ()}
+    assert cli.main(["compare", *flags(FILES, own | {"TRAIN_STEPS": 1})]) == 1
+    assert "has no split but 'train': name other examples" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from coda_jax import checkpoints, cli, hub, trees
 from coda_jax.commands import COMMANDS, load, loading
 from coda_jax.commands.command_lines import CommandLine
-from coda_jax.commands.compare_cells import plan
+from coda_jax.commands.compare_plan import plan
 from coda_jax.commands.gin_files import package_folder
 from coda_jax.methods import METHODS, Coda, Full, Lora, ParallelAdapter
 from coda_jax.models import param_shapes, preset, presets

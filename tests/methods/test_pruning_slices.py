@@ -11,7 +11,7 @@ import pytest
 
 from coda_jax import checkpoints, methods, trees
 from coda_jax.methods import Lora, StructuredPruning
-from coda_jax.methods.pruning_groups import MASK, masks_of
+from coda_jax.methods.pruning_groups import MASK, group_norms, masks_of
 from coda_jax.models import check_divides, param_shapes
 from coda_jax.objectives import model_for
 from coda_jax.profiling import flops
@@ -186,3 +186,41 @@ def test_what_has_no_place_for_them_names_them(tmp_path):
     images = TINY_IMAGES.replace(shared_relpos_bias=False)
     with pytest.raises(ValueError, match="layers of a Hugging Face Pix2Struct share one position"):
         checkpoints.save_hf(tmp_path, images, random_params(images))
+
+
+def test_attentions_that_keep_the_same_heads_but_other_numbers_of_them():
+    """In each stack; no position bias is shared by attentions of two sizes."""
+    base = TINY.replace(num_heads=4, num_encoder_layers=1, dropout_rate=0.0)
+    config, params = pruned(base)
+    flat = trees.flatten(params)
+    for path, mask in masks_of(flat).items():
+        if path.endswith(f"dot_product/{MASK}"):
+            kept = 3 if path.startswith("encoder") else 2
+            flat[path] = jnp.where(jnp.arange(mask.size) < kept, 1.0, 0.0)
+    params = trees.unflatten(flat)
+    small, leaves = methods.sliced(config, params)
+    expected = logits_of(config, params)
+    error = np.abs(logits_of(small, leaves) - expected).max() / np.abs(expected).max()
+    assert error < 1e-5
+
+
+def test_norms_of_groups_leave_the_weights_as_they_are():
+    """Also where they are arrays of numpy."""
+    rng = np.random.default_rng(0)
+    leaves = {
+        "kernel": rng.standard_normal((4, 6)).astype(np.float32),
+        "pruning_rows": rng.standard_normal((4, 2)).astype(np.float32),
+        "pruning_columns": rng.standard_normal((2, 6)).astype(np.float32),
+    }
+    before = leaves["kernel"].copy()
+    norms = group_norms({"wi": leaves}, 6)
+    np.testing.assert_array_equal(leaves["kernel"], before)
+    whole = before + leaves["pruning_rows"] @ leaves["pruning_columns"]
+    np.testing.assert_allclose(norms, np.linalg.norm(whole, axis=0), rtol=1e-5)
+
+
+def test_a_model_of_unequal_layers_is_not_pruned_as_if_they_were_equal():
+    config, params = pruned(BASES["text"])
+    small, _ = methods.sliced(config, params)
+    with pytest.raises(ValueError, match="scope='uniform' is of layers of one size"):
+        small.replace(methods=(StructuredPruning(rank=1, scope="uniform"),))

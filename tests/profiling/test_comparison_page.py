@@ -177,7 +177,9 @@ def test_what_is_missing_is_a_dash_or_left_out():
     Parser(page({}))
 
 
-@pytest.mark.parametrize("key", ["checkpoint", "timed", "dense", "baselines", "routed", "versions"])
+@pytest.mark.parametrize(
+    "key", ["checkpoints", "timed", "dense", "baselines", "routed", "versions"]
+)
 def test_every_part_of_a_report_may_be_missing(key):
     found = report()
     del found[key]

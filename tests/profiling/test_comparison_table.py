@@ -72,7 +72,7 @@ def test_what_is_missing_or_no_number_is_a_dash():
 def test_markdown_is_the_same_table():
     found = report()
     text = markdown(found)
-    assert text.startswith("Held-out accuracy (higher is better) on stdlib_module, 2,300 steps")
+    assert text.startswith("Accuracy (higher is better) on stdlib_module, 2,300 steps")
     assert f"Means over seeds {', '.join(map(str, SEEDS))}; ± is the standard error." in text
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     for block, table in zip(blocks, tables(found), strict=True):

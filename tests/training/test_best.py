@@ -15,7 +15,9 @@ from training_runs import Quick, make_batches
 from coda_jax.training.best import Best
 from coda_jax.training.metrics_file import METRICS, read_metrics
 from coda_jax.training.options import TrainOptions
+from coda_jax.training.run_checkpoints import RunCheckpoints
 from coda_jax.training.run_directory import Interruption, saved_steps
+from coda_jax.training.steps import TrainState
 
 OPTIONS = dataclasses.replace(
     training_runs.OPTIONS,
@@ -153,6 +155,16 @@ def test_a_checkpoint_of_an_older_version_counts_as_an_evaluation():
     best.go_on(4, {"x": 2.0}, None)
     best.note(6, {"x": 2.0})
     assert best.is_over and best.carried == {"step": 4, "value": 2.0, "waited": 1}
+
+
+def test_of_equal_evaluations_the_first_is_exported(tmp_path):
+    """As the line of each evaluation says."""
+    with RunCheckpoints(tmp_path, {"name": "x"}, 3, "loss", "min") as checkpoints:
+        for step in (1, 2, 3):
+            state = TrainState(np.int32(step), {"x": np.full(2, step, np.float32)}, ())
+            checkpoints.save(state, {"loss": 1.0 if step > 1 else 2.0}, {})
+        found = checkpoints.best(TrainState(np.int32(0), {"x": np.zeros(2, np.float32)}, ()))
+    assert int(found.state.step) == 2
 
 
 def test_patience_needs_a_metric():
