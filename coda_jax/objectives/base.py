@@ -210,10 +210,10 @@ class Model:
 
         Of arrays that are known: of those of a program that is traced, outputs say it, as NaN.
         """
-        if not getattr(encoder_input_tokens, "is_fully_addressable", True):
-            return  # traced, or of several processes
         if isinstance(encoder_input_tokens, jax.core.Tracer):
             return
+        if not getattr(encoder_input_tokens, "is_fully_addressable", True):
+            return  # other processes hold a part of it
         inputs, size = np.asarray(encoder_input_tokens), self.config.vocab_size
         if inputs.ndim == 2 and inputs.size and not 0 <= inputs.min() <= inputs.max() < size:
             wrong = inputs.min() if inputs.min() < 0 else inputs.max()
