@@ -62,6 +62,7 @@ class SentencePieceVocabulary:
         try:
             check_model(model)
             processor = _load(model)
+            processor.id_to_piece([*range(processor.get_piece_size())])  # all are UTF-8
         except (RuntimeError, ValueError) as e:
             raise ValueError(f"{self.file!r} is not a SentencePiece model: {e}") from e
         if sentinel_ids(functools.partial(_piece_id, processor)):

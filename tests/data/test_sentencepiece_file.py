@@ -84,3 +84,9 @@ def test_all_rules_that_sentencepiece_has_are_allowed(rules):
     content = file.getvalue()
     assert (len(content) > 10**5) == (rules != "identity")
     check_model(content)
+
+
+def test_a_piece_that_is_no_utf_8_is_named_with_the_file(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(MODEL.replace(b"<unk>", b"\xbcunk>", 1))
+    with pytest.raises(ValueError, match=r"spiece\.model' is not a SentencePiece model: 'utf-8'"):
+        vocabularies.load_vocabulary(tmp_path)
