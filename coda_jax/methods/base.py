@@ -169,7 +169,7 @@ class Method:
             weights: one for each adapter.
 
         Returns:
-            (the method, its leaves).
+            (the method, its leaves); of options that may differ, see `continues`, the first's.
 
         Raises:
             ValueError: fields or leaves differ, or are such as cannot be added.
@@ -177,7 +177,7 @@ class Method:
         if cls.without_gradient:
             raise ValueError(f"adapters of {cls.name!r} cannot be added: masks have no sums")
         for other in methods[1:]:
-            if methods[0] != other:
+            if not methods[0].continues(other):
                 raise ValueError(f"adapters with other fields cannot be added: {[*methods]}")
         return methods[0], trees.weighted_sum(leaves, weights)
 

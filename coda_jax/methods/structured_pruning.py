@@ -153,10 +153,7 @@ class StructuredPruning(Method):
                 "'splora' or 'splopa'"
             )
         if self.scope == "uniform" and config.layer_sizes:
-            raise ValueError(
-                "StructuredPruning.scope='uniform' is of layers of one size, and the model has "
-                "layer_sizes: 'global'"
-            )
+            raise ValueError("StructuredPruning.scope='uniform' is of layers of one size: 'global'")
         others = [m.name for m in config.methods if isinstance(m, Lora)]
         if self.kind == "splopa" and others:
             raise ValueError(

@@ -62,6 +62,7 @@ def compared(tmp_path_factory, given):
     return directory, json.loads((directory / "report.json").read_text())
 
 
+@pytest.mark.all
 def test_a_report_has_quality_sizes_and_speed_of_every_recipe(compared, given):
     directory, report = compared
     assert report["seeds"] == [0, 1]
@@ -85,6 +86,7 @@ def test_a_report_has_quality_sizes_and_speed_of_every_recipe(compared, given):
     )
 
 
+@pytest.mark.all
 def test_a_cell_is_what_its_commands_do(compared, tmp_path):
     """Typed by a person, elsewhere, they give the same leaves and the same metrics."""
     _, report = compared
@@ -106,6 +108,7 @@ def _words(command):
     return words
 
 
+@pytest.mark.all
 def test_what_is_finished_is_kept_and_the_rest_is_done(compared, given, tmp_path, capsys):
     directory, report = compared
     copy = shutil.copytree(directory, tmp_path / "x")
@@ -124,6 +127,7 @@ def test_what_is_finished_is_kept_and_the_rest_is_done(compared, given, tmp_path
     assert copy.exists()
 
 
+@pytest.mark.all
 def test_a_folder_of_another_comparison_is_refused(compared, given, capsys):
     directory, _ = compared
     other = given | {"MODEL_DIR": directory, "SEEDS": (0,), "TRAIN_STEPS": 4}
@@ -227,8 +231,25 @@ def test_a_file_of_ones_own_serves_both_commands_or_says_what_to_do(tmp_path):
         plan_of(tmp_path, given, files=(str(own),))
 
 
+@pytest.mark.all
 def test_answers_are_not_judged_on_what_was_trained_on(given, tmp_path, capsys):
     own = {name: x for name, x in given.items() if name != "VALIDATION_FILE"}
     own |= {"RECIPES": ("norms",), "SEEDS": (0,), "MODEL_DIR": tmp_path, "TIMED": ()}
     assert cli.main(["compare", *flags(FILES, own | {"TRAIN_STEPS": 1})]) == 1
     assert "has no split but 'train': name other examples" in capsys.readouterr().err
+
+
+def test_one_recipe_is_trained_judged_and_kept(given, tmp_path, capsys):
+    own = {"RECIPES": ("norms",), "SEEDS": (0,), "MODEL_DIR": tmp_path, "TIMED": ()}
+    coda("compare", FILES, given | own)
+    report = json.loads((tmp_path / "report.json").read_text())
+    (row,) = report["recipes"].values()
+    assert row["mean"] == row["cells"]["0"]["score"] and row["error"] is None
+    assert 0 < row["trained"] < row["total"]
+    assert [step for step, _ in row["cells"]["0"]["curve"]["loss"]] == [3]
+    assert (tmp_path / "report.html").read_text().startswith("<!")
+    capsys.readouterr()
+    coda("compare", FILES, given | own)
+    assert "is finished" in capsys.readouterr().out
+    assert cli.main(["compare", *flags(FILES, given | own | {"TRAIN_STEPS": 4})]) == 1
+    assert "holds what another command found" in capsys.readouterr().err

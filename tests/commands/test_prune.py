@@ -107,6 +107,7 @@ def fixture_unequal(tmp_path_factory):
     return folder / "small", *model
 
 
+@pytest.mark.all
 def test_layers_of_unequal_sizes_are_written_in_our_own_layout(unequal, tmp_path, capsys):
     """Which is a checkpoint like any other: for adapters, and T5X; not for Hugging Face's."""
     small, config, params = unequal

@@ -142,11 +142,6 @@ def test_what_does_not_belong_together_is_refused(base):
             [1, 1],
             "adapters with other fields cannot be added: .*bottleneck=5",
         ),
-        (
-            [adapter(base, Coda(r), ParallelAdapter(4)) for r in (2.0, 3.0)],
-            [1, 1],
-            "adapters with other fields cannot be added: .*reduction=3",
-        ),
         ([lora, adapter(base, Lora(2, targets=("query$",)))], [1, 1], "other projections .*value"),
         ([lora, adapter(base, Lora(2, weight_decomposed=True))], [1, 1], "DoRA"),
         ([adapter(base, StructuredPruning())] * 2, [1, 1], "cannot be added: masks have no sums"),

@@ -245,9 +245,9 @@ def test_a_cache_grows_fourfold(longest, num_given, sizes):
     "options",
     [
         {},
-        {"do_sample": True, "top_k": 3},
+        pytest.param({"do_sample": True, "top_k": 3}, marks=pytest.mark.all),
         {"num_beams": 3},
-        {"decoder_prefix": (4,) * 3},
+        pytest.param({"decoder_prefix": (4,) * 3}, marks=pytest.mark.all),
     ],
     ids=["greedy", "sampling", "beams", "prefix"],
 )

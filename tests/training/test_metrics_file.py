@@ -80,7 +80,9 @@ def more(*cuts, name):
     [
         more({"batches": lambda: cut_at(3)}, name="once"),
         pytest.param(  # without a row between them
-            [{"batches": lambda: cut_at(9)}, {"batches": lambda: cut_at(11)}], id="twice"
+            [{"batches": lambda: cut_at(9)}, {"batches": lambda: cut_at(11)}],
+            id="twice",
+            marks=pytest.mark.all,
         ),
         more({"batches": lambda: cut_at(4)}, {"batches": lambda: cut_at(6)}, name="at_rows"),
         more({"eval_batches": stopping}, name="in_evaluation"),
