@@ -246,3 +246,9 @@ def as_on_tpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lax, "platform_dependent", on_tpu)
         yield
+
+
+def golden_logits(cfg, params, golden):
+    """The logits of the batch in a golden file."""
+    names = ("encoder", "decoder_inputs", "decoder_targets")
+    return np.asarray(logits(cfg, params, *(golden[name] for name in names)))

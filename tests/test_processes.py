@@ -5,6 +5,7 @@ import re
 import signal
 import time
 
+from command_line import letters_task
 import divided_runs
 from helpers import config, random_params
 import jax
@@ -112,14 +113,9 @@ def fixture_shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     cfg = config(vocab_size=384, num_encoder_layers=1)
     checkpoints.save_hf(folder / "base", cfg, random_params(cfg))
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 32), ("validation", 11)):
-        words = ["".join(rng.choice(list("abcdef"), 5)) for _ in range(count)]
-        lines = [json.dumps({"inputs": word, "targets": word[0]}) for word in words]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    files = letters_task(folder, 32, 11)
     return {
-        "TRAIN_FILE": folder / "train.jsonl",
-        "VALIDATION_FILE": folder / "validation.jsonl",
+        **files,
         "INITIAL_CHECKPOINT_PATH": folder / "base",
         "VOCABULARY": "bytes",
         "BATCH_SIZE": 8,

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from coda_jax import checks, files, methods, trees
-from coda_jax.checkpoints import tensor_files, torch_files
-from coda_jax.checkpoints.peft import CONFIG, patterns_of
+from coda_jax.checkpoints import tensor_files
+from coda_jax.checkpoints.peft import CONFIG, patterns_of, read_either
 from coda_jax.models import ModelConfig, family_of, param_shapes
 
 TENSORS, TORCH_TENSORS = "adapter.safetensors", "pytorch_adapter.bin"
@@ -25,7 +25,6 @@ VERSION = "adapters.1.2.0"  # of the library whose files these are
 _OTHERS = ("head_config.json", "embedding.pt")  # beside an adapter: more than an adapter
 _PREFIX = "transformer."  # of models with heads of the library's own
 _NAME = re.compile(r"\w[\w-]*")  # a module's, which has no dots
-
 _SUBLAYER = re.compile(r"(en|de)coder\.block\.\d+\.layer\.\d+(?=\.)")  # in the names of T5
 
 
@@ -66,7 +65,8 @@ def load_adapter_hub(
         raise ValueError(
             f"{file} has adapters of the widths {sorted(widths)}; ours have one width in all layers"
         )
-    found = _by_sublayer(_read_tensors(folder), fields.get("name"), form, config, folder)
+    read = read_either(folder / TENSORS, folder / TORCH_TENSORS)
+    found = _by_sublayer(read, fields.get("name"), form, config, folder)
     if lost := sorted(expected ^ found.keys()):
         raise ValueError(
             f"{folder}: the options and the tensors differ in where adapters are: {lost}"
@@ -166,12 +166,6 @@ def _form(fields: Mapping[str, Any], file: Path, config: ModelConfig) -> tuple[A
     return methods.ADAPTER_HUB[kind], options
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    if not (folder / TENSORS).is_file() and (folder / TORCH_TENSORS).is_file():
-        return torch_files.read_tensors(folder / TORCH_TENSORS)
-    return tensor_files.read_tensors(folder / TENSORS)
-
-
 def _by_sublayer(
     tensors: Mapping[str, np.ndarray], name: Any, form: Any, config: ModelConfig, folder: Path
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -216,15 +210,6 @@ def _sublayers(config: ModelConfig) -> dict[str, str]:
 
 def _numbers(config: ModelConfig) -> dict[str, int]:
     """{path of a sublayer: number of its layer}, the decoder's layers behind the encoder's."""
-    before, first = {}, 0
-    for stack, depth in _depths(config).items():
-        before[stack], first = first, first + depth
-    found = {}
-    for path in _sublayers(config):
-        stack, layer, _ = path.split("/")
-        found[path] = before[stack] + int(layer.removeprefix("layers_"))
-    return found
-
-
-def _depths(config: ModelConfig) -> dict[str, int]:
-    return {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+    places = [*config.places("encoder"), *config.places("decoder")]
+    numbers = {place.path: number for number, place in enumerate(places)}
+    return {path: numbers[path.rpartition("/")[0]] for path in _sublayers(config)}

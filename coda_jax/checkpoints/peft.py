@@ -49,7 +49,8 @@ def load_peft(
         known = " or ".join(methods.PEFT)
         raise ValueError(f"{folder / CONFIG} is of peft_type={kind!r}; {known} alone is read")
     form = methods.PEFT[kind]
-    tensors, unknown = _by_leaf(_read_tensors(folder), form.LEAVES, config)
+    read = read_either(folder / TENSORS, folder / TORCH_TENSORS)
+    tensors, unknown = _by_leaf(read, form.LEAVES, config)
     targets = patterns_of({module for module, _ in tensors}, [*_modules(config)])
     method = form.read(fields, targets, str(folder / CONFIG))
     if unknown:
@@ -109,10 +110,11 @@ def save_peft(
     files.write_json(folder / CONFIG, fields, sort_keys=True)
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    if not (folder / TENSORS).is_file() and (folder / TORCH_TENSORS).is_file():
-        return torch_files.read_tensors(folder / TORCH_TENSORS)
-    return tensor_files.read_tensors(folder / TENSORS)
+def read_either(safetensors: Path, pytorch: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file or, where it alone is there, of one of PyTorch."""
+    if not safetensors.is_file() and pytorch.is_file():
+        return torch_files.read_tensors(pytorch)
+    return tensor_files.read_tensors(safetensors)
 
 
 def _by_leaf(

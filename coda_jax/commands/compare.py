@@ -91,7 +91,7 @@ def compare(
     return report
 
 
-def _found(cell: Cell) -> dict[str, Any]:
+def _found(cell: Cell) -> Mapping[str, Any]:
     """What is known of a cell that is finished, or what its run finds."""
     print(f"\n== {cell.recipe}, seed {cell.seed} ==", flush=True)
     if not cell.is_finished:
@@ -153,8 +153,6 @@ def _routed(
     longest = timed.batches[0][1] if timed.batches else _INPUTS
     of_task = score["task"], score["split"], longest, timed.answer_length
     examples = compare_routing.examples(models[name], *of_task)
-    if not examples:
-        return []
     title = f"What the encoder's layers work on: {name}"
     compare_routing.draw(directory / "routing.png", examples, title)
     return [{"recipe": name, **compare_routing.as_json(example)} for example in examples]
@@ -163,9 +161,9 @@ def _routed(
 def _write(directory: pathlib.Path, report: Mapping[str, Any]) -> None:
     """The report as JSON, for people and as pictures."""
     files.write_json(directory / "report.json", report)
-    files.write_text(directory / "report.md", markdown(report))
+    files.write_text(directory / "report.md", text := markdown(report))
     files.write_text(directory / "report.html", page(report))
     comparison_plots.quality_over_speed(directory / "quality_over_speed.png", report)
     comparison_plots.learning_curves(directory / "learning_curves.png", report)
-    print("\n" + markdown(report))
+    print("\n" + text)
     say(f"see {directory}/report.html")

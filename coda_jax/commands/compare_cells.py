@@ -1,7 +1,7 @@
 """The cells of `coda compare`: a recipe with a seed, trained and evaluated once, then kept."""
 
+from collections.abc import Mapping
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any
@@ -46,24 +46,27 @@ class Cell:
         """Whether its score is there."""
         return (self.directory / SCORE).exists()
 
-    def kept(self) -> dict[str, Any]:
+    def kept(self) -> Mapping[str, Any]:
         """What was found of it; see `run`.
 
         Raises:
             ValueError: another command found it.
         """
-        found = _read(self.directory / SCORE)
-        commands = {
-            "train": self.training.text("train"),
-            "evaluate": self.answering().text("evaluate"),
-        }
-        for name, command in commands.items():
+        found = files.read_json(self.directory / SCORE)
+        for name, command in self._commands().items():
             if found[name] != command:
                 raise ValueError(
                     f"{self.directory} holds what another command found: name another MODEL_DIR, "
                     f"or remove it\n  {found[name]}\n  {command}"
                 )
         return found
+
+    def _commands(self) -> dict[str, str]:
+        """What a person would type, once it is trained."""
+        return {
+            "train": self.training.text("train"),
+            "evaluate": self.answering().text("evaluate"),
+        }
 
     def answering(self) -> CommandLine:
         """What `coda evaluate` is given: the model as it was exported, and the task."""
@@ -104,8 +107,7 @@ class Cell:
         task, found = next(iter(metrics.items()))
         curves = read_metrics(self.directory).values()
         score = {
-            "train": self.training.text("train"),
-            "evaluate": self.answering().text("evaluate"),
+            **self._commands(),
             "task": task,
             "split": self._split(task),
             "metrics": {name: x for name, x in found.items() if isinstance(x, int | float)},
@@ -139,10 +141,6 @@ class Cell:
         """The model before its training."""
         self.training.configure("train")
         return _configured(load_model)()
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _configured(function):

@@ -18,8 +18,7 @@ from coda_jax.commands.model_card import write_card
 from coda_jax.commands.sources import (
     ADAPTER,
     Source,
-    generation_files,
-    preprocessor_files,
+    hf_files,
     read_weighted,
     vocabulary_files,
 )
@@ -96,11 +95,9 @@ def _checked_sources(source: str | Sequence[str]) -> list[str]:
     return [*map(str, sources)]
 
 
-def _copied(read: Source, layout: str, folders: Sequence[Path]) -> dict[str, str]:
+def _copied(read: Source, layout: str, folders: list[Path]) -> dict[str, str]:
     """The files that go along, {name: path}: of a vocabulary, and how an "hf" model decodes."""
-    beside = vocabulary_files(read, [*folders])
-    if layout == "hf":
-        beside |= generation_files(read, [*folders]) | preprocessor_files(folders)
+    beside = (hf_files if layout == "hf" else vocabulary_files)(read, folders)
     return beside if layout in ("hf", "t5x") else {}
 
 

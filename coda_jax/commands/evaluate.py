@@ -1,8 +1,9 @@
 """`coda evaluate`: the metrics of a task, from decoded outputs."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -138,10 +139,14 @@ def _of_head(
         if confusion is not None and processes.is_first():
             with files.atomic(confusion) as new:
                 _picture()(new, counts, labels, data.place)
-    columns = jsonl.TASKS[data.task].columns[data.split]
-    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    lines = ({**row, **objective.describe(x)} for row, x in zip(rows, outputs, strict=True))
+    lines = ({**row, **objective.describe(x)} for row, x in zip(_rows(data), outputs, strict=True))
     return {data.task: metrics}, lines
+
+
+def _rows(data: Data) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL task's split."""
+    columns = jsonl.TASKS[data.task].columns[data.split]
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
 def _labels(model: LoadedModel) -> Sequence[str]:
@@ -181,16 +186,24 @@ def _of_texts(
     found, lines = {}, []
     for task in tasks:
         outputs = _in_order(predictor.candidates, task.name, task.examples, held)
-        tokens = [candidates[0].tolist() for candidates, _ in outputs]
-        found[task.name] = task.score(tokens)
+        best = [(candidates[0].tolist(), float(scores[0])) for candidates, scores in outputs]
+        found[task.name] = task.score([tokens for tokens, _ in best])
         named = {"task": task.name} if len(tasks) > 1 else {}
-        lines += [
-            {**named, **row, "prediction": data.vocabulary.decode(best), "score": float(scores[0])}
-            for row, best, (_, scores) in zip(task.rows, tokens, outputs, strict=True)
-        ]
+        lines.append(_lines(named, task.rows, best, data.vocabulary))
     for line in predictor.cuts():
         say(line)
-    return found, lines
+    return found, itertools.chain.from_iterable(lines)
+
+
+def _lines(
+    named: Mapping[str, str],
+    rows: Lines,
+    best: Sequence[tuple[Sequence[int], float]],
+    vocabulary: Vocabulary,
+) -> Iterator[dict[str, Any]]:
+    """A line for each example, made when it is asked for."""
+    for row, (tokens, score) in zip(rows, best, strict=True):
+        yield {**named, **row, "prediction": vocabulary.decode(tokens), "score": score}
 
 
 def _tasks(data: Data) -> list[_Scored]:
@@ -198,9 +211,7 @@ def _tasks(data: Data) -> list[_Scored]:
     if data.task in jsonl.TASKS:
         task = jsonl.TASKS[data.task]
         score = functools.partial(task.metrics, data.split)
-        columns = task.columns[data.split]
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return [_Scored(task.name, task.examples(data.split), score, rows)]
+        return [_Scored(task.name, task.examples(data.split), score, _rows(data))]
     from coda_jax.data import seqio_tasks
 
     return [
@@ -208,13 +219,13 @@ def _tasks(data: Data) -> list[_Scored]:
             task.name,
             examples,
             functools.partial(seqio_tasks.metrics_of, task, examples),
-            [_in_words(example, data.vocabulary) for example in examples],
+            map(functools.partial(_in_words, data.vocabulary), examples),
         )
         for task, examples in seqio_tasks.evaluated(data.task, data.split, data.feature_lengths)
     ]
 
 
-def _in_words(example: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, str]:
+def _in_words(vocabulary: Vocabulary, example: Mapping[str, Any]) -> dict[str, str]:
     """The sides of an example that are texts."""
     return {
         key: vocabulary.decode(example[key].tolist())

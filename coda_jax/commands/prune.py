@@ -3,12 +3,7 @@
 from pathlib import Path
 
 from coda_jax import checkpoints, checks, files, hub, methods, trees
-from coda_jax.commands.sources import (
-    generation_files,
-    preprocessor_files,
-    read_source,
-    vocabulary_files,
-)
+from coda_jax.commands.sources import hf_files, read_source
 from coda_jax.data.vocabularies import copy_files
 
 
@@ -33,8 +28,7 @@ def prune(source: str, output: str, *, base: str | None = None, step: int | None
     read = read_source(folder, base=base, step=step)
     config, params = methods.sliced(read.config, read.params)
     folders = [folder, *([hub.find(base)] if base else [])]
-    beside = vocabulary_files(read, folders) | generation_files(read, folders)
-    beside |= preprocessor_files(folders)
+    beside = hf_files(read, folders)
     with files.atomic_folder(output) as new:
         in_hf = checkpoints.save_dense(Path(new), config, params)
         copy_files(beside, Path(new))

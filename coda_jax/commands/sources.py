@@ -294,6 +294,12 @@ def vocabulary_files(read: Source, folders: list[Path]) -> dict[str, str]:
     return {}
 
 
+def hf_files(read: Source, folders: list[Path]) -> dict[str, str]:
+    """What goes along with a model in Hugging Face's layout, {name: path}; see these three."""
+    beside = vocabulary_files(read, folders) | generation_files(read, folders)
+    return beside | preprocessor_files(folders)
+
+
 KINDS = {  # by the file that tells: what a folder is, what reads it, the options that it takes
     CONFIG_FILE: ("a Hugging Face checkpoint", _read_hf, ()),
     MANIFEST: ("an adapter file", _read_adapter, ("base",)),

@@ -4,8 +4,7 @@ import importlib.util
 import json
 import shutil
 
-from helpers import ADAPTER, GOLDEN, TINY, TINY_IMAGES, TINY_SPEECH, random_params
-import jax
+from helpers import ADAPTER, GOLDEN, TINY, TINY_IMAGES, TINY_SPEECH, golden_logits, random_params
 import numpy as np
 import pytest
 
@@ -14,7 +13,6 @@ from coda_jax.checkpoints.adapter_hub import TENSORS, TORCH_TENSORS
 from coda_jax.checkpoints.peft import CONFIG
 from coda_jax.checkpoints.tensor_files import read_tensors, write_tensors
 from coda_jax.methods import Coda, HoulsbyAdapter
-from coda_jax.objectives import model_for
 
 FOLDER = GOLDEN / "adapters_library"
 CASES = {  # what each is of ours
@@ -39,15 +37,6 @@ def fixture_base():
     return checkpoints.load_hf(GOLDEN / "v1_1")
 
 
-def logits_of(config, params, golden):
-    batch = {
-        "encoder_input_tokens": golden["encoder"],
-        "decoder_input_tokens": golden["decoder_inputs"],
-        "decoder_target_tokens": golden["decoder_targets"],
-    }
-    return np.asarray(jax.jit(model_for(config).logits)(params, batch))
-
-
 def assert_same_logits(found, golden):
     seen = golden["decoder_targets"] > 0  # ours are masked where there is no target
     np.testing.assert_allclose(found[seen], golden["logits"][seen], atol=2e-5, rtol=1e-5)
@@ -63,10 +52,10 @@ def test_logits_are_those_of_the_library(name, base):
         paths = [path for path in trees.flatten(params) if path.endswith("houlsby/wi/kernel")]
         assert {path.split("/")[2] for path in paths} == TARGETS[name]
     golden = np.load(FOLDER / name / "logits.npz")
-    found = logits_of(config, params, golden)
+    found = golden_logits(config, params, golden)
     assert_same_logits(found, golden)
     if name not in USUAL:
-        assert np.abs(found - logits_of(*base, golden)).max() > 0.1  # the adapter does something
+        assert np.abs(found - golden_logits(*base, golden)).max() > 0.1  # it does something
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -115,7 +104,7 @@ def test_the_library_reads_what_is_saved(name, base, tmp_path):
     model.set_active_adapters(model.load_adapter(str(tmp_path), use_safetensors=True))
     golden = dict(np.load(FOLDER / name / "logits.npz"))
     golden["logits"] = module.logits(model, golden)
-    assert_same_logits(logits_of(config, params, golden), golden)
+    assert_same_logits(golden_logits(config, params, golden), golden)
 
 
 def changed(tmp_path, top=None, without=(), **fields):

@@ -1,7 +1,6 @@
 """What is merged and saved answers the same in transformers and in CTranslate2, live."""
 
-from helpers import GOLDEN, adapted_params
-import jax
+from helpers import GOLDEN, adapted_params, golden_logits
 import numpy as np
 import pytest
 
@@ -9,7 +8,6 @@ from coda_jax import bundled, checkpoints, methods
 from coda_jax.commands.convert import convert
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.methods import Lora
-from coda_jax.objectives import model_for
 
 EVERYTHING = (r"(attention|mlp)/\w+$",)
 
@@ -31,12 +29,7 @@ def test_a_merged_model_has_the_same_logits_in_transformers(name, lora, tmp_path
     params = adapted_params(config, base)
     checkpoints.save_hf(tmp_path, *methods.merge(config, params))
     golden = np.load(GOLDEN / name / "logits.npz")
-    batch = {
-        "encoder_input_tokens": golden["encoder"],
-        "decoder_input_tokens": golden["decoder_inputs"],
-        "decoder_target_tokens": golden["decoder_targets"],
-    }
-    ours = np.asarray(jax.jit(model_for(config).logits)(params, batch))
+    ours = golden_logits(config, params, golden)
     encoder = torch.tensor(golden["encoder"], dtype=torch.long)
     with torch.no_grad():
         theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()(

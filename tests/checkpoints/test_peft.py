@@ -4,8 +4,7 @@ import importlib.util
 import json
 import shutil
 
-from helpers import ADAPTER, GOLDEN, TINY, random_params
-import jax
+from helpers import ADAPTER, GOLDEN, TINY, golden_logits, random_params
 import numpy as np
 import pytest
 
@@ -13,7 +12,6 @@ from coda_jax import checkpoints, trees
 from coda_jax.checkpoints.peft import CONFIG, TENSORS
 from coda_jax.checkpoints.tensor_files import read_tensors, write_tensors
 from coda_jax.methods import Coda, Lora
-from coda_jax.objectives import model_for
 
 CASES = ("usual", "dora", "one_layer")
 TARGETS = {
@@ -37,15 +35,6 @@ def fixture_base():
     return checkpoints.load_hf(GOLDEN / "v1_1")
 
 
-def logits_of(config, params, golden):
-    batch = {
-        "encoder_input_tokens": golden["encoder"],
-        "decoder_input_tokens": golden["decoder_inputs"],
-        "decoder_target_tokens": golden["decoder_targets"],
-    }
-    return np.asarray(jax.jit(model_for(config).logits)(params, batch))
-
-
 def assert_same_logits(found, golden):
     seen = golden["decoder_targets"] > 0  # ours are masked where there is no target
     np.testing.assert_allclose(found[seen], golden["logits"][seen], atol=2e-5)
@@ -60,7 +49,7 @@ def test_logits_are_those_of_peft(name, base):
     if name in TARGETS:
         assert lora.targets == TARGETS[name]
     golden = np.load(folder / "logits.npz")
-    assert_same_logits(logits_of(config, params, golden), golden)
+    assert_same_logits(golden_logits(config, params, golden), golden)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,7 +97,7 @@ def test_peft_reads_what_is_saved(name, base, tmp_path):
     model = peft.PeftModel.from_pretrained(model, tmp_path)
     golden = dict(np.load(GOLDEN / "peft" / name / "logits.npz"))
     golden["logits"] = module.logits(model, golden)
-    assert_same_logits(logits_of(config, params, golden), golden)
+    assert_same_logits(golden_logits(config, params, golden), golden)
 
 
 def changed(tmp_path, **fields):

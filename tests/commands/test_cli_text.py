@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 
-from command_line import coda, flags
+from command_line import coda, flags, letters_task
 from helpers import ADAPTER, config, method_of, random_params
 import numpy as np
 import pytest
@@ -32,14 +32,9 @@ def checkpoint(tmp_path_factory):
 def shared(tmp_path_factory, checkpoint):
     """What the commands share; the task: a word and its first letter."""
     directory = tmp_path_factory.mktemp("jsonl")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 24), ("validation", 6)):
-        words = ["".join(rng.choice(list("abcdef"), 5)) for _ in range(count)]
-        lines = [json.dumps({"inputs": word, "targets": word[0]}) for word in words]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    files = letters_task(directory, 24, 6)
     return {
-        "TRAIN_FILE": directory / "train.jsonl",
-        "VALIDATION_FILE": directory / "validation.jsonl",
+        **files,
         "INITIAL_CHECKPOINT_PATH": checkpoint,
         "VOCABULARY": "bytes",
         "TASK_FEATURE_LENGTHS": LENGTHS,

@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 
-from command_line import coda, flags
+from command_line import coda, flags, letters_task
 from helpers import config, random_params
 import numpy as np
 import pytest
@@ -34,14 +34,9 @@ def given(tmp_path_factory):
     """The flags of a comparison on a tiny checkpoint; the task: a word and its first letter."""
     directory = tmp_path_factory.mktemp("compare")
     checkpoints.save_hf(directory / "base", CONFIG, random_params(CONFIG))
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 12), ("validation", 6)):
-        words = ["".join(rng.choice(list("abcdef"), 5)) for _ in range(count)]
-        lines = [json.dumps({"inputs": word, "targets": word[0]}) for word in words]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    files = letters_task(directory, 12, 6)
     return {
-        "TRAIN_FILE": directory / "train.jsonl",
-        "VALIDATION_FILE": directory / "validation.jsonl",
+        **files,
         "INITIAL_CHECKPOINT_PATH": directory / "base",
         "VOCABULARY": "bytes",
         "TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 4},

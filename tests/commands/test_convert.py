@@ -2,7 +2,6 @@
 
 import shutil
 
-import gin
 from helpers import ADAPTER, GOLDEN, adapted_params, assert_same_tree, unpack
 import jax
 import jax.numpy as jnp
@@ -20,23 +19,6 @@ from coda_jax.methods import Coda, Full, Lora
 from coda_jax.models.t5.config import infer_config
 
 METHODS = (Coda(reduction=(1, 2.5), epsilon=0.1, attention="k_to_all"), ADAPTER)
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    """Leaves no configuration behind."""
-    yield
-    gin.clear_config()
-
-
-@pytest.fixture(name="base", scope="module")
-def fixture_base(tmp_path_factory):
-    """A dense Hugging Face checkpoint in bfloat16, with a vocabulary beside it."""
-    folder = tmp_path_factory.mktemp("base")
-    config, params = checkpoints.load_hf(GOLDEN / "v1_1")
-    checkpoints.save_hf(folder, config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    (folder / SPIECE).write_text("pieces")
-    return folder
 
 
 # --- Round trips ---

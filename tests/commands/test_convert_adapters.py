@@ -1,8 +1,6 @@
 """`coda convert` of adapters: to and from other libraries, and several that become one."""
 
 from helpers import GOLDEN, adapted_params, assert_same_tree
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,18 +8,7 @@ from coda_jax import checkpoints, methods, trees
 from coda_jax.checkpoints.adapter import read_manifest
 from coda_jax.commands.convert import convert
 from coda_jax.data.vocabularies import find_fingerprint
-from coda_jax.data.vocabulary_files import SPIECE
 from coda_jax.methods import Lora
-
-
-@pytest.fixture(name="base", scope="module")
-def fixture_base(tmp_path_factory):
-    """A dense Hugging Face checkpoint in bfloat16, with a vocabulary beside it."""
-    folder = tmp_path_factory.mktemp("base")
-    config, params = checkpoints.load_hf(GOLDEN / "v1_1")
-    checkpoints.save_hf(folder, config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    (folder / SPIECE).write_text("pieces")
-    return folder
 
 
 def test_a_bottleneck_of_the_library_adapters_makes_the_round_trip(tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import json
 
-from helpers import GOLDEN, adapted_params, assert_same_tree, random_params
+from helpers import GOLDEN, adapted_params, assert_same_tree, golden_logits, random_params
 import jax
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from coda_jax.commands.prune import prune
 from coda_jax.commands.sources import read_source
 from coda_jax.methods import Coda, ParallelAdapter, StructuredPruning
 from coda_jax.methods.pruning_groups import is_of_heads, masks_of
-from coda_jax.objectives import model_for
 
 BASE = GOLDEN / "v1_1"
 METHOD = StructuredPruning(rank=2, scope="uniform")
@@ -51,13 +50,7 @@ def of_random_channels(seed, heads=(0.0, 1.0), number=20):
 
 
 def logits_of(config, params):
-    golden = np.load(BASE / "logits.npz")
-    batch = {
-        "encoder_input_tokens": golden["encoder"],
-        "decoder_input_tokens": golden["decoder_inputs"],
-        "decoder_target_tokens": golden["decoder_targets"],
-    }
-    return jax.jit(model_for(config).logits)(params, batch)
+    return golden_logits(config, params, np.load(BASE / "logits.npz"))
 
 
 def test_the_smaller_model_answers_as_the_masked_one(tmp_path, capsys):
