@@ -145,6 +145,15 @@ def test_evaluate_agrees_with_the_evaluation_during_training(trained, shared, tm
     right = sum(line["prediction"] == line["targets"] for line in each)
     assert metrics["accuracy"] == pytest.approx(100 * right / len(each))
     assert all(line["score"] < 0 for line in each)
+    (tmp_path / "inputs.txt").write_text("\n".join(line["inputs"] for line in each))
+    names = ("INITIAL_CHECKPOINT_PATH", "VOCABULARY")
+    own = {name: shared[name] for name in names} | {"OUTPUT": tmp_path / "answers.jsonl"}
+    own |= {"INPUT": tmp_path / "inputs.txt", "Decoding.max_decode_length": 4}
+    own["INITIAL_ADAPTER_PATH"] = given["INITIAL_ADAPTER_PATH"]
+    coda("predict", ["runs/predict.gin"], own)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in each] == [line["prediction"] for line in answers]
+    assert any(line["prediction"] for line in each)
     with pytest.raises(
         ValueError, match=r"CONFUSION='c\.png' is of labels, and the model has none"
     ):
