@@ -6,6 +6,7 @@ table of docs/t5x.md is what `python -m pytest -m "" -n 0 -s tests/t5x/test_t5x_
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -32,6 +33,19 @@ METHODS = {
     "full fine-tuning": ("full", {}),
     "parallel adapter": ("parallel_adapter", {}),
     "LoRA": ("lora", {}),
+    "DoRA": ("dora", {}),
+    "Houlsby adapters": ("houlsby_adapter", {}),
+    "prefix tuning": ("prefix_tuning", {}),
+    "norms alone": ("norms", {}),
+    "SPLoRA at half the density": (
+        "structured_pruning",
+        {
+            "DENSITY": 0.5,
+            "StructuredPruning.start": 5,
+            "StructuredPruning.steps": 15,
+            "StructuredPruning.every": 5,
+        },
+    ),
     "CoDA, r = 3": ("coda", {"REDUCTION": 3}),
     "CoDA, r = 5": ("coda", {"REDUCTION": 5}),
     "CoDA, r = 3, and LoRA": (
@@ -61,7 +75,7 @@ class Programs:
     def __init__(self, folder, name):
         recipe, self._given = METHODS[name]
         self.folder, self._recipe = folder, recipe
-        self.place = folder / name.replace(" ", "_").replace(",", "")
+        self.place = folder / re.sub(r"\W+", "_", name)
 
     def _line(self, program, **given):
         given = {
