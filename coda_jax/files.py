@@ -289,12 +289,12 @@ def decoded(content: bytes, place: str | os.PathLike, first: int = 1) -> str:
         raise ValueError(f"{place}:{line}: not UTF-8: {error.reason}") from error
 
 
-def lines(content: bytes, place: str | os.PathLike) -> list[str]:
-    """The lines of a text in UTF-8, [] for no bytes; errors are those of `decoded`.
+def lines(content: bytes, place: str | os.PathLike, first: int = 1) -> list[str]:
+    """The lines of a text in UTF-8, [] for no bytes; arguments and errors are those of `decoded`.
 
     A line ends with a line feed, or with a carriage return and one; a carriage return alone is a
     part of its line.
     """
-    text = decoded(content, place)
+    text = decoded(content, place, first)
     parts = text.removesuffix("\n").split("\n") if text else []
     return [part.removesuffix("\r") for part in parts]

@@ -314,7 +314,9 @@ class Predictor(_Bucketed):
 
         Yields:
             (index of the input, its output tokens [n, L], the best first, padding after the end
-            marker, and their scores [n]).
+            marker, and their log-probabilities [n]: sums over tokens, the end marker's included and
+            a prefix's not, without a length penalty. A CTC head's is that of the best alignment or,
+            with beams, of the transcript).
 
         Raises:
             FloatingPointError: a logit is not finite; the number of its input is named.
@@ -325,11 +327,12 @@ class Predictor(_Bucketed):
             with self._placement.divided():
                 found = self._generate(self._params, batch, **arguments)
             tokens, scores = (x[: len(indices)] for x in processes.fetch(found))  # without spares
+            scores = self._model.log_probs(tokens, scores, self.decoding, **self._stops)
             self.num_cut += int(self._model.is_cut(tokens[:, 0], self.decoding).sum())
-            for index, outputs, ranks in zip(indices, tokens, scores, strict=True):
-                if np.isnan(ranks).any():
+            for index, outputs, log_probs in zip(indices, tokens, scores, strict=True):
+                if np.isnan(log_probs).any():
                     self._refuse(first + index)
-                yield index, outputs, ranks
+                yield index, outputs, log_probs
 
     def stream(self, tokens: np.ndarray, number: int = 0) -> Iterator[int]:
         """The tokens of an output as they come: what `__call__` gives, up to the end marker.

@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import os
+import pathlib
 
 import seqio
 import tensorflow as tf
 
 from coda_jax.data import seqio_tasks
+from coda_jax.data.rows import cells
 from coda_jax.tasks import metrics, preprocessors, registry, stdlib_corpus, tables
 
 CLINC_FILE = "data_full.json"
@@ -205,7 +207,7 @@ def read_banking(directory: str, split: str) -> _Columns:
 
 def _read_csv(path: str) -> list[list[str]]:
     """Returns the rows after the header, which must be `BANKING_COLUMNS`."""
-    lines = tables.read_csv(path)
+    lines = cells(pathlib.Path(path).read_bytes(), path)
     number, header = next(lines, (0, None))
     if header != BANKING_COLUMNS:
         raise ValueError(f"{path}:{number}: the first line must be {BANKING_COLUMNS}, not {header}")

@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 from typing import Any
 
 import seqio
 
 from coda_jax import files
-from coda_jax.data.jsonl import read_jsonl
+from coda_jax.data.rows import Field, cells, read_rows
 from coda_jax.data.seqio_tasks import MemorySource, accuracy, seqio_vocabulary, strip_text
 from coda_jax.tasks import cider, images, metrics, registry, tables
 
@@ -137,7 +138,7 @@ def read_screen2words(directory: str, split: str) -> _Columns:
     """
     path = os.path.join(directory, "screen_summaries.csv")
     summaries: dict[str, list[str]] = {}
-    lines = tables.read_csv(path)
+    lines = cells(pathlib.Path(path).read_bytes(), path)
     _, columns = next(lines, (1, []))
     for number, fields in lines:
         row = dict(zip(columns, fields, strict=False))
@@ -169,12 +170,16 @@ def read_image_folder(directory: str, split: str) -> _Columns:
         As `read_ocr_vqa`; a line without "header" has none.
 
     Raises:
-        FileNotFoundError, ValueError: as `jsonl.read_jsonl`.
+        FileNotFoundError, ValueError: as `read_rows`; or a row lacks a field.
     """
     path = os.path.join(directory, f"{split}.jsonl")
-    columns = read_jsonl(path, ("image", "targets"), optional=("header",))
-    rows = zip(columns["image"], columns["header"], columns["targets"], strict=True)
-    return _columns([(os.path.join(directory, i), h, t, [t]) for i, h, t in rows], path)
+    image, header, targets = map(Field, ("image", "header", "targets"))
+    rows = []
+    for row in read_rows(path):
+        question = header.text(row) if "header" in row.fields else ""
+        target = targets.text(row)
+        rows.append((os.path.join(directory, image.text(row)), question, target, [target]))
+    return _columns(rows, path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Where a file has a checksum, what is read is what was written.
 """
 
 import functools
+import itertools
 import json
 import pathlib
 import shutil
@@ -23,7 +24,7 @@ from coda_jax.checkpoints import huggingface as hf
 from coda_jax.checkpoints.generation_config import read_generation_config
 from coda_jax.checkpoints.huggingface import load_hf_config
 from coda_jax.commands.sources import _config_of
-from coda_jax.data import cache, jsonl, labels
+from coda_jax.data import cache, labels, rows
 from coda_jax.data.vocabularies import load_vocabulary
 from coda_jax.tasks import tables
 from coda_jax.training.run_identity import check_run
@@ -88,6 +89,10 @@ def write_jsonl(folder):
     (folder / "a.jsonl").write_text(text, encoding="utf-8")
 
 
+def read(path):
+    return list(itertools.chain.from_iterable(rows.read_requests(path, "inputs")))
+
+
 def copied(source, *names):
     def write(folder):
         for name in names or [path.name for path in source.iterdir()]:
@@ -111,12 +116,12 @@ def tokenizer(name):
 GENERATION = b'{"num_beams": 4, "length_penalty": 0.6, "max_length": 20, "forced_bos_token_id": 3}'
 SETTINGS = {"eos_token": "</s>", "extra_ids": 100, "additional_special_tokens": ["<extra_id_1>"]}
 KINDS = {  # file: (what writes its folder, what reads it, whether there is a checksum)
-    "a.jsonl": (write_jsonl, lambda x: jsonl.read_jsonl(x / "a.jsonl", ("inputs",)), False),
+    "a.jsonl": (write_jsonl, lambda x: read(x / "a.jsonl"), False),
     "a.jsonl, labels": (write_jsonl, lambda x: labels.read_labels(x / "a.jsonl"), False),
     "a.txt": (written("a.txt", TEXT.encode() + b"\r\na\rb\n"),
-              lambda x: jsonl.read_inputs(x / "a.txt"), False),
-    "a.csv": (written("a.csv", b'text,category\n"a ""b""\nc",\xc3\xbc\n'),
-              lambda x: list(tables.read_csv(str(x / "a.csv"))), False),
+              lambda x: read(x / "a.txt"), False),
+    "a.csv": (written("a.csv", b'inputs,id\n"a ""b""\nc",\xc3\xbc\nd,e\n'),
+              lambda x: read(x / "a.csv"), False),
     "a.tsv": (written("a.tsv", b"path\tsentence\na.wav\t\xc3\xbc\n"),
               lambda x: list(tables.read_tsv(str(x / "a.tsv"))), False),
     "a.json": (written("a.json", json.dumps({"data": RECORDS}).encode()),

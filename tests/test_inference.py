@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from helpers import TINY_SPEECH, config, random_params
+from helpers import TINY_SPEECH, config, logits, random_params
 import jax
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from coda_jax import trees
 from coda_jax.commands import evaluate
 from coda_jax.commands.loading import LoadedModel
+from coda_jax.data.vocabularies import ByteVocabulary
 from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.objectives import NOT_FINITE, model_for
 from coda_jax.sharding import Placement
@@ -105,9 +106,47 @@ def test_all_candidates_come_with_their_scores(rng):
     predictor = Predictor(SMALL, params, Decoding(**decoding, num_return_sequences=2))
     best = dict(predictor(texts))
     for index, tokens, scores in predictor.candidates(texts):
-        assert tokens.shape == (2, 5) and scores.shape == (2,) and scores[0] >= scores[1]
+        assert tokens.shape == (2, 5) and scores.shape == (2,)
         np.testing.assert_array_equal(tokens[0], best[index])
         assert (tokens[0] != tokens[1]).any()
+
+
+def log_probability(cfg, params, text, tokens, given=0):
+    """What the model gives an output [n] behind what was given, when it is fed with it."""
+    fed = np.append(cfg.decoder_start_id, tokens[:-1])[None]
+    found = np.asarray(logits(cfg, params, text[None], fed, np.ones_like(fed))[0], np.float64)
+    chosen = found[np.arange(len(tokens)), tokens] - np.log(np.exp(found).sum(-1))
+    return chosen[given:].sum()
+
+
+SEARCHES = {
+    "greedy": {},
+    "greedy behind a prefix": {"decoder_prefix": (4, 9)},
+    "beams of T5X": {"num_beams": 3, "num_return_sequences": 3, "decoder_prefix": (4, 9)},
+    "beams of transformers": {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 2.0},
+    "beams that stop": {"num_beams": 3, "num_return_sequences": 3, "stop_strings": ("\t", "\n")},
+}
+
+
+@pytest.mark.parametrize(
+    "search",
+    [name if "T5X" in name else pytest.param(name, marks=pytest.mark.all) for name in SEARCHES],
+)
+def test_scores_are_the_log_probabilities_of_outputs(rng, search):
+    cfg, options = SMALL.replace(eos_id=11), SEARCHES[search]
+    params, texts = random_params(cfg, seed=2), inputs(rng, [3, 7, 5, 9, 2, 8])
+    stops = [12, 13] if "stop_strings" in options else []  # the ids of these bytes
+    vocabulary = ByteVocabulary() if stops else None
+    decoding = Decoding(max_decode_length=5, batch_size=4, **options)
+    ends = []
+    for index, outputs, scores in Predictor(cfg, params, decoding, vocabulary).candidates(texts):
+        for tokens, score in zip(outputs, scores, strict=True):
+            end = [i + 1 for i, token in enumerate(tokens) if token in (11, *stops)]
+            ends.append(end[0] if end else None)
+            given = len(options.get("decoder_prefix", ()))
+            expected = log_probability(cfg, params, texts[index], tokens[: ends[-1]], given)
+            assert score == pytest.approx(expected, abs=1e-5)
+    assert None in ends and len({*ends}) > 2
 
 
 @pytest.mark.parametrize(("devices", "sizes"), [(1, [8, 8, 1, 2, 4, 8]), (2, [8, 8, 2, 2, 4, 8])])

@@ -171,7 +171,7 @@ def test_commands_of_two_processes_give_what_one_gives(shared, tmp_path):
     ]
     assert len(lines[1]) == 11
     for line, other in zip(*lines, strict=True):
-        scores = [x.pop("predictions")[0]["score"] for x in (line, other)]
+        scores = [x.pop("score") for x in (line, other)]
         assert line == other and scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 

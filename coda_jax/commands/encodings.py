@@ -1,6 +1,7 @@
 """What `coda predict` writes of an encoder: labels and numbers of a head, or its outputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
 import pathlib
 import sys
 from typing import Any
@@ -25,6 +26,7 @@ def descriptions(
     chunks: Iterable,
     encode: Callable,
     placement: Placement | None = None,
+    scores: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The input and its "prediction" for each record, in their order.
 
@@ -34,10 +36,14 @@ def descriptions(
         chunks: lists of records.
         encode: (record) -> its input.
         placement: the devices; None for all.
+        scores: whether the logarithm of a label's probability is written as its "score".
     """
     describe = model_for(model.config).describe
     for record, outputs in _encoded(model, decoding, chunks, encode, None, placement):
-        yield {**record, **describe(outputs)}
+        line = {**record, **describe(outputs)}
+        if scores:
+            line["score"] = math.log(line["scores"][line["prediction"]])
+        yield line
 
 
 def write_embeddings(

@@ -18,6 +18,7 @@ from coda_jax.commands.loading import LoadedModel, held_at_once, with_checkpoint
 from coda_jax.data import classes, jsonl
 from coda_jax.data.labels import check_labels
 from coda_jax.data.reports import say
+from coda_jax.data.rows import written
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import Vocabulary
 from coda_jax.inference import Decoding, Encodings, Predictor
@@ -52,7 +53,8 @@ def evaluate(
         split: of the task; None for "validation" or else the only one.
         output: JSON file for the metrics.
         placement: the devices; None for all, which share the rows of a batch.
-        predictions: JSONL file for each example, its "prediction", and its "score" or "scores".
+        predictions: file for each example, its "prediction", and its "score" or "scores": JSONL, or
+            by its name CSV or TSV.
         confusion: PNG file for a picture of which labels were taken for which.
 
     Returns:
@@ -83,8 +85,7 @@ def evaluate(
     if output is not None and processes.is_first():
         files.write_json(output, found)
     if predictions is not None and processes.is_first():
-        texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        files.write_text(predictions, "".join(texts))
+        files.write_text(predictions, "".join(written(lines, predictions)))
     return found
 
 

@@ -17,7 +17,7 @@ from coda_jax.checkpoints.adapter import read_config, read_lengths, read_manifes
 from coda_jax.checkpoints.generation_config import defaults_file, read_generation_config
 from coda_jax.checkpoints.swap_in import add_head, encoder_of
 from coda_jax.data.batches import SHORTEST, rounded_up
-from coda_jax.data.labels import read_labels
+from coda_jax.data.labels import LABEL, read_labels
 from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.inference import Decoding
 from coda_jax.methods import max_segments, with_reduction
@@ -94,14 +94,16 @@ def head(
     pooling: str | None = None,
     train_file: str | None = None,
     adapter_checkpoint: str | None = None,
+    field: str = LABEL,
 ) -> dict[str, Any]:
     """The values of an encoder's head: those of an adapter that has one, else the given ones.
 
     Args:
         kind: "classification" or "regression"; None for that of the adapter, else the first.
         pooling: how outputs become one; None for that of the adapter, else "mean".
-        train_file: JSONL with "label", whose labels a fresh classification has.
+        train_file: whose labels a fresh classification has.
         adapter_checkpoint: folder that `save_adapter` wrote.
+        field: of the file, that has the labels; see `read_labels`.
 
     Returns:
         {"head", "labels", "pooling"}, as `load_model` takes them.
@@ -121,7 +123,7 @@ def head(
     if values["head"] == "classification":
         if train_file is None:
             raise ValueError("the labels of a classification are read from TRAIN_FILE: name it")
-        values["labels"] = read_labels(train_file)
+        values["labels"] = read_labels(train_file, field)
     return values
 
 

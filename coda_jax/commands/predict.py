@@ -1,8 +1,6 @@
 """`coda predict`: answers to the inputs of a file."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-import itertools
-import json
 import os
 import sys
 from typing import Any, TextIO
@@ -18,13 +16,14 @@ from coda_jax.commands.loading import (
     with_checkpoint_defaults,
 )
 from coda_jax.data.reports import say
+from coda_jax.data.rows import read_requests, written
 from coda_jax.data.stop_texts import cut
 from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.objectives import model_for
+from coda_jax.objectives.beams import NO_OUTPUT
 from coda_jax.sharding import Placement
 
-_NO_OUTPUT = -1e6  # scores below are of no output: fewer were found than asked for
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which not all bytes have come
 
 
@@ -40,31 +39,35 @@ def predict(
     stream: bool = False,
     embed: str | None = None,
     placement: Placement | None = None,
+    field: str | None = None,
 ) -> None:
-    """Writes one JSON line with the input and its "prediction" for each, in their order.
+    """Writes a row with all that was asked and its "prediction" for each input, in their order.
 
-    Where several outputs or scores are asked for, "predictions" lists them, the best first, as
-    {"text", "score"}; `Seq2Seq.generate` says what the score is. A text with a stop text ends
+    Where several outputs are asked for, "predictions" lists them, the best first, as {"text",
+    "score"}; a score is a log-probability, see `Predictor.candidates`. A text with a stop text ends
     with it. A model with a head for labels or numbers answers with these.
 
     Args:
         model: what answers.
-        inputs: a text file with one input a line, a .jsonl file, or "-" for text lines from
-            standard input. An input is a text or the file of an image or a recording; lines of JSON
-            have "inputs", or "image" and, as models for questions need it, "header".
-        output: the JSONL file to write, which is there when it is complete; or "-" for standard
-            output.
+        inputs: a text file with one input a line; a .jsonl, .csv or .tsv file; or "-" for lines of
+            standard input, which are answered as they come. An input is a text, "inputs", or the
+            file of an "image" or of "audio". Rows keep their other fields; "header" is the question
+            about an image.
+        output: the file to write, which is there when it is complete: JSONL, or by its name CSV or
+            TSV; or "-" for JSONL on standard output.
         decoding: how outputs are made; what it leaves open, the adapter's training or
             generation_config.json may say. What is cut, inputs or outputs, is counted and said.
         vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
         chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images or audio.
         font: file of the font of headers; None for that of `data.images`.
-        scores: whether "predictions" are written for one output, too.
+        scores: whether the "score" of a prediction is written, too; of a label it is the logarithm
+            of its probability.
         stream: print only the texts instead, one input after the other, each on a line that grows
             with its tokens.
         embed: "mean" or "tokens" to write the encoder's outputs instead, as safetensors; see
             `encodings`.
         placement: the devices; None for all, which share the rows of a batch.
+        field: what of a row is its input, see `rows.Field`; None for the field named above.
 
     Raises:
         ValueError: an option has no effect, or cannot be with `stream`; inputs are the output.
@@ -73,18 +76,20 @@ def predict(
     checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
     if output != "-":
         files.prepare(output, inputs)
+    labels = embed is None and getattr(model.config, "labels", ())
     if embed is not None or model_for(model.config).describes:
-        decoding.check_encodes(SCORES=scores, STREAM=stream)
+        decoding.check_encodes(SCORES=scores and not labels, STREAM=stream)
     decoding = sized(decoding, model)
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
     requests = model.inputs
     encode = requests.encoder(model.config, vocabulary, decoding.max_input_length, font)
-    chunks = _chunks(iter(requests.read(inputs)), chunk_size or held_at_once(model, decoding))
+    asked = read_requests(inputs, requests.field, field, requests.problem)
+    chunks = _chunks(asked, chunk_size or held_at_once(model, decoding))
     if embed is not None:
         write_embeddings(model, decoding, chunks, encode, output, embed, placement)
     elif model_for(model.config).describes:
-        _write(descriptions(model, decoding, chunks, encode, placement), output)
+        _write(descriptions(model, decoding, chunks, encode, placement, scores), output)
     else:
         _generate(model, decoding, vocabulary, placement, chunks, encode, output, scores, stream)
 
@@ -117,27 +122,29 @@ def _generate(
         say(line)
 
 
-def _chunks(records: Iterator, size: int) -> Iterator[list]:
-    while chunk := list(itertools.islice(records, size)):
-        yield chunk
+def _chunks(asked: Iterable[list], size: int) -> Iterator[list]:
+    """Lists of at most so many."""
+    for records in asked:
+        for start in range(0, len(records), size):
+            yield records[start : start + size]
 
 
 def _write(lines: Iterable[Mapping[str, Any]], output: str) -> None:
-    """Writes lines of JSON as they come: to standard output, for "-", or to a new file.
+    """Writes rows as they come: to standard output, for "-", or to a new file.
 
     The new file takes the place of an older one when it is complete.
     """
     if output == "-":
-        _write_each(lines, sys.stdout)
+        _write_each(written(lines, output), sys.stdout)
         return
-    written = files.atomic(output if processes.is_first() else os.devnull)
-    with written as path, open(path, "w", encoding="utf-8") as file:
-        _write_each(lines, file)
+    new = files.atomic(output if processes.is_first() else os.devnull)
+    with new as path, open(path, "w", encoding="utf-8") as file:
+        _write_each(written(lines, output), file)
 
 
-def _write_each(lines: Iterable[Mapping[str, Any]], file: TextIO) -> None:
-    for line in lines:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _write_each(texts: Iterable[str], file: TextIO) -> None:
+    for text in texts:
+        file.write(text)
         file.flush()
 
 
@@ -152,12 +159,15 @@ def _answers(predictor, vocabulary, encode, chunks, scores: bool) -> Iterator[di
                 answers[index] = [
                     {"text": text(tokens.tolist()), "score": float(score)}
                     for tokens, score in zip(*found, strict=True)
-                    if score > _NO_OUTPUT
+                    if score > NO_OUTPUT
                 ]
                 progress.update()
             for index, record in enumerate(chunk):
-                line = {**record, "prediction": answers[index][0]["text"]}
-                if scores or predictor.decoding.num_return_sequences > 1:
+                best = answers[index][0]
+                line = {**record, "prediction": best["text"]}
+                if scores:
+                    line["score"] = best["score"]
+                if predictor.decoding.num_return_sequences > 1:
                     line["predictions"] = answers[index]
                 yield line
             done += len(chunk)
@@ -182,4 +192,4 @@ def _print_growing(predictor: Predictor, vocabulary: Vocabulary, inputs: Iterabl
             if grown.startswith(shown):
                 print(grown[len(shown) :], end="", flush=True)
                 shown = grown
-        print(text(found).removeprefix(shown))
+        print(text(found).removeprefix(shown), flush=True)

@@ -12,8 +12,9 @@ Without seqio and TensorFlow:
 - `vocabulary_files`: names of the files, and which tokens are special.
 - `vocabulary_agreement`: whether two kinds in one folder are the same vocabulary.
 - `stop_texts`: the table by which a compiled program finds the texts that end an output.
-- `jsonl`: JSONL files and tasks over them.
-- `labels`: JSONL files of texts with a class or a number.
+- `rows`: files of JSONL, CSV and TSV: their rows, and what is taken of them.
+- `jsonl`: tasks over such files whose rows have two texts.
+- `labels`: tasks over those with a text and a class or a number.
 - `scores`, `classes`: how texts, and how classes, are compared.
 - `source`: `Data`, which finds the examples of a task's name or of a cache file.
 - `epoch_steps`: how many steps are so many epochs.

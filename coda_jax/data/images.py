@@ -12,13 +12,12 @@ import numpy as np
 
 from coda_jax.data import image_files
 from coda_jax.data.headers import DEFAULT_FONT, with_header
-from coda_jax.data.jsonl import read_inputs, read_jsonl
 from coda_jax.optional import needs
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
-__all__ = ["DEFAULT_FONT", "patches", "read_image", "read_requests", "with_header"]
+__all__ = ["DEFAULT_FONT", "patches", "read_image", "with_header"]
 
 _BLOCK = 2**21  # values that are held as float64 at once
 
@@ -115,25 +114,3 @@ def _standard(values: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
     same = tf.equal(values[0], tf.reduce_min(values)) & tf.equal(values[0], tf.reduce_max(values))
     factor = tf.where(same, tf.zeros_like(factor), factor)
     return tf.cast(mean, tf.float32), tf.cast(factor, tf.float32)
-
-
-def read_requests(path: str) -> list[dict[str, str]]:
-    """Reads what `coda predict` asks of images.
-
-    Args:
-        path: a text file with the file of an image on each line, a .jsonl file whose lines have
-            "image" and may have "header", or "-" for text on standard input.
-
-    Returns:
-        {"image"} or {"image", "header"} of each, in order.
-
-    Raises:
-        FileNotFoundError, ValueError: as `jsonl.read_inputs` and `jsonl.read_jsonl`.
-    """
-    if not path.endswith(".jsonl"):
-        return [{"image": line} for line in read_inputs(path)]
-    columns = read_jsonl(path, ("image",), optional=("header",))
-    return [
-        {"image": image, **({"header": header} if header else {})}
-        for image, header in zip(columns["image"], columns["header"], strict=True)
-    ]

@@ -1,10 +1,10 @@
-"""JSONL files: their texts, and tasks over them that need neither seqio nor TensorFlow.
+"""Tasks over files of JSONL, CSV or TSV that need neither seqio nor TensorFlow.
 
 `jsonl_task` reads the files and keeps the task in `TASKS` under the name that it returns. Where
 seqio is in use, seqio knows the task by the same name.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -16,28 +16,30 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax import checks, files
+from coda_jax import checks
 from coda_jax.data.batches import FEATURES
+from coda_jax.data.rows import Field, Row, read_rows
 from coda_jax.data.scores import accuracy
 from coda_jax.data.vocabularies import Vocabulary, load_vocabulary
 
-Columns = Mapping[str, Sequence[str]]
 SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """What tasks over JSONL files share: their texts by split, and the vocabulary.
+    """What tasks over files share: their texts by split, and the vocabulary.
 
     Attributes:
         name: of the task.
         columns: for each split, lists by the name of a field.
+        lines: for each split, on which line of its file each example starts.
         vocabulary_path: a path, or "bytes", for `load_vocabulary`.
         files: the file of each split.
     """
 
     name: str
     columns: Mapping[str, Mapping[str, Sequence]] = dataclasses.field(repr=False)
+    lines: Mapping[str, Sequence[int]] = dataclasses.field(repr=False)
     vocabulary_path: str
     files: Mapping[str, str]
 
@@ -80,7 +82,7 @@ class TextTask:
         raise NotImplementedError
 
     def changed_targets(self, split: str) -> list[int]:
-        """The lines, from 0, whose targets the vocabulary gives back as another text."""
+        """The examples, from 0, whose targets the vocabulary gives back as another text."""
         raise NotImplementedError
 
 
@@ -101,11 +103,11 @@ class JsonlTask(TextTask):
         return accuracy([text.strip() for text in self.columns[split]["targets"]], texts)
 
     def changed_targets(self, split: str) -> list[int]:
-        """The lines, from 0, whose targets the vocabulary gives back as another text."""
+        """The examples, from 0, whose targets the vocabulary gives back as another text."""
         pairs = zip(self.columns[split]["targets"], self.examples(split), strict=True)
         return [
-            line
-            for line, (text, example) in enumerate(pairs)
+            place
+            for place, (text, example) in enumerate(pairs)
             if self.vocabulary.decode(example["targets"].tolist()).strip() != text.strip()
         ]
 
@@ -127,30 +129,26 @@ def jsonl_task(
     The files and the vocabulary are read at once, so that a bad line is found before anything runs.
 
     Args:
-        train_file: the file of the split "train", if there is one; see `read_splits`.
+        train_file: the file of the split "train", if there is one: JSONL, CSV or TSV, see `rows`.
         validation_file: the file of the split "validation", if there is one.
         test_file: the file of the split "test", if there is one.
         vocabulary: a path, or "bytes", for `load_vocabulary`.
-        fields: the names of a line's fields, that of the inputs and that of the targets.
+        fields: what of a row are the inputs, and what the targets; see `rows.Field`.
 
     Returns:
         "jsonl_<names of the files>"; see `task_name`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as for `read_splits`, or `load_vocabulary` refuses the vocabulary.
+        ValueError: no file, an empty file, a bad row (file and line are named), or a bad
+            vocabulary.
     """
-    files = check_files(train_file, validation_file, test_file, vocabulary)
-    fields = tuple(
-        checks.text(name, field)
-        for name, field in zip(("INPUT_FIELD", "TARGET_FIELD"), fields, strict=True)
-    )
-    if len({*fields}) < 2:
-        raise ValueError(f"INPUT_FIELD and TARGET_FIELD are both {fields[0]!r}")
-    name = task_name("jsonl", files, (files, vocabulary, fields))
+    given = check_files(train_file, validation_file, test_file, vocabulary)
+    inputs, targets = check_fields(fields)
+    name = task_name("jsonl", given.values(), (given, vocabulary, inputs, targets))
     if (task := TASKS.get(name)) is None:
-        given = {s: os.fspath(f) for s, f in zip(SPLITS, files, strict=True) if f is not None}
-        task = JsonlTask(name, read_splits(name, *files, fields=fields), vocabulary, given)
+        read = dict(zip(FEATURES, (inputs.text, targets.text), strict=True))
+        task = JsonlTask(name, *read_splits(given, read), vocabulary, given)
     # T5X finds tasks in seqio's registry. Only seqio reads a vocabulary in a bucket.
     if sys.modules.get("seqio"):
         from coda_jax.data import seqio_tasks
@@ -164,7 +162,7 @@ def jsonl_task(
 
 def task_name(
     prefix: str,
-    files: Sequence[str | os.PathLike | None],
+    files: Iterable[str | os.PathLike | None],
     arguments: Sequence,
     taken: Container[str] = (),
 ) -> str:
@@ -192,132 +190,48 @@ def task_name(
 
 def check_files(
     train_file: Any, validation_file: Any, test_file: Any, vocabulary: Any
-) -> tuple[Any, Any, Any]:
-    """The files of the splits; ValueError where one, or the vocabulary, is no name of a file."""
-    files = train_file, validation_file, test_file
-    names = [f"{split.upper()}_FILE" for split in SPLITS]
-    checks.paths(**dict(zip(names, files, strict=True)), VOCABULARY=vocabulary)
-    return files
+) -> dict[str, str]:
+    """{split: its file} of those that are given.
+
+    Raises:
+        ValueError: there is none, or one, or the vocabulary, is no name of a file.
+    """
+    files = dict(zip(SPLITS, (train_file, validation_file, test_file), strict=True))
+    names = {f"{split.upper()}_FILE": file for split, file in files.items()}
+    checks.paths(**names, VOCABULARY=vocabulary)
+    if not (given := {s: os.fspath(file) for s, file in files.items() if file is not None}):
+        raise ValueError(f"the task needs at least one of {', '.join(names)}")
+    return given
+
+
+def check_fields(fields: Sequence[str]) -> tuple[Field, Field]:
+    """What is taken of each row as its inputs, and as its targets; ValueError where it is one."""
+    names = ("INPUT_FIELD", "TARGET_FIELD")
+    inputs, targets = (Field(given, name) for name, given in zip(names, fields, strict=True))
+    if inputs.given == targets.given:
+        raise ValueError(f"INPUT_FIELD and TARGET_FIELD are both {inputs.given!r}")
+    return inputs, targets
 
 
 def read_splits(
-    name: str,
-    train_file: str | os.PathLike | None,
-    validation_file: str | os.PathLike | None,
-    test_file: str | os.PathLike | None,
-    fields: Sequence[str] = FEATURES,
-) -> dict[str, Columns]:
-    """Reads JSONL files with lines {"inputs": str, "targets": str}.
-
-    Other fields of a line are ignored; blank lines are allowed at the end only.
+    given: Mapping[str, str], read: Mapping[str, Callable[[Row], Any]]
+) -> tuple[dict[str, dict[str, list]], dict[str, list[int]]]:
+    """Reads the files of splits.
 
     Args:
-        name: of the task, for the error.
-        train_file: the file of the split "train", if there is one.
-        validation_file: the file of the split "validation", if there is one.
-        test_file: the file of the split "test", if there is one.
-        fields: what the two fields of a line are called.
+        given: {split: its file}.
+        read: {name of a column: (row) -> its value}.
 
     Returns:
-        The lists "inputs" and "targets" of each split that has a file.
+        The columns of each split, and the lines on which its rows start.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no file, an empty file, or a bad line (file and line are named).
+        ValueError: an empty file, or a bad row; file and line are named.
     """
-    files = dict(zip(SPLITS, (train_file, validation_file, test_file), strict=True))
-    columns = {
-        split: dict(zip(FEATURES, read_jsonl(path, fields).values(), strict=True))
-        for split, path in files.items()
-        if path is not None
-    }
-    if not columns:
-        raise ValueError(f"Task {name!r} needs at least one of {[f'{s}_file' for s in files]}")
-    return columns
-
-
-def read_jsonl(
-    path: str | os.PathLike, fields: Sequence[str], optional: Sequence[str] = ()
-) -> dict[str, list[str]]:
-    """Reads some text fields of a JSONL file.
-
-    Args:
-        path: the file, UTF-8.
-        fields: what each line must have, as strings.
-        optional: what a line may lack, "" then.
-
-    Returns:
-        A list for each field, in the order of the lines.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an empty file, or a line that is not such an object; file and line are named.
-    """
-    columns: dict[str, list[str]] = {field: [] for field in (*fields, *optional)}
-    for place, record in read_records(path):
-        record = {**dict.fromkeys(optional, ""), **record}
-        for field in columns:
-            if field not in record:
-                raise ValueError(f"{place}: the field {field!r} is missing")
-            if not isinstance(record[field], str):
-                raise ValueError(f"{place}: {field!r} must be a string: {record[field]!r}")
-            columns[field].append(record[field])
-    return columns
-
-
-def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with "file:line" for errors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an empty file, or a line that is no object; file and line are named.
-    """
-    with open(path, "rb") as f:
-        lines = f.read().rstrip().split(b"\n")
-    if lines == [b""]:
-        raise ValueError(f"{os.fspath(path)}: the file is empty")
-    for number, line in enumerate(lines, start=1):
-        yield f"{os.fspath(path)}:{number}", _record(line, os.fspath(path), number)
-
-
-def _record(line: bytes, path: str, number: int) -> dict[str, Any]:
-    """The object in a line; ValueError names the file and the line."""
-    place, text = f"{path}:{number}", files.decoded(line, path, number)
-    try:
-        record = files.json_value(text)
-    except ValueError as e:
-        raise ValueError(f"{place}: {e} (each line must be an object)") from e
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: not an object: {record!r:.80}")
-    return record
-
-
-def read_inputs(path: str | os.PathLike) -> list[str]:
-    """Reads the inputs to predict from.
-
-    Args:
-        path: a text file with one input a line, see `files.lines`; a .jsonl file with lines
-            {"inputs": str}; or "-" for text on standard input.
-
-    Returns:
-        The inputs in order.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no input, a line that is not UTF-8, or a bad JSONL line (file and line
-            are named).
-    """
-    path = os.fspath(path)
-    if path.endswith(".jsonl"):
-        return read_jsonl(path, ("inputs",))["inputs"]
-    place = path if path != "-" else "standard input"
-    content = _standard_input() if path == "-" else pathlib.Path(path).read_bytes()
-    if not (lines := files.lines(content, place)):
-        raise ValueError(f"{place}: there are no inputs")
-    return lines
-
-
-def _standard_input() -> bytes:
-    """All of it; what a program has put in its place may be text alone."""
-    buffer = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read().encode() if buffer is None else buffer.read()
+    columns, lines = {}, {}
+    for split, path in given.items():
+        found = [(row.line, *(take(row) for take in read.values())) for row in read_rows(path)]
+        lines[split], *values = map(list, zip(*found, strict=True))
+        columns[split] = dict(zip(read, values, strict=True))
+    return columns, lines

@@ -187,8 +187,8 @@ class Data:
 
     def _numbered(self, place: int) -> str:
         """An example's file and line, or its number from 1."""
-        colon = ":" if self.task in jsonl.TASKS else ": example "
-        return f"{self.place}{colon}{place + 1}"
+        lines = self.task in jsonl.TASKS and jsonl.TASKS[self.task].lines[self.split]
+        return f"{self.place}:{lines[place]}" if lines else f"{self.place}: example {place + 1}"
 
     def check(self, expected: Expected) -> None:
         """Looks at the examples before they are used, and prints what is known of them.
@@ -214,10 +214,10 @@ class Data:
         if expected.targets == "tokens" and self.task in jsonl.TASKS:
             kept = set(self.scan(expected).kept)
             changed = jsonl.TASKS[self.task].changed_targets(self.split)
-            if changed := [line for line in changed if line in kept]:
+            if changed := [place for place in changed if place in kept]:
                 say(
                     f"{self.place}: {len(changed):,} targets are other texts in the vocabulary, "
-                    f"which no output equals; the first: line {changed[0] + 1:,}"
+                    f"which no output equals; the first: {self._numbered(changed[0])}"
                 )
 
     def lengths(self, expected: Expected) -> dict[str, int]:

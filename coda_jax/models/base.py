@@ -7,7 +7,7 @@ Axis letters: B batch, N input tokens, C channels, D embedding, V vocabulary.
 """
 
 import collections
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 import dataclasses
 import functools
 import pathlib
@@ -220,7 +220,7 @@ class Inputs:
     Attributes:
         unit: what a place of a row is: "tokens", "patches" or "frames".
         random: (config, rng, B, N) -> [B, N, ...] inputs that fill their rows.
-        read: (file) -> the requests in it, records that `coda predict` writes out again.
+        field: of a request of `coda predict`, that has its input: a text, or the name of a file.
         encoder: (config, vocabulary, N, font) -> (request -> its inputs [n, ...]), n at most N
             where what is longer cannot be cut.
         shown: (inputs [n, ...] of a row, vocabulary) -> what people see of them: "kind" and, for
@@ -228,6 +228,7 @@ class Inputs:
             "grid", rows and columns of patches; for "sound", "spectrogram" [windows, bins] and
             "seconds" of a frame.
         longest: the most of them that are kept where nobody says another limit.
+        problem: (request) -> why it is none; None where it is.
         held: requests that are held at once, to be sorted by length; None for a few batches.
         of_checkpoint: (these, folder of a checkpoint, its config) -> those of the checkpoint, whose
             own files may say more.
@@ -235,10 +236,11 @@ class Inputs:
 
     unit: str
     random: Callable[[Any, np.random.Generator, int, int], np.ndarray]
-    read: Callable[[str], Iterable[dict[str, str]]]
+    field: str
     encoder: Callable[..., Callable[[Mapping[str, str]], np.ndarray]]
     shown: Callable[[np.ndarray, Any], dict[str, Any]]
     longest: int = 512
+    problem: Callable[[Mapping[str, Any]], str | None] = lambda request: None
     held: int | None = None
     of_checkpoint: Callable[["Inputs", pathlib.Path, Any], "Inputs"] = lambda inputs, *_: inputs
 

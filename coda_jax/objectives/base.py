@@ -238,6 +238,17 @@ class Model:
         """
         raise NotImplementedError
 
+    def log_probs(
+        self,
+        tokens: Int[np.ndarray, "b n l"],
+        scores: Float[np.ndarray, "b n"],
+        generation: Generation,
+        stops: Array | None = None,
+    ) -> Float[np.ndarray, "b n"]:
+        """The log-probabilities of outputs; by default the scores that `generate` gave them."""
+        del tokens, generation, stops
+        return scores
+
     def stepwise(self, generation: Generation):
         """Generation token by token; see `Seq2Seq`.
 

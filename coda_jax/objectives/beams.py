@@ -17,6 +17,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
+import numpy as np
 
 from coda_jax.nn.attention import widened_cache
 from coda_jax.nn.tokens import take
@@ -27,6 +28,7 @@ from coda_jax.sharding import num_parts
 
 # The log-probability of what must not be chosen, as in T5X: finite, so that no `inf - inf` arises.
 _IMPOSSIBLE = -1e7
+NO_OUTPUT = -1e6  # scores below are of no output: fewer were found than asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,11 @@ class T5XRules:
         self, log_probs: Float[Array, "b n"], new_tokens: Int[Array, ""]
     ) -> Float[Array, "b n"]:
         """The scores of beams with so many tokens behind the prefix, [B, 2M]."""
-        return log_probs / self._penalty(self.prefix_length + new_tokens)
+        return log_probs / self.penalty(new_tokens)
+
+    def penalty(self, new_tokens: Int[Array, "..."]) -> Float[Array, "..."]:
+        """By what the log-probabilities of beams that ended are divided."""
+        return self._penalty(self.prefix_length + new_tokens)
 
     def best_possible_score(
         self, log_probs: Float[Array, "b 1"], new_tokens: Int[Array, ""]
@@ -84,13 +90,13 @@ class TransformersRules:
     one of those is.
 
     Attributes:
-        penalty: `length_penalty`.
+        exponent: `length_penalty`.
         early_stopping: see `Generation`.
         longest: L.
         prefix_length: P - 1.
     """
 
-    penalty: float
+    exponent: float
     early_stopping: bool | str
     longest: int
     prefix_length: int
@@ -99,7 +105,11 @@ class TransformersRules:
         self, log_probs: Float[Array, "b n"], new_tokens: Int[Array, ""]
     ) -> Float[Array, "b n"]:
         """The scores of beams with so many tokens behind the prefix, [B, 2M]."""
-        return log_probs / jnp.float32(new_tokens) ** self.penalty
+        return log_probs / self.penalty(new_tokens)
+
+    def penalty(self, new_tokens: Int[Array, "..."]) -> Float[Array, "..."]:
+        """By what the log-probabilities of beams are divided."""
+        return jnp.float32(new_tokens) ** self.exponent
 
     def best_possible_score(
         self, log_probs: Float[Array, "b 1"], new_tokens: Int[Array, ""]
@@ -107,7 +117,7 @@ class TransformersRules:
         """What the best live beams might score at most, [B, 1]; exact only with "never"."""
         if self.early_stopping == "never":
             longest = self.longest - self.prefix_length
-            new_tokens = jnp.where(self.penalty > 0, longest, new_tokens)
+            new_tokens = jnp.where(self.exponent > 0, longest, new_tokens)
         return self.score(log_probs, new_tokens)
 
     def finishing(self, ended: Bool[Array, "b n"], at_end: Bool[Array, ""]) -> Bool[Array, "b n"]:
@@ -121,6 +131,14 @@ class TransformersRules:
 
 
 Rules = T5XRules | TransformersRules
+
+
+def _rules(options: Generation, prefix_length: int) -> Rules:
+    """Those that resolved options ask for."""
+    lengths = options.max_decode_length, prefix_length
+    if options.length_penalty is None:
+        return T5XRules(options.alpha, *lengths)
+    return TransformersRules(options.length_penalty, options.early_stopping, *lengths)
 
 
 class _Beams(NamedTuple):
@@ -181,14 +199,8 @@ def beam_search(
         [B, M] float32, by which they are ranked: log-probabilities, processed as the options say,
         under the length penalty; NaN where a logit of the row was not finite.
     """
-    longest, prefix_length = options.max_decode_length, given.shape[1] - 1
-    if options.length_penalty is None:
-        rules = T5XRules(options.alpha, longest, prefix_length)
-    else:
-        rules = TransformersRules(
-            options.length_penalty, options.early_stopping, longest, prefix_length
-        )
-    places = decoding.cache_places(longest, given.shape[1])
+    rules = _rules(options, given.shape[1] - 1)
+    places = decoding.cache_places(options.max_decode_length, given.shape[1])
     _, step, rows = decoding.begin(
         model, params, encoder_input_tokens, given, options, stops=stops, places=places[0]
     )
@@ -204,6 +216,42 @@ def beam_search(
     finished = jnp.where(beams.occupied, beams.scores, _IMPOSSIBLE)
     scores = jnp.where(any_finished, finished, beams.live_log_probs)
     return tokens[..., 1:], jnp.where(beams.finite, scores, jnp.nan)
+
+
+def log_probs(
+    tokens: Int[np.ndarray, "b n l"],
+    scores: Float[np.ndarray, "b n"],
+    options: Generation,
+    pad_id: int,
+    eos_id: int,
+    stops: Stops | None = None,
+) -> Float[np.ndarray, "b n"]:
+    """The log-probabilities, processed as the options say, of what `beam_search` has scored.
+
+    Args:
+        tokens: [B, n, L] the best n outputs.
+        scores: [B, n] theirs.
+        options: those of the search.
+        pad_id, eos_id: those of the model.
+        stops: those of the search.
+
+    Returns:
+        [B, n], sums over the tokens behind the prefix; scores of no output as they are.
+    """
+    prefix_length = len(options.decoder_prefix)
+    written = tokens[..., prefix_length:]
+    new_tokens = written.shape[-1] - (written[..., ::-1] != pad_id).argmax(-1)
+    ended = (written == eos_id).any(-1)
+    if stops is not None:
+        stops = jnp.asarray(np.asarray(stops))  # which other processes may hold, too
+        with_start = np.pad(tokens.reshape(-1, tokens.shape[-1]), ((0, 0), (1, 0)))
+        last = np.asarray(decoding.matched(stops, with_start)).reshape(ended.shape)
+        ended |= (last == stops.shape[0] - 1) | (tokens[..., -1] == pad_id)
+    new_tokens = np.where(ended, new_tokens, written.shape[-1])
+    penalty = np.asarray(_rules(options, prefix_length).penalty(new_tokens))
+    if options.length_penalty is None:  # a row in which no beam ended is ranked without
+        penalty = np.where(ended[:, :1], penalty, 1)
+    return np.where(scores > NO_OUTPUT, scores * penalty, scores)
 
 
 def _widened(beams: _Beams, places: int) -> _Beams:

@@ -172,7 +172,7 @@ def begin(
         log_probs=jnp.zeros(num_rows, jnp.float32),
         ended=jnp.broadcast_to(empty, (len(empty), num_rows // len(empty))).reshape(-1),
         keys=keys,
-        matched=None if stops is None else _matched(stops, given),
+        matched=None if stops is None else matched(stops, given),
         cache=cache,
     )
     return encoded, step, rows
@@ -248,12 +248,12 @@ def row_keys(
     return jax.vmap(fold, (0, None))(of_inputs, jnp.arange(samples)).reshape(-1)
 
 
-def _matched(stops: Stops, given: Int[Array, "r p"]) -> UInt[Array, " r"]:
+def matched(stops: Stops, given: Int[Array, "r p"]) -> UInt[Array, " r"]:
     """The states of the stop texts after what is given behind the start token."""
-    matched = jnp.zeros(given.shape[0], stops.dtype)
+    state = jnp.zeros(given.shape[0], stops.dtype)
     for place in range(1, given.shape[1]):
-        matched = stops[matched, given[:, place]]
-    return matched
+        state = stops[state, given[:, place]]
+    return state
 
 
 def after(

@@ -146,6 +146,23 @@ class Seq2Seq(Model):
             tokens, scores = take(tokens, order), take(scores, order)
         return unanswered(tokens, scores)
 
+    def log_probs(self, tokens, scores, generation: Generation, stops=None):
+        """The log-probabilities of outputs, which with beams are ranked by others.
+
+        Args:
+            tokens: [B, n, L] what `generate` gave.
+            scores: [B, n] with it.
+            generation: the options, resolved.
+            stops: of the stop texts.
+
+        Returns:
+            [B, n], sums over the tokens behind the prefix, the end token included.
+        """
+        if generation.num_beams == 1:
+            return scores
+        special = self.config.pad_id, self.config.eos_id
+        return beams.log_probs(tokens, scores, generation, *special, stops)
+
     def stepwise(self, generation: Generation) -> tuple[Callable, Callable]:
         """Generation token by token, for one output of each input.
 

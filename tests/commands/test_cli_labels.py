@@ -1,5 +1,6 @@
 """Labels from the command line: an encoder alone with a head, and its outputs as they are."""
 
+import csv
 import json
 
 from command_line import coda
@@ -111,7 +112,12 @@ def check_scores(found, pairs):
 
 def test_evaluate_and_predict_agree_with_the_run(trained, tmp_path):
     folder, given = trained
+    rows = [json.loads(line) for line in given["VALIDATION_FILE"].read_text().splitlines()]
+    with (tmp_path / "same.csv").open("w", newline="") as file:
+        cells = [(row["label"], number, row["inputs"]) for number, row in enumerate(rows)]
+        csv.writer(file).writerows([("label", "n", "text"), *cells])
     task = {key: value for key, value in given.items() if key not in ("TRAIN_FILE", "HEAD")}
+    task |= {"VALIDATION_FILE": tmp_path / "same.csv", "INPUT_FIELD": "'{text}'"}
     adapter = {"INITIAL_ADAPTER_PATH": folder / "export" / "adapter"}
     output = {"OUTPUT": tmp_path / "metrics.json", "PREDICTIONS": tmp_path / "each.jsonl"}
     if given["HEAD"] == "classification":
@@ -126,12 +132,13 @@ def test_evaluate_and_predict_agree_with_the_run(trained, tmp_path):
         check_scores(found, [(line["label"], line["prediction"]) for line in each])
         assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"inputs": row["inputs"]}) + "\n" for row in ROWS))
-    asked = {"INPUT": texts, "OUTPUT": tmp_path / "out.jsonl", "VOCABULARY": "bytes"}
+    asked = {"INPUT": tmp_path / "same.csv", "OUTPUT": tmp_path / "out.jsonl"}
+    asked |= {"INPUT_FIELD": "text", "VOCABULARY": "bytes"}
+    asked |= {"SCORES": given["HEAD"] == "classification"}
     given = {"INITIAL_CHECKPOINT_PATH": given["INITIAL_CHECKPOINT_PATH"], **adapter, **asked}
     coda("predict", ["runs/predict.gin"], given)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["n"] for line in lines] == [*map(str, range(len(ROWS)))]
     answers = [line["prediction"] for line in lines]
     together = [line["prediction"] for line in each]
     assert together == (answers if "accuracy" in expected else pytest.approx(answers, abs=1e-4))
@@ -140,7 +147,11 @@ def test_evaluate_and_predict_agree_with_the_run(trained, tmp_path):
         assert sum(right) / len(right) == pytest.approx(expected["accuracy"])
         assert all(line["scores"].keys() == {"no", "yes"} for line in lines)
         assert all(sum(line["scores"].values()) == pytest.approx(1.0) for line in lines)
+        for line in lines:
+            assert np.exp(line["score"]) == pytest.approx(max(line["scores"].values()), abs=1e-6)
     else:
+        with pytest.raises(ValueError, match="the encoder answers: no SCORES"):
+            coda("predict", ["runs/predict.gin"], {**given, "SCORES": True})
         errors = [abs(a - len(row["inputs"]) / 10) for a, row in zip(answers, ROWS, strict=True)]
         mean = sum(errors) / len(errors)
         assert mean == pytest.approx(expected["mean_absolute_error"], abs=1e-4)

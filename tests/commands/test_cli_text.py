@@ -196,7 +196,7 @@ def test_a_mesh_changes_no_answer(trained, shared, checkpoint, tmp_path):
     assert metrics[0] == metrics[1]
     for whole, divided in zip(*lines, strict=True):
         assert whole["prediction"] == divided["prediction"]
-        score, other = (line["predictions"][0]["score"] for line in (whole, divided))
+        score, other = (line["score"] for line in (whole, divided))
         assert score == pytest.approx(other, abs=1e-5)
 
 

@@ -7,11 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import types
+from typing import ClassVar
 
+from command_line import flags
 from helpers import config, random_params
 import numpy as np
 import pytest
 
+from coda_jax.checkpoints import save_hf
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.commands.predict import predict
 from coda_jax.data.vocabularies import ByteVocabulary
@@ -38,6 +42,25 @@ def fixture_inputs(tmp_path):
     return str(tmp_path / "in.txt")
 
 
+@pytest.fixture(name="echo")
+def fixture_echo(monkeypatch):
+    """Answers each input with itself."""
+
+    def candidates(self, inputs, first=0):
+        return ((index, x[None], np.array([-0.5])) for index, x in enumerate(inputs))
+
+    monkeypatch.setattr(Predictor, "candidates", candidates)
+
+
+class Written(list):
+    """Standard output that remembers its pieces."""
+
+    write = list.append
+
+    def flush(self):
+        pass
+
+
 def written(model, inputs, options, **arguments):
     """Returns the lines that `coda predict` writes."""
     output = model.directory / "out.jsonl"
@@ -55,15 +78,57 @@ def test_several_outputs_are_written_with_their_scores(model, inputs):
         found = line["predictions"]
         assert line["prediction"] == found[0]["text"] == alone["prediction"]
         assert len({output["text"] for output in found}) == len(found) == 3
-        assert [output["score"] for output in found] == sorted(
-            (output["score"] for output in found), reverse=True
-        )
+        assert all(output["score"] < 0 for output in found) and "score" not in line
+    for line in written(model, inputs, {"num_beams": 3, "num_return_sequences": 3}, scores=True):
+        assert line["score"] == line["predictions"][0]["score"]
 
 
-def test_scores_of_a_single_output_are_written_where_they_are_asked_for(model, inputs):
-    for line in written(model, inputs, {}, scores=True):
-        (output,) = line["predictions"]
-        assert output["text"] == line["prediction"] and output["score"] < 0
+def test_a_table_is_answered_with_its_other_columns_and_scores(model, tmp_path, echo):
+    (tmp_path / "in.csv").write_text('id,a,b\n7,x,"y\nz"\n8,"1,2",\n')
+    decoding, output = Decoding(max_decode_length=LENGTH), tmp_path / "out.tsv"
+    arguments = {"scores": True, "field": "{b}-{a}"}
+    predict(model, str(tmp_path / "in.csv"), str(output), decoding, "bytes", **arguments)
+    assert output.read_text() == (
+        'id\ta\tb\tinputs\tprediction\tscore\n7\tx\t"y\nz"\t"y\nz-x"\t"y\nz-x"\t-0.5\n'
+        "8\t1,2\t\t-1,2\t-1,2\t-0.5\n"
+    )
+
+
+def test_a_line_of_standard_input_is_answered_before_the_next_is_read(model, monkeypatch, echo):
+    printed, seen = Written(), []
+
+    class Typed:
+        """Two lines, then one, then the end."""
+
+        parts: ClassVar = [b"a\nb\n", b"c\n", b""]
+
+        def read1(self, size):
+            seen.append(len(printed))
+            return self.parts.pop(0)
+
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=Typed()))
+    monkeypatch.setattr(sys, "stdout", printed)
+    predict(model, "-", "-", Decoding(max_decode_length=LENGTH), "bytes")
+    monkeypatch.undo()
+    assert [json.loads(line) for line in printed] == [
+        {"inputs": text, "prediction": text} for text in "abc"
+    ]
+    assert seen == [0, 2, 3]
+
+
+@pytest.mark.all
+def test_a_process_answers_each_line_of_a_pipe_as_it_comes(tmp_path):
+    save_hf(tmp_path, CONFIG, random_params(CONFIG))
+    given = {"INITIAL_CHECKPOINT_PATH": tmp_path, "VOCABULARY": "bytes", "INPUT": "-"}
+    given |= {"Decoding.max_decode_length": LENGTH}
+    command = [sys.executable, "-m", "coda_jax.cli", "predict", *flags(["runs/predict.gin"], given)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as process:
+        for text in TEXTS:  # each is asked when the one before is answered
+            process.stdin.write(f"{text}\n")
+            assert json.loads(process.stdout.readline())["inputs"] == text
+        rest, errors = process.communicate()
+    assert (rest, process.returncode) == ("", 0), errors
 
 
 @pytest.mark.all
@@ -92,15 +157,6 @@ def test_generation_config_is_taken_and_said(model, inputs, caplog):
     assert "generation_config.json: max_decode_length=2" in caplog.text
     lines = (model.directory / "out.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["prediction"]) for line in lines] == [2, 2, 2]
-
-
-class Written(list):
-    """Standard output that remembers its pieces."""
-
-    write = list.append
-
-    def flush(self):
-        pass
 
 
 def test_a_stream_is_a_line_for_each_input_that_grows_with_its_tokens(model, inputs, monkeypatch):

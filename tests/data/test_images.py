@@ -1,6 +1,5 @@
 """Images to patches: as the public image processor makes them; what cannot be read is named."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -178,17 +177,3 @@ def test_a_task_stops_at_an_unreadable_image_and_names_it(folder, file, error):
     register("images_bad", folder, ["wide.png", file], ["", ""])
     with pytest.raises(error, match=file.replace(".", r"\.")):
         examples("images_bad")
-
-
-def test_requests_are_read_from_lists_of_files_and_from_json(tmp_path):
-    (tmp_path / "files.txt").write_text("a.png\nb.png\n")
-    assert images.read_requests(str(tmp_path / "files.txt")) == [
-        {"image": "a.png"},
-        {"image": "b.png"},
-    ]
-    lines = [{"image": "a.png", "header": "Who?"}, {"image": "b.png"}]
-    (tmp_path / "files.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert images.read_requests(str(tmp_path / "files.jsonl")) == lines
-    (tmp_path / "files.jsonl").write_text('{"image": "a.png", "header": 3}')
-    with pytest.raises(ValueError, match=r"files\.jsonl:1: 'header' must be a string: 3"):
-        images.read_requests(str(tmp_path / "files.jsonl"))

@@ -1,6 +1,5 @@
 """JSONL files and tasks over them: every bad line is named, and seqio reads the same tokens."""
 
-import io
 import json
 import sys
 
@@ -83,6 +82,20 @@ def test_the_fields_of_a_line_may_have_other_names(tmp_path):
         jsonl.jsonl_task(**given, fields=("question", "question"))
 
 
+def test_seqio_reads_the_same_of_a_table(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('id,q,c,answer\n1,why,"x\ny",because\n2,a,b,c\n')
+    fields = ("question: {q} context: {c}", "answer")
+    name = jsonl.jsonl_task(train_file=path, vocabulary="bytes", fields=fields)
+    task = jsonl.TASKS[name]
+    assert task.columns["train"] == {
+        "inputs": ["question: why context: x\ny", "question: a context: b"],
+        "targets": ["because", "c"],
+    }
+    assert task.lines == {"train": [2, 4]}
+    assert read(name, "train") == as_lists(task.examples("train"))
+
+
 @pytest.mark.parametrize(
     "vocabulary",
     ["bytes", str(bundled.VOCABULARY), *(str(FOLDER / name) for name in ("byte_bpe", "unigram_5"))],
@@ -142,13 +155,6 @@ def test_a_bad_line_is_named_when_the_task_is_made(write, text, message):
     assert not jsonl.TASKS
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"inputs": "a"}\n{"inputs": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: not UTF-8"):
-        jsonl.read_jsonl(path, ("inputs",))
-
-
 def test_a_task_needs_a_file_and_a_vocabulary_that_exist(write, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="at least one"):
         jsonl.jsonl_task(vocabulary="bytes")
@@ -160,51 +166,6 @@ def test_a_task_needs_a_file_and_a_vocabulary_that_exist(write, tmp_path, monkey
     monkeypatch.delitem(sys.modules, "seqio")
     with pytest.raises(FileNotFoundError, match="No vocabulary 'nowhere'"):
         jsonl.jsonl_task(**files, vocabulary="nowhere")
-
-
-LINES = {
-    b"x\ny": ["x", "y"],
-    b"x\r\ny\r\n": ["x", "y"],
-    b"x\ry\n": ["x\ry"],  # one line, as in every other reader
-    b"x\r\r\n\n": ["x\r", ""],
-    b"\xef\xbb\xbfx\n\xef\xbb\xbfy": ["x", "\ufeffy"],
-    "x\u2028y\x0c\x85\n".encode(): ["x\u2028y\x0c\x85"],
-}
-
-
-def test_inputs_come_from_text_jsonl_and_standard_input(tmp_path, monkeypatch):
-    text, path = tmp_path / "a.txt", tmp_path / "a.jsonl"
-    text.write_text("one\n\n two\x0cand \n", encoding="utf-8")
-    path.write_text('{"inputs": "one\\ntwo", "targets": 3}\n')
-    assert jsonl.read_inputs(text) == ["one", "", " two\x0cand "]
-    assert jsonl.read_inputs(str(path)) == ["one\ntwo"]
-    for typed, expected in LINES.items():
-        text.write_bytes(typed)
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
-        assert jsonl.read_inputs("-") == jsonl.read_inputs(text) == expected
-    text.write_bytes(b"fine\nso \xff\n")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.read_bytes())))
-    for name, place in (("-", "^standard input"), (text, r"a\.txt")):
-        with pytest.raises(ValueError, match=f"{place}:2: not UTF-8: invalid start byte"):
-            jsonl.read_inputs(name)
-    text.write_text("")
-    with pytest.raises(ValueError, match=r"a\.txt: there are no inputs"):
-        jsonl.read_inputs(text)
-    path.write_text('{"input": "one"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: the field 'inputs'"):
-        jsonl.read_inputs(path)
-
-
-def test_half_of_a_pair_of_escapes_is_refused(tmp_path):
-    path = tmp_path / "a.jsonl"
-    for half in (
-        '{"inputs": "\\ud83d"}',
-        '{"inputs": "x", "\\uDE00": 1}',
-        '{"inputs": ["\\ud83d"]}',
-    ):
-        path.write_text('{"inputs": "\\ud83d\\ude00"}\n' + half)
-        with pytest.raises(ValueError, match=r"a\.jsonl:2: half of a pair of \\u escapes"):
-            jsonl.read_inputs(path)
 
 
 @pytest.mark.parametrize("name", ["train_file", "vocabulary"])

@@ -198,8 +198,8 @@ def test_targets_that_the_vocabulary_changes_are_counted(tmp_path, capsys):
     )
     Data(LENGTHS, name).check(Expected(vocab_size=143))
     assert (
-        "1 targets are other texts in the vocabulary, which no output equals; the first: line 2"
-        in (capsys.readouterr().err)
+        "1 targets are other texts in the vocabulary, which no output equals; the first: "
+        f"{tmp_path}/train.jsonl:2\n" in capsys.readouterr().err
     )
 
 

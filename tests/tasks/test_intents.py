@@ -120,7 +120,7 @@ def test_the_validation_split_of_banking_follows_the_texts_alone(tmp_path):
         (b"text,category\na,b\na,b,c\n", r"test\.csv:3: not a row of .*: \['a', 'b', 'c'\]"),
         (b"text,category\n\n", r"test\.csv:2: not a row of .*: \[\]"),
         (b"text,category\na, \n", r"test\.csv:2: not a row"),
-        (b'text,category\n"a\nb,c\n', r"test\.csv:3: unexpected end of data"),
+        (b'text,category\n"a\nb,c\n', r"test\.csv:2: unexpected end of data"),
         (b"text,category\n\xff,b\n", r"test\.csv:2: not UTF-8: invalid start byte"),
         (b"text,category\n", r"test\.csv: there is no query of the split 'test'"),
     ],

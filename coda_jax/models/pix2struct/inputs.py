@@ -1,6 +1,6 @@
 """Images for Pix2Struct: random patches, requests of `coda predict`, what a checkpoint says."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
 from pathlib import Path
@@ -24,18 +24,17 @@ def random_patches(
     return patches
 
 
-def read_images(path: str) -> Iterator[dict[str, str]]:
-    """The images of a list: {"image"}, with a question as "header"."""
-    from coda_jax.data import images  # which needs more than other families have
-
-    return iter(images.read_requests(path))
+def problem(request: Mapping[str, Any]) -> str | None:
+    """Why {"image", "header"}, which may lack a question as the latter, is no request."""
+    header = request.get("header", "")
+    return None if isinstance(header, str) else f"'header' must be a string: {header!r}"
 
 
 def encoder(
     config: Pix2StructConfig, vocabulary: Any, max_length: int, font: str | None = None
 ) -> Callable[[Mapping[str, str]], np.ndarray]:
     """{"image", "header"} -> patches [n, C] of the image, scaled to at most `max_length`."""
-    from coda_jax.data import images
+    from coda_jax.data import images  # which needs more than other families have
 
     del vocabulary
 
@@ -71,16 +70,16 @@ def of_checkpoint(inputs: Inputs, directory: Path, config: Pix2StructConfig) -> 
         fields = files.read_json(source, hub.MAX_JSON_BYTES)
     asked = checks.flag(f"{source}: is_vqa", fields.get("is_vqa") or False)
 
-    def read(path: str) -> Iterator[dict[str, str]]:
-        for number, request in enumerate(inputs.read(path)):
-            if not request.get("header", "").strip():
-                raise ValueError(
-                    f"input {number} (the first is 0) of {path} has no question, which this "
-                    f'checkpoint needs ({source}: is_vqa): lines {{"image": ..., "header": ...}}'
-                )
-            yield request
+    def without_question(request: Mapping[str, Any]) -> str | None:
+        if (found := problem(request)) is not None or request.get("header", "").strip():
+            return found
+        return (
+            f"the image has no question, which this checkpoint needs ({source}: is_vqa): rows with "
+            '"image" and "header"'
+        )
 
-    return dataclasses.replace(inputs, longest=longest, read=read if asked else inputs.read)
+    refused = without_question if asked else inputs.problem
+    return dataclasses.replace(inputs, longest=longest, problem=refused)
 
 
 _CONFIG = "config.json"
@@ -89,9 +88,10 @@ _FIXED = {"do_normalize": (True,), "do_convert_rgb": (True,)}
 INPUTS = Inputs(
     "patches",
     random_patches,
-    read_images,
+    "image",
     encoder,
     shown,
     longest=2048,
+    problem=problem,
     of_checkpoint=of_checkpoint,
 )

@@ -1,12 +1,11 @@
 """Texts for T5: random ids, requests of `coda predict`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import itertools
 from typing import Any
 
 import numpy as np
 
-from coda_jax.data import jsonl
 from coda_jax.models.base import Inputs
 from coda_jax.models.t5.config import T5Config
 
@@ -17,11 +16,6 @@ def random_tokens(
     """Ids [B, N] int32, neither padding nor end marker."""
     ids = np.setdiff1d(np.arange(config.vocab_size, dtype=np.int32), [config.pad_id, config.eos_id])
     return ids[rng.integers(0, len(ids), (batch, length))]
-
-
-def read_texts(path: str) -> Iterator[dict[str, str]]:
-    """The texts of a file: {"inputs"}."""
-    return ({"inputs": text} for text in jsonl.read_inputs(path))
 
 
 def encoder(
@@ -39,4 +33,4 @@ def shown(inputs: np.ndarray, vocabulary: Any) -> dict[str, Any]:
     return {"kind": "text", "pieces": [b.removeprefix(a) for a, b in itertools.pairwise(whole)]}
 
 
-INPUTS = Inputs("tokens", random_tokens, read_texts, encoder, shown, held=4096)
+INPUTS = Inputs("tokens", random_tokens, "inputs", encoder, shown, held=4096)

@@ -1,12 +1,11 @@
 """Recordings for w2v-BERT: random frames, requests of `coda predict`, what a checkpoint says."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coda_jax.data import jsonl
 from coda_jax.models import preprocessing
 from coda_jax.models.base import Inputs
 from coda_jax.models.w2v_bert.config import W2vBertConfig
@@ -19,11 +18,6 @@ def random_frames(
     frames = rng.standard_normal(config.input_spec(batch, length).shape, np.float32)
     frames[..., 0] = 1
     return frames
-
-
-def read_recordings(path: str) -> Iterator[dict[str, str]]:
-    """The recordings of a list: {"audio"}."""
-    return ({"audio": file} for file in jsonl.read_inputs(path))
 
 
 def encoder(
@@ -57,7 +51,7 @@ def of_checkpoint(inputs: Inputs, directory: Path, config: W2vBertConfig) -> Inp
 INPUTS = Inputs(  # of 30 seconds
     "frames",
     random_frames,
-    read_recordings,
+    "audio",
     encoder,
     shown,
     longest=1500,
