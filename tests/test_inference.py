@@ -13,6 +13,7 @@ from coda_jax.commands.loading import LoadedModel
 from coda_jax.data.vocabularies import ByteVocabulary
 from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.objectives import NOT_FINITE, model_for
+from coda_jax.objectives.beams import NO_OUTPUT
 from coda_jax.sharding import Placement
 
 CONFIG = config(coda={"reduction": 2.0}, num_encoder_layers=1)
@@ -119,12 +120,13 @@ def log_probability(cfg, params, text, tokens, given=0):
     return chosen[given:].sum()
 
 
+BEAMS = {"num_beams": 3, "num_return_sequences": 3}
 SEARCHES = {
     "greedy": {},
     "greedy behind a prefix": {"decoder_prefix": (4, 9)},
-    "beams of T5X": {"num_beams": 3, "num_return_sequences": 3, "decoder_prefix": (4, 9)},
-    "beams of transformers": {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 2.0},
-    "beams that stop": {"num_beams": 3, "num_return_sequences": 3, "stop_strings": ("\t", "\n")},
+    "beams of T5X": {**BEAMS, "decoder_prefix": (4, 9)},
+    "beams of transformers": {**BEAMS, "max_decode_length": 4, "length_penalty": 2.0},
+    "beams that stop": {**BEAMS, "max_decode_length": 3, "stop_strings": ("\x02", "\n")},
 }
 
 
@@ -133,20 +135,20 @@ SEARCHES = {
     [name if "T5X" in name else pytest.param(name, marks=pytest.mark.all) for name in SEARCHES],
 )
 def test_scores_are_the_log_probabilities_of_outputs(rng, search):
-    cfg, options = SMALL.replace(eos_id=11), SEARCHES[search]
-    params, texts = random_params(cfg, seed=2), inputs(rng, [3, 7, 5, 9, 2, 8])
-    stops = [12, 13] if "stop_strings" in options else []  # the ids of these bytes
-    vocabulary = ByteVocabulary() if stops else None
-    decoding = Decoding(max_decode_length=5, batch_size=4, **options)
-    ends = []
-    for index, outputs, scores in Predictor(cfg, params, decoding, vocabulary).candidates(texts):
-        for tokens, score in zip(outputs, scores, strict=True):
-            end = [i + 1 for i, token in enumerate(tokens) if token in (11, *stops)]
-            ends.append(end[0] if end else None)
-            given = len(options.get("decoder_prefix", ()))
+    cfg, options = SMALL.replace(eos_id=18), SEARCHES[search]
+    params, texts = random_params(cfg, seed=5), inputs(rng, [3, 7, 5, 9, 2, 8])
+    stops = [5, 13] if "stop_strings" in options else []  # the ids of these bytes
+    decoding = Decoding(**{"max_decode_length": 6, "batch_size": 8, **options})
+    predictor = Predictor(cfg, params, decoding, ByteVocabulary())
+    given, ends = len(options.get("decoder_prefix", ())), []
+    for index, outputs, scores in predictor.candidates(texts):
+        found = scores > NO_OUTPUT
+        for tokens, score in zip(outputs[found], scores[found], strict=True):
+            places = [i + 1 for i, token in enumerate(tokens) if token in (18, *stops)]
+            ends.append(places[0] if places else None)
             expected = log_probability(cfg, params, texts[index], tokens[: ends[-1]], given)
             assert score == pytest.approx(expected, abs=1e-5)
-    assert None in ends and len({*ends}) > 2
+    assert len({*ends}) > 1 and {None, decoding.max_decode_length} & {*ends}, ends
 
 
 @pytest.mark.parametrize(("devices", "sizes"), [(1, [8, 8, 1, 2, 4, 8]), (2, [8, 8, 2, 2, 4, 8])])

@@ -43,29 +43,25 @@ def predict(
 ) -> None:
     """Writes a row with all that was asked and its "prediction" for each input, in their order.
 
-    Where several outputs are asked for, "predictions" lists them, the best first, as {"text",
-    "score"}; a score is a log-probability, see `Predictor.candidates`. A text with a stop text ends
-    with it. A model with a head for labels or numbers answers with these.
+    Of several outputs "predictions" lists all, the best first, as {"text", "score"}; for the score
+    see `Predictor.candidates`. A text with a stop text ends with it. Heads give labels or numbers.
 
     Args:
         model: what answers.
-        inputs: a text file with one input a line; a .jsonl, .csv or .tsv file; or "-" for lines of
-            standard input, which are answered as they come. An input is a text, "inputs", or the
-            file of an "image" or of "audio". Rows keep their other fields; "header" is the question
-            about an image.
-        output: the file to write, which is there when it is complete: JSONL, or by its name CSV or
-            TSV; or "-" for JSONL on standard output.
+        inputs: a file, or "-" for standard input, whose lines are answered as they come; see
+            `rows.read_requests`. Rows have "inputs", a text, or the file of an "image", with a
+            question as "header", or of "audio".
+        output: the file to write, which is there when it is complete, see `rows.written`; or "-"
+            for JSONL on standard output.
         decoding: how outputs are made; what it leaves open, the adapter's training or
-            generation_config.json may say. What is cut, inputs or outputs, is counted and said.
+            generation_config.json may say. What is cut is counted and said.
         vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint.
         chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images or audio.
-        font: file of the font of headers; None for that of `data.images`.
-        scores: whether the "score" of a prediction is written, too; of a label it is the logarithm
-            of its probability.
+        font: file of the font of headers; None for the default.
+        scores: whether the "score" of each prediction that is no number is written, too.
         stream: print only the texts instead, one input after the other, each on a line that grows
             with its tokens.
-        embed: "mean" or "tokens" to write the encoder's outputs instead, as safetensors; see
-            `encodings`.
+        embed: "mean" or "tokens" to write the encoder's outputs instead; see `encodings`.
         placement: the devices; None for all, which share the rows of a batch.
         field: what of a row is its input, see `rows.Field`; None for the field named above.
 
@@ -74,17 +70,15 @@ def predict(
     """
     _check_options(inputs, output, vocabulary, font, scores, stream)
     checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
-    if output != "-":
-        files.prepare(output, inputs)
-    labels = embed is None and getattr(model.config, "labels", ())
     if embed is not None or model_for(model.config).describes:
-        decoding.check_encodes(SCORES=scores and not labels, STREAM=stream)
+        scored = embed is None and getattr(model.config, "labels", ())
+        decoding.check_encodes(SCORES=scores and not scored, STREAM=stream)
     decoding = sized(decoding, model)
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
-    requests = model.inputs
-    encode = requests.encoder(model.config, vocabulary, decoding.max_input_length, font)
-    asked = read_requests(inputs, requests.field, field, requests.problem)
+    known = model.inputs
+    encode = known.encoder(model.config, vocabulary, decoding.max_input_length, font)
+    asked = read_requests(inputs, known.field, field, known.problem)
     chunks = _chunks(asked, chunk_size or held_at_once(model, decoding))
     if embed is not None:
         write_embeddings(model, decoding, chunks, encode, output, embed, placement)
@@ -101,6 +95,8 @@ def _check_options(inputs, output, vocabulary, font, scores, stream) -> None:
     if processes.are_several() and (inputs == "-" or stream):
         given = "INPUT='-'" if inputs == "-" else "STREAM=True"
         raise ValueError(f"{given} is for one process: several answer a file into a file")
+    if output != "-":
+        files.prepare(output, inputs)
 
 
 def _generate(

@@ -110,8 +110,8 @@ def test_a_template_takes_several_fields():
         ("{a", "expected '}' before end of string; a brace of the text is written twice"),
         ("a}", "Single '}' encountered"),
         ("{{a}}", "names no field"),
-        ("", "INPUT_FIELD must be a text"),
-        (3, "INPUT_FIELD must be a text"),
+        ("", "must be a text"),
+        (3, "must be a text"),
     ],
 )
 def test_templates_hold_names_alone(given, message):
