@@ -97,10 +97,10 @@ def draw(path: Any, found: Sequence[Mapping[str, Any]], title: str) -> None:
     kinds = {example["kind"] for example in found}
     if kinds == {"text"}:
         parts = [(x["title"], x["pieces"], x["weights"]) for x in found]
-        plots.routed_text(path, parts, f"{title} (the darker, the more layers)")
+        plots.routed_text(path, parts, title)
     elif kinds == {"image"}:
         parts = [(x["title"], x["image"], x["weights"].reshape(-1, *x["grid"])) for x in found]
-        plots.routed_images(path, parts, f"{title} (the rest is dimmed)")
+        plots.routed_images(path, parts, title)
     else:
         parts = [(x["title"], x["spectrogram"], x["weights"]) for x in found]
         plots.routed_frames(path, parts, title, found[0]["seconds"])

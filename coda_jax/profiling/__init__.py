@@ -14,7 +14,7 @@
 | `comparison_plots` | pictures of quality over speed and of learning curves |
 | `comparison_svg` | quality over speed as an SVG with links |
 | `comparison_page` | all of it in one HTML file |
-| `labels` | where ticks and labels of a picture stand |
+| `labels` | labels of a picture, and where they and ticks stand |
 | `learning_curve` | a picture of a run's metrics |
 | `confusion` | a picture of which classes were taken for which |
 """

@@ -40,7 +40,7 @@ def quality_over_speed(path: str | os.PathLike, report: Mapping[str, Any]) -> No
     levels = comparison_points.levels(report)
     metric = comparison_table.metric_name(report)
     title = f"{metric} over speed: {report.get('task', '')}".rstrip(": ")
-    axes.set_title(_plain(title), loc="left")
+    axes.set_title(labels.plain(title), loc="left")
     axes.set_ylabel(f"{metric}, % ({comparison_table.direction(report)})")
     axes.set_xlabel(comparison_points.speed_axis(report))
     axes.spines[["top", "right"]].set_visible(False)
@@ -85,7 +85,7 @@ def learning_curves(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
             _draw_curves(axes, index, _curves(recipe, name), smooth=name == "loss")
         axes.set_xlim(left=0)
     handles = [
-        panels[0].plot([], [], label=_plain(name), **_style(index))[0]
+        panels[0].plot([], [], label=labels.plain(name), **_style(index))[0]
         for index, name in enumerate(recipes)
     ]
     if handles:
@@ -93,11 +93,6 @@ def learning_curves(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
             handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8.5
         )
     figure.savefig(path)
-
-
-def _plain(text: str) -> str:
-    """A text that is no formula."""
-    return text.replace("$", r"\$")
 
 
 def _set_limits(axes: Axes, found: Sequence[Point], levels: Sequence[float]) -> None:
@@ -146,8 +141,10 @@ def _draw_point(axes: Axes, point: Point) -> None:
 
 def _draw_labels(axes, found, levels, ends) -> None:
     """The names beside their points and lines; a label that had to move is led to its point."""
-    texts = [axes.text(0, 0, _plain(p.name), fontsize=9, zorder=5) for p in found]
-    texts += [axes.text(0, 0, _plain(name), fontsize=8, color="0.3", zorder=5) for name in levels]
+    texts = [axes.text(0, 0, labels.plain(p.name), fontsize=9, zorder=5) for p in found]
+    texts += [
+        axes.text(0, 0, labels.plain(name), fontsize=8, color="0.3", zorder=5) for name in levels
+    ]
     renderer = axes.figure.canvas.get_renderer()
     boxes = [text.get_window_extent(renderer) for text in texts]
     frame = axes.get_window_extent(renderer)

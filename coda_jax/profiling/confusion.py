@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from coda_jax.optional import needs
+from coda_jax.profiling.labels import plain
 
 with needs("images"):
     import matplotlib
@@ -51,7 +52,7 @@ def confusion_picture(
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.set_label("share of the examples of a class", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    axes.set_title(title.replace("$", r"\$"), fontsize=10)
+    axes.set_title(plain(title), fontsize=10)
     figure.savefig(path, format="png", bbox_inches="tight")
 
 
@@ -59,4 +60,4 @@ def _shown(label: str) -> str:
     """A name on one short line, without matplotlib's formulas."""
     text = " ".join(label.split())
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    return text.replace("$", r"\$")
+    return plain(text)

@@ -1,4 +1,4 @@
-"""Where ticks and labels of a picture stand; y may point up or down."""
+"""Labels of a picture, and where they and ticks stand; y may point up or down."""
 
 from collections.abc import Iterator, Sequence
 import itertools
@@ -8,6 +8,11 @@ from jaxtyping import Float
 import numpy as np
 
 Box = tuple[float, float, float, float]  # x and y of two opposite corners, the smaller ones first
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib takes for no formula."""
+    return text.replace("$", r"\$")
 
 
 def ticks(low: float, high: float, ratio: bool = False) -> list[float]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import os
 
 from coda_jax.optional import needs
+from coda_jax.profiling.labels import plain
 
 with needs("images"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,6 +17,7 @@ Curve = Sequence[tuple[int, float]]
 _TRAINING = {"color": "#0072B2", "linewidth": 1.1}
 _EVALUATION = {"color": "#D55E00", "linewidth": 1.6, "marker": "o", "markersize": 4.5}
 _FEW = 25  # points of training that are seen as points, too
+_COLUMNS = 4  # panels beside each other, at most
 
 
 def learning_curve(
@@ -33,9 +35,13 @@ def learning_curve(
         title: above the picture.
     """
     names = list(dict.fromkeys(["loss", *evaluation]))
-    figure = Figure(figsize=(0.6 + 3.7 * len(names), 3.3), dpi=130, layout="constrained")
+    columns = min(len(names), _COLUMNS)
+    rows = -(-len(names) // columns)
+    size = (0.6 + 3.7 * columns, 0.4 + 2.9 * rows)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    panels = [figure.add_subplot(rows, columns, 1 + place) for place in range(len(names))]
+    for axes, name in zip(panels, names, strict=True):
         for label, curves, style in (
             ("training", training, _TRAINING),
             ("evaluation", evaluation, _EVALUATION),
@@ -50,5 +56,5 @@ def learning_curve(
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
-    figure.suptitle(title.replace("$", r"\$"), fontsize=11)
+    figure.suptitle(plain(title), fontsize=11)
     figure.savefig(path, format="png")

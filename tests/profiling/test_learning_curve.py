@@ -31,6 +31,16 @@ def test_each_metric_of_the_evaluation_has_a_panel_beside_the_loss(tmp_path):
     assert blue_of_both == pytest.approx(blue, rel=0.5)
 
 
+def test_many_metrics_stand_in_several_rows(tmp_path):
+    shapes = []
+    for count in (4, 5):
+        curves = {"loss": FALLING, **{f"metric {i}": FALLING for i in range(count - 1)}}
+        learning_curve(tmp_path / "curve.png", {}, curves, "my_run")
+        shapes.append(image.imread(tmp_path / "curve.png").shape[:2])
+    (low, narrow), (high, wide) = shapes
+    assert wide == narrow and high > 1.7 * low
+
+
 def test_one_evaluation_is_seen(tmp_path):
     curves = {"loss": FALLING[:1]}
     _, blue, orange = drawn(tmp_path / "curve.png", curves, curves)
