@@ -13,7 +13,8 @@ import setuptools
 
 ROOT = Path(__file__).parent.parent
 FILES = [*(ROOT / "coda_jax").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
-OTHERS = ("t5x_models.py",)  # T5X is on no registry
+# T5X is on no registry; the others are copied to where coda_jax is not, and say what they need.
+OTHERS = ("t5x_models.py", "load.py", "served.py")
 
 
 def distribution(requirement: str) -> str:

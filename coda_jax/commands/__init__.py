@@ -25,6 +25,7 @@
 | `t5x_data` | a T5X run that goes on takes the batches that it has not taken yet |
 | `t5x_best` | which checkpoints T5X keeps |
 | `encodings` | what `predict` writes of an encoder |
+| `served` | what `export` puts beside its programs: load.py and what it imports |
 """
 
 from collections.abc import Callable
@@ -112,7 +113,7 @@ COMMANDS = {
         "--gin.INITIAL_CHECKPOINT_PATH=flan-t5-base --gin.OUTPUT=smaller",
     ),
     "export": Command(
-        "programs that answer with jax and numpy alone",
+        "a folder that answers without coda_jax",
         f"--gin_file=runs/export.gin {_MODEL} --gin.OUTPUT=served",
     ),
     "bench": Command(

@@ -1,19 +1,16 @@
-"""`coda export`: a model as files that answer with jax and numpy alone.
+"""`coda export`: a model as a folder that answers without coda_jax.
 
-They are `jax.export` programs beside the weights, which they share. A program takes one batch size
-and one length of inputs. Where outputs are drawn, it takes two more arguments, a uint32 seed and
-the uint32 numbers of the inputs, [B]: `program.call(weights, inputs, seed, numbers)`. Where several
-outputs of an input are asked for, it gives (tokens [B, n, L], scores [B, n]), the best first. Rows
-of the inputs that are only padding fill up a batch: they have no output, and no step waits for
-them. An output ends with the token in which a stop text is complete. An encoder's gives what
-`inference.encode_function` says. The manifest lists arguments and results. Where a logit of an
-input is not finite there is no answer: all its tokens are -1, and its score is NaN. To load them:
+It has `jax.export` programs beside the weights, which they share, the vocabulary, and modules that
+answer lines of texts or names of files with them: load.py and what it imports, see `served`.
 
-    manifest = json.load(open(f"{folder}/manifest.json"))
-    arrays = np.load(f"{folder}/weights.npz")
-    weights = [arrays[k].view(jnp.dtype(t))[..., 0] for k, t in manifest["weights"].items()]
-    program = jax.export.deserialize(open(f"{folder}/predict_32x64.jax_export", "rb").read())
-    tokens = program.call(weights, inputs)
+A program takes one batch size and one length of inputs. Where outputs are drawn, it takes two more
+arguments, a uint32 seed and the uint32 numbers of the inputs, [B]: `program.call(weights, inputs,
+seed, numbers)`. Where several outputs of an input are asked for, it gives (tokens [B, n, L], scores
+[B, n]), the best first. Rows of the inputs that are only padding fill up a batch: they have no
+output, and no step waits for them. An output ends with the token in which a stop text is complete.
+An encoder's gives what `inference.encode_function` says. The manifest lists arguments and results.
+Where a logit of an input is not finite there is no answer: all its tokens are -1, and its score is
+NaN.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +24,17 @@ import numpy as np
 from tqdm import tqdm
 
 from coda_jax import checks, files, methods, trees
+from coda_jax.commands import served
 from coda_jax.commands.loading import LoadedModel, sized, with_checkpoint_defaults
 from coda_jax.data.batches import bucket
-from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
+from coda_jax.data.vocabularies import (
+    Vocabulary,
+    check_vocabulary,
+    find_fingerprint,
+    identity,
+    load_vocabulary,
+)
 from coda_jax.inference import Decoding, encode_function, generate_function, stops_of
-from coda_jax.models import ModelConfig
 from coda_jax.objectives import NOT_FINITE, Model, model_for
 
 MANIFEST_NAME = "manifest.json"
@@ -74,12 +77,13 @@ def export(
             `with_checkpoint_defaults` for what is open.
         batch_sizes: B of the programs; None for that of `decoding`.
         platforms: some of `PLATFORMS`; each program holds all of them.
-        vocabulary: of stop texts, its folder or file, or "bytes"; None: beside the checkpoint.
+        vocabulary: folder or file of the vocabulary, or "bytes"; None: beside the checkpoint;
+            without one the folder has no load.py.
         embed: "mean" or "tokens" for programs of the encoder alone; see `encode_function`.
 
     Raises:
         FileExistsError: the folder holds something.
-        ValueError: a value is out of its range.
+        ValueError: a value is out of its range; the vocabulary is not the model's.
     """
     checks.paths(OUTPUT=output, VOCABULARY=vocabulary)
     files.check_new(output)
@@ -88,61 +92,69 @@ def export(
     platforms = checks.Each(checks.OneOf(PLATFORMS), least=1)("PLATFORMS", platforms)
     decoding = sized(decoding, model)
     config, params = methods.merge(model.config, model.params)
+    found = _vocabulary(model, vocabulary)
     if embed is not None or model_for(config).describes:
-        decoding.check_encodes(VOCABULARY=vocabulary)
-        answer, described = encode_function(model_for(config), embed), _ENCODES
+        decoding.check_encodes()
+        answer = encode_function(model_for(config), embed)
+        described = {**_ENCODES, "labels": None if embed else config.labels}
     else:
         decoding = with_checkpoint_defaults(decoding, model)
-        answer, described = _generates(model, model_for(config), decoding, vocabulary)
+        answer, described = _generates(model_for(config), decoding, found)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
     trees.check_finite(flat)
     shapes = list(itertools.product(sizes, lengths(decoding)))
+    specs = {shape: config.input_spec(*shape) for shape in shapes}
+    whole_numbers = np.issubdtype(specs[shapes[0]].dtype, np.integer)
+    described |= {"fill": config.pad_id if whole_numbers else 0, "platforms": platforms}
     with files.atomic_folder(output) as directory:
-        _write(directory, answer, described, config, flat, shapes, platforms)
+        described["vocabulary"] = served.write_loader(directory, model.inputs.served, found)
+        _write(directory, answer, described, specs, flat)
+    print(_limits(shapes, described))
+
+
+def _vocabulary(model: LoadedModel, named: str | None) -> Vocabulary | None:
+    """The vocabulary that is named, or lies beside the checkpoint; None where there is none."""
+    if named is None and (model.directory is None or find_fingerprint(model.directory) is None):
+        return None
+    found = load_vocabulary(named or model.directory)
+    check_vocabulary(identity(found), **model.vocabulary)
+    return found
 
 
 def _write(
     directory: pathlib.Path,
     answer: Callable,
     described: Mapping[str, Any],
-    config: ModelConfig,
+    specs: Mapping[tuple[int, int], jax.ShapeDtypeStruct],
     flat: Mapping[str, np.ndarray],
-    shapes: Sequence[tuple[int, int]],
-    platforms: Sequence[str],
 ) -> None:
-    """Writes the programs of shapes (B, N), the weights {path: leaf}, and what they are."""
+    """Writes the programs by shape (B, N), the weights {path: leaf}, and what they are."""
     program = _program(answer, list(flat))
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
-    for shape in tqdm(shapes, desc="export", unit="program"):
-        arguments = [weights, config.input_spec(*shape)]
+    for shape, spec in tqdm(specs.items(), desc="export", unit="program"):
+        arguments = [weights, spec]
         if "seed" in described["arguments"]:
             arguments += [_uint32(), _uint32(shape[0])]
-        exported = jax.export.export(program, platforms=platforms)(*arguments)
+        exported = jax.export.export(program, platforms=described["platforms"])(*arguments)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
     _write_weights(directory, flat)
     manifest = {
-        "programs": {program_name(*shape): shape for shape in shapes},
+        "programs": {program_name(*shape): shape for shape in specs},
         "weights": {path: str(leaf.dtype) for path, leaf in flat.items()},
         **described,
-        "platforms": platforms,
         "jax": jax.__version__,
     }
     files.write_json(directory / MANIFEST_NAME, manifest)
-    print(_limits(shapes, described))
 
 
 def _generates(
-    model: LoadedModel, objective: Model, decoding: Decoding, vocabulary: str | None
+    objective: Model, decoding: Decoding, vocabulary: Vocabulary | None
 ) -> tuple[Callable, dict[str, Any]]:
     """What generates outputs, and what the manifest says of it."""
     generate, fixed = generate_function(objective, decoding), {}
     several = decoding.num_return_sequences > 1
     if decoding.stop_strings:
-        found = load_vocabulary(vocabulary or model.directory)
-        check_vocabulary(identity(found), **model.vocabulary)
-        fixed["stops"] = stops_of(decoding, found, model.config)
-    elif vocabulary is not None:
-        raise ValueError(f"VOCABULARY={vocabulary!r} is read for stop texts, and there are none")
+        fixed["stops"] = stops_of(decoding, vocabulary, objective.config)
 
     def answer(params, inputs, *drawing):
         given = dict(zip(("seed", "numbers"), drawing, strict=False))

@@ -1,10 +1,10 @@
 """Families of models, one folder each. Start reading at `base`, then `t5`.
 
 Every folder has the files `config` (sizes, options, published presets, a tiny one), `network` (the
-Flax modules), `huggingface` (checkpoints), `inputs` (how inputs are read), and in `__init__` its
-`FAMILY`; some have more. `FAMILIES` holds them all by name; a new family is a folder, and an import
-and an entry here. `hf_fields` is what all checkpoints of Hugging Face share, `preprocessing` their
-preprocessor_config.json.
+Flax modules), `huggingface` (checkpoints), `inputs` (how inputs are read), `served` (how they are
+where coda_jax is not), and in `__init__` its `FAMILY`; some have more. `FAMILIES` holds them all by
+name; a new family is a folder, and an import and an entry here. `hf_fields` is what all checkpoints
+of Hugging Face share, `preprocessing` their preprocessor_config.json.
 """
 
 import dataclasses

@@ -227,6 +227,7 @@ class Inputs:
             "text", "pieces", a text for each; for "image", "image" [height, width, 3] uint8 and
             "grid", rows and columns of patches; for "sound", "spectrogram" [windows, bins] and
             "seconds" of a frame.
+        served: the module that reads them where coda_jax is not: inputs.py of an exported folder.
         longest: the most of them that are kept where nobody says another limit.
         problem: (request) -> why it is none; None where it is.
         held: requests that are held at once, to be sorted by length; None for a few batches.
@@ -239,6 +240,7 @@ class Inputs:
     field: str
     encoder: Callable[..., Callable[[Mapping[str, str]], np.ndarray]]
     shown: Callable[[np.ndarray, Any], dict[str, Any]]
+    served: pathlib.Path
     longest: int = 512
     problem: Callable[[Mapping[str, Any]], str | None] = lambda request: None
     held: int | None = None

@@ -1,10 +1,10 @@
-"""Exported programs answer as `Predictor` does, with jax and numpy alone."""
+"""Exported programs answer as `Predictor` does, and load.py as `coda predict`, without coda_jax."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
-import textwrap
 
 from helpers import as_with_bfloat16, config, random_params
 import jax
@@ -16,10 +16,11 @@ from coda_jax import methods, trees
 from coda_jax.commands import export as command
 from coda_jax.commands.export import export
 from coda_jax.commands.loading import LoadedModel
+from coda_jax.commands.predict import predict
 from coda_jax.data.vocabularies import ByteVocabulary
 from coda_jax.inference import Decoding, Predictor
 
-CONFIG = config(coda={"reduction": 2.0})
+CONFIG = config(coda={"reduction": 2.0}, vocab_size=384)
 DECODING = Decoding(max_input_length=40, max_decode_length=4, num_beams=2, batch_size=4)
 
 
@@ -34,7 +35,11 @@ DECODING = Decoding(max_input_length=40, max_decode_length=4, num_beams=2, batch
 def model(request):
     """A model, on a CPU without or with products of bfloat16, whichever this one is."""
     dtype, products = request.param
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_params(CONFIG))
+    params = random_params(CONFIG)
+    kernel = np.array(params["decoder"]["logits_dense"]["kernel"])
+    kernel[:, [*range(100), *range(126, 384)]] *= 0.01  # so that it writes letters
+    params["decoder"]["logits_dense"]["kernel"] = kernel * 3
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     jax.clear_caches()  # programs that were traced for the other
     with as_with_bfloat16(products):
         yield LoadedModel(CONFIG.replace(dtype=dtype), params, None)
@@ -43,33 +48,32 @@ def model(request):
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("export") / "new"
-    export(model, str(directory), DECODING)
+    export(model, str(directory), DECODING, vocabulary="bytes")
     return directory
 
 
-def test_a_fresh_interpreter_gives_the_same_tokens_with_jax_and_numpy_alone(model, folder):
-    lines = command.__doc__.split("To load them:")[1]
-    code = f"""
-        import json, sys
-        import jax, jax.export, jax.numpy as jnp, numpy as np
-        folder = {str(folder)!r}
-        inputs = jnp.array(json.loads(sys.argv[1]), jnp.int32)
-        {textwrap.indent(textwrap.dedent(lines.replace("32x64", "4x32")), " " * 8).strip()}
-        assert not any(n.split(".")[0] in ("coda_jax", "flax", "tensorflow") for n in sys.modules)
-        print(json.dumps(tokens.tolist()))
-    """
-    inputs = np.random.default_rng(0).integers(2, 20, (4, 32))
-    inputs[1, 5:] = 0
+WITHOUT_CODA_JAX = """
+import runpy, sys
+sys.modules["coda_jax"] = None  # an import of it is an error
+sys.path.insert(0, sys.argv[1])  # as `python load.py` does
+runpy.run_path(f"{sys.argv[1]}/load.py", run_name="__main__")
+assert not {"flax", "tensorflow"} & {name.split(".")[0] for name in sys.modules}
+"""
+
+
+def test_load_py_prints_the_lines_of_coda_predict_without_coda_jax(model, folder, tmp_path):
+    """Of lines in several batches, one of which is cut, and one has other programs."""
+    lines = ["a" * 34, "Grüße, " * 8, "", "b\rc" * 11, "short"]
+    (tmp_path / "in.txt").write_bytes("\n".join(lines).encode())
+    predict(model, str(tmp_path / "in.txt"), str(tmp_path / "out.jsonl"), DECODING, "bytes")
     found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), json.dumps(inputs.tolist())],
+        [sys.executable, "-c", WITHOUT_CODA_JAX, folder],
+        input=(tmp_path / "in.txt").read_bytes(),
+        stdout=subprocess.PIPE,
         check=True,
-        capture_output=True,
-        text=True,
-        cwd=folder,
     )
-    predictor = Predictor(model.config, model.params, DECODING)
-    expected = dict(predictor([row[row > 0] for row in inputs]))
-    assert json.loads(found.stdout) == [expected[row].tolist() for row in range(4)]
+    assert found.stdout == (tmp_path / "out.jsonl").read_bytes()
+    assert len({json.loads(line)["prediction"] for line in found.stdout.splitlines()}) > 2
 
 
 def test_rows_that_fill_up_a_batch_have_no_output(model, folder):
@@ -95,6 +99,7 @@ def test_the_manifest_lists_a_program_for_each_bucket(model, folder):
         path.relative_to(folder) for path in folder.iterdir()
     }
     assert set(manifest["weights"].values()) == {jnp.dtype(model.config.dtype).name}
+    assert (manifest["vocabulary"], manifest["fill"]) == ({"eos_id": 1}, 0)
     assert manifest["decoding"]["max_decode_length"] == 4 and manifest["platforms"] == ["cpu"]
     assert (manifest["arguments"], manifest["results"]) == (["weights", "inputs"], ["tokens"])
 
@@ -113,6 +118,14 @@ def test_a_program_has_no_answer_where_a_logit_is_not_finite(model, folder):
     )
     assert (found[2] == manifest["not_finite"]["tokens"]).all()
     np.testing.assert_array_equal(np.delete(found, 2, 0), np.delete(expected, 2, 0))
+
+
+def test_without_a_vocabulary_there_is_no_load_py_which_is_said(model, tmp_path, capsys):
+    decoding = dataclasses.replace(DECODING, max_input_length=8, num_beams=1)
+    export(model, str(tmp_path), decoding)
+    assert "there is no load.py in the folder, as there is no vocabulary" in capsys.readouterr().err
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"manifest.json", "weights.npz", "predict_4x8.jax_export"}
 
 
 def test_bad_requests_are_refused(model, folder, tmp_path):

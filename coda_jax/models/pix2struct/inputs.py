@@ -91,6 +91,7 @@ INPUTS = Inputs(
     "image",
     encoder,
     shown,
+    Path(__file__).with_name("served.py"),
     longest=2048,
     problem=problem,
     of_checkpoint=of_checkpoint,

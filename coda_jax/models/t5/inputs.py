@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,4 +34,5 @@ def shown(inputs: np.ndarray, vocabulary: Any) -> dict[str, Any]:
     return {"kind": "text", "pieces": [b.removeprefix(a) for a, b in itertools.pairwise(whole)]}
 
 
-INPUTS = Inputs("tokens", random_tokens, "inputs", encoder, shown, held=4096)
+_SERVED = Path(__file__).with_name("served.py")
+INPUTS = Inputs("tokens", random_tokens, "inputs", encoder, shown, _SERVED, held=4096)

@@ -54,6 +54,7 @@ INPUTS = Inputs(  # of 30 seconds
     "audio",
     encoder,
     shown,
+    Path(__file__).with_name("served.py"),
     longest=1500,
     of_checkpoint=of_checkpoint,
 )
