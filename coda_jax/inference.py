@@ -94,7 +94,7 @@ def encode_function(model: Model, embed: str | None = None) -> Callable[..., Arr
     return encode
 
 
-class _Bucketed:
+class Bucketed:
     """Batches of inputs of similar lengths for a model whose parameters are in place.
 
     Attributes:
@@ -183,7 +183,7 @@ class _Bucketed:
         return self._placement.batch({"tokens": batch})["tokens"]
 
 
-class Encodings(_Bucketed):
+class Encodings(Bucketed):
     """An encoder ready to answer with its head, or with its outputs.
 
     Args:
@@ -235,7 +235,7 @@ class Encodings(_Bucketed):
                 yield index, found[:real]
 
 
-class Predictor(_Bucketed):
+class Predictor(Bucketed):
     """A model ready to answer; it compiles one program per bucket of input lengths and batch size.
 
     Args:

@@ -147,6 +147,25 @@ def beams_mask(ancestors: Int[Array, "r m l"]) -> Bool[Array, "r 1 m j"]:
     return seen.reshape(*seen.shape[:3], -1)
 
 
+def causal(
+    query_positions: Int[Array, "1 q"], num_keys: int, tree: Bool[Array, "q q"] | None = None
+) -> tuple[tuple[Int[Array, "1 q"], Int[Array, "1 l"]], Bool[Array, "1 1 q l"]]:
+    """((positions of the queries, of the keys), which keys each query sees): those up to itself.
+
+    Args:
+        query_positions: [1, Q], of the keys, which stand one behind the other.
+        num_keys: L.
+        tree: [Q, Q] which keys each query sees instead, itself included, where queries and keys are
+            the nodes of a tree; as many as their depth, which is their position.
+    """
+    if tree is not None:
+        depths = tree.sum(-1, dtype=jnp.int32)[None]
+        return (depths, depths), tree[None, None]
+    key_positions = jnp.arange(num_keys, dtype=jnp.int32)[None]
+    visible = (key_positions[:, None, :] <= query_positions[:, :, None])[:, None]
+    return (query_positions, key_positions), visible
+
+
 _KEY, _VALUE = "cached_key", "cached_value"  # [B, H, L, head_dim] each
 
 

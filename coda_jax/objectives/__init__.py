@@ -7,6 +7,7 @@
 | `generation` | `Generation`: the options of outputs |
 | `decoding`, `beams` | greedy decoding, sampling and beam search over a cached decoder |
 | `logits_processors` | what the options do to the logits |
+| `prefix_tree` | several targets for one input in one row of the decoder |
 | `ctc` | `CTC`: its loss, greedy decoding and prefix beam search |
 | `pooled` | `Classification`, `Regression` and `Embedding` of an encoder alone |
 | `best_rq` | `BestRQ`: pretraining of speech encoders without transcripts |

@@ -258,6 +258,15 @@ class Model:
         del generation
         raise ValueError(f"the outputs of objective {self.name!r} do not come token by token")
 
+    def score_targets(self, params: Mapping[str, Any], encoder_input_tokens, tree):
+        """The log-probabilities of whole targets; see `Seq2Seq`.
+
+        Raises:
+            ValueError: the objective has none.
+        """
+        del params, encoder_input_tokens, tree
+        raise ValueError(f"objective {self.name!r} has no probabilities of a list of targets")
+
     def predict(self, params, encoder_input_tokens, **options) -> Int[Array, "b l"]:
         """The best output of each input, [B, max_decode_length] tokens, then padding.
 

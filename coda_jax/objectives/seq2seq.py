@@ -1,10 +1,10 @@
 """Sequence to sequence: the cross-entropy of the targets, greedy and beam search.
 
-Axis letters: B batch, N input tokens, T target tokens, V vocabulary.
+Axis letters: B batch, N input tokens, T target tokens, V vocabulary, D embedding.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ import optax
 from coda_jax import checks
 from coda_jax.data.batches import INCOMPLETE
 from coda_jax.models import ModelConfig
-from coda_jax.nn.tokens import take
+from coda_jax.nn.tokens import pool, take
 from coda_jax.objectives import beams, decoding
 from coda_jax.objectives.base import Batch, Model, Sums, unanswered
 from coda_jax.objectives.generation import Generation
+from coda_jax.objectives.prefix_tree import PrefixTree
 
 Z_LOSS = checks.Number(least=0)
 _PACKING = (
@@ -26,6 +27,20 @@ _PACKING = (
     "encoder_positions",
     "decoder_positions",
 )
+
+
+class ScoredTargets(NamedTuple):
+    """What a model makes of inputs and a list of targets.
+
+    Attributes:
+        log_probs: [B, L] float32, of each whole target.
+        encoder: [B, D] float32, the mean of the encoder's outputs.
+        decoder: [B, D] float32, the decoder's state at its first token.
+    """
+
+    log_probs: Float[Array, "b l"]
+    encoder: Float[Array, "b d"]
+    decoder: Float[Array, "b d"]
 
 
 class Seq2Seq(Model):
@@ -162,6 +177,40 @@ class Seq2Seq(Model):
             return scores
         special = self.config.pad_id, self.config.eos_id
         return beams.log_probs(tokens, scores, generation, *special, stops)
+
+    def score_targets(self, params, encoder_input_tokens, tree: PrefixTree) -> ScoredTargets:
+        """The log-probabilities of the same targets for each input, and features of the inputs.
+
+        The encoder runs once for an input, the decoder once for each node of the tree, in one row.
+        The logits of a batch are [B, M, V], for M nodes.
+
+        Args:
+            params: the parameter tree.
+            encoder_input_tokens: [B, N] or [B, N, C].
+            tree: of the targets.
+        """
+        self.check_places(encoder_input_tokens)
+        encoded = self.encode(params, encoder_input_tokens)
+        shape = encoded.shape[0], len(tree.tokens)
+        logits, sown = self.module.apply(
+            {"params": params},
+            encoded,
+            encoder_input_tokens,
+            jnp.broadcast_to(tree.tokens, shape),
+            jnp.broadcast_to(jnp.int32(self.config.eos_id), shape),  # no node is padding
+            enable_dropout=False,
+            tree=jnp.asarray(tree.seen),
+            method="decode",
+            mutable=["intermediates"],
+        )
+        log_sums = jax.nn.logsumexp(logits, axis=-1)
+        found = logits[:, tree.nodes, tree.targets] - log_sums[:, tree.nodes]
+        (states,) = sown["intermediates"]["decoder"]["states"]
+        return ScoredTargets(
+            jnp.where(tree.written, found, 0).sum(-1),
+            pool(encoded, self.module.input_mask(encoder_input_tokens), "mean"),
+            states[:, 0].astype(jnp.float32),
+        )
 
     def stepwise(self, generation: Generation) -> tuple[Callable, Callable]:
         """Generation token by token, for one output of each input.

@@ -45,14 +45,8 @@ def _mlp(cfg: T5Config, place: Place) -> layers.MlpBlock:
 def _relpos_bias(
     cfg: T5Config, num_heads: int, bidirectional: bool
 ) -> position_bias.RelativePositionBiases:
-    return position_bias.RelativePositionBiases(
-        cfg.relpos_num_buckets,
-        cfg.relpos_max_distance,
-        num_heads,
-        bidirectional,
-        cfg.dtype,
-        name="relpos_bias",
-    )
+    sizes = cfg.relpos_num_buckets, cfg.relpos_max_distance, num_heads, bidirectional
+    return position_bias.RelativePositionBiases(*sizes, cfg.dtype, name="relpos_bias")
 
 
 def _dropout(cfg: T5Config, deterministic: bool) -> nn.Dropout:
@@ -133,8 +127,9 @@ class DecoderLayer(nn.Module):
         deterministic: bool,
         decode: bool,
         cache_encoded: bool,
+        tree: Bool[Array, "t t"] | None,
     ) -> Float[Array, "b t d"]:
-        """[B, T, D] -> [B, T, D]; see `Transformer.decode` for R and the cache."""
+        """[B, T, D] -> [B, T, D]; see `Transformer.decode` for R, the cache and the tree."""
         cfg = self.config
         place = Place("decoder", self.layer_index, cfg.num_decoder_layers)
         relpos_bias = self.shared_bias
@@ -148,9 +143,8 @@ class DecoderLayer(nn.Module):
             query_positions = jnp.arange(u.shape[1], dtype=jnp.int32)[None]
             if decode:
                 key, value, query_positions = attentions.KeyValueCache(name="cache")(key, value)
-            key_positions = jnp.arange(key.shape[2], dtype=jnp.int32)[None]
-            visible = (key_positions[:, None, :] <= query_positions[:, :, None])[:, None]
-            bias = relpos_bias(query_positions, key_positions)
+            positions, visible = attentions.causal(query_positions, key.shape[2], tree)
+            bias = relpos_bias(*positions)
             if self_mask is not None:
                 num_beams = self_mask.shape[-1] // key.shape[2]
                 key, value = (attentions.join_beams(x, num_beams) for x in (key, value))
@@ -240,6 +234,7 @@ class Decoder(nn.Module):
         deterministic: bool = False,
         decode: bool = False,
         cache_encoded: bool = False,
+        tree: Bool[Array, "t t"] | None = None,
     ) -> Float[Array, "b t v"]:
         """Tokens [B, T] -> logits [B, T, V] float32; see `Transformer.decode`."""
         cfg = self.config
@@ -251,8 +246,9 @@ class Decoder(nn.Module):
         layer = rematerialised(DecoderLayer, cfg.remat_policy, static_argnums=(5, 6, 7))
         for i in range(cfg.num_decoder_layers):
             made = layer(cfg, shared_bias, i, name=f"layers_{i}")
-            y = made(y, encoded, self_mask, cross_mask, deterministic, decode, cache_encoded)
+            y = made(y, encoded, self_mask, cross_mask, deterministic, decode, cache_encoded, tree)
         y = dropout(_norm(cfg, "decoder_norm")(y).array())
+        self.sow("intermediates", "states", y)
         if cfg.logits_via_embedding:
             # Brings the logits of the shared embedding, whose entries have unit scale, to order 1.
             return self.shared_embedding.attend(y * cfg.emb_dim**-0.5)
@@ -330,6 +326,7 @@ class Transformer(nn.Module):
         max_decode_length: int | None = None,
         cache_encoded: bool = False,
         ancestors: Int[Array, "r m l"] | None = None,
+        tree: Bool[Array, "t t"] | None = None,
     ) -> Float[Array, "b t v"]:
         """Logits, [B, T, V] float32.
 
@@ -347,6 +344,8 @@ class Transformer(nn.Module):
                 that this call makes, for all later steps.
             ancestors: [R, M, L] for the M beams of a row in cached decoding: which of them wrote
                 what each sees at each place of the cache. Without it each sees what it wrote.
+            tree: [T, T] where several targets share their beginnings: what each token sees, itself
+                and the tokens of its own target before it. Without it these are all before it.
         """
         del decoder_positions, max_decode_length
         if decode and encoder_segment_ids is not None:
@@ -368,6 +367,7 @@ class Transformer(nn.Module):
                 deterministic=not enable_dropout,
                 decode=decode,
                 cache_encoded=cache_encoded,
+                tree=tree,
             )
 
     def __call__(
@@ -388,12 +388,8 @@ class Transformer(nn.Module):
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
         return self.decode(
             encoded,
-            encoder_input_tokens,
-            decoder_input_tokens,
-            decoder_target_tokens,
-            encoder_segment_ids,
-            decoder_segment_ids,
-            decoder_positions,
+            *(encoder_input_tokens, decoder_input_tokens, decoder_target_tokens),
+            *(encoder_segment_ids, decoder_segment_ids, decoder_positions),
             enable_dropout,
             decode,
         )
