@@ -16,14 +16,11 @@ from scipy.spatial.distance import cdist
 from coda_jax import checks
 from coda_jax.optional import needs
 
-with needs():
-    from sklearn.covariance import OAS, EmpiricalCovariance, LedoitWolf
-    from sklearn.neighbors import NearestNeighbors
-
-SHRINKAGES: Mapping[str, type[EmpiricalCovariance]] = {
-    "ledoit_wolf": LedoitWolf,
-    "oas": OAS,
-    "none": EmpiricalCovariance,
+# Classes of `sklearn.covariance`. It is imported where it is used: not every installation has it.
+SHRINKAGES: Mapping[str, str] = {
+    "ledoit_wolf": "LedoitWolf",
+    "oas": "OAS",
+    "none": "EmpiricalCovariance",
 }
 DISTANCES = ("mahalanobis", "relative_mahalanobis", "cosine", "neighbours")
 _RESOLUTION = 1e-6  # of float32 features, relative to the largest: a few units in the last place
@@ -148,24 +145,34 @@ class Distances:
         """[D, D] W with W W^T = S^-1; where there is no spread at all, S is the identity."""
         if (spread**2).max() <= self._least:
             return np.eye(spread.shape[1])
-        estimator = SHRINKAGES[self._shrinkage](store_precision=False, assume_centered=True)
+        with needs():
+            from sklearn import covariance
+
+        estimator = getattr(covariance, SHRINKAGES[self._shrinkage])
+        estimator = estimator(store_precision=False, assume_centered=True)
         variances, directions = np.linalg.eigh(estimator.fit(spread).covariance_)
         return directions / np.sqrt(np.maximum(variances, self._least))
 
     @functools.cached_property
     def _by_cosine(self):
-        return NearestNeighbors(n_neighbors=1, metric="cosine").fit(self._features)
+        return _searched(self._features, 1, metric="cosine")
 
     @functools.cached_property
     def _by_distance(self):
-        searched = NearestNeighbors(n_neighbors=self._neighbours, algorithm="brute")
-        return searched.fit(_of_length_1(self._features))
+        return _searched(_of_length_1(self._features), self._neighbours)
 
 
 def check_neighbours(neighbours: int, count: int) -> None:
     """Raises ValueError where so many training examples have no such neighbour."""
     if checks.COUNT("NEIGHBOURS", neighbours) > count:
         raise ValueError(f"NEIGHBOURS={neighbours}: there are only {count} training examples")
+
+
+def _searched(features, neighbours, **options):
+    with needs():
+        from sklearn.neighbors import NearestNeighbors
+
+    return NearestNeighbors(n_neighbors=neighbours, algorithm="brute", **options).fit(features)
 
 
 def _table(name, features):

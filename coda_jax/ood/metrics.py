@@ -12,10 +12,6 @@ import numpy as np
 from coda_jax import checks
 from coda_jax.optional import needs
 
-with needs():
-    import sklearn
-    from sklearn.metrics import auc, average_precision_score, roc_curve
-
 TPR = 0.95
 LEVEL = 0.95  # of intervals
 FALSE_ALARMS = checks.Number(least=0, below=1)
@@ -38,6 +34,9 @@ def detection(
     Raises:
         ValueError: there are none, or they are not finite.
     """
+    with needs():  # Here: not every installation has it.
+        from sklearn.metrics import auc, average_precision_score, roc_curve
+
     kinds = np.repeat([1, 0], [len(inside), len(outside)])
     scores = np.concatenate([_checked("in", inside), _checked("out of", outside)])
     false, true, _ = roc_curve(kinds, scores, drop_intermediate=False)
@@ -63,6 +62,9 @@ def intervals(
         resamples: how often.
         seed: of the draws.
     """
+    with needs():
+        import sklearn
+
     checks.COUNT("BOOTSTRAP", resamples)
     rng = np.random.default_rng(checks.SEED("SEED", seed))
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):  # for speed
