@@ -26,6 +26,7 @@
 | `t5x_best` | which checkpoints T5X keeps |
 | `encodings` | what `predict` writes of an encoder |
 | `served` | what `export` puts beside its programs: load.py and what it imports |
+| `ood_data` | what `ood` reads: a task with its labels, and inputs that are none of it |
 """
 
 from collections.abc import Callable
@@ -81,6 +82,12 @@ COMMANDS = {
         "metrics of a task, from decoded outputs",
         f"--gin_file=runs/evaluate.gin --gin_file=tasks/jsonl.gin {_MODEL} "
         "--gin.VALIDATION_FILE=validation.jsonl",
+    ),
+    "ood": Command(
+        "does a model know which inputs are none of its task",
+        f"--gin_file=runs/ood.gin --gin_file=tasks/jsonl.gin {_MODEL} "
+        "--gin.TRAIN_FILE=train.jsonl --gin.VALIDATION_FILE=validation.jsonl "
+        "--gin.OOD=others.jsonl",
     ),
     "predict": Command(
         "answers to the inputs of a file",

@@ -17,4 +17,5 @@
 | `labels` | labels of a picture, and where they and ticks stand |
 | `learning_curve` | a picture of a run's metrics |
 | `confusion` | a picture of which classes were taken for which |
+| `detection` | a picture of scores of what is in and out of distribution |
 """

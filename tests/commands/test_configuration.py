@@ -22,6 +22,7 @@ CHECK = ["runs/check.gin", "methods/coda.gin"]
 GIVEN = {
     "train": (["runs/finetune.gin", "methods/coda.gin", "tasks/jsonl.gin"], [MODEL, "MODEL_DIR=x"]),
     "evaluate": (["runs/evaluate.gin", "tasks/jsonl.gin"], [MODEL]),
+    "ood": (["runs/ood.gin", "tasks/jsonl.gin"], [MODEL, "OOD=x.jsonl"]),
     "predict": (["runs/predict.gin"], [MODEL, "INPUT=x"]),
     "check": (CHECK, [MODEL]),
     "convert": (["runs/convert.gin"], ["INPUT=x", "OUTPUT=y", "LAYOUT=hf"]),
