@@ -6,7 +6,9 @@ vocabulary.
 
 Adaptation tasks: `stdlib_module` (function -> its top-level module), `stdlib_module_windows` (from
 random windows of its training functions) and `stdlib_exception` (function -> the exception that it
-raises). Pretraining: the mixture `stdlib_pretrain` of span corruption and five supervised tasks,
+raises). For `coda ood`: `stdlib_module_known` is `stdlib_module` without a quarter of the modules,
+`stdlib_module_held_out` that quarter, and `stdlib_module_docstrings` has docstrings for functions.
+Pretraining: the mixture `stdlib_pretrain` of span corruption and five supervised tasks,
 over the functions of the train split and the files' other text.
 """
 
@@ -24,12 +26,14 @@ import tensorflow as tf
 from coda_jax import bundled
 from coda_jax.data import seqio_tasks, vocabulary_files
 from coda_jax.data.vocabulary_files import EXTRA_IDS, SPIECE
+from coda_jax.ood.known import split_labels
 from coda_jax.tasks import preprocessors, stdlib_corpus
 
 VOCABULARY_FILE = str(bundled.VOCABULARY / SPIECE)
 NUM_PIECES = 3996  # 4,096 ids together with the extra ids.
 
 MIN_CLASS_SIZE = 10
+HELD_OUT = 0.25  # of the modules
 PASSAGE_BYTES = 1000
 WINDOW_TOKENS = 56
 NUM_NAMES = 2  # of a file without a docstring
@@ -79,6 +83,22 @@ def module_classes() -> tuple[str, ...]:
 def _module(split: str, prefix: str = "module: ") -> _Columns:
     classes = frozenset(module_classes())
     return _pairs((prefix + f.source, f.module) for f in _functions(split) if f.module in classes)
+
+
+@functools.lru_cache(maxsize=1)
+def held_out_modules() -> tuple[str, ...]:
+    """Returns the modules that `stdlib_module_known` lacks, drawn once and for all."""
+    return split_labels(module_classes(), HELD_OUT)[1]
+
+
+def _some_modules(split: str, held_out: bool) -> _Columns:
+    columns = _module(split)
+    pairs = zip(columns["inputs"], columns["targets"], strict=True)
+    return _pairs(pair for pair in pairs if (pair[1] in held_out_modules()) == held_out)
+
+
+def _module_of_docstring(split: str) -> _Columns:
+    return _pairs(("module: " + f.docstring, f.module) for f in _functions(split) if f.docstring)
 
 
 def _exception(split: str) -> _Columns:
@@ -223,7 +243,13 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
         ValueError: a task of such a name is registered already.
     """
     tokenize = seqio.preprocessors.tokenize
-    for name, load in (("stdlib_module", _module), ("stdlib_exception", _exception)):
+    for name, load in (
+        ("stdlib_module", _module),
+        ("stdlib_module_known", functools.partial(_some_modules, held_out=False)),
+        ("stdlib_module_held_out", functools.partial(_some_modules, held_out=True)),
+        ("stdlib_module_docstrings", _module_of_docstring),
+        ("stdlib_exception", _exception),
+    ):
         splits = ("train", "validation", "test")
         _add_task(name + suffix, load, vocabulary, splits, [tokenize], [seqio_tasks.accuracy])
     splits = ("train", "validation")

@@ -203,6 +203,19 @@ def test_adaptation_tasks_ask_for_the_right_class(task, corpus):
         assert len(sizes) > 50
 
 
+def test_known_and_held_out_modules_are_the_task_in_two_parts(corpus):
+    for split in ("train", "validation"):
+        parts = [records(f"stdlib_module_{part}", split) for part in ("known", "held_out")]
+        known, held_out = ({row["targets"] for row in part} for part in parts)
+        assert known.isdisjoint(held_out)
+        rows = sorted(row["inputs"] for part in parts for row in part)
+        assert rows == sorted(row["inputs"] for row in records("stdlib_module", split))
+    assert len(offline.held_out_modules()) == round(0.25 * len(offline.module_classes()))
+    docstrings = {f.docstring for f in corpus.functions if f.split == "validation"}
+    rows = records("stdlib_module_docstrings", "validation")
+    assert rows and {row["inputs"].removeprefix("module: ") for row in rows} <= docstrings
+
+
 @pytest.mark.all
 @pytest.mark.parametrize(
     ("task", "prefix"),
