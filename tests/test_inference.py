@@ -114,9 +114,10 @@ def test_all_candidates_come_with_their_scores(rng):
 
 def log_probability(cfg, params, text, tokens, given=0):
     """What the model gives an output [n] behind what was given, when it is fed with it."""
-    fed = np.append(cfg.decoder_start_id, tokens[:-1])[None]
-    found = np.asarray(logits(cfg, params, text[None], fed, np.ones_like(fed))[0], np.float64)
-    chosen = found[np.arange(len(tokens)), tokens] - np.log(np.exp(found).sum(-1))
+    padded, fed = np.full((1, 16), cfg.pad_id), np.full((1, 8), 2)  # one shape for all
+    padded[0, : len(text)], fed[0, : len(tokens)] = text, [cfg.decoder_start_id, *tokens[:-1]]
+    found = np.asarray(logits(cfg, params, padded, fed, np.ones_like(fed))[0], np.float64)
+    chosen = found[np.arange(len(tokens)), tokens] - np.log(np.exp(found[: len(tokens)]).sum(-1))
     return chosen[given:].sum()
 
 
