@@ -11,12 +11,12 @@ import functools
 
 from jaxtyping import Float, Int
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from coda_jax import checks
 from coda_jax.optional import needs
 
-# Classes of `sklearn.covariance`. It is imported where it is used: not every installation has it.
+# Classes of `sklearn.covariance`. It and SciPy are imported where they are used: not every
+# installation has them.
 SHRINKAGES: Mapping[str, str] = {
     "ledoit_wolf": "LedoitWolf",
     "oas": "OAS",
@@ -187,6 +187,9 @@ def _table(name, features):
 
 def _nearest(features, means, whitening):
     """The squared distance to the nearest of the means, [B]."""
+    with needs():
+        from scipy.spatial.distance import cdist
+
     return cdist(features @ whitening, means @ whitening, "sqeuclidean").min(-1)
 
 
