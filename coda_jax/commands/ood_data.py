@@ -11,13 +11,14 @@ from coda_jax.commands.loading import LoadedModel
 from coda_jax.data import jsonl
 from coda_jax.data.labels import LabelTask
 from coda_jax.data.reports import say
+from coda_jax.data.rows import read_requests
 from coda_jax.data.source import Data
 from coda_jax.objectives import model_for
 from coda_jax.ood.known import HeldOut, split_labels
 
 INSIDE = "in"  # the set of what is in distribution
 HELD_OUT = "held_out"
-FILES = (".jsonl", ".txt")
+FILES = (".jsonl", ".csv", ".tsv", ".txt")
 Targets = dict[str, tuple[int, ...] | None]
 
 
@@ -144,7 +145,8 @@ def _outside(model: LoadedModel, data: Data, entry: str) -> Inputs:
     if entry.endswith(FILES):
         limit = data.limits()["inputs"]
         encode = model.inputs.encoder(model.config, data.vocabulary, limit, None)
-        records = [*model.inputs.read(entry)]
+        asked = read_requests(entry, model.inputs.field, problem=model.inputs.problem)
+        records = [record for records in asked for record in records]
         return Inputs(entry, [*map(encode, records)], records)
     task, _, split = entry.partition(":")
     other = dataclasses.replace(data, task=task or data.task).with_split(split or None)
