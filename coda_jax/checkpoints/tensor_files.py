@@ -100,6 +100,19 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], checksum: bool 
     metadata = {"format": "pt"} | ({_SHA256: _sha256(contiguous)} if checksum else {})
     with atomic(path) as temporary:
         save_file(contiguous, temporary, metadata=metadata)
+        if temporary.is_file():  # no pipe
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata of a new file in order: the library's is another in each call."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
