@@ -8,12 +8,12 @@
 #     sh my_task.sh compare   # fine-tuning, the parallel adapter and CoDA side by side
 #     sh my_task.sh export    # then: python served/load.py < questions.txt
 #
-# What you write behind goes to the command: sh my_task.sh train --gin.BATCH_SIZE=16
+# Extra arguments are passed on: sh my_task.sh train --gin.BATCH_SIZE=16
 # `coda COMMAND --help` lists what there is; docs/own_data.md says more.
 set -eu
 
-checkpoint=flan-t5-base      # a folder in Hugging Face layout, or a name in its cache
-task=tasks/jsonl.gin         # lines {"inputs": "...", "targets": "..."}
+checkpoint=flan-t5-base      # a folder in Hugging Face layout, or a name such as google/flan-t5-base
+task=tasks/jsonl.gin         # JSONL, CSV or TSV with the fields "inputs" and "targets"
 train=train.jsonl
 validation=validation.jsonl
 questions=questions.txt      # an input a line
@@ -22,7 +22,7 @@ run=my_run                   # folders that are written
 compared=compared
 served=served
 steps=1000
-method=methods/coda.gin      # another recipe, such as methods/lora.gin, has no r: reduction=
+method=methods/coda.gin      # for another, such as methods/lora.gin, leave reduction= empty
 reduction=3                  # one token in r goes through each expensive layer
 
 adapter="$run/export/adapter"

@@ -82,27 +82,26 @@ class Field:
 
     def value(self, row: Row) -> Any:
         """The value of the field, or the text; ValueError names the row that lacks it."""
-        return _value(row, self.given) if self._parts is None else self.text(row)
+        return self._value(row, self.given) if self._parts is None else self.text(row)
 
     def text(self, row: Row) -> str:
         """The same, where it must be a text."""
         if self._parts is None:
-            return _text(row, self.given)
-        return "".join(t if name is None else t + _text(row, name) for t, name in self._parts)
+            return self._text(row, self.given)
+        return "".join(t if name is None else t + self._text(row, name) for t, name in self._parts)
 
+    def _value(self, row: Row, name: str) -> Any:
+        if name not in row.fields:
+            raise ValueError(
+                f"{row.place}: the field {name!r} is missing, there are only {[*row.fields]}; "
+                f"{self.option} says which is read"
+            )
+        return row.fields[name]
 
-def _value(row: Row, name: str) -> Any:
-    if name not in row.fields:
-        raise ValueError(
-            f"{row.place}: the field {name!r} is missing, there are only {[*row.fields]}"
-        )
-    return row.fields[name]
-
-
-def _text(row: Row, name: str) -> str:
-    if not isinstance(value := _value(row, name), str):
-        raise ValueError(f"{row.place}: {name!r} must be a string: {value!r}")
-    return value
+    def _text(self, row: Row, name: str) -> str:
+        if not isinstance(value := self._value(row, name), str):
+            raise ValueError(f"{row.place}: {name!r} must be a string: {value!r}")
+        return value
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:

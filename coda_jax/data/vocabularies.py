@@ -33,7 +33,7 @@ BYTE_EXTRA_IDS = 125  # of ByT5, which has 384 ids together
 BYTE_SENTINELS = 100  # of ByT5's span corruption
 _FIRST_BYTE, _NUM_BYTES = 3, 256
 _BYTES = "ByT5Tokenizer"
-_SAY_BYTES = 'For a model of bytes (ByT5) say "bytes"'
+_SAY_BYTES = 'For a model of bytes give VOCABULARY=bytes, in Python "bytes"'
 
 
 class Vocabulary(Protocol):
@@ -148,7 +148,11 @@ def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Voca
     if system.isdir(path):
         return _load_folder(Folder(path, system))
     if not system.exists(path):
-        raise FileNotFoundError(f"No vocabulary {path!r}. {_SAY_BYTES}")
+        name = path if "/" in path else f"google/{path}"
+        raise FileNotFoundError(
+            f"No vocabulary {path!r}: there is no such file or folder; of a model of the Hugging "
+            f"Face Hub give the whole name, such as {name!r}, after `hf download`. {_SAY_BYTES}"
+        )
     folder, name = Folder(os.path.dirname(path), system), os.path.basename(path)
     if name in (VOCAB, MERGES):
         return load_bpe(folder)

@@ -170,7 +170,7 @@ def test_pieces_are_added_as_protobuf_would_add_them():
 def test_what_is_no_vocabulary_is_refused(load, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none of spiece\.model.*For a model of bytes"):
         load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"No vocabulary '.*nowhere'. For a model of bytes"):
+    with pytest.raises(FileNotFoundError, match=r"No vocabulary '.*nowhere': .*VOCABULARY=bytes"):
         load(tmp_path / "nowhere")
     for number, content in enumerate((b"\xff nonsense", b"")):
         path = tmp_path / str(number) / "spiece.model"  # seqio remembers what it has read
