@@ -4,7 +4,7 @@ A batch is filled up with rows of padding, which generation does not wait for; a
 shorter than a batch is one of the next power of two.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -15,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from coda_jax import checks, processes, trees
+from coda_jax.adapters import Adapter, Adapters, Names, checked_names
 from coda_jax.data.batches import bucket, cut, rounded_up
 from coda_jax.data.examples import input_problem
 from coda_jax.data.stop_texts import stop_table
 from coda_jax.data.vocabularies import Vocabulary
 from coda_jax.models import ModelConfig, family_of, placed
-from coda_jax.nn.tokens import pool
 from coda_jax.objectives import Generation, Model, model_for
+from coda_jax.objectives.encoding import encode_function
 from coda_jax.sharding import Placement
-
-EMBEDDINGS = ("mean", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,39 +64,11 @@ def generate_function(model: Model, decoding: Decoding) -> Callable[..., tuple[A
     return functools.partial(model.generate, generation=decoding)
 
 
-def encode_function(model: Model, embed: str | None = None) -> Callable[..., Array]:
-    """(parameters, inputs [B, N, ...]) -> what is read of the encoder, float32.
-
-    Args:
-        model: an encoder with a head, or any model for embeddings.
-        embed: "mean" for the mean of the encoder's outputs, [B, D]; "tokens" for all of them,
-            [B, N, D]; None for what the head gives, [B, C].
-
-    Raises:
-        ValueError: `embed` is another word, or None for a model without such a head.
-    """
-    if embed is None:
-        if not model.describes:
-            raise ValueError(
-                "this model has no head for labels or numbers: give 'mean' or 'tokens'"
-            )
-        return model.predict
-    if embed not in EMBEDDINGS:
-        raise ValueError(f"embed={embed!r} must be one of {EMBEDDINGS}")
-
-    def encode(params, inputs):
-        encoded = model.encode(params, inputs)
-        if embed == "tokens":
-            return encoded.astype(jnp.float32)
-        return pool(encoded, model.module.input_mask(inputs), "mean")
-
-    return encode
-
-
 class Bucketed:
     """Batches of inputs of similar lengths for a model whose parameters are in place.
 
     Attributes:
+        adapters: one of which each input has for its own; None for a model that is all there is.
         num_inputs: inputs so far.
         num_truncated: those that were too long.
         longest: the longest of them, before it was cut.
@@ -109,11 +80,18 @@ class Bucketed:
         params: Mapping[str, Any],
         decoding: Decoding,
         placement: Placement | None,
+        adapters: Mapping[str, Adapter] | None = None,
     ):
         self.num_inputs = self.num_truncated = self.longest = 0
-        self._model = model_for(config)
         self._placement = placement or Placement()
         self._placement.check("Decoding.batch_size", decoding.batch_size, "data")
+        self.adapters = None
+        if adapters is not None:
+            self.adapters = Adapters(config, params, adapters, self._placement)
+            config, params = self.adapters.config, self.adapters.frozen
+        self._model = model_for(config)
+        if self.adapters:
+            self._model = self._model.with_own_leaves()
         self._params = placed(config, params, self._placement)
         self._batch_size = decoding.batch_size
         self._limit = decoding.max_input_length or family_of(config).inputs.longest
@@ -134,6 +112,12 @@ class Bucketed:
         for start in range(0, len(order), size):
             indices = order[start : start + size]
             yield indices, self._batch([inputs[index] for index in indices], size)
+
+    def _params_of(self, names: Iterable[str | None], size: int) -> Mapping[str, Any]:
+        """The parameters for a batch of a size, with the leaves of the adapter of each row."""
+        if self.adapters is None:
+            return self._params
+        return trees.merge(self._params, self.adapters.of_rows([*names], size))
 
     def _size(self, count: int) -> int:
         """The rows of each batch of so many inputs."""
@@ -192,8 +176,10 @@ class Encodings(Bucketed):
         decoding: the size of batches and the longest input.
         embed: see `encode_function`.
         placement: the devices; None for all, which share the rows of a batch.
+        adapters: as of `Predictor`.
 
     Attributes:
+        adapters: likewise.
         num_inputs, num_truncated, longest: of the inputs so far: how many, how many were too long,
             and the longest.
 
@@ -208,26 +194,30 @@ class Encodings(Bucketed):
         decoding: Decoding = Decoding(),
         embed: str | None = None,
         placement: Placement | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
     ):
-        super().__init__(config, params, decoding, placement)
+        super().__init__(config, params, decoding, placement, adapters)
         self._embed = embed
         self._encode = jax.jit(encode_function(self._model, embed))
 
     def __call__(
-        self, inputs: Sequence[np.ndarray], first: int = 0
+        self, inputs: Sequence[np.ndarray], first: int = 0, adapters: Names = None
     ) -> Iterator[tuple[int, np.ndarray]]:
         """(index of the input, its outputs: [C] of a head, [D] a mean, [n, D] of n tokens).
 
         Args:
             inputs: arrays of tokens, each with its end marker, or of patches.
             first: number of the first of them in a longer list.
+            adapters: as of `Predictor.candidates`.
 
         Raises:
             FloatingPointError: an output is not finite; the number of its input is named.
         """
+        names = checked_names(self.adapters, adapters, len(inputs), first)
         for indices, batch in self._batches(inputs, first):
+            params = self._params_of((names[index] for index in indices), len(batch))
             with self._placement.divided():
-                outputs = processes.fetch(self._encode(self._params, batch))
+                outputs = processes.fetch(self._encode(params, batch))
             for index, found in zip(indices, outputs, strict=False):  # the last batch has spares
                 real = len(inputs[index]) if self._embed == "tokens" else len(found)
                 if not np.isfinite(found[:real]).all():
@@ -244,9 +234,12 @@ class Predictor(Bucketed):
         decoding: how it answers.
         vocabulary: of its outputs; needed where there are stop texts.
         placement: the devices; None for all, which share the rows of a batch.
+        adapters: {name: adapter} where each input has one of several for its own: see
+            `Adapters`, which takes config and parameters of their base.
 
     Attributes:
         decoding: the same, with no option of generation left open.
+        adapters: those of the inputs, to which others may be added between calls; else None.
         num_inputs, num_truncated, longest: of the inputs so far: how many, how many were too long,
             and the longest.
         num_cut: outputs so far, the best of each input, that reached the limit without an end.
@@ -263,9 +256,10 @@ class Predictor(Bucketed):
         decoding: Decoding = Decoding(),
         vocabulary: Vocabulary | None = None,
         placement: Placement | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
     ):
         self.decoding = decoding = decoding.resolved()
-        super().__init__(config, params, decoding, placement)
+        super().__init__(config, params, decoding, placement, adapters)
         self._model.check_generation(decoding)
         self.num_cut = 0
         self._generate = jax.jit(generate_function(self._model, decoding))
@@ -291,18 +285,18 @@ class Predictor(Bucketed):
         return self._generate._cache_size()
 
     def __call__(
-        self, inputs: Sequence[np.ndarray], first: int = 0
+        self, inputs: Sequence[np.ndarray], first: int = 0, adapters: Names = None
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The best output of each input: see `candidates`.
 
         Yields:
             (index of the input, its output tokens [L], padding after the end marker).
         """
-        for index, tokens, _ in self.candidates(inputs, first):
+        for index, tokens, _ in self.candidates(inputs, first, adapters):
             yield index, tokens[0]
 
     def candidates(
-        self, inputs: Sequence[np.ndarray], first: int = 0
+        self, inputs: Sequence[np.ndarray], first: int = 0, adapters: Names = None
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """The outputs of each input, in batches of similar lengths.
 
@@ -311,6 +305,7 @@ class Predictor(Bucketed):
                 `max_input_length` is cut and counted in `num_truncated`.
             first: number of the first of them in a longer list. What is drawn for an input depends
                 on its number, and not on the other inputs.
+            adapters: the name of each input's adapter, where there are several.
 
         Yields:
             (index of the input, its output tokens [n, L], the best first, padding after the end
@@ -321,11 +316,13 @@ class Predictor(Bucketed):
         Raises:
             FloatingPointError: a logit is not finite; the number of its input is named.
         """
+        names = checked_names(self.adapters, adapters, len(inputs), first)
         for indices, batch in self._batches(inputs, first):
             numbers = [first + index for index in indices]
+            params = self._params_of((names[index] for index in indices), len(batch))
             arguments = self._arguments(numbers, len(batch))
             with self._placement.divided():
-                found = self._generate(self._params, batch, **arguments)
+                found = self._generate(params, batch, **arguments)
             tokens, scores = (x[: len(indices)] for x in processes.fetch(found))  # without spares
             scores = self._model.log_probs(tokens, scores, self.decoding, **self._stops)
             self.num_cut += int(self._model.is_cut(tokens[:, 0], self.decoding).sum())
@@ -334,31 +331,35 @@ class Predictor(Bucketed):
                     self._refuse(first + index)
                 yield index, outputs, log_probs
 
-    def stream(self, tokens: np.ndarray, number: int = 0) -> Iterator[int]:
+    def stream(
+        self, tokens: np.ndarray, number: int = 0, adapter: str | None = None
+    ) -> Iterator[int]:
         """The tokens of an output as they come: what `__call__` gives, up to the end marker.
 
         Args:
             tokens: the input, as in `candidates`.
             number: of the input in a list, on which its draws depend.
+            adapter: the name of its adapter, where there are several.
 
         Raises:
             ValueError: beams, which may yet take back what they have chosen; several outputs.
             FloatingPointError: a logit is not finite.
         """
         self._check(tokens, number)
+        names = checked_names(self.adapters, adapter and [adapter], 1, number)
         begin, grow = self._stepwise
         size = self._placement.mesh.shape["data"]  # one input, and spare rows for other devices
-        batch = self._batch([tokens], size)
+        batch, params = self._batch([tokens], size), self._params_of(names, size)
         with self._placement.divided():
-            encoded, rows = begin(self._params, batch, **self._arguments([number], size))
+            encoded, rows = begin(params, batch, **self._arguments([number], size))
         refuse = functools.partial(self._refuse, number)
-        return self._streamed(batch, encoded, rows, grow, refuse)
+        return self._streamed(params, batch, encoded, rows, grow, refuse)
 
-    def _streamed(self, batch, encoded, rows, grow, refuse) -> Iterator[int]:
+    def _streamed(self, params, batch, encoded, rows, grow, refuse) -> Iterator[int]:
         yield from self.decoding.decoder_prefix
         for place in range(len(self.decoding.decoder_prefix) + 1, rows.tokens.shape[1]):
             with self._placement.divided():
-                rows = grow(self._params, batch, encoded, rows, **self._stops)
+                rows = grow(params, batch, encoded, rows, **self._stops)
             if np.isnan(rows.log_probs[0]):
                 refuse()
             yield int(rows.tokens[0, place])

@@ -167,6 +167,15 @@ def num_parts(logical_axis: str, size: int) -> int:
     return math.gcd(mesh.shape.get(axis, 1), size)
 
 
+@contextlib.contextmanager
+def mapped_over_rows() -> Iterator[str | None]:
+    """While open, a single row is traced: gives the axis of the mesh that divides the batch."""
+    rules = [*partitioning.get_axis_rules()]
+    of_row = [(name, None if name == "batch" else x) for name, x in rules]
+    with partitioning.axis_rules(of_row):
+        yield dict(rules).get("batch")
+
+
 def checked_mesh(name: str, mesh: Mapping[str, int] | None, num_devices: int) -> dict[str, int]:
     """{"data": ..., "model": ...}: how many devices lie along each axis.
 

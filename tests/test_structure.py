@@ -19,7 +19,7 @@ PACKAGE = ROOT / "coda_jax"
 # From the outermost to the innermost: each imports from its own row and those behind it only.
 ORDER = [
     *["cli", "t5x_models", "commands", "ood"],
-    *["inference", "training", "checkpoints", "profiling"],
+    *["inference", "adapters", "training", "checkpoints", "profiling"],
     *[
         "objectives",
         "models",

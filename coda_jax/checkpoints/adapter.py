@@ -247,7 +247,11 @@ def _tensors(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarr
 
 
 def _check_base(
-    directory: Path, manifest: Mapping[str, Any], config: ModelConfig, frozen: Mapping[str, Any]
+    directory: Path,
+    manifest: Mapping[str, Any],
+    config: ModelConfig,
+    frozen: Mapping[str, Any],
+    known: Mapping[str, str] | None,
 ) -> None:
     """Raises ValueError unless the frozen leaves are those that the adapter was trained with."""
     if manifest["format_version"] == 1:
@@ -258,7 +262,8 @@ def _check_base(
                 f"{manifest['base_fingerprint']}; the given base has {found}"
             )
         return
-    found, expected = base_fingerprints(config, frozen), manifest["base"]
+    found = {x: known[x] for x in trees.flatten(frozen)} if known else fingerprints(frozen)
+    expected = manifest["base"]
     paths = sorted(found.keys() | expected.keys())
     different = [path for path in paths if found.get(path) != expected.get(path)]
     if different:
@@ -279,7 +284,11 @@ def _check_config(directory: Path, given: ModelConfig, stored: ModelConfig) -> N
 
 
 def load_adapter(
-    path: str | os.PathLike, config: ModelConfig, params: Mapping[str, Any]
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    known: Mapping[str, str] | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Puts a saved adapter onto the base that it was trained with.
 
@@ -288,6 +297,7 @@ def load_adapter(
         config: of the base, e.g. from `load_hf`; it says how to compute. Of an encoder-decoder the
             encoder is taken alone where the adapter's model is one.
         params: the base's parameter tree. What an adapter file holds is replaced.
+        known: the `fingerprints` of `params`, where they are known already.
 
     Returns:
         (config, params): the config with the methods as they were saved (and their head, where the
@@ -309,6 +319,6 @@ def load_adapter(
     trees.check_tree(expected_saved, saved, what=f"the tensors of {directory} do")
     _, frozen = methods.partition(stored, params)
     trees.check_tree(expected_frozen, frozen, what="the base parameters do")
-    _check_base(directory, manifest, stored, frozen)
+    _check_base(directory, manifest, stored, frozen, known)
     computed = {name: getattr(config, name) for name in config.run_fields}
     return stored.replace(**computed), trees.merge(frozen, saved)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from coda_jax import processes
 from coda_jax.checkpoints.tensor_files import write_tensors
 from coda_jax.commands.loading import LoadedModel
+from coda_jax.commands.many_adapters import names_in
 from coda_jax.data.reports import say
 from coda_jax.inference import Decoding, Encodings
 from coda_jax.objectives import model_for
@@ -88,13 +89,14 @@ def _encoded(
     placement: Placement | None,
 ) -> Iterable[tuple[Mapping, np.ndarray]]:
     """(record, outputs) of each input, in their order."""
-    encodings = Encodings(model.config, model.params, decoding, embed, placement)
+    encodings = Encodings(model.config, model.params, decoding, embed, placement, model.adapters)
     silent = not processes.is_first()
     with tqdm(unit="example", file=sys.stderr, disable=silent) as progress:
         done = 0
         for chunk in chunks:
             outputs = {}
-            for index, found in encodings([encode(record) for record in chunk], first=done):
+            inputs = [encode(record) for record in chunk]
+            for index, found in encodings(inputs, done, names_in(model, chunk)):
                 outputs[index] = found
                 progress.update()
             yield from ((record, outputs[index]) for index, record in enumerate(chunk))

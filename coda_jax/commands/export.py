@@ -8,7 +8,7 @@ arguments, a uint32 seed and the uint32 numbers of the inputs, [B]: `program.cal
 seed, numbers)`. Where several outputs of an input are asked for, it gives (tokens [B, n, L], scores
 [B, n]), the best first. Rows of the inputs that are only padding fill up a batch: they have no
 output, and no step waits for them. An output ends with the token in which a stop text is complete.
-An encoder's gives what `inference.encode_function` says. The manifest lists arguments and results.
+An encoder's gives what `objectives.encoding` says. The manifest lists arguments and results.
 Where a logit of an input is not finite there is no answer: all its tokens are -1, and its score is
 NaN.
 """
@@ -34,8 +34,9 @@ from coda_jax.data.vocabularies import (
     identity,
     load_vocabulary,
 )
-from coda_jax.inference import Decoding, encode_function, generate_function, stops_of
+from coda_jax.inference import Decoding, generate_function, stops_of
 from coda_jax.objectives import NOT_FINITE, Model, model_for
+from coda_jax.objectives.encoding import encode_function
 
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.npz"

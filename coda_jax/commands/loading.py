@@ -1,7 +1,4 @@
-"""A model as a command needs it: a checkpoint, methods, an adapter file, put together.
-
-The functions here are named in gin files.
-"""
+"""A checkpoint, methods and an adapter file put together, by functions that gin files name."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -34,10 +31,10 @@ class LoadedModel:
         config: the model's configuration.
         params: the parameter tree.
         directory: the checkpoint's folder, or None for a model that starts at random.
-        adapter: {the adapter's folder: the fingerprint of the vocabulary that it was trained with},
-            where it has one.
+        adapter: {the adapter's folder: the fingerprint of its vocabulary}, where it has one.
         lengths: {"inputs", "targets"} of the adapter's training: see `save_adapter`; {} if unknown.
         checkpoint: the checkpoint as it was given, a folder or a name; None for none.
+        adapters: {name: folder} of adapters that its inputs choose from; None for what it is.
     """
 
     config: ModelConfig
@@ -46,6 +43,7 @@ class LoadedModel:
     adapter: Mapping[str, str] | None = None
     lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     checkpoint: str | None = None
+    adapters: Mapping[str, str] | None = None
 
     @property
     def vocabulary(self) -> dict[str, Any]:

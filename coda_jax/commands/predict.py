@@ -1,6 +1,7 @@
 """`coda predict`: answers to the inputs of a file."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
 import os
 import sys
 from typing import Any, TextIO
@@ -15,6 +16,7 @@ from coda_jax.commands.loading import (
     sized,
     with_checkpoint_defaults,
 )
+from coda_jax.commands.many_adapters import names_in, problem_of
 from coda_jax.data.reports import say
 from coda_jax.data.rows import read_requests, written
 from coda_jax.data.stop_texts import cut
@@ -78,7 +80,7 @@ def predict(
     check_vocabulary(identity(vocabulary), **model.vocabulary)
     known = model.inputs
     encode = known.encoder(model.config, vocabulary, decoding.max_input_length, font)
-    asked = read_requests(inputs, known.field, field, known.problem)
+    asked = read_requests(inputs, known.field, field, problem_of(model))
     chunks = _chunks(asked, chunk_size or held_at_once(model, decoding))
     if embed is not None:
         write_embeddings(model, decoding, chunks, encode, output, embed, placement)
@@ -104,16 +106,19 @@ def _generate(
 ) -> None:
     """Writes or prints what a model generates."""
     decoding = with_checkpoint_defaults(decoding, model)
-    predictor = Predictor(model.config, model.params, decoding, vocabulary, placement)
+    predictor = Predictor(
+        model.config, model.params, decoding, vocabulary, placement, model.adapters
+    )
+    names = functools.partial(names_in, model)
     if stream:
         if output != "-" or scores:
             raise ValueError(
                 f"STREAM prints texts: OUTPUT={output!r} and SCORES={scores} have no effect"
             )
-        inputs = (encode(record) for chunk in chunks for record in chunk)
-        _print_growing(predictor, vocabulary, inputs)
+        records = (record for chunk in chunks for record in chunk)
+        _print_growing(predictor, vocabulary, encode, records, names)
     else:
-        _write(_answers(predictor, vocabulary, encode, chunks, scores), output)
+        _write(_answers(predictor, vocabulary, encode, chunks, names, scores), output)
     for line in predictor.cuts():
         say(line)
 
@@ -144,14 +149,15 @@ def _write_each(texts: Iterable[str], file: TextIO) -> None:
         file.flush()
 
 
-def _answers(predictor, vocabulary, encode, chunks, scores: bool) -> Iterator[dict[str, Any]]:
-    """The lines of all chunks of records."""
+def _answers(predictor, vocabulary, encode, chunks, names, scores) -> Iterator[dict[str, Any]]:
+    """The lines of all chunks of records, whose adapters `names` says."""
     text, done = _texts(predictor.decoding, vocabulary), 0
     silent = not processes.is_first()
     with tqdm(unit="example", file=sys.stderr, disable=silent) as progress:
         for chunk in chunks:
             answers = {}
-            for index, *found in predictor.candidates(list(map(encode, chunk)), done):
+            inputs = list(map(encode, chunk))
+            for index, *found in predictor.candidates(inputs, done, names(chunk)):
                 answers[index] = [
                     {"text": text(tokens.tolist()), "score": float(score)}
                     for tokens, score in zip(*found, strict=True)
@@ -177,12 +183,13 @@ def _texts(decoding: Decoding, vocabulary: Vocabulary) -> Callable[[list[int]], 
     return lambda tokens: cut(vocabulary.decode(tokens), decoding.stop_strings, start)
 
 
-def _print_growing(predictor: Predictor, vocabulary: Vocabulary, inputs: Iterable) -> None:
+def _print_growing(predictor, vocabulary, encode, records, names) -> None:
     """Prints the text of each output as its tokens come."""
     text = _texts(predictor.decoding, vocabulary)
-    for number, tokens in enumerate(inputs):
+    for number, record in enumerate(records):
         found, shown = [], ""
-        for token in predictor.stream(tokens, number):
+        (adapter,) = names([record]) or [None]
+        for token in predictor.stream(encode(record), number, adapter):
             found.append(token)
             grown = text(found).rstrip(_UNFINISHED)
             if grown.startswith(shown):

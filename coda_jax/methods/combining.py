@@ -43,7 +43,7 @@ def combine_adapters(
     parts = [[trees.flatten(part) for part in partition(*adapter)] for adapter in adapters]
     for (other, _), (_, frozen) in zip(adapters[1:], parts[1:], strict=True):
         _check_alike(config, other)
-        _check_same_base(parts[0][1], frozen)
+        check_same_base(parts[0][1], frozen)
     trained = [leaves for leaves, _ in parts]
     for leaves in trained:
         trees.check_finite(leaves)
@@ -86,8 +86,8 @@ def _check_alike(config, other):
         raise ValueError(f"the adapters' models differ: {'; '.join(different)}")
 
 
-def _check_same_base(first, second):
-    """Raises ValueError unless frozen leaves are the same, bit by bit."""
+def check_same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Raises ValueError unless frozen leaves, {path: leaf}, are the same, bit by bit."""
     different = sorted(first.keys() ^ second.keys())
     different += [
         path

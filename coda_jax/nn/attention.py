@@ -167,6 +167,7 @@ def causal(
 
 
 _KEY, _VALUE = "cached_key", "cached_value"  # [B, H, L, head_dim] each
+MATRICES = ("key_matrix", "value_matrix")  # those of `Attention.matrices`, in a decoder's cache
 
 
 def widened_cache(cache: Mapping[str, Any], places: int) -> dict[str, Any]:

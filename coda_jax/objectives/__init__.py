@@ -5,10 +5,12 @@
 | `base` | `Model`, the base class of all, and the sums that they give |
 | `seq2seq` | `Seq2Seq`: cross-entropy of the targets |
 | `generation` | `Generation`: the options of outputs |
+| `own_leaves` | `OwnLeaves`: a network in which each row has its own trained leaves |
 | `decoding`, `beams` | greedy decoding, sampling and beam search over a cached decoder |
 | `logits_processors` | what the options do to the logits |
 | `prefix_tree` | several targets for one input in one row of the decoder |
 | `ctc` | `CTC`: its loss, greedy decoding and prefix beam search |
+| `encoding` | what is read of any encoder |
 | `pooled` | `Classification`, `Regression` and `Embedding` of an encoder alone |
 | `best_rq` | `BestRQ`: pretraining of speech encoders without transcripts |
 """

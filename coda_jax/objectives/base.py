@@ -19,6 +19,7 @@ from coda_jax.methods import Method
 from coda_jax.models import ModelConfig, family_of, init_params
 from coda_jax.nn.tokens import selections
 from coda_jax.objectives.generation import Generation
+from coda_jax.objectives.own_leaves import OwnLeaves
 
 Batch = dict[str, Array]
 NOT_FINITE = -1  # every token of an output that was made of a logit that is not finite
@@ -188,6 +189,15 @@ class Model:
         other = copy.copy(self)
         other.config = self.config.replace(methods=tuple(methods))
         other.module = other.config.network()
+        return other
+
+    def with_own_leaves(self) -> "Model":
+        """The same model, each row of which has its own trained leaves.
+
+        In its parameters these have an axis of rows in front, [B, ...]; see `OwnLeaves`.
+        """
+        other = copy.copy(self)
+        other.module = OwnLeaves(self.module)
         return other
 
     def report(self, sums: Sums) -> dict[str, float]:

@@ -46,7 +46,7 @@ def fixture_inputs(tmp_path):
 def fixture_echo(monkeypatch):
     """Answers each input with itself."""
 
-    def candidates(self, inputs, first=0):
+    def candidates(self, inputs, first=0, adapters=None):
         return ((index, x[None], np.array([-0.5])) for index, x in enumerate(inputs))
 
     monkeypatch.setattr(Predictor, "candidates", candidates)
@@ -199,7 +199,7 @@ def test_the_file_of_the_inputs_is_not_overwritten(model, inputs):
 
 def test_a_character_is_printed_when_all_its_bytes_have_come(model, inputs, monkeypatch):
     ids = ByteVocabulary().encode("aé日!")
-    monkeypatch.setattr(Predictor, "stream", lambda self, tokens, number: iter(ids))
+    monkeypatch.setattr(Predictor, "stream", lambda self, tokens, number, adapter: iter(ids))
     monkeypatch.setattr(sys, "stdout", Written())
     predict(model, inputs, "-", Decoding(), "bytes", stream=True)
     pieces = [piece for piece in sys.stdout if piece]
@@ -213,11 +213,11 @@ def test_the_output_is_the_older_one_until_the_new_one_is_complete(model, inputs
     output.write_text("older\n")
     seen, candidates = [], Predictor.candidates
 
-    def interrupted(self, tokens, first=0):
+    def interrupted(self, tokens, first=0, adapters=None):
         seen.append((output.read_text(), len([*model.directory.glob(".out.jsonl.*")])))
         if first == 2:
             raise KeyboardInterrupt
-        return candidates(self, tokens, first)
+        return candidates(self, tokens, first, adapters)
 
     monkeypatch.setattr(Predictor, "candidates", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,7 @@ from coda_jax.nn.remat import rematerialised
 from coda_jax.nn.tokens import Tokens
 
 # What a decoder's cache holds for the attention to the encoding.
-_OF_ENCODING = ("encoded_key", "encoded_value", "key_matrix", "value_matrix")
+_OF_ENCODING = ("encoded_key", "encoded_value", *attentions.MATRICES)
 
 
 def _norm(cfg: T5Config, name: str) -> layers.RMSNorm:
@@ -156,7 +156,7 @@ class DecoderLayer(nn.Module):
             source = None
             if self.has_variable("cache", "encoded_key"):
                 key, value, *matrices = (self.get_variable("cache", name) for name in _OF_ENCODING)
-                source = (encoded, *matrices)
+                source = None if matrices[0] is None else (encoded, *matrices)  # see OwnLeaves
             else:
                 key, value = attention.keys_values(encoded)
                 if cache_encoded:
