@@ -102,7 +102,8 @@ or, with T5X (docs/t5x.md says how to set it up), by
       --gin.TRAIN_STEPS=... --gin.VOCABULARY=...
 
 Tasks of images take a `DIRECTORY` too. What the paper does not say is T5's for fine-tuning.
-Its results are in its own tables: none was rerun at these sizes. What was measured on small checkpoints is in ablations.md.
+Its results are in its own tables: none was rerun at these sizes. What was measured on small
+checkpoints is in docs/ablations.md.
 """
 
 
