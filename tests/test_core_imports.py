@@ -81,7 +81,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         with pytest.raises(AttributeError, match=f"'coda_jax' has no attribute '{name}'"):
             getattr(coda_jax, name)
     with pytest.raises(ImportError):
-        from coda_jax import adapters  # noqa: F401
+        from coda_jax import load_hff  # noqa: F401
 
 
 @pytest.mark.parametrize("name", ["coda_jax", "tests", "setup", "docs"])

@@ -35,6 +35,7 @@ def lower(function, *arguments):
     return jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments).mlir_module()
 
 
+@pytest.mark.all
 def test_the_training_step_of_packed_rows_lowers(model, params):
     batch = {
         "encoder_input_tokens": LENGTH,

@@ -57,6 +57,7 @@ def test_texts_with_a_vocabulary_beside_the_checkpoint(denoisers, texts, tmp_pat
     assert (tmp_path / "run" / "export" / "spiece.model").exists()
 
 
+@pytest.mark.all
 def test_printed_texts(texts, tmp_path):
     cfg = config(base=TINY_IMAGES, vocab_size=384, num_positions=64)
     given = {"TEXTS": texts, "VOCABULARY": "bytes", "REDUCTION": 4}

@@ -214,7 +214,16 @@ def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
     arguments["objective"](config)
 
 
-@pytest.mark.parametrize("name", ["demo", "demo_vision", "demo_speech", "ablations", "pruning"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("demo", marks=pytest.mark.all),
+        "demo_vision",
+        "demo_speech",
+        "ablations",
+        "pruning",
+    ],
+)
 def test_what_the_package_compares_is_configured(name, monkeypatch, tmp_path):
     _, arguments = bindings_of_run(f"runs/{name}.gin", monkeypatch)
     passed_on = {"recipes", "seeds", "training", "evaluation"}

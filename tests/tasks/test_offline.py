@@ -372,6 +372,7 @@ def test_lengths_before_noise_are_t5s():
         assert mask.sum() + spans + 1 == targets_length
 
 
+@pytest.mark.all
 def test_inputs_and_targets_together_are_the_text(vocabulary):
     noised = examples("stdlib_span_corruption", "validation")
     texts = [r["targets"] for r in records("stdlib_span_corruption", "validation")]

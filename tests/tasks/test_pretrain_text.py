@@ -88,7 +88,10 @@ def test_inputs_and_targets_together_are_the_texts(kind, folder):
     assert {len(x["targets"]) for x in full} == {noise + spans + 1}
 
 
-@pytest.mark.parametrize("kind", VOCABULARIES)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.all] * (kind == "tokenizer")) for kind in VOCABULARIES],
+)
 @settings(max_examples=30, deadline=None)
 @given(text=st.text(min_size=5, max_size=400), seed=st.integers(0, 2**30))
 def test_any_text_is_restored_from_its_corruption(kind, text, seed):
@@ -134,7 +137,10 @@ def test_the_seven_denoisers_are_ul2s():
 
 
 @pytest.mark.parametrize("kind", ["spiece", "bytes"])
-@pytest.mark.parametrize("denoiser", ul2.DENOISERS)
+@pytest.mark.parametrize(
+    "denoiser",
+    [pytest.param(x, marks=[pytest.mark.all] * (x == "x_64_sparse")) for x in ul2.DENOISERS],
+)
 def test_each_denoiser_restores_the_text_and_masks_its_share(denoiser, kind, folder):
     path, row = VOCABULARIES[kind], ul2.DENOISERS[denoiser]
     vocabulary, encode = load_vocabulary(path), tf_encode(path)
@@ -165,6 +171,7 @@ def test_each_denoiser_restores_the_text_and_masks_its_share(denoiser, kind, fol
     assert len(tasks) == 7 and f"{name}_{denoiser}" in tasks
 
 
+@pytest.mark.all
 def test_the_denoisers_have_equal_rates_and_are_mixed(folder):
     name = pretrain_text.task("bytes", files=folder, denoisers="ul2")
     mixture = seqio.MixtureRegistry.get(name)
@@ -193,6 +200,7 @@ def test_lengths_that_are_too_short_for_a_denoiser_are_refused(folder):
 # --- What all have. ---
 
 
+@pytest.mark.all
 def test_examples_follow_the_seed(folder):
     name = pretrain_text.task("bytes", files=folder)
     one = read(name, "train", seed=1, shuffle=True, lengths=LENGTHS)
