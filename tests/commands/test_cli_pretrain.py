@@ -68,6 +68,7 @@ def test_printed_texts(texts, tmp_path):
     assert all_changed(before, after)
 
 
+@pytest.mark.all
 def test_recordings_without_transcripts(tmp_path):
     for clip in sorted((Path(captcha.__file__).parent / "data").glob("?/*.wav")):
         (tmp_path / "clips" / clip.parent.name).mkdir(parents=True, exist_ok=True)

@@ -192,7 +192,14 @@ def bindings_of_run(name, monkeypatch, *more):
 SHARED = ("runs/infer.gin",)  # included by others, of no command of its own
 
 
-@pytest.mark.parametrize("name", [name for name in files("runs") if name not in SHARED])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.all] * (name == "runs/demo.gin"))
+        for name in files("runs")
+        if name not in SHARED
+    ],
+)
 def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
     command, arguments = bindings_of_run(name, monkeypatch)
     passed_on = {"given": None} if COMMANDS[command].runs_others else {}
