@@ -148,10 +148,9 @@ def load_vocabulary(path: str | os.PathLike, system: FileSystem = LOCAL) -> Voca
     if system.isdir(path):
         return _load_folder(Folder(path, system))
     if not system.exists(path):
-        name = path if "/" in path else f"google/{path}"
+        whole = f"; the Hub's name is whole, such as 'google/{path}'" if "/" not in path else ""
         raise FileNotFoundError(
-            f"No vocabulary {path!r}: there is no such file or folder; of a model of the Hugging "
-            f"Face Hub give the whole name, such as {name!r}, after `hf download`. {_SAY_BYTES}"
+            f"No vocabulary {path!r}: there is no such file or folder{whole}. {_SAY_BYTES}"
         )
     folder, name = Folder(os.path.dirname(path), system), os.path.basename(path)
     if name in (VOCAB, MERGES):
