@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import shutil
 import tempfile
@@ -36,11 +37,22 @@ hypothesis.settings.register_profile("same", derandomize=True, database=None, de
 hypothesis.settings.load_profile("same")
 
 
+_TESTS = itertools.count(1)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """What a file compiled does not fill the memory while the others run."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _forget_many_programs():
+    """Nor do those of a long file use up the 65,530 mappings that Linux gives a process."""
+    yield
+    if next(_TESTS) % 50 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
