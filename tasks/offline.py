@@ -7,7 +7,8 @@ vocabulary.
 Adaptation tasks: `stdlib_module` (function -> its top-level module), `stdlib_module_windows` (from
 random windows of its training functions) and `stdlib_exception` (function -> the exception that it
 raises). For `coda ood`: `stdlib_module_known` is `stdlib_module` without a quarter of the modules,
-`stdlib_module_held_out` that quarter, and `stdlib_module_docstrings` has docstrings for functions.
+`stdlib_module_known_windows` has its windows, `stdlib_module_held_out` is that quarter, and
+`stdlib_module_docstrings` has docstrings for functions.
 Pretraining: the mixture `stdlib_pretrain` of span corruption and five supervised tasks,
 over the functions of the train split and the files' other text.
 """
@@ -91,8 +92,8 @@ def held_out_modules() -> tuple[str, ...]:
     return split_labels(module_classes(), HELD_OUT)[1]
 
 
-def _some_modules(split: str, held_out: bool) -> _Columns:
-    columns = _module(split)
+def _some_modules(split: str, held_out: bool, prefix: str = "module: ") -> _Columns:
+    columns = _module(split, prefix)
     pairs = zip(columns["inputs"], columns["targets"], strict=True)
     return _pairs(pair for pair in pairs if (pair[1] in held_out_modules()) == held_out)
 
@@ -254,8 +255,10 @@ def add_tasks(vocabulary: seqio.Vocabulary, suffix: str = "") -> seqio.Mixture:
         _add_task(name + suffix, load, vocabulary, splits, [tokenize], [seqio_tasks.accuracy])
     splits = ("train", "validation")
     whole = functools.partial(_module, prefix="")  # The windows get the prefix.
+    known = functools.partial(_some_modules, held_out=False, prefix="")
     for name, load, prefix, window_splits in (
         ("stdlib_module_windows", whole, "module: ", ("train",)),
+        ("stdlib_module_known_windows", known, "module: ", ("train",)),
         ("stdlib_passage", _passage, "summary: ", splits),
     ):
         window = functools.partial(

@@ -1,7 +1,7 @@
 """`coda compare`: recipes side by side, on one checkpoint, data and budget.
 
-Each recipe and seed is a run of `coda train` and one of `coda evaluate`. What is finished is kept,
-so that the same command goes on where it was stopped.
+Each recipe and seed is a run of `coda train`, one of `coda evaluate`, and one of `coda ood` where
+that is asked for. What is finished is kept, so that the same command goes on where it was stopped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +36,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    detection: Mapping[str, Any] | None = None,
     metric: str | None = None,
     better: str | None = None,
     baselines: Mapping[str, float] | None = None,
@@ -47,11 +48,12 @@ def compare(
     learning_curves.png, routing.png where a recipe routes, and a folder for each recipe and seed.
 
     Args:
-        given: flags of `coda train`, and of `coda evaluate` as far as it knows them.
+        given: flags of `coda train`, and of the other commands as far as they know them.
         directory: of all of it.
         recipes: {name: flags of `coda train`}, or names of files of methods/.
         seeds: of each recipe.
-        training, evaluation: flags of one of the two commands.
+        training, evaluation, detection: flags of `coda train`, `evaluate` and `ood` alone; the last
+            is not asked where its flags are None.
         metric: of the task that is shown; None for its first.
         better: whether more of it is better, "max", or less, "min"; None for what its name says.
         baselines: {name: the metric of another method}, to set beside.
@@ -66,7 +68,7 @@ def compare(
     """
     start, directory = time.monotonic(), checked(directory)
     better, timed = checks.Maybe(checks.OneOf(_BETTER))("BETTER", better), timed or Timed()
-    cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {})
+    cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {}, detection)
     anew = not any(cell.is_finished for cell in cells)
     found = [(cell, _found(cell)) for cell in cells]
     first = found[0][1]
@@ -119,14 +121,22 @@ def _rows(
             "metrics": score["metrics"],
             "directory": cell.directory.relative_to(directory).as_posix(),
             **{name: score[name] for name in ("train", "evaluate", "seconds")},
+            **{name: score[name] for name in ("ood", "detection") if name in score},
             "curve": read_metrics(cell.directory),
         }
     for row in rows.values():
-        scores = [cell["score"] for cell in row["cells"].values()]
-        several = len(scores) > 1
-        row["mean"] = statistics.mean(scores)
-        row["error"] = statistics.stdev(scores) / len(scores) ** 0.5 if several else None
+        row |= _over_seeds([cell["score"] for cell in row["cells"].values()])
+        if detection := [x["detection"] for x in row["cells"].values() if "detection" in x]:
+            row["detection"] = _over_seeds(detection)
     return rows
+
+
+def _over_seeds(found: Sequence[Any]) -> dict[str, Any]:
+    """The "mean" of numbers and its standard "error", or {key: those} of equal nested records."""
+    if isinstance(found[0], Mapping):
+        return {key: _over_seeds([record[key] for record in found]) for key in found[0]}
+    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+    return {"mean": statistics.mean(found), "error": error}
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""The cells of `coda compare`: a recipe with a seed, trained and evaluated once, then kept."""
+"""The cells of `coda compare`: a recipe with a seed, trained and judged once, then kept."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -13,6 +13,7 @@ from coda_jax.commands.command_lines import CommandLine
 from coda_jax.commands.evaluate import evaluate
 from coda_jax.commands.loading import LoadedModel, load_model
 from coda_jax.commands.model_card import made_by
+from coda_jax.commands.ood import ood
 from coda_jax.commands.train import train
 from coda_jax.data.source import Data
 from coda_jax.objectives import model_for
@@ -20,7 +21,9 @@ from coda_jax.training.metrics_file import read_metrics
 from coda_jax.training.run_directory import EXPORT
 
 SCORE = "score.json"  # in the folder of a cell that is finished
+DETECTION = "ood.json"  # beside it, where `coda ood` is asked for
 CHECKPOINT, ADAPTER = "INITIAL_CHECKPOINT_PATH", "INITIAL_ADAPTER_PATH"
+OUTPUT = "OUTPUT"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Cell:
         directory: of its run.
         training: what `coda train` is given.
         evaluation: what `coda evaluate` is given beside the model.
+        detection: what `coda ood` is given beside the model; None: it is not asked.
     """
 
     recipe: str
@@ -40,6 +44,7 @@ class Cell:
     directory: pathlib.Path
     training: CommandLine
     evaluation: CommandLine
+    detection: CommandLine | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -52,43 +57,55 @@ class Cell:
         Raises:
             ValueError: another command found it.
         """
-        found = files.read_json(self.directory / SCORE)
-        for name, command in self._commands().items():
-            if found[name] != command:
+        found, commands = files.read_json(self.directory / SCORE), self._commands()
+        for name in ("train", "evaluate", "ood"):
+            old, new = found.get(name), commands.get(name)
+            if old != new:
                 raise ValueError(
                     f"{self.directory} holds what another command found: name another MODEL_DIR, "
-                    f"or remove it\n  {found[name]}\n  {command}"
+                    f"or remove it\n  {old or f'no coda {name}'}\n  {new or f'no coda {name}'}"
                 )
         return found
 
     def _commands(self) -> dict[str, str]:
         """What a person would type, once it is trained."""
-        return {
+        found = {
             "train": self.training.text("train"),
-            "evaluate": self.answering().text("evaluate"),
+            "evaluate": self._answering().text("evaluate"),
         }
+        return found | ({"ood": self._detecting().text("ood")} if self.detection else {})
 
-    def answering(self) -> CommandLine:
+    def _answering(self) -> CommandLine:
         """What `coda evaluate` is given: the model as it was exported, and the task."""
+        return self.evaluation.plus(self._model())
+
+    def _detecting(self) -> CommandLine:
+        """What `coda ood` is given: that model, the task, and the file for its report."""
+        written = {OUTPUT: str(self.directory / DETECTION)}
+        return self.detection.plus(self._model() | written)
+
+    def _model(self) -> dict[str, str]:
+        """The flags of the model as it was exported."""
         export = self.directory / EXPORT
         whole, adapter = (export / "config.json").exists(), export / "adapter"
         base = str(export) if whole else self.training.bindings[CHECKPOINT]
-        paths = {CHECKPOINT: base} | ({ADAPTER: str(adapter)} if adapter.exists() else {})
-        return self.evaluation.plus(paths)
+        return {CHECKPOINT: base} | ({ADAPTER: str(adapter)} if adapter.exists() else {})
 
     def check(self) -> None:
         """Raises UsageError where its commands could not be carried out, as text tells."""
         self.training.configure("train")
         self.evaluation.plus({CHECKPOINT: "x"}).configure("evaluate")
+        if self.detection is not None:
+            self.detection.plus({CHECKPOINT: "x"}).configure("ood")
 
     def run(self) -> dict[str, Any]:
         """Trains and evaluates; a run that was cut off goes on.
 
         Returns:
-            {"train", "evaluate"}: the commands; "task", "split": what is evaluated; "metrics":
-            {metric: value}; "methods": their names; "trained", "total": parameters; "stored": those
-            that a task needs beside the base, and that are not zero; "steps" of the training;
-            "seconds", None for a run that was cut off.
+            {"train", "evaluate", "ood"}: the commands; "task", "split": what is evaluated;
+            "metrics": {metric: value}; "detection": see `_detected`; "methods": their names;
+            "trained", "total": parameters; "stored": those that a task needs beside the base, and
+            that are not zero; "steps" of the training; "seconds", None for a run that was cut off.
 
         Raises:
             ValueError: the model has a head for labels or numbers, or would be judged on what it
@@ -102,7 +119,7 @@ class Cell:
         with made_by(*self.training.words("train")):
             exported, _ = _configured(train)(model=model)
         seconds = None if began else time.monotonic() - start
-        self.answering().configure("evaluate")
+        self._answering().configure("evaluate")
         metrics = _configured(evaluate)()
         task, found = next(iter(metrics.items()))
         curves = read_metrics(self.directory).values()
@@ -111,6 +128,7 @@ class Cell:
             "task": task,
             "split": self._split(task),
             "metrics": {name: x for name, x in found.items() if isinstance(x, int | float)},
+            **self._detected(),
             "methods": [method.name for method in model.config.methods],
             "trained": trees.count(trained),
             "total": trees.count(model.params),
@@ -120,6 +138,22 @@ class Cell:
         }
         files.write_json(self.directory / SCORE, score)
         return score
+
+    def _detected(self) -> dict[str, Any]:
+        """{"detection": {"accuracy": value, "sets": {set: {score: {metric: value}}}}}, if asked."""
+        if self.detection is None:
+            return {}
+        self._detecting().configure("ood")
+        report = _configured(ood)()
+        sets = {
+            name: {
+                score: {metric: found["value"] for metric, found in metrics.items()}
+                for score, metrics in of_set.items()
+                if score != "examples"
+            }
+            for name, of_set in report["sets"].items()
+        }
+        return {"detection": {"accuracy": report["accuracy"]["value"], "sets": sets}}
 
     def _split(self, task: str) -> str:
         """The split of a task that is evaluated."""
@@ -134,7 +168,7 @@ class Cell:
 
     def exported(self) -> LoadedModel:
         """The model that answers."""
-        self.answering().configure("evaluate")
+        self._answering().configure("evaluate")
         return _configured(load_model)()
 
     def fresh(self) -> LoadedModel:

@@ -8,10 +8,10 @@ from typing import Any
 
 from coda_jax import checks
 from coda_jax.commands.command_lines import FILES, CommandLine, macros_of
-from coda_jax.commands.compare_cells import ADAPTER, CHECKPOINT, Cell
+from coda_jax.commands.compare_cells import ADAPTER, CHECKPOINT, OUTPUT, Cell
 from coda_jax.commands.gin_files import UsageError, read
 
-_TRAIN, _EVALUATE = "runs/finetune.gin", "runs/evaluate.gin"
+_TRAIN = "runs/finetune.gin"
 _OF_CELLS = {"SEED", "MODEL_DIR"}  # macros of `coda train` that each cell has its own of
 
 
@@ -22,6 +22,7 @@ def plan(
     given: CommandLine,
     training: Mapping[str, Any],
     evaluation: Mapping[str, Any],
+    detection: Mapping[str, Any] | None = None,
 ) -> list[Cell]:
     """The cells, recipe by recipe; those that are finished are of these commands.
 
@@ -30,10 +31,11 @@ def plan(
         recipes: {name: flags of `coda train`}, or names of files of methods/. In their texts
             "{seed}" is the cell's seed, and "{directory}" the folder of all.
         seeds: of each recipe.
-        given: flags of `coda train`. Of `coda evaluate` they are, as those of a recipe, as far as
-            it knows them. Those of a recipe go before them.
+        given: flags of `coda train`. Of `coda evaluate` and `coda ood` they are, as those of a
+            recipe, as far as it knows them. Those of a recipe go before them.
         training: more flags of `coda train`, which go behind those.
         evaluation: more flags of `coda evaluate`, which go before those.
+        detection: more flags of `coda ood`, which go before those; None: it is not asked.
 
     Raises:
         UsageError: what a cell is given is not understood, missing or without an effect.
@@ -45,7 +47,9 @@ def plan(
     folders = {name: re.sub(r"[^\w.-]+", "_", name).strip("._") for name in recipes}
     if len({x.casefold() for x in folders.values()} - {""}) < len(folders):
         raise ValueError(f"RECIPES would share folders or have none: {folders}")
-    _check_names({"the command": given.bindings, "TRAIN": training, **recipes}, evaluation)
+    _check_names(
+        {"the command": given.bindings, "TRAIN": training, **recipes}, evaluation, detection
+    )
     start = dataclasses.replace(given, gin_files=(_TRAIN, *given.gin_files), bindings={})
     shared = start.plus(training).plus(given.bindings)
     cells = []
@@ -60,7 +64,9 @@ def plan(
                     "or RECIPES"
                 )
             passed_on = {*given.bindings, *flags} - {FILES}
-            cells.append(Cell(name, seed, folder, line, _evaluation(line, passed_on, evaluation)))
+            evaluating = _judging("evaluate", line, passed_on, evaluation)
+            detecting = detection and _judging("ood", line, passed_on, detection)
+            cells.append(Cell(name, seed, folder, line, evaluating, detecting))
     for cell in cells:
         if cell.seed == seeds[0]:
             cell.check()
@@ -83,13 +89,24 @@ def _recipes(recipes: Mapping[str, Any] | Sequence[str]) -> dict[str, Mapping[st
     return found
 
 
-def _check_names(training: Mapping[str, Mapping], evaluation: Mapping[str, Any]) -> None:
-    """Raises UsageError for flags that each cell has its own of."""
+def _check_names(
+    training: Mapping[str, Mapping],
+    evaluation: Mapping[str, Any],
+    detection: Mapping[str, Any] | None,
+) -> None:
+    """Raises UsageError for flags that each cell has its own of, or that are missing."""
     for place, flags in training.items():
         if own := flags.keys() & _OF_CELLS:
             raise UsageError(f"{place}: {sorted(own)}: give SEEDS, and MODEL_DIR of all")
     if own := evaluation.keys() & {CHECKPOINT, ADAPTER}:
         raise UsageError(f"EVALUATE: {sorted(own)}: each cell evaluates what it has trained")
+    if detection is None:
+        return
+    if not isinstance(detection, Mapping) or not detection.keys() & {"OOD", "HELD_OUT"}:
+        shown = "flags of `coda ood` with sets out of distribution, such as {'OOD': 'others.jsonl'}"
+        raise checks.wrong("OOD", shown, detection)
+    if own := detection.keys() & {CHECKPOINT, ADAPTER, OUTPUT}:
+        raise UsageError(f"OOD: {sorted(own)}: each cell has its own model and report")
 
 
 def _filled(line: CommandLine, seed: int, directory: pathlib.Path) -> CommandLine:
@@ -101,14 +118,15 @@ def _filled(line: CommandLine, seed: int, directory: pathlib.Path) -> CommandLin
     return dataclasses.replace(line, bindings=bindings)
 
 
-def _evaluation(
-    line: CommandLine, passed_on: set[str], evaluation: Mapping[str, Any]
+def _judging(
+    command: str, line: CommandLine, passed_on: set[str], flags: Mapping[str, Any]
 ) -> CommandLine:
-    """What `coda evaluate` is given, but for the model, after a line of `coda train`."""
+    """What `coda evaluate` or `ood` is given, but for the model, after a line of `coda train`."""
+    run = f"runs/{command}.gin"
     kinds = {name: read(name, line.search_paths).kind for name in line.gin_files}
     start = dataclasses.replace(line, bindings={})
     tasks = [name for name, kind in kinds.items() if kind == "tasks"]
-    known = macros_of([_EVALUATE, *tasks], line.search_paths)
+    known = macros_of([run, *tasks], line.search_paths)
     own = []
     for name in (name for name, kind in kinds.items() if kind is None):
         macros = macros_of([name], line.search_paths)
@@ -116,9 +134,9 @@ def _evaluation(
             own.append(name)
         elif both := sorted(macros & known):
             raise UsageError(
-                f"{name} binds {both}, which `coda evaluate` reads too, beside what it does not "
+                f"{name} binds {both}, which `coda {command}` reads too, beside what it does not "
                 "know: give them as flags, or in a file of their own"
             )
-    start = dataclasses.replace(start, gin_files=(_EVALUATE, *tasks, *own))
+    start = dataclasses.replace(start, gin_files=(run, *tasks, *own))
     names = (passed_on & known) - {CHECKPOINT, ADAPTER}
-    return start.plus(line.only(names).bindings).plus(evaluation)
+    return start.plus(line.only(names).bindings).plus(flags)

@@ -92,7 +92,7 @@ def _run(index: int, name: str, recipe: Mapping[str, Any], metric: str, point: P
     for i, (seed, cell) in enumerate((recipe.get("cells") or {}).items()):
         score = comparison_table.number(cell, "score")
         title = f"seed {seed}" + (f": {metric} {score:.1f}" if score is not None else "")
-        lines = {"folder": "directory", "train": "train", "evaluate": "evaluate"}
+        lines = {"folder": "directory", "train": "train", "evaluate": "evaluate", "ood": "ood"}
         given = {what: cell[key] for what, key in lines.items() if cell.get(key)}
         copied = "".join(
             f"<dt>{what} <button type='button' class='copy' hidden>Copy<span class='unseen'> "

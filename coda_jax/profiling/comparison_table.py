@@ -13,6 +13,10 @@ from typing import Any
 DENSE = "dense model"  # the model without any method, the reference of the speed-ups
 MISSING = "–"  # noqa: RUF001 (a dash)
 _METRIC_NAMES = {"wer": "word error rate", "cer": "character error rate"}
+_DETECTION = {
+    "auroc": "AUROC (higher is better)",
+    "fpr_at_95_tpr": "FPR at 95 % TPR (lower is better)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +78,11 @@ def speed_key(batch: int, length: int) -> str:
 
 def quality(record: Mapping[str, Any]) -> Cell:
     """The mean of a recipe, with its standard error."""
-    mean, error = number(record, "mean"), number(record, "error")
-    if mean is None:
-        return Cell(None, MISSING)
-    return Cell(mean, f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}")
+    return _with_error("{:.1f}", 1, record)
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Everything at the first timing, and the speed alone at each other one.
+    """Everything at the first timing, the speed alone at each other one, then detection.
 
     Recipes are followed by methods of others and by the dense model; a column in which no row has
     a number is left out.
@@ -103,7 +104,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         of_speed = [(name, record) for name, record in records if record.get("speed")]
         columns = _speed_columns(records, speed_key(*place))
         found.append(_table(f"Speed at {_place(place)}", columns, of_speed))
-    return found
+    return found + _detection_tables(records)
 
 
 def facts(report: Mapping[str, Any]) -> list[str]:
@@ -206,6 +207,34 @@ def _tpu_columns(records: _Records) -> list[_Column]:
             _column(f"{chip} encoder over {DENSE}", "{:.2f}x", "tpu", chip, "encoder_speed_up"),
         ]
     return columns
+
+
+def _detection_tables(records: _Records) -> list[Table]:
+    """Of each set out of distribution, how well each score tells it apart, beside the accuracy."""
+    asked = [(name, record) for name, record in records if record.get("detection")]
+    found, path = [], ("detection", "sets")
+    for of_set in _keys(asked, path):
+        scores = _keys(asked, [*path, of_set])
+        for metric, named in _DETECTION.items():
+            places = {score: ("{:.3f}", 1, [*path, of_set, score, metric]) for score in scores}
+            places = {"accuracy, %": ("{:.1f}", 100, ["detection", "accuracy"]), **places}
+            columns = [_mean_column(heading, *place) for heading, place in places.items()]
+            found.append(_table(f"Out of distribution: {of_set}, {named}", columns, asked))
+    return found
+
+
+def _mean_column(heading: str, form: str, scale: float, path: Sequence[Any]) -> _Column:
+    """A column of the means at a path."""
+    return heading, lambda record: _with_error(form, scale, record, *path)
+
+
+def _with_error(form: str, scale: float, record: Any, *path: Any) -> Cell:
+    """The mean at a path with its standard error."""
+    mean, error = (number(record, *path, part) for part in ("mean", "error"))
+    if mean is None:
+        return Cell(None, MISSING)
+    parts = [mean] if error is None else [mean, error]
+    return Cell(mean, " ± ".join(form.format(scale * part) for part in parts))
 
 
 def _table(title: str, columns: Sequence[_Column], records: _Records) -> Table:

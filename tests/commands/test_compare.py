@@ -50,10 +50,18 @@ def given(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, given):
+def detecting(tmp_path_factory, given):
+    """The same flags, with a set out of distribution."""
+    others = tmp_path_factory.mktemp("others") / "others.txt"
+    others.write_text("12345\n6789\n##\n")
+    return given | {"OOD": {"OOD": str(others), "BOOTSTRAP": 2, "NEIGHBOURS": 2}}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, detecting):
     """(folder, report) of two recipes with two seeds."""
     directory = tmp_path_factory.mktemp("compared")
-    coda("compare", FILES, given | {"MODEL_DIR": directory, "SEEDS": (0, 1)})
+    coda("compare", FILES, detecting | {"MODEL_DIR": directory, "SEEDS": (0, 1)})
     return directory, json.loads((directory / "report.json").read_text())
 
 
@@ -84,7 +92,7 @@ def test_a_report_has_quality_sizes_and_speed_of_every_recipe(compared, given):
 @pytest.mark.all
 def test_a_cell_is_what_its_commands_do(compared, tmp_path):
     """Typed by a person, elsewhere, they give the same leaves and the same metrics."""
-    _, report = compared
+    directory, report = compared
     cell = report["recipes"]["routed, r = 2"]["cells"]["1"]
     train = re.sub(r"MODEL_DIR=\S+", f"MODEL_DIR={tmp_path}/run", cell["train"])
     cli.run(_words(train))
@@ -95,6 +103,32 @@ def test_a_cell_is_what_its_commands_do(compared, tmp_path):
     cli.run([*_words(cell["evaluate"]), f"--gin.OUTPUT={output}"])
     (metrics,) = json.loads(output.read_text()).values()
     assert metrics == cell["metrics"]
+    written = directory / cell["directory"] / "ood.json"
+    first = json.loads(written.read_text())
+    cli.run(_words(cell["ood"]))
+    assert json.loads(written.read_text()) == first
+
+
+@pytest.mark.all
+def test_a_report_has_detection_over_seeds_beside_the_accuracy(compared):
+    directory, report = compared
+    texts = [(directory / name).read_text() for name in ("report.md", "report.html")]
+    for row in report["recipes"].values():
+        found = [
+            json.loads((directory / cell["directory"] / "ood.json").read_text())
+            for cell in row["cells"].values()
+        ]
+        ((name, of_set),) = row["detection"]["sets"].items()
+        assert {"max_softmax", "energy", "encoder_mahalanobis", "decoder_cosine"} <= {*of_set}
+        for score, metrics in of_set.items():
+            for metric, over_seeds in metrics.items():
+                values = [each["sets"][name][score][metric]["value"] for each in found]
+                assert over_seeds["mean"] == pytest.approx(np.mean(values))
+                assert over_seeds["error"] == pytest.approx(np.std(values, ddof=1) / 2**0.5)
+        energy = of_set["energy"]["auroc"]
+        for text in texts:
+            assert f"Out of distribution: {name}, AUROC" in text
+            assert f"{energy['mean']:.3f} ± {energy['error']:.3f}" in text
 
 
 def _words(command):
@@ -104,12 +138,12 @@ def _words(command):
 
 
 @pytest.mark.all
-def test_what_is_finished_is_kept_and_the_rest_is_done(compared, given, tmp_path, capsys):
+def test_what_is_finished_is_kept_and_the_rest_is_done(compared, detecting, tmp_path, capsys):
     directory, report = compared
     copy = shutil.copytree(directory, tmp_path / "x")
     shutil.rmtree(directory / "all_of_it" / "1")
     before = (directory / "all_of_it" / "0" / "score.json").stat().st_mtime_ns
-    coda("compare", FILES, given | {"MODEL_DIR": directory, "SEEDS": (0, 1), "TIMED": ()})
+    coda("compare", FILES, detecting | {"MODEL_DIR": directory, "SEEDS": (0, 1), "TIMED": ()})
     said = capsys.readouterr().out
     assert said.count("is finished") == 3
     assert (directory / "all_of_it" / "0" / "score.json").stat().st_mtime_ns == before
@@ -118,16 +152,19 @@ def test_what_is_finished_is_kept_and_the_rest_is_done(compared, given, tmp_path
         for seed, cell in row["cells"].items():
             old = report["recipes"][name]["cells"][seed]
             assert cell["metrics"] == old["metrics"]
+            assert cell["detection"] == old["detection"]
             assert cell["curve"] == old["curve"]
     assert copy.exists()
 
 
 @pytest.mark.all
-def test_a_folder_of_another_comparison_is_refused(compared, given, capsys):
+def test_a_folder_of_another_comparison_is_refused(compared, detecting, capsys):
     directory, _ = compared
-    other = given | {"MODEL_DIR": directory, "SEEDS": (0,), "TRAIN_STEPS": 4}
-    assert cli.main(["compare", *flags(FILES, other)]) == 1
-    assert "holds what another command found" in capsys.readouterr().err
+    own = detecting | {"MODEL_DIR": directory, "SEEDS": (0,)}
+    without = {name: value for name, value in own.items() if name != "OOD"}
+    for other in (own | {"TRAIN_STEPS": 4}, without):
+        assert cli.main(["compare", *flags(FILES, other)]) == 1
+        assert "holds what another command found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -145,6 +182,12 @@ def test_a_folder_of_another_comparison_is_refused(compared, given, capsys):
         ({"TRAIN": {"MODEL_DIR": "x"}}, "TRAIN: ['MODEL_DIR']: give SEEDS, and MODEL_DIR of all"),
         ({"SEED": 5}, "the command: ['SEED']: give SEEDS"),
         ({"EVALUATE": {"INITIAL_ADAPTER_PATH": "x"}}, "each cell evaluates what it has trained"),
+        (
+            {"OOD": {"SPLIT": "test"}},
+            "OOD must be flags of `coda ood` with sets out of distribution",
+        ),
+        ({"OOD": {"OOD": "x.txt", "OUTPUT": "y"}}, "OOD: ['OUTPUT']: each cell has its own model"),
+        ({"OOD": {"OOD": "x.txt", "NEIGHBORS": 3}}, "nothing reads NEIGHBORS"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(given, tmp_path, capsys, changes, message):

@@ -93,10 +93,10 @@ def test_no_held_out_source_is_in_a_supervised_pretraining_task(corpus):
 
 
 @pytest.mark.all
-def test_windows_of_functions_are_of_the_training_functions():
-    assert set(seqio.TaskRegistry.get("stdlib_module_windows").splits) == {"train"}
-    tasks = ("stdlib_module_windows", "stdlib_module")
-    windowed, whole = (records(task, "train") for task in tasks)
+@pytest.mark.parametrize("task", ["stdlib_module", "stdlib_module_known"])
+def test_windows_of_functions_are_of_the_training_functions(task):
+    assert set(seqio.TaskRegistry.get(f"{task}_windows").splits) == {"train"}
+    windowed, whole = (records(name, "train") for name in (f"{task}_windows", task))
     assert [{**r, "inputs": "module: " + r["inputs"]} for r in windowed] == whole
 
 
