@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+import jax
 from jaxtyping import Float
 import numpy as np
 from tqdm import tqdm
@@ -24,13 +25,12 @@ from coda_jax.ood.confidence import CONFIDENCE
 from coda_jax.ood.distances import SHRINKAGES, Distances, check_neighbours
 from coda_jax.ood.known import HeldOut
 from coda_jax.ood.metrics import FALSE_ALARMS, METRICS, detection, intervals, threshold
-from coda_jax.ood.outputs import Outputs
+from coda_jax.ood.outputs import Made, Outputs
 from coda_jax.optional import needs
 from coda_jax.sharding import Placement
 
 Scores = dict[str, Float[np.ndarray, " n"]]
 Features = dict[str, Float[np.ndarray, "n d"]]
-Made = tuple[Float[np.ndarray, "n c"], Features]  # logits and features of the inputs of a set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,30 +173,23 @@ def _made(
     targets = [target for target in labels.values() if target is not None]
     outputs = Outputs(model.config, model.params, decoding, targets, placement)
     size = held_at_once(model, decoding)
-    found: list[Made] = []
-    for inputs in sets:
-        logits, features = zip(*_in_order(outputs, inputs, size), strict=True)
-        found.append((np.stack(logits), _stacked(features)))
-    (training,) = zip(*_in_order(outputs.features, train, size), strict=True)
+    found = [_in_order(outputs, inputs, size) for inputs in sets]
+    training = _in_order(outputs.features, train, size)
     for line in outputs.cuts():
         say(line)
-    return found, _stacked(training)
+    return found, training
 
 
-def _stacked(features: Sequence[Features]) -> Features:
-    return {name: np.stack([x[name] for x in features]) for name in features[0]}
-
-
-def _in_order(outputs: Callable[..., Iterator[tuple]], inputs: Inputs, size: int) -> list[tuple]:
-    """What is made of each input, without its index, which comes first."""
-    found: list[tuple] = [()] * len(inputs.tokens)
+def _in_order(outputs: Callable[..., Iterator[tuple[int, Any]]], inputs: Inputs, size: int) -> Any:
+    """What is made of all inputs, stacked in their order."""
+    found: list[Any] = [None] * len(inputs.tokens)
     silent = not processes.is_first()
     with tqdm(total=len(found), desc=inputs.name, unit="example", disable=silent) as progress:
         for start in range(0, len(found), size):
-            for index, *made in outputs(inputs.tokens[start : start + size], first=start):
-                found[start + index] = tuple(made)
+            for index, made in outputs(inputs.tokens[start : start + size], first=start):
+                found[start + index] = made
                 progress.update()
-    return found
+    return jax.tree.map(lambda *values: np.stack(values), *found)
 
 
 def _scores(
@@ -207,15 +200,17 @@ def _scores(
 ) -> list[Scores]:
     """{score: [n]} of each set."""
     found: list[Scores] = [
-        {name: score(logits) for name, score in CONFIDENCE.items()} for logits, _ in made
+        {name: score(of_set.logits) for name, score in CONFIDENCE.items()} for of_set in made
     ]
     for feature, values in training.items():
         distances = Distances(
             values, labels, shrinkage=scoring.shrinkage, neighbours=scoring.neighbours
         )
-        for scores, (_, features) in zip(found, made, strict=True):
-            of_feature = distances.scores(features[feature])
+        for scores, of_set in zip(found, made, strict=True):
+            of_feature = distances.scores(of_set.features[feature])
             scores |= {f"{feature}_{name}": score for name, score in of_feature.items()}
+    for scores, of_set in zip(found, made, strict=True):
+        scores |= of_set.routing
     return found
 
 
@@ -231,7 +226,7 @@ def _report(data, labels, held, sets, made, scores, scoring: Scoring) -> dict[st
         }
 
     inside, *outside = scores
-    right = made[0][0].argmax(-1) == _numbers(sets[0], labels)
+    right = made[0].logits.argmax(-1) == _numbers(sets[0], labels)
     accuracy = with_intervals(lambda x: {"accuracy": float(x.mean())}, right)
     report = {
         "task": data.task,
@@ -287,11 +282,11 @@ def _write(report, sets, made, scores, output, predictions, curves) -> None:
 
 def _lines(labels, sets, made, scores) -> Iterator[dict[str, Any]]:
     """A line for each input of each set."""
-    for inputs, (logits, _), of_set in zip(sets, made, scores, strict=True):
+    for inputs, found, of_set in zip(sets, made, scores, strict=True):
         for row, record in enumerate(inputs.records):
             yield {
                 "set": inputs.name,
                 **record,
-                "prediction": labels[logits[row].argmax()],
+                "prediction": labels[found.logits[row].argmax()],
                 "scores": {name: float(values[row]) for name, values in of_set.items()},
             }

@@ -17,7 +17,7 @@ import numpy as np
 from coda_jax.data.examples import Expected
 from coda_jax.methods import Method
 from coda_jax.models import ModelConfig, family_of, init_params
-from coda_jax.nn.tokens import selections
+from coda_jax.nn.tokens import Selection, selections
 from coda_jax.objectives.generation import Generation
 from coda_jax.objectives.own_leaves import OwnLeaves
 
@@ -303,19 +303,25 @@ class Model:
             {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
         )
 
-    def routing(self, params, encoder_input_tokens) -> Float[Array, "layers b n"]:
-        """The weight with which each encoder layer takes each token, 0 where it does not.
-
-        A layer without a router, or with r = 1, takes every token with weight 1.
-        """
-        _, variables = self.module.apply(
+    def encode_selecting(
+        self, params, encoder_input_tokens
+    ) -> tuple[Float[Array, "b n d"], dict[str, Selection]]:
+        """What `encode` gives, and {layer: what it works on} of the layers that route."""
+        encoded, variables = self.module.apply(
             {"params": params},
             encoder_input_tokens,
             enable_dropout=False,
             method="encode",
             mutable=["intermediates"],
         )
-        found = selections(variables.get("intermediates", {}))
+        return encoded, selections(variables.get("intermediates", {}))
+
+    def routing(self, params, encoder_input_tokens) -> Float[Array, "layers b n"]:
+        """The weight with which each encoder layer takes each token, 0 where it does not.
+
+        A layer without a router, or with r = 1, takes every token with weight 1.
+        """
+        _, found = self.encode_selecting(params, encoder_input_tokens)
         every_token = self.module.input_mask(encoder_input_tokens).astype(jnp.float32)
         rows = jnp.arange(every_token.shape[0])[:, None]
 

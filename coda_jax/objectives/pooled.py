@@ -67,6 +67,10 @@ class Pooled(Model):
         """What the head gives, [B, C] or [B, 1] float32, without dropout."""
         return self.logits(params, {"encoder_input_tokens": encoder_input_tokens})
 
+    def read(self, params, encoded, encoder_input_tokens) -> Float[Array, "b c"]:
+        """The same of outputs of the encoder [B, N, D] and their inputs [B, N]."""
+        return self._apply(params, [encoded, encoder_input_tokens], None, method="read")
+
     def check_generation(self, options: Generation) -> None:
         """Raises ValueError: nothing is generated."""
         raise ValueError(

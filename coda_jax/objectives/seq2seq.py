@@ -178,7 +178,13 @@ class Seq2Seq(Model):
         special = self.config.pad_id, self.config.eos_id
         return beams.log_probs(tokens, scores, generation, *special, stops)
 
-    def score_targets(self, params, encoder_input_tokens, tree: PrefixTree) -> ScoredTargets:
+    def score_targets(
+        self,
+        params,
+        encoder_input_tokens,
+        tree: PrefixTree,
+        encoded: Float[Array, "b n d"] | None = None,
+    ) -> ScoredTargets:
         """The log-probabilities of the same targets for each input, and features of the inputs.
 
         The encoder runs once for an input, the decoder once for each node of the tree, in one row.
@@ -188,9 +194,11 @@ class Seq2Seq(Model):
             params: the parameter tree.
             encoder_input_tokens: [B, N] or [B, N, C].
             tree: of the targets.
+            encoded: the encoder's outputs, where they are known.
         """
         self.check_places(encoder_input_tokens)
-        encoded = self.encode(params, encoder_input_tokens)
+        if encoded is None:
+            encoded = self.encode(params, encoder_input_tokens)
         shape = encoded.shape[0], len(tree.tokens)
         logits, sown = self.module.apply(
             {"params": params},

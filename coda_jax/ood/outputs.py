@@ -1,13 +1,14 @@
-"""What a model makes of inputs: the logits of the labels, and features.
+"""What a model makes of inputs: the logits of the labels, features, and scores of its routing.
 
 Axis letters: B batch, N input tokens, C labels, D embedding.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jaxtyping import Float
 import numpy as np
 
 from coda_jax import processes
@@ -16,9 +17,22 @@ from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import pool
 from coda_jax.objectives import Model
 from coda_jax.objectives.prefix_tree import prefix_tree
+from coda_jax.ood.routing import routing_scores
 from coda_jax.sharding import Placement
 
-Made = tuple[Array, dict[str, Array]]
+
+class Made(NamedTuple):
+    """What a model makes of an input, or of B inputs with an axis of these in front.
+
+    Attributes:
+        logits: [C] of the labels.
+        features: {name: [D]}.
+        routing: {name: score} of its routing; see `routing_scores`.
+    """
+
+    logits: Float[Array, "*b c"]
+    features: dict[str, Float[Array, "*b d"]]
+    routing: dict[str, Float[Array, "*b"]]
 
 
 class Outputs(Bucketed):
@@ -54,15 +68,13 @@ class Outputs(Bucketed):
                 f"has {'a head' if has_head else 'no head'}, {config.num_decoder_layers} decoder "
                 f"layers, and {len(targets)} texts are given"
             )
-        made = _of_head(self._model) if has_head else _of_decoder(self._model, targets)
+        made = of_head(self._model) if has_head else of_decoder(self._model, targets)
         self._made = self._featured = jax.jit(made)
         if targets:  # features need no labels
-            self._featured = jax.jit(_of_decoder(self._model, [[config.eos_id]]))
+            self._featured = jax.jit(of_decoder(self._model, [[config.eos_id]]))
 
-    def __call__(
-        self, inputs: Sequence[np.ndarray], first: int = 0
-    ) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
-        """(index of the input, its logits [C], its features {name: [D]}).
+    def __call__(self, inputs: Sequence[np.ndarray], first: int = 0) -> Iterator[tuple[int, Made]]:
+        """(index of the input, what is made of it, as numpy arrays).
 
         Args:
             inputs: arrays of tokens, each with its end marker, or of patches.
@@ -77,36 +89,39 @@ class Outputs(Bucketed):
         self, inputs: Sequence[np.ndarray], first: int = 0
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(index of the input, its features); arguments and errors are those of a call."""
-        return ((index, found) for index, _, found in self._each(self._featured, inputs, first))
+        return ((i, made.features) for i, made in self._each(self._featured, inputs, first))
 
     def _each(self, program, inputs, first):
         for indices, batch in self._batches(inputs, first):
             with self._placement.divided():
-                logits, features = processes.fetch(program(self._params, batch))
+                made = processes.fetch(program(self._params, batch))
             for row, index in enumerate(indices):
-                found = logits[row], {name: values[row] for name, values in features.items()}
-                if not all(np.isfinite(values).all() for values in (found[0], *found[1].values())):
+                found = jax.tree.map(lambda values, row=row: values[row], made)
+                if not all(np.isfinite(values).all() for values in jax.tree.leaves(found)):
                     self._refuse(first + index)
-                yield index, *found
+                yield index, found
 
 
-def _of_head(model: Model) -> Callable[..., Made]:
+def of_head(model: Model) -> Callable[..., Made]:
     """(parameters, inputs) -> what the head gives, and the mean of the encoder's outputs."""
 
     def made(params, inputs):
-        encoded = model.encode(params, inputs)
+        encoded, selections = model.encode_selecting(params, inputs)
         mean = pool(encoded, model.module.input_mask(inputs), "mean")
-        return model.predict(params, inputs), {"encoder": mean}
+        logits = model.read(params, encoded, inputs)
+        return Made(logits, {"encoder": mean}, routing_scores(selections))
 
     return made
 
 
-def _of_decoder(model: Model, targets: Sequence[Sequence[int]]) -> Callable[..., Made]:
+def of_decoder(model: Model, targets: Sequence[Sequence[int]]) -> Callable[..., Made]:
     """(parameters, inputs) -> log-probabilities of the targets, features of both stacks."""
     tree = prefix_tree(targets, model.config.decoder_start_id)
 
     def made(params, inputs):
-        scored = model.score_targets(params, inputs, tree)
-        return scored.log_probs, {"encoder": scored.encoder, "decoder": scored.decoder}
+        encoded, selections = model.encode_selecting(params, inputs)
+        scored = model.score_targets(params, inputs, tree, encoded)
+        features = {"encoder": scored.encoder, "decoder": scored.decoder}
+        return Made(scored.log_probs, features, routing_scores(selections))
 
     return made

@@ -54,5 +54,15 @@ class TextEncoder(nn.Module):
         encoded = self.encode(encoder_input_tokens, enable_dropout=enable_dropout)
         if cfg.head is None:
             return encoded
-        pooled = pool(encoded, self.input_mask(encoder_input_tokens), cfg.pooling)
+        return self.read(encoded, encoder_input_tokens, enable_dropout=enable_dropout)
+
+    def read(
+        self,
+        encoded: Float[Array, "b n d"],
+        encoder_input_tokens: Int[Array, "b n"],
+        *,
+        enable_dropout: bool = True,
+    ) -> Float[Array, "b c"]:
+        """What the head makes of outputs of the encoder [B, N, D] and their inputs [B, N]."""
+        pooled = pool(encoded, self.input_mask(encoder_input_tokens), self.config.pooling)
         return self.head(self.dropout(pooled, deterministic=not enable_dropout))
