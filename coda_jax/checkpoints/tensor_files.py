@@ -1,7 +1,8 @@
 """Safetensors files as numpy arrays, read lazily and written atomically.
 
 Checkpoints that are written here have a SHA-256 of the tensors among the file's metadata, which
-other libraries ignore; where a file has it, the tensors are checked when it is read.
+other libraries ignore; where a file has it, the tensors are checked when it is read. It is also of
+other metadata, where a file has some.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from coda_jax.hub import SAFETENSORS, index_of
 
 SINGLE, INDEX = SAFETENSORS, index_of(SAFETENSORS)
 _SHA256 = "coda_jax_sha256"  # in the metadata of a file
+# transformers reads only files that say that they hold PyTorch's layout.
+_FORMAT = {"format": "pt"}
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -66,27 +69,45 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         start, stop = entry["data_offsets"]
         flat = np.asarray(data[start:stop]).view(DTYPES[entry["dtype"]])
         tensors[name] = flat.reshape(entry["shape"])
-    if _SHA256 in metadata and metadata[_SHA256] != _sha256(tensors):
+    if _SHA256 in metadata and metadata[_SHA256] != _sha256(tensors, _others(metadata)):
         raise ValueError(f"{path} is damaged: its tensors are not what its SHA-256 says")
     return tensors
 
 
-def _sha256(tensors: Mapping[str, np.ndarray]) -> str:
-    """The digest of tensors that are contiguous: their names, shapes, dtypes and bytes."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """{name: text} of the metadata that a file, which `read_tensors` reads, has beside its own."""
+    with safe_open(path, framework="np") as file:
+        return _others(file.metadata() or {})
+
+
+def _others(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in metadata.items() if name not in (_SHA256, *_FORMAT)}
+
+
+def _sha256(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """The digest of metadata, and of contiguous tensors: their names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
+    for name, text in sorted(metadata.items()):
+        digest.update(f"{name} {text}\n".encode())
     for name, leaf in sorted(tensors.items()):
         digest.update(f"{name} {leaf.shape} {leaf.dtype.name}\n".encode())
         digest.update(leaf.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], checksum: bool = True) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    checksum: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a safetensors file under a temporary name, then renames it to `path`.
 
     Args:
         path: the file; its folder must exist.
         tensors: {name: array in any layout}; dtypes are kept.
         checksum: whether the file has one; another file may have those of the tensors.
+        metadata: {name: text} of more; see `read_metadata`.
 
     Raises:
         ValueError: if a dtype is not one of DTYPES.
@@ -96,10 +117,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], checksum: bool 
     if wrong:
         raise ValueError(f"Tensors that are not floating point cannot be saved: {wrong}")
     contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}
-    # transformers reads only files that say that they hold PyTorch's layout.
-    metadata = {"format": "pt"} | ({_SHA256: _sha256(contiguous)} if checksum else {})
+    more = dict(metadata or {})
+    digest = {_SHA256: _sha256(contiguous, more)} if checksum else {}
     with atomic(path) as temporary:
-        save_file(contiguous, temporary, metadata=metadata)
+        save_file(contiguous, temporary, metadata=_FORMAT | more | digest)
         if temporary.is_file():  # no pipe
             _sort_metadata(temporary)
 

@@ -25,6 +25,7 @@
 | `t5x_data` | a T5X run that goes on takes the batches that it has not taken yet |
 | `t5x_best` | which checkpoints T5X keeps |
 | `many_adapters` | adapters that the lines of `predict` choose from |
+| `marking` | how `predict` marks inputs that are out of distribution |
 | `encodings` | what `predict` writes of an encoder |
 | `served` | what `export` puts beside its programs: load.py and what it imports |
 | `ood_data` | what `ood` reads: a task with its labels, and inputs that are none of it |

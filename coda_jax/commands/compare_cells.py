@@ -24,6 +24,7 @@ SCORE = "score.json"  # in the folder of a cell that is finished
 DETECTION = "ood.json"  # beside it, where `coda ood` is asked for
 CHECKPOINT, ADAPTER = "INITIAL_CHECKPOINT_PATH", "INITIAL_ADAPTER_PATH"
 OUTPUT = "OUTPUT"
+WRITTEN = {OUTPUT, "PREDICTIONS", "CURVES", "DETECTOR"}  # by `coda ood`
 
 
 @dataclasses.dataclass(frozen=True)

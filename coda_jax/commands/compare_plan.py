@@ -8,7 +8,7 @@ from typing import Any
 
 from coda_jax import checks
 from coda_jax.commands.command_lines import FILES, CommandLine, macros_of
-from coda_jax.commands.compare_cells import ADAPTER, CHECKPOINT, OUTPUT, Cell
+from coda_jax.commands.compare_cells import ADAPTER, CHECKPOINT, WRITTEN, Cell
 from coda_jax.commands.gin_files import UsageError, read
 
 _TRAIN = "runs/finetune.gin"
@@ -105,8 +105,8 @@ def _check_names(
     if not isinstance(detection, Mapping) or not detection.keys() & {"OOD", "HELD_OUT"}:
         shown = "flags of `coda ood` with sets out of distribution, such as {'OOD': 'others.jsonl'}"
         raise checks.wrong("OOD", shown, detection)
-    if own := detection.keys() & {CHECKPOINT, ADAPTER, OUTPUT}:
-        raise UsageError(f"OOD: {sorted(own)}: each cell has its own model and report")
+    if own := detection.keys() & {CHECKPOINT, ADAPTER, *WRITTEN}:
+        raise UsageError(f"OOD: {sorted(own)}: each cell has its own model and files")
 
 
 def _filled(line: CommandLine, seed: int, directory: pathlib.Path) -> CommandLine:

@@ -13,6 +13,7 @@ from coda_jax import processes
 from coda_jax.checkpoints.tensor_files import write_tensors
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.commands.many_adapters import names_in
+from coda_jax.commands.marking import Marks, line
 from coda_jax.data.reports import say
 from coda_jax.inference import Decoding, Encodings
 from coda_jax.objectives import model_for
@@ -28,6 +29,7 @@ def descriptions(
     encode: Callable,
     placement: Placement | None = None,
     scores: bool = False,
+    marks: Marks | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The input and its "prediction" for each record, in their order.
 
@@ -38,13 +40,15 @@ def descriptions(
         encode: (record) -> its input.
         placement: the devices; None for all.
         scores: whether the logarithm of a label's probability is written as its "score".
+        marks: of inputs out of distribution; None: there are none.
     """
     describe = model_for(model.config).describe
-    for record, outputs in _encoded(model, decoding, chunks, encode, None, placement):
-        line = {**record, **describe(outputs)}
+    encoded = _encoded(model, decoding, chunks, encode, None, placement, marks)
+    for record, outputs, mark in encoded:
+        answer = describe(outputs)
         if scores:
-            line["score"] = math.log(line["scores"][line["prediction"]])
-        yield line
+            answer["score"] = math.log(answer["scores"][answer["prediction"]])
+        yield line(record, answer, mark)
 
 
 def write_embeddings(
@@ -74,7 +78,7 @@ def write_embeddings(
     if output == "-":
         raise ValueError("embeddings are written to a file: give OUTPUT, such as out.safetensors")
     encoded = _encoded(model, decoding, chunks, encode, embed, placement)
-    found = [outputs for _, outputs in encoded]
+    found = [outputs for _, outputs, _ in encoded]
     one = {EMBEDDING: np.stack(found)} if embed == "mean" else None
     if processes.is_first():
         write_tensors(pathlib.Path(output), one or {str(i): x for i, x in enumerate(found)})
@@ -87,8 +91,9 @@ def _encoded(
     encode: Callable,
     embed: str | None,
     placement: Placement | None,
-) -> Iterable[tuple[Mapping, np.ndarray]]:
-    """(record, outputs) of each input, in their order."""
+    marks: Marks | None = None,
+) -> Iterable[tuple[Mapping, np.ndarray, Mapping | None]]:
+    """(record, outputs, mark) of each input, in their order."""
     encodings = Encodings(model.config, model.params, decoding, embed, placement, model.adapters)
     silent = not processes.is_first()
     with tqdm(unit="example", file=sys.stderr, disable=silent) as progress:
@@ -99,7 +104,9 @@ def _encoded(
             for index, found in encodings(inputs, done, names_in(model, chunk)):
                 outputs[index] = found
                 progress.update()
-            yield from ((record, outputs[index]) for index, record in enumerate(chunk))
+            marked = marks(inputs, done) if marks else [None] * len(chunk)
+            for index, record in enumerate(chunk):
+                yield record, outputs[index], marked[index]
             done += len(chunk)
-    for line in encodings.cuts():
-        say(line)
+    for said in encodings.cuts():
+        say(said)

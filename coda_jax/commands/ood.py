@@ -21,8 +21,8 @@ from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.inference import Decoding
 from coda_jax.objectives import model_for
-from coda_jax.ood.confidence import CONFIDENCE
-from coda_jax.ood.distances import SHRINKAGES, Distances, check_neighbours
+from coda_jax.ood.detector import Detector
+from coda_jax.ood.distances import SHRINKAGES, check_neighbours
 from coda_jax.ood.known import HeldOut
 from coda_jax.ood.metrics import FALSE_ALARMS, METRICS, detection, intervals, threshold
 from coda_jax.ood.outputs import Made, Outputs
@@ -30,7 +30,6 @@ from coda_jax.optional import needs
 from coda_jax.sharding import Placement
 
 Scores = dict[str, Float[np.ndarray, " n"]]
-Features = dict[str, Float[np.ndarray, "n d"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +73,13 @@ def ood(
     output: str | None = None,
     predictions: str | None = None,
     curves: str | None = None,
+    detector: str | None = None,
     placement: Placement | None = None,
 ) -> dict[str, Any]:
     """Scores inputs of a task and others, and says how well each score tells them apart.
 
     The labels are the distinct targets of the training examples, or those of a model's head.
-    Examples of a label that no training example has are left out, and inputs that are too long are
-    cut; both are counted and said.
+    Examples of others are left out, and inputs that are too long are cut; both are counted.
 
     Args:
         model: what is asked.
@@ -96,6 +95,7 @@ def ood(
         output: JSON file for what is returned.
         predictions: JSONL file for each input, its "prediction" and its "scores".
         curves: PNG file for histograms of the scores and their ROC curves.
+        detector: safetensors file for `coda predict`.
         placement: the devices; None for all, which share the rows of a batch.
 
     Returns:
@@ -109,15 +109,17 @@ def ood(
     """
     data, decoding = _task(model, task, feature_lengths, decoding, split)
     outside = (outside,) if isinstance(outside, str) else tuple(outside or ())
-    _check_files(data, outside, OUTPUT=output, PREDICTIONS=predictions, CURVES=curves)
+    written = {"OUTPUT": output, "PREDICTIONS": predictions, "CURVES": curves, "DETECTOR": detector}
+    _check_files(data, outside, written)
     labels, held, train, sets = inside_and_outside(model, data, outside, held_out, scoring.seed)
     check_neighbours(scoring.neighbours, len(train.tokens))
-    made, features = _made(model, decoding, labels, train, sets, placement)
-    scores = _scores(made, features, _numbers(train, labels), scoring)
+    made, found = _made(model, decoding, labels, train, sets, scoring, placement)
+    scores = [found.scores(of_set) for of_set in made]
     report = _report(data, labels, held, sets, made, scores, scoring)
     print("\n".join(_table(report)))
     if processes.is_first():
-        _write(report, sets, made, scores, output, predictions, curves)
+        _write(written, report, sets, made, scores)
+        _write_detector(detector, model, found, report["thresholds"])
     return report
 
 
@@ -136,7 +138,7 @@ def _task(model, task, feature_lengths, decoding: Decoding, split) -> tuple[Data
     return data, dataclasses.replace(decoding, max_input_length=data.feature_lengths["inputs"])
 
 
-def _check_files(data: Data, outside: Sequence[str], **given: str | None) -> None:
+def _check_files(data: Data, outside: Sequence[str], given: Mapping[str, str | None]) -> None:
     """Raises ValueError where a file cannot be written, or is read."""
     checks.paths(**given)
     written = [os.path.abspath(path) for path in given.values() if path is not None]
@@ -167,17 +169,19 @@ def _made(
     labels: Targets,
     train: Inputs,
     sets: Sequence[Inputs],
+    scoring: Scoring,
     placement: Placement | None,
-) -> tuple[list[Made], Features]:
-    """What the model makes of each set, and its features of the training examples."""
-    targets = [target for target in labels.values() if target is not None]
+) -> tuple[list[Made], Detector]:
+    """What the model makes of each set, and what it knows of the training examples."""
+    targets = tuple(target for target in labels.values() if target is not None)
     outputs = Outputs(model.config, model.params, decoding, targets, placement)
     size = held_at_once(model, decoding)
     found = [_in_order(outputs, inputs, size) for inputs in sets]
     training = _in_order(outputs.features, train, size)
     for line in outputs.cuts():
         say(line)
-    return found, training
+    longest, options = decoding.max_input_length, (scoring.shrinkage, scoring.neighbours)
+    return found, Detector(training, _numbers(train, labels), targets, longest, *options)
 
 
 def _in_order(outputs: Callable[..., Iterator[tuple[int, Any]]], inputs: Inputs, size: int) -> Any:
@@ -190,28 +194,6 @@ def _in_order(outputs: Callable[..., Iterator[tuple[int, Any]]], inputs: Inputs,
                 found[start + index] = made
                 progress.update()
     return jax.tree.map(lambda *values: np.stack(values), *found)
-
-
-def _scores(
-    made: Sequence[Made],
-    training: Features,
-    labels: np.ndarray,
-    scoring: Scoring,
-) -> list[Scores]:
-    """{score: [n]} of each set."""
-    found: list[Scores] = [
-        {name: score(of_set.logits) for name, score in CONFIDENCE.items()} for of_set in made
-    ]
-    for feature, values in training.items():
-        distances = Distances(
-            values, labels, shrinkage=scoring.shrinkage, neighbours=scoring.neighbours
-        )
-        for scores, of_set in zip(found, made, strict=True):
-            of_feature = distances.scores(of_set.features[feature])
-            scores |= {f"{feature}_{name}": score for name, score in of_feature.items()}
-    for scores, of_set in zip(found, made, strict=True):
-        scores |= of_set.routing
-    return found
 
 
 def _report(data, labels, held, sets, made, scores, scoring: Scoring) -> dict[str, Any]:
@@ -266,18 +248,27 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
                 yield f"  {score:30}" + "".join(values).rstrip()
 
 
-def _write(report, sets, made, scores, output, predictions, curves) -> None:
-    """Writes the files that are asked for."""
-    if output is not None:
-        files.write_json(output, report)
-    if predictions is not None:
+def _write(written, report, sets, made, scores) -> None:
+    """Writes the files for people that are asked for."""
+    if (path := written["OUTPUT"]) is not None:
+        files.write_json(path, report)
+    if (path := written["PREDICTIONS"]) is not None:
         lines = _lines(report["labels"], sets, made, scores)
         texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        files.write_text(predictions, "".join(texts))
-    if curves is not None:
+        files.write_text(path, "".join(texts))
+    if (path := written["CURVES"]) is not None:
         title = f"{report['task']}, split {report['split']!r}"
-        with files.atomic(curves) as new:
+        with files.atomic(path) as new:
             _picture()(new, [inputs.name for inputs in sets], scores, title)
+
+
+def _write_detector(
+    path: str | None, model: LoadedModel, detector: Detector, thresholds: Mapping[str, float]
+) -> None:
+    """Writes the file for `coda predict`, if it is asked for."""
+    if path is not None:
+        detector = dataclasses.replace(detector, thresholds=thresholds)
+        detector.save(path, model.config, model.params)
 
 
 def _lines(labels, sets, made, scores) -> Iterator[dict[str, Any]]:

@@ -13,10 +13,10 @@ from coda_jax.commands.encodings import descriptions, write_embeddings
 from coda_jax.commands.loading import (
     LoadedModel,
     held_at_once,
-    sized,
     with_checkpoint_defaults,
 )
 from coda_jax.commands.many_adapters import names_in, problem_of
+from coda_jax.commands.marking import Marking, line
 from coda_jax.data.reports import say
 from coda_jax.data.rows import read_requests, written
 from coda_jax.data.stop_texts import cut
@@ -42,6 +42,7 @@ def predict(
     embed: str | None = None,
     placement: Placement | None = None,
     field: str | None = None,
+    marking: Marking | None = None,
 ) -> None:
     """Writes a row with all that was asked and its "prediction" for each input, in their order.
 
@@ -61,39 +62,40 @@ def predict(
         chunk_size: inputs held at once; None for 4,096 texts or 8 batches of images or audio.
         font: file of the font of headers; None for the default.
         scores: whether the "score" of each prediction that is no number is written, too.
-        stream: print only the texts instead, one input after the other, each on a line that grows
-            with its tokens.
+        stream: print only the texts instead, each on a line that grows with its tokens.
         embed: "mean" or "tokens" to write the encoder's outputs instead; see `encodings`.
         placement: the devices; None for all, which share the rows of a batch.
         field: what of a row is its input, see `rows.Field`; None for the field named above.
+        marking: by what inputs out of distribution are marked; their answers are null.
 
     Raises:
         ValueError: an option has no effect, or cannot be with `stream`; inputs are the output.
     """
-    _check_options(inputs, output, vocabulary, font, scores, stream)
-    checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
+    _check_options(inputs, output, vocabulary, font, scores, stream, chunk_size)
     if embed is not None or model_for(model.config).describes:
         scored = embed is None and getattr(model.config, "labels", ())
         decoding.check_encodes(SCORES=scores and not scored, STREAM=stream)
-    decoding = sized(decoding, model)
+    marking, others = marking or Marking(), {"STREAM": stream, "EMBED": embed}
+    marks, decoding = marking.start(model, decoding, placement, **others)
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
-    known = model.inputs
-    encode = known.encoder(model.config, vocabulary, decoding.max_input_length, font)
-    asked = read_requests(inputs, known.field, field, problem_of(model))
+    encode = model.inputs.encoder(model.config, vocabulary, decoding.max_input_length, font)
+    asked = read_requests(inputs, model.inputs.field, field, problem_of(model))
     chunks = _chunks(asked, chunk_size or held_at_once(model, decoding))
     if embed is not None:
         write_embeddings(model, decoding, chunks, encode, output, embed, placement)
     elif model_for(model.config).describes:
-        _write(descriptions(model, decoding, chunks, encode, placement, scores), output)
+        _write(descriptions(model, decoding, chunks, encode, placement, scores, marks), output)
     else:
-        _generate(model, decoding, vocabulary, placement, chunks, encode, output, scores, stream)
+        how = scores, stream, marks
+        _generate(model, decoding, vocabulary, placement, chunks, encode, output, *how)
 
 
-def _check_options(inputs, output, vocabulary, font, scores, stream) -> None:
+def _check_options(inputs, output, vocabulary, font, scores, stream, chunk_size) -> None:
     checks.paths(INPUT=inputs, OUTPUT=output, VOCABULARY=vocabulary, HEADER_FONT=font)
     checks.flag("SCORES", scores)
     checks.flag("STREAM", stream)
+    checks.Maybe(checks.COUNT)("chunk_size", chunk_size)
     if processes.are_several() and (inputs == "-" or stream):
         given = "INPUT='-'" if inputs == "-" else "STREAM=True"
         raise ValueError(f"{given} is for one process: several answer a file into a file")
@@ -102,7 +104,7 @@ def _check_options(inputs, output, vocabulary, font, scores, stream) -> None:
 
 
 def _generate(
-    model, decoding, vocabulary, placement, chunks, encode, output, scores, stream
+    model, decoding, vocabulary, placement, chunks, encode, output, scores, stream, marks
 ) -> None:
     """Writes or prints what a model generates."""
     decoding = with_checkpoint_defaults(decoding, model)
@@ -118,9 +120,9 @@ def _generate(
         records = (record for chunk in chunks for record in chunk)
         _print_growing(predictor, vocabulary, encode, records, names)
     else:
-        _write(_answers(predictor, vocabulary, encode, chunks, names, scores), output)
-    for line in predictor.cuts():
-        say(line)
+        _write(_answers(predictor, vocabulary, encode, chunks, names, scores, marks), output)
+    for said in predictor.cuts():
+        say(said)
 
 
 def _chunks(asked: Iterable[list], size: int) -> Iterator[list]:
@@ -149,7 +151,9 @@ def _write_each(texts: Iterable[str], file: TextIO) -> None:
         file.flush()
 
 
-def _answers(predictor, vocabulary, encode, chunks, names, scores) -> Iterator[dict[str, Any]]:
+def _answers(
+    predictor, vocabulary, encode, chunks, names, scores, marks
+) -> Iterator[dict[str, Any]]:
     """The lines of all chunks of records, whose adapters `names` says."""
     text, done = _texts(predictor.decoding, vocabulary), 0
     silent = not processes.is_first()
@@ -164,14 +168,15 @@ def _answers(predictor, vocabulary, encode, chunks, names, scores) -> Iterator[d
                     if score > NO_OUTPUT
                 ]
                 progress.update()
+            marked = marks(inputs, done) if marks else [None] * len(chunk)
             for index, record in enumerate(chunk):
                 best = answers[index][0]
-                line = {**record, "prediction": best["text"]}
+                answer = {"prediction": best["text"]}
                 if scores:
-                    line["score"] = best["score"]
+                    answer["score"] = best["score"]
                 if predictor.decoding.num_return_sequences > 1:
-                    line["predictions"] = answers[index]
-                yield line
+                    answer["predictions"] = answers[index]
+                yield line(record, answer, marked[index])
             done += len(chunk)
 
 

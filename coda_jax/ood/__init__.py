@@ -9,5 +9,6 @@ A score is higher for what is in distribution, whichever it is.
 | `routing` | scores of the router's weights: their entropy, the candidates that it rejects |
 | `metrics` | AUROC, FPR at 95 % TPR, AUPR, their intervals; a threshold by its false alarms |
 | `outputs` | what a model makes of inputs: the logits of the labels, and features |
+| `detector` | all scores with their thresholds, as a file for `coda predict` |
 | `known` | the labels of a task, and those that are held out |
 """
