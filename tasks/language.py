@@ -1,4 +1,4 @@
-"""Language tasks as seqio tasks: T5's text formats, and two sets of intents.
+"""Language tasks as seqio tasks: T5's text formats, and three sets of intents.
 
 `task(name, vocabulary)` registers one of `SPECS` for a vocabulary. The texts of C4, GLUE,
 BoolQ, SQuAD and ReCoRD are byte for byte those of the public T5 tasks (Raffel et al. 2020, arXiv
@@ -12,30 +12,17 @@ a folder. Registering reads neither. seqio can cache the tokens.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-import os
-import pathlib
 
 import seqio
 import tensorflow as tf
 
 from coda_jax.data import seqio_tasks
-from coda_jax.data.rows import cells
-from coda_jax.tasks import metrics, preprocessors, registry, stdlib_corpus, tables
+from coda_jax.ood.known import HeldOut
+from coda_jax.tasks import intents, metrics, preprocessors, registry
 
-CLINC_FILE = "data_full.json"
-CLINC_KEYS = {
-    "train": "train",
-    "validation": "val",
-    "test": "test",
-    "oos_train": "oos_train",
-    "oos_validation": "oos_val",
-    "oos_test": "oos_test",
-}
-BANKING_COLUMNS = ["text", "category"]
 SHUFFLE_BUFFER_SIZE = 1000  # records, of sets that may be too large for memory
 
 _SPLITS = ("train", "validation", "test")
-_Columns = dict[str, list[str]]
 _Preprocessor = Callable[..., tf.data.Dataset]
 
 
@@ -144,81 +131,6 @@ def prefixed(record, prefix: str, source: str, target: str):
     return {"inputs": inputs, "targets": record[target]}
 
 
-# --- Folders. ---
-
-
-def read_clinc(directory: str, split: str) -> _Columns:
-    """Reads a split of CLINC150 from the published `data_full.json`.
-
-    Args:
-        directory: where the file lies.
-        split: one of `CLINC_KEYS`; "oos_..." are the out-of-scope queries, in no other split.
-
-    Returns:
-        The columns "text" and "intent_name".
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not as published; the place is named.
-    """
-    path, key = os.path.join(directory, CLINC_FILE), CLINC_KEYS[split]
-    splits = tables.read_json(path)
-    if not isinstance(splits, dict) or not isinstance(splits.get(key), list) or not splits[key]:
-        raise ValueError(f"{path}: there must be a list of pairs [text, intent] under {key!r}")
-    for number, pair in enumerate(splits[key]):
-        if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair))):
-            raise ValueError(f"{path}: {key}[{number}] must be [text, intent], not {pair!r}")
-    texts, intents = zip(*splits[key], strict=True)
-    return {"text": list(texts), "intent_name": list(intents)}
-
-
-def _is_text(value) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def read_banking(directory: str, split: str) -> _Columns:
-    """Reads a split of Banking77 from the published `train.csv` and `test.csv`.
-
-    There is no published validation split: it is the 10 % of train.csv that a hash of the text
-    picks, and they are missing in "train".
-
-    Args:
-        directory: where the files lie.
-        split: "train", "validation" or "test".
-
-    Returns:
-        The columns "text" and "category".
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file is not as published (file and line are named), or nothing is in the
-            split.
-    """
-    path = os.path.join(directory, "test.csv" if split == "test" else "train.csv")
-    rows = _read_csv(path)
-    if split != "test":
-        wanted = split == "validation"
-        rows = [r for r in rows if (stdlib_corpus.split_of(r[0]) == "validation") == wanted]
-    if not rows:
-        raise ValueError(f"{path}: there is no query of the split {split!r}")
-    texts, categories = zip(*rows, strict=True)
-    return {"text": list(texts), "category": list(categories)}
-
-
-def _read_csv(path: str) -> list[list[str]]:
-    """Returns the rows after the header, which must be `BANKING_COLUMNS`."""
-    lines = cells(pathlib.Path(path).read_bytes(), path)
-    number, header = next(lines, (0, None))
-    if header != BANKING_COLUMNS:
-        raise ValueError(f"{path}:{number}: the first line must be {BANKING_COLUMNS}, not {header}")
-    rows = []
-    for number, row in lines:
-        if len(row) != len(BANKING_COLUMNS) or not all(map(_is_text, row)):
-            raise ValueError(f"{path}:{number}: not a row of {BANKING_COLUMNS}: {row}")
-        rows.append(row)
-    return rows
-
-
 # --- The tasks. ---
 
 
@@ -230,8 +142,27 @@ def _glue(name: str, fields: Sequence[str], labels: Sequence[str]) -> _Preproces
     return _mapped(glue, name=name, fields=fields, labels=labels)
 
 
-def _memory_source(read: Callable[[str, str], _Columns], splits: Sequence[str]):
-    return lambda directory: seqio_tasks.MemorySource(functools.partial(read, directory), splits)
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A set of intents as a folder of its authors' files.
+
+    Attributes:
+        read: (directory, split) -> the columns of the records.
+        intent: the column of the intents.
+        splits: that can be read.
+    """
+
+    read: intents.Reader
+    intent: str
+    splits: Sequence[str] = _SPLITS
+
+    def source(self, directory: str, held_out: HeldOut) -> seqio.DataSource:
+        """The records, without some intents, which are in splits of their own, where asked."""
+        read, splits = self.read, tuple(self.splits)
+        if held_out is not None:
+            read = intents.without_some(read, self.intent, held_out)
+            splits += tuple(intents.HELD_OUT + split for split in _SPLITS)
+        return seqio_tasks.MemorySource(functools.partial(read, directory), splits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +173,7 @@ class Spec:
         texts: seqio preprocessor, from records to texts.
         tfds_name: name and version of the TFDS data set; None: only a folder is read.
         splits: those of TFDS, or a dict from the task's names of them to TFDS's.
-        folder: makes the source of a folder; None: only TFDS is read.
+        folder: how a folder is read; None: only TFDS is.
         noise: seqio preprocessor of tokens, if there is one.
         metric_fns: of seqio.
         postprocess: seqio's `postprocess_fn`.
@@ -251,7 +182,7 @@ class Spec:
     texts: _Preprocessor
     tfds_name: str | None
     splits: Sequence[str] | Mapping[str, str] = ("train", "validation")
-    folder: Callable[[str], seqio.DataSource] | None = None
+    folder: Folder | None = None
     noise: _Preprocessor | None = None
     metric_fns: Sequence[Callable] = (seqio_tasks.accuracy,)
     postprocess: Callable = seqio_tasks.strip_text
@@ -323,19 +254,26 @@ SPECS = {
         _mapped(prefixed, prefix="clinc150", source="text", target="intent_name"),
         "clinc_oos:0.1.0",
         splits={s: s for s in _SPLITS} | {f"oos_{s}": f"{s}_oos" for s in _SPLITS},
-        folder=_memory_source(read_clinc, tuple(CLINC_KEYS)),
+        folder=Folder(intents.read_clinc, "intent_name", tuple(intents.CLINC_KEYS)),
     ),
     "banking77": Spec(
         _mapped(prefixed, prefix="banking77", source="text", target="category"),
         None,
-        folder=_memory_source(read_banking, _SPLITS),
+        folder=Folder(intents.read_banking, "category"),
+    ),
+    "snips": Spec(
+        _mapped(prefixed, prefix="snips", source="text", target="intent"),
+        None,
+        folder=Folder(intents.read_snips, "intent"),
     ),
 }
 
 
-def _source(name: str, directory: str | None) -> seqio.DataSource:
+def _source(name: str, directory: str | None, held_out: HeldOut) -> seqio.DataSource:
     spec = SPECS[name]
     if directory is None:
+        if held_out is not None:
+            raise ValueError(f"held_out={held_out!r} needs the directory of a set of intents")
         if spec.tfds_name is None:
             raise ValueError(f"{name!r} is not in TFDS: it needs the directory with its files")
         return seqio.TfdsDataSource(spec.tfds_name, splits=spec.splits)
@@ -344,16 +282,18 @@ def _source(name: str, directory: str | None) -> seqio.DataSource:
             f"{name!r} reads no directory, so directory={directory!r} cannot be: it is read by "
             f"TFDS ({spec.tfds_name}), whose folder is $TFDS_DATA_DIR"
         )
-    return spec.folder(directory)
+    return spec.folder.source(directory, held_out)
 
 
-def task(name: str, vocabulary: str, directory: str | None = None) -> str:
+def task(name: str, vocabulary: str, directory: str | None = None, held_out: HeldOut = None) -> str:
     """Registers a task, once, and returns the name that it has in seqio. For gin files.
 
     Args:
         name: a key of `SPECS`.
         vocabulary: a path, or "bytes", for `seqio_tasks.seqio_vocabulary`.
-        directory: for "clinc150" and "banking77" the folder with the published files; None: TFDS.
+        directory: of the published files, for sets of intents; None: TFDS.
+        held_out: intents that are missing in all splits, and alone in "held_out_train" and so on:
+            a share, which is drawn once and for all, or their names.
 
     Returns:
         "<name>_<hash of the arguments>".
@@ -363,7 +303,8 @@ def task(name: str, vocabulary: str, directory: str | None = None) -> str:
         FileNotFoundError: there is no such vocabulary.
     """
     spec = registry.find("language", name, SPECS)
-    source = _source(name, directory)
+    held_out = tuple(held_out) if isinstance(held_out, list) else held_out
+    source = _source(name, directory, held_out)
 
     def add(registered: str) -> seqio.Task:
         tokens = [spec.texts, seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder()]
@@ -377,4 +318,4 @@ def task(name: str, vocabulary: str, directory: str | None = None) -> str:
             shuffle_buffer_size=SHUFFLE_BUFFER_SIZE,
         )
 
-    return registry.once(name, (name, vocabulary, directory), add)
+    return registry.once(name, (name, vocabulary, directory, held_out), add)

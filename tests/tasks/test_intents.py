@@ -135,3 +135,95 @@ def test_bad_lines_of_a_banking_file_are_named(content, message, tmp_path):
 def test_a_banking_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/train\.csv"):
         read(language.task("banking77", "bytes", str(tmp_path / "nowhere")), "validation")
+
+
+# --- SNIPS from its files. ---
+
+SNIPS = ("AddToPlaylist", "BookRestaurant", "GetWeather", "PlayMusic", "RateBook")
+SNIPS += ("SearchCreativeWork", "SearchScreeningEvent")
+
+
+def snips(directory, train, test=("a",)):
+    """Of each intent the same texts, in two parts."""
+    for intent in SNIPS:
+        (directory / intent).mkdir(exist_ok=True)
+        for name, texts in ((f"train_{intent}_full", train), (f"validate_{intent}", test)):
+            parts = [[{"text": t[:1]}, {"text": t[1:], "entity": "x"}] for t in texts]
+            content = json.dumps({intent: [{"data": x} for x in parts]}, ensure_ascii=False)
+            # As published: what is beyond 16 bits is two surrogates, each in UTF-8.
+            units = content.encode("utf-16-be")
+            pairs = [units[i : i + 2] for i in range(0, len(units), 2)]
+            halves = [pair.decode("utf-16-be", "surrogatepass") for pair in pairs]
+            file = directory / intent / f"{name}.json"
+            file.write_bytes("".join(halves).encode("utf-8", "surrogatepass"))
+    return language.task("snips", "bytes", str(directory))
+
+
+def test_snips_goes_from_its_files_to_bytes(tmp_path):
+    texts = ["Pop 🍕 é", *(f"Query {i}" for i in range(200))]
+    name = snips(tmp_path, texts, ["Is it cold?"])
+    assert read(name, "test") == [
+        {"inputs": as_bytes("snips: Is it cold?"), "targets": as_bytes(intent)} for intent in SNIPS
+    ]
+    found = {
+        split: [(tuple(x["inputs"]), tuple(x["targets"])) for x in read(name, split)]
+        for split in ("train", "validation")
+    }
+    expected = [(tuple(as_bytes(f"snips: {t}")), tuple(as_bytes(c))) for c in SNIPS for t in texts]
+    assert sorted(found["train"] + found["validation"]) == sorted(expected)
+    assert 0.05 < len(found["validation"]) / len(expected) < 0.15
+    assert {x for x, _ in found["train"]}.isdisjoint(x for x, _ in found["validation"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", r"validate_GetWeather\.json: there must be a list of queries under 'GetWeather'"),
+        (b'{"GetWeather": [{"data": []}]}', r"GetWeather\[0\] must be \{\"data\": "),
+        (b'{"GetWeather": [{"data": [{"text": 3}]}]}', r"GetWeather\[0\] must be .*'text': 3"),
+        (b'{"GetWeather": [{"data": "ab"}]}', r"GetWeather\[0\] must be"),
+        (b'{"GetWeather": [{"data": [{"text": " "}]}]}', r"GetWeather\[0\] must be"),
+        (b"{", r"validate_GetWeather\.json: not JSON"),
+        (b"\xff", r"validate_GetWeather\.json: not UTF-8: invalid start byte"),
+        (b"\xed\xa0\xbc", r"validate_GetWeather\.json: not UTF-8"),  # half a character
+    ],
+)
+def test_bad_places_of_a_snips_file_are_named(content, message, tmp_path):
+    name = snips(tmp_path, ["b"])
+    (tmp_path / "GetWeather" / "validate_GetWeather.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(name, "test")
+
+
+def test_a_snips_file_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train_AddToPlaylist_full\.json"):
+        read(language.task("snips", "bytes", str(tmp_path)), "train")
+
+
+# --- Some intents held out. ---
+
+
+@pytest.mark.parametrize("held_out", [0.3, ["PlayMusic", "RateBook"]])
+def test_held_out_intents_have_splits_of_their_own(tmp_path, held_out):
+    snips(tmp_path, [f"Query {i}" for i in range(40)], ["a", "b"])
+    name = language.task("snips", "bytes", str(tmp_path), held_out)
+    held, splits = set(), ("train", "validation", "test")
+    assert {*seqio.TaskRegistry.get(name).splits} == {*splits, *(f"held_out_{s}" for s in splits)}
+    whole = language.task("snips", "bytes", str(tmp_path))
+    for split in splits:
+        parts = [read(name, f"{prefix}{split}") for prefix in ("", "held_out_")]
+        known, held = ({tuple(x["targets"]) for x in part} for part in parts)
+        assert known.isdisjoint(held) and (len(known), len(held)) == (5, 2)
+        rows = sorted((x["inputs"], x["targets"]) for part in parts for x in part)
+        assert rows == sorted((x["inputs"], x["targets"]) for x in read(whole, split))
+    if isinstance(held_out, list):
+        assert held == {tuple(as_bytes(intent)) for intent in held_out}
+
+
+def test_intents_that_cannot_be_held_out_are_named(tmp_path):
+    snips(tmp_path, ["a"])
+    name = language.task("snips", "bytes", str(tmp_path), ("PlayMusik",))
+    with pytest.raises(ValueError, match=r"no label 'PlayMusik'; the nearest are \['PlayMusic'"):
+        read(name, "test")
+    with pytest.raises(ValueError, match=r"held_out=0.5 needs the directory of a set of intents"):
+        language.task("clinc150", "bytes", held_out=0.5)
