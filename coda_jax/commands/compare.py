@@ -52,8 +52,7 @@ def compare(
         directory: of all of it.
         recipes: {name: flags of `coda train`}, or names of files of methods/.
         seeds: of each recipe.
-        training, evaluation, detection: flags of `coda train`, `evaluate` and `ood` alone; the last
-            is not asked where its flags are None.
+        training, evaluation, detection: flags of `coda train`, `evaluate` or, unless None, `ood`.
         metric: of the task that is shown; None for its first.
         better: whether more of it is better, "max", or less, "min"; None for what its name says.
         baselines: {name: the metric of another method}, to set beside.
@@ -71,8 +70,7 @@ def compare(
     cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {}, detection)
     anew = not any(cell.is_finished for cell in cells)
     found = [(cell, _found(cell)) for cell in cells]
-    first = found[0][1]
-    metric = _metric(first["metrics"], metric)
+    metric = _metric((first := found[0][1])["metrics"], metric)
     report: dict[str, Any] = {
         "task": first["task"],
         "split": first["split"],
@@ -87,8 +85,8 @@ def compare(
     }
     report["recipes"] = _rows(directory, found, report["metric"])
     _measure(directory, report, [cell for cell in cells if cell.seed == cells[0].seed], timed)
-    seconds = time.monotonic() - start if anew else None
-    report |= {"versions": timing.versions(), "seconds": seconds}
+    report["versions"] = timing.versions()
+    report["seconds"] = time.monotonic() - start if anew else None
     _write(directory, report)
     return report
 
