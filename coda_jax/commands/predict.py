@@ -71,11 +71,11 @@ def predict(
     Raises:
         ValueError: an option has no effect, or cannot be with `stream`; inputs are the output.
     """
-    _check_options(inputs, output, vocabulary, font, scores, stream, chunk_size)
+    marking, others = marking or Marking(), {"STREAM": stream, "EMBED": embed}
+    _check_options(inputs, output, vocabulary, font, scores, stream, chunk_size, marking)
     if embed is not None or model_for(model.config).describes:
         scored = embed is None and getattr(model.config, "labels", ())
         decoding.check_encodes(SCORES=scores and not scored, STREAM=stream)
-    marking, others = marking or Marking(), {"STREAM": stream, "EMBED": embed}
     marks, decoding = marking.start(model, decoding, placement, **others)
     vocabulary = load_vocabulary(vocabulary or model.directory)
     check_vocabulary(identity(vocabulary), **model.vocabulary)
@@ -91,7 +91,7 @@ def predict(
         _generate(model, decoding, vocabulary, placement, chunks, encode, output, *how)
 
 
-def _check_options(inputs, output, vocabulary, font, scores, stream, chunk_size) -> None:
+def _check_options(inputs, output, vocabulary, font, scores, stream, chunk_size, marking) -> None:
     checks.paths(INPUT=inputs, OUTPUT=output, VOCABULARY=vocabulary, HEADER_FONT=font)
     checks.flag("SCORES", scores)
     checks.flag("STREAM", stream)
@@ -100,7 +100,7 @@ def _check_options(inputs, output, vocabulary, font, scores, stream, chunk_size)
         given = "INPUT='-'" if inputs == "-" else "STREAM=True"
         raise ValueError(f"{given} is for one process: several answer a file into a file")
     if output != "-":
-        files.prepare(output, inputs)
+        files.prepare(output, inputs, *filter(None, [marking.detector]))
 
 
 def _generate(

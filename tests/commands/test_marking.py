@@ -141,5 +141,7 @@ def test_other_limits_and_thresholds_alone_are_refused(decoder, tmp_path):
     with pytest.raises(ValueError, match="is of inputs of at most 16, not Decoding"):
         decoding = Decoding(max_input_length=8)
         predict(model, others, "-", decoding, "bytes", marking=Marking(detector, "energy"))
+    with pytest.raises(ValueError, match="is read: give what is written another name"):
+        predict(model, others, detector, DECODING, "bytes", marking=Marking(detector, "energy"))
     with pytest.raises(ValueError, match="OOD_SCORE and THRESHOLD: no effect without DETECTOR"):
         Marking(None, "energy", 0.5)

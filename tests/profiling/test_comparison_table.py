@@ -69,6 +69,29 @@ def test_what_is_missing_or_no_number_is_a_dash():
     assert tables({})[0].rows == ()
 
 
+def test_detection_has_a_table_for_each_set_and_metric_beside_the_accuracy():
+    found, names = report(), ["LoRA", "CoDA, r = 3"]
+    for i, name in enumerate(names):
+        metrics = {
+            x: {"mean": i + 0.25, "error": 0.5} for x in ("auroc", "fpr_at_95_tpr", "aupr_in")
+        }
+        of_set = {"energy": metrics, **({"router_entropy": metrics} if i else {})}
+        accuracy = {"mean": 0.5 + 0.25 * i, "error": None}
+        sets = {"near": of_set, "far": {"energy": metrics}}
+        found["recipes"][name]["detection"] = {"accuracy": accuracy, "sets": sets}
+    auroc, fpr, *others = tables(found)[2:]
+    assert auroc.title == "Out of distribution: near, AUROC (higher is better)"
+    assert fpr.title == "Out of distribution: near, FPR at 95 % TPR (lower is better)"
+    assert [table.title.split(",")[0] for table in others] == ["Out of distribution: far"] * 2
+    for table in (auroc, fpr):
+        assert table.headings == ("accuracy, %", "energy", "router_entropy")
+        assert [name for name, _ in table.rows] == names
+        assert [cell.text for cell in column(table, "accuracy, %").values()] == ["50.0", "75.0"]
+        assert column(table, "energy")["LoRA"].text == "0.250 ± 0.500"
+        assert column(table, "router_entropy")["LoRA"].text == MISSING
+    assert tables(report())[-1].title.startswith("Speed")
+
+
 def test_markdown_is_the_same_table():
     found = report()
     text = markdown(found)
