@@ -53,6 +53,11 @@ IMAGES = [
     "matplotlib>=3.11,<4",  # fonts of headers and of printed letters; pictures of the routing
     "scikit-learn>=1.9,<2",  # scans of digits; linear classifiers to compare with
 ]
+SERVE = [
+    "starlette>=1.10,<2",  # routes and responses
+    "uvicorn>=0.54,<0.60",  # HTTP itself
+    "prometheus-client>=0.26,<0.30",  # what /metrics says
+]
 # T5X itself is on no package registry: see docs/t5x.md.
 T5X = [
     "fiddle>=0.3,<0.4",  # imported by T5X
@@ -63,6 +68,7 @@ T5X = [
 TEST = [
     *SPEECH,
     *IMAGES,
+    *SERVE,
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",  # two test files at a time
     "hypothesis>=6.170,<7",  # property tests
@@ -100,8 +106,9 @@ setup(
     extras_require={
         "speech": SPEECH,
         "images": IMAGES,
+        "serve": SERVE,
         "t5x": T5X,
-        "all": [*SPEECH, *IMAGES, *T5X],
+        "all": [*SPEECH, *IMAGES, *SERVE, *T5X],
         "cuda": ["jax[cuda12]"],  # jax's own choice; jax[cuda13] is for drivers from 580 on
         "tpu": ["jax[tpu]", "libtpu"],  # libtpu also compiles for TPUs that are not there
         "test": TEST,

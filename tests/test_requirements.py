@@ -71,8 +71,8 @@ def test_every_import_is_of_a_requirement_and_those_of_extras_name_the_extra(req
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_extra_all_has_what_the_extras_for_tasks_and_t5x_have(requirements):
-    names = ("speech", "images", "t5x")
+def test_the_extra_all_has_what_the_extras_but_those_of_devices_and_tests_have(requirements):
+    names = ("speech", "images", "serve", "t5x")
     assert requirements["all"] == set.union(*(requirements[name] for name in names))
     assert requirements["cuda"] == {"jax"} and requirements["tpu"] == {"jax", "libtpu"}
     assert requirements["light"] < requirements["base"]
@@ -86,6 +86,7 @@ MISSING = [
     ("seqio", "from coda_jax.tasks import language", "coda_jax"),
     ("PIL", "from coda_jax.data import images", "coda_jax[images]"),
     ("matplotlib", "from coda_jax.profiling import plots", "coda_jax[images]"),
+    ("prometheus_client", "from coda_jax.serving import metrics", "coda_jax[serve]"),
     ("soundfile", "audio.read_audio('recording.wav')", "coda_jax[speech]"),
     ("tensorflow", "audio.frames([0.0])", "coda_jax"),
 ]

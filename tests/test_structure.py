@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "coda_jax"
 # From the outermost to the innermost: each imports from its own row and those behind it only.
 ORDER = [
-    *["cli", "t5x_models", "commands", "ood"],
+    *["cli", "t5x_models", "commands", "ood", "serving"],
     *["inference", "adapters", "training", "checkpoints", "profiling"],
     *[
         "objectives",

@@ -95,6 +95,10 @@ COMMANDS = {
         "answers to the inputs of a file",
         f"--gin_file=runs/predict.gin {_MODEL} --gin.INPUT=questions.txt",
     ),
+    "serve": Command(
+        "answers over HTTP",
+        f"--gin_file=runs/serve.gin {_MODEL} --gin.PORT=8000",
+    ),
     "cache": Command(
         "a task's tokenised examples in one file",
         "--gin_file=runs/cache.gin --gin_file=tasks/stdlib_module.gin --gin.OUTPUT=train.npz",

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from coda_jax import checks, files, methods, trees
 from coda_jax.commands import served
 from coda_jax.commands.loading import LoadedModel, sized, with_checkpoint_defaults
-from coda_jax.data.batches import bucket
+from coda_jax.data.batches import buckets
 from coda_jax.data.vocabularies import (
     Vocabulary,
     check_vocabulary,
@@ -47,15 +47,6 @@ _ENCODES = {"arguments": ["weights", "inputs"], "results": ["outputs"]}
 def program_name(batch_size: int, length: int) -> str:
     """The file of the program for a batch size and a length of inputs."""
     return f"predict_{batch_size}x{length}.jax_export"
-
-
-def lengths(decoding: Decoding) -> list[int]:
-    """All padded lengths of inputs that `coda predict` knows, ascending."""
-    found, length = [], 1
-    while length <= decoding.max_input_length:
-        found.append(bucket(length, decoding.max_input_length))
-        length = found[-1] + 1
-    return found
 
 
 def export(
@@ -103,7 +94,7 @@ def export(
         answer, described = _generates(model_for(config), decoding, found)
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
     trees.check_finite(flat)
-    shapes = list(itertools.product(sizes, lengths(decoding)))
+    shapes = list(itertools.product(sizes, buckets(decoding.max_input_length)))
     specs = {shape: config.input_spec(*shape) for shape in shapes}
     whole_numbers = np.issubdtype(specs[shapes[0]].dtype, np.integer)
     described |= {"fill": config.pad_id if whole_numbers else 0, "platforms": platforms}

@@ -1,6 +1,6 @@
 """`coda predict`: answers to the inputs of a file."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import functools
 import os
 import sys
@@ -19,11 +19,10 @@ from coda_jax.commands.many_adapters import names_in, problem_of
 from coda_jax.commands.marking import Marking, line
 from coda_jax.data.reports import say
 from coda_jax.data.rows import read_requests, written
-from coda_jax.data.stop_texts import cut
-from coda_jax.data.vocabularies import Vocabulary, check_vocabulary, identity, load_vocabulary
+from coda_jax.data.vocabularies import check_vocabulary, identity, load_vocabulary
 from coda_jax.inference import Decoding, Predictor
 from coda_jax.objectives import model_for
-from coda_jax.objectives.beams import NO_OUTPUT
+from coda_jax.serving.answers import outputs_of, texts_of
 from coda_jax.sharding import Placement
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which not all bytes have come
@@ -155,18 +154,14 @@ def _answers(
     predictor, vocabulary, encode, chunks, names, scores, marks
 ) -> Iterator[dict[str, Any]]:
     """The lines of all chunks of records, whose adapters `names` says."""
-    text, done = _texts(predictor.decoding, vocabulary), 0
+    text, done = texts_of(predictor.decoding, vocabulary), 0
     silent = not processes.is_first()
     with tqdm(unit="example", file=sys.stderr, disable=silent) as progress:
         for chunk in chunks:
             answers = {}
             inputs = list(map(encode, chunk))
             for index, *found in predictor.candidates(inputs, done, names(chunk)):
-                answers[index] = [
-                    {"text": text(tokens.tolist()), "score": float(score)}
-                    for tokens, score in zip(*found, strict=True)
-                    if score > NO_OUTPUT
-                ]
+                answers[index] = outputs_of(text, *found)
                 progress.update()
             marked = marks(inputs, done) if marks else [None] * len(chunk)
             for index, record in enumerate(chunk):
@@ -180,17 +175,9 @@ def _answers(
             done += len(chunk)
 
 
-def _texts(decoding: Decoding, vocabulary: Vocabulary) -> Callable[[list[int]], str]:
-    """(tokens of an output) -> its text, up to its first stop text."""
-    if not decoding.stop_strings:
-        return vocabulary.decode
-    start = len(vocabulary.decode(decoding.decoder_prefix))
-    return lambda tokens: cut(vocabulary.decode(tokens), decoding.stop_strings, start)
-
-
 def _print_growing(predictor, vocabulary, encode, records, names) -> None:
     """Prints the text of each output as its tokens come."""
-    text = _texts(predictor.decoding, vocabulary)
+    text = texts_of(predictor.decoding, vocabulary)
     for number, record in enumerate(records):
         found, shown = [], ""
         (adapter,) = names([record]) or [None]

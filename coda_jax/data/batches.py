@@ -37,6 +37,15 @@ def bucket(length: int, longest: int, shortest: int = SHORTEST["inputs"]) -> int
     return min(longest, rounded_up(length, shortest))
 
 
+def buckets(longest: int) -> list[int]:
+    """All lengths of padded inputs that there are, ascending."""
+    found, length = [], 1
+    while length <= longest:
+        found.append(bucket(length, longest))
+        length = found[-1] + 1
+    return found
+
+
 def cut(values: np.ndarray, longest: int, eos_id: int) -> np.ndarray:
     """At most so many tokens or vectors; where the tokens end with EOS, those kept do, too."""
     if len(values) <= longest:

@@ -221,6 +221,8 @@ class Inputs:
         unit: what a place of a row is: "tokens", "patches" or "frames".
         random: (config, rng, B, N) -> [B, N, ...] inputs that fill their rows.
         field: of a request of `coda predict`, that has its input: a text, or the name of a file.
+        others: further fields of a request that are read.
+        reads_files: whether `field` has the name of a file.
         encoder: (config, vocabulary, N, font) -> (request -> its inputs [n, ...]), n at most N
             where what is longer cannot be cut.
         shown: (inputs [n, ...] of a row, vocabulary) -> what people see of them: "kind" and, for
@@ -242,6 +244,8 @@ class Inputs:
     shown: Callable[[np.ndarray, Any], dict[str, Any]]
     served: pathlib.Path
     longest: int = 512
+    others: tuple[str, ...] = ()
+    reads_files: bool = False
     problem: Callable[[Mapping[str, Any]], str | None] = lambda request: None
     held: int | None = None
     of_checkpoint: Callable[["Inputs", pathlib.Path, Any], "Inputs"] = lambda inputs, *_: inputs

@@ -24,6 +24,7 @@ GIVEN = {
     "evaluate": (["runs/evaluate.gin", "tasks/jsonl.gin"], [MODEL]),
     "ood": (["runs/ood.gin", "tasks/jsonl.gin"], [MODEL, "OOD=x.jsonl"]),
     "predict": (["runs/predict.gin"], [MODEL, "INPUT=x"]),
+    "serve": (["runs/serve.gin"], [MODEL]),
     "check": (CHECK, [MODEL]),
     "convert": (["runs/convert.gin"], ["INPUT=x", "OUTPUT=y", "LAYOUT=hf"]),
     "export": (["runs/export.gin"], [MODEL, "OUTPUT=y"]),

@@ -93,6 +93,8 @@ INPUTS = Inputs(
     shown,
     Path(__file__).with_name("served.py"),
     longest=2048,
+    others=("header",),
+    reads_files=True,
     problem=problem,
     of_checkpoint=of_checkpoint,
 )

@@ -56,5 +56,6 @@ INPUTS = Inputs(  # of 30 seconds
     shown,
     Path(__file__).with_name("served.py"),
     longest=1500,
+    reads_files=True,
     of_checkpoint=of_checkpoint,
 )
