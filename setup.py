@@ -55,8 +55,8 @@ IMAGES = [
 ]
 SERVE = [
     "starlette>=1.10,<2",  # routes and responses
-    "uvicorn>=0.54,<0.60",  # HTTP itself
-    "prometheus-client>=0.26,<0.30",  # what /metrics says
+    "uvicorn>=0.54,<0.55",  # HTTP itself
+    "prometheus-client>=0.26,<0.27",  # what /metrics says
 ]
 # T5X itself is on no package registry: see docs/t5x.md.
 T5X = [

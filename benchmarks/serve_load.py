@@ -25,6 +25,7 @@ import time
 from typing import Any
 import urllib.request
 
+import jax
 import numpy as np
 
 from coda_jax import bundled, files, methods, trees
@@ -36,6 +37,7 @@ from coda_jax.serving.answers import generated
 
 _WORDS = ("def", "return", "self", "import", "os", "path", "if", "not", "None", "raise", "x = 1")
 _SECONDS_TO_START = 600
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # of this machine
 
 
 @dataclasses.dataclass
@@ -83,7 +85,7 @@ def expected_answers(options: argparse.Namespace, adapters: dict[str, str]) -> d
     decoding = Decoding(
         max_input_length=options.input_length,
         max_decode_length=options.output_length,
-        batch_size=1,
+        batch_size=jax.device_count(),
     )
     predictor = Predictor(config, params, decoding, vocabulary, adapters=adapters)
     answer = generated(predictor, predictor.adapters.config, vocabulary)
@@ -117,7 +119,7 @@ def start(options: argparse.Namespace, adapters: dict[str, str]) -> tuple[subpro
     address = process.stdout.readline().strip()
     for _ in range(10 * _SECONDS_TO_START):
         try:
-            urllib.request.urlopen(f"{address}/health").close()
+            _open(f"{address}/health").close()
             return process, address
         except OSError:
             if process.poll() is not None:
@@ -225,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metrics = []
 
         def stop():
-            with urllib.request.urlopen(f"{address}/metrics") as response:
+            with _open(f"{address}/metrics") as response:
                 metrics.append(response.read().decode())
             process.send_signal(signal.SIGTERM)
 

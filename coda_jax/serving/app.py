@@ -203,7 +203,8 @@ class Service:
         finally:
             collecting.cancel()
             leaving.cancel()
-            self._batcher.withdraw(rows)
+            if len(found) < len(rows):
+                self._batcher.withdraw(rows)
         return _json({"answers": [found[number] for number in range(len(rows))]})
 
     async def _events(
@@ -220,7 +221,8 @@ class Service:
             yield "data: [DONE]\n\n"
             status = 200
         finally:
-            self._batcher.withdraw(rows)
+            if status != 200:
+                self._batcher.withdraw(rows)
             count(status)
 
 

@@ -224,7 +224,8 @@ def test_a_process_that_is_asked_to_stop_ends_with_0(number):
 @pytest.mark.all
 def test_200_clients_get_their_own_answers(tmp_path):
     report = tmp_path / "report.json"
-    serve_load.main(["--clients=200", "--seconds=15", f"--json={report}"])
+    small = ["--batch_size=8", "--input_length=64", "--texts=40"]
+    serve_load.main(["--clients=200", "--seconds=15", *small, f"--json={report}"])
     found = json.loads(report.read_text())
     assert found["rows"] > 0 and found["exit_code"] == 0
     assert not found["wrong"] and not found["lost"] and not found["refused"]
