@@ -51,6 +51,7 @@ _HOMES = {
     "model_for": "objectives",
     "partition": "methods",
     "preset": "models",
+    "quantize": "checkpoints",
     "save_adapter": "checkpoints",
     "save_adapter_hub": "checkpoints",
     "save_hf": "checkpoints",

@@ -18,11 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from coda_jax import checks, methods, processes, trees
-from coda_jax.checkpoints.adapter import fingerprints, load_adapter
+from coda_jax.checkpoints.adapter import load_adapter
+from coda_jax.checkpoints.fingerprints import fingerprints
 from coda_jax.checkpoints.swap_in import encoder_of
 from coda_jax.data.batches import rounded_up
 from coda_jax.methods.combining import check_same_base
 from coda_jax.models import ModelConfig, param_axes, param_shapes
+from coda_jax.nn.quantized import quantization_of
 from coda_jax.sharding import Placement
 
 # The folder of an adapter file, or (config, whole parameter tree) as `load_adapter` returns them.
@@ -133,6 +135,12 @@ class Adapters:
         checks.text("the name of an adapter", name)
         self._check_config(name, config)
         own, frozen = methods.partition(config, params)
+        kinds = [quantization_of(leaves) or "float" for leaves in (frozen, self.frozen)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"adapter {name!r} is on {kinds[0]} weights, the base has {kinds[1]} ones: "
+                "QUANTIZE='int8', or `quantize`, is for all of them"
+            )
         try:
             check_same_base(trees.flatten(self.frozen), trees.flatten(frozen))
         except ValueError as error:

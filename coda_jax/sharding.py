@@ -81,7 +81,9 @@ class Placement:
 
         def placed(path, leaf):
             keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-            ends = ("/".join(keys[start:]) for start in range(len(keys)))
+            # Of a quantised parameter each part has an attribute's name behind the path.
+            stops = (len(keys), len(keys) - 1)
+            ends = ("/".join(keys[i:stop]) for stop in stops for i in range(stop))
             logical = next((tuple(axes[end]) for end in ends if end in axes), ())
             spec = partitioning.logical_to_mesh_axes(logical, AXIS_RULES)
             shape = np.shape(leaf)

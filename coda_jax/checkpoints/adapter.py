@@ -29,10 +29,13 @@ import coda_jax
 from coda_jax import files, methods, trees
 from coda_jax.checkpoints import config_json, tensor_files
 from coda_jax.checkpoints.adapter_hub import is_adapter_hub
+from coda_jax.checkpoints.fingerprints import add_leaf, fingerprints, leaf_sha256
 from coda_jax.checkpoints.peft import CONFIG as LIBRARY_CONFIG
+from coda_jax.checkpoints.quantization import quantize
 from coda_jax.checkpoints.swap_in import encoder_of
 from coda_jax.methods import version_1
 from coda_jax.models import ModelConfig, param_shapes
+from coda_jax.nn.quantized import KIND, quantization_of
 
 FORMAT_VERSION = 2
 TENSORS = "adapter.safetensors"
@@ -48,25 +51,6 @@ _KEYS = {
 _MAY_HAVE = {"lengths"}
 
 
-def _add_leaf(digest: Any, leaf: Any, prefix: str = "") -> None:
-    """Adds a leaf's shape, dtype and bytes to a digest."""
-    array = np.ascontiguousarray(leaf)
-    digest.update(f"{prefix}{array.shape} {array.dtype.name}\n".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
-
-
-def leaf_sha256(leaf: Any) -> str:
-    """The SHA-256 of a leaf: its shape, dtype and bytes."""
-    digest = hashlib.sha256()
-    _add_leaf(digest, leaf)
-    return digest.hexdigest()
-
-
-def fingerprints(params: Mapping[str, Any]) -> dict[str, str]:
-    """{path: SHA-256} of the leaves of a tree."""
-    return {path: leaf_sha256(leaf) for path, leaf in trees.flatten(params).items()}
-
-
 def base_fingerprints(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, str]:
     """{path: SHA-256} of the frozen leaves, which do not change by adaptation."""
     return fingerprints(methods.partition(config, params)[1])
@@ -77,7 +61,7 @@ def fingerprint_version_1(config: ModelConfig, params: Mapping[str, Any]) -> str
     _, frozen = methods.partition(config, params)
     digest = hashlib.sha256()
     for path, leaf in trees.flatten(frozen).items():  # sorted by path
-        _add_leaf(digest, leaf, f"{path} ")
+        add_leaf(digest, leaf, f"{path} ")
     return digest.hexdigest()
 
 
@@ -105,7 +89,7 @@ def save_adapter(
         path: a directory; created if need be, an older adapter in it is replaced.
         config: the model's config, with its methods.
         params: the whole parameter tree of the model. Its frozen leaves are only fingerprinted:
-            they must be the base's own, in the base's dtype.
+            they must be the base's own, in the base's dtype, or quantised of them.
         vocabulary: fingerprint of the vocabulary, where it is known.
         lengths: the most "inputs" that were kept in training, and the longest "targets", where they
             are known.
@@ -128,7 +112,7 @@ def save_adapter(
         "config": config_json.to_json(config),
         "base": base_fingerprints(config, params),
         "vocabulary": vocabulary,
-        "quantization": None,
+        "quantization": quantization_of(frozen),
         **({} if lengths is None else {"lengths": dict(lengths)}),
         "leaves": {
             name: {**_describe(leaf), "sha256": leaf_sha256(leaf)} for name, leaf in tensors.items()
@@ -173,11 +157,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     if version == 2 and not isinstance(manifest["base"], dict):
         raise ValueError(f"{file} has no fingerprints of its base: {manifest['base']!r}")
     _check_lengths(manifest.get("lengths", {}), file)
-    if manifest.get("quantization") is not None:
-        raise ValueError(
-            f"{file} belongs to a base quantised as {manifest['quantization']!r}, which this "
-            "version does not know"
-        )
+    KIND(f"{file}: quantization", manifest.get("quantization"))
     return manifest
 
 
@@ -255,6 +235,8 @@ def _check_base(
 ) -> None:
     """Raises ValueError unless the frozen leaves are those that the adapter was trained with."""
     if manifest["format_version"] == 1:
+        if kind := quantization_of(frozen):
+            raise ValueError(f"{directory} is of version 1: load it before the base is {kind}")
         found = fingerprint_version_1(config, frozen)
         if found != manifest["base_fingerprint"]:
             raise ValueError(
@@ -296,7 +278,8 @@ def load_adapter(
         path: the directory that `save_adapter` wrote, of version 1 or 2.
         config: of the base, e.g. from `load_hf`; it says how to compute. Of an encoder-decoder the
             encoder is taken alone where the adapter's model is one.
-        params: the base's parameter tree. What an adapter file holds is replaced.
+        params: the base's parameter tree. What an adapter file holds is replaced. Where the
+            adapter was trained on quantised weights, the others are quantised, unless they are.
         known: the `fingerprints` of `params`, where they are known already.
 
     Returns:
@@ -320,5 +303,7 @@ def load_adapter(
     _, frozen = methods.partition(stored, params)
     trees.check_tree(expected_frozen, frozen, what="the base parameters do")
     _check_base(directory, manifest, stored, frozen, known)
+    if manifest.get("quantization"):
+        frozen = quantize(stored, frozen, manifest["quantization"])
     computed = {name: getattr(config, name) for name in config.run_fields}
     return stored.replace(**computed), trees.merge(frozen, saved)

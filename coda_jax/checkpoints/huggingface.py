@@ -15,6 +15,7 @@ from coda_jax.checkpoints import own_layout, tensor_files, weights
 from coda_jax.checkpoints.t5x import is_t5x
 from coda_jax.models import FAMILIES, Family, ModelConfig, family_of, param_shapes
 from coda_jax.models.hf_fields import is_transposed
+from coda_jax.nn.quantized import check_float
 
 MAX_SHARD_BYTES = 5 * 10**9
 CONFIG_FILE = "config.json"
@@ -190,5 +191,6 @@ def _leaves(config: ModelConfig, params: Mapping) -> dict[str, np.ndarray]:
             "a Hugging Face checkpoint has no leaves of a method: save them with `save_adapter`, "
             f"or `merge` them first, and save the dense leaves here; found:\n  {lines}"
         )
+    check_float(params, "a Hugging Face checkpoint")
     trees.check_tree(param_shapes(config.dense()), params)
     return {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}

@@ -31,6 +31,7 @@ from coda_jax.checkpoints.zarr_arrays import (
     read_arrays,
 )
 from coda_jax.models import ModelConfig, param_shapes
+from coda_jax.nn.quantized import check_float
 
 PREFIX = "checkpoint"  # of the folders' names
 LEGACY_FILE = "checkpoint"
@@ -310,7 +311,7 @@ def save_t5x(directory: str | os.PathLike, params: Mapping, step: int = 0) -> Pa
 
     Args:
         directory: the run's folder; the checkpoint is its `checkpoint_<step>`.
-        params: the parameter tree; dtypes are kept.
+        params: the parameter tree; dtypes are kept; none may be quantised.
         step: the training step.
 
     Returns:
@@ -319,6 +320,7 @@ def save_t5x(directory: str | os.PathLike, params: Mapping, step: int = 0) -> Pa
     Raises:
         FileExistsError: if there is a checkpoint of that step.
     """
+    check_float(params, "a T5X checkpoint")
     directory = Path(directory).absolute()
     path = directory / f"{PREFIX}_{step}"
     if path.exists():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from coda_jax import trees
-from coda_jax.checkpoints.adapter import leaf_sha256
+from coda_jax.checkpoints.fingerprints import leaf_sha256
 from coda_jax.checkpoints.t5x_record import RECORD, read_base, run_folder
 from coda_jax.methods import partition
 from coda_jax.models import ModelConfig, param_shapes

@@ -26,6 +26,7 @@ from coda_jax.commands.t5x_identity import write_beside
 from coda_jax.data.vocabularies import copy_files
 from coda_jax.methods import Method
 from coda_jax.models import ModelConfig
+from coda_jax.nn.quantized import quantization_of
 
 
 def convert(
@@ -143,7 +144,8 @@ def _write_adapter(output: Path, read: Source) -> str:
     checkpoints.save_adapter(output, read.config, read.params, **said)
     saved, _ = methods_lib.partition(read.config, read.params)
     counts = trees.count(saved), trees.count(read.params)
-    write_card(output, read.config, counts, base=read.base_name)
+    kind = quantization_of(read.params)
+    write_card(output, read.config, counts, base=read.base_name, quantization=kind)
     return ""
 
 

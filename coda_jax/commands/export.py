@@ -35,6 +35,7 @@ from coda_jax.data.vocabularies import (
     load_vocabulary,
 )
 from coda_jax.inference import Decoding, generate_function, stops_of
+from coda_jax.nn.quantized import quantization_of
 from coda_jax.objectives import NOT_FINITE, Model, model_for
 from coda_jax.objectives.encoding import encode_function
 
@@ -83,7 +84,9 @@ def export(
     sizes = sizes or (decoding.batch_size,)
     platforms = checks.Each(checks.OneOf(PLATFORMS), least=1)("PLATFORMS", platforms)
     decoding = sized(decoding, model)
-    config, params = methods.merge(model.config, model.params)
+    config, params = model.config, model.params
+    if not quantization_of(params):  # into which nothing merges
+        config, params = methods.merge(config, params)
     found = _vocabulary(model, vocabulary)
     if embed is not None or model_for(config).describes:
         decoding.check_encodes()
@@ -92,7 +95,7 @@ def export(
     else:
         decoding = with_checkpoint_defaults(decoding, model)
         answer, described = _generates(model_for(config), decoding, found)
-    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    flat = trees.flatten(params)
     trees.check_finite(flat)
     shapes = list(itertools.product(sizes, buckets(decoding.max_input_length)))
     specs = {shape: config.input_spec(*shape) for shape in shapes}
@@ -118,21 +121,26 @@ def _write(
     answer: Callable,
     described: Mapping[str, Any],
     specs: Mapping[tuple[int, int], jax.ShapeDtypeStruct],
-    flat: Mapping[str, np.ndarray],
+    flat: Mapping[str, Any],
 ) -> None:
     """Writes the programs by shape (B, N), the weights {path: leaf}, and what they are."""
-    program = _program(answer, list(flat))
-    weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in flat.values()]
+    program = _program(answer, jax.tree.structure(flat))
+    # A quantised leaf is two arrays, by the names of its fields.
+    arrays = {
+        "/".join([path.key, *(part.name for part in parts)]): np.asarray(array)
+        for (path, *parts), array in jax.tree.leaves_with_path(flat)
+    }
+    weights = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays.values()]
     for shape, spec in tqdm(specs.items(), desc="export", unit="program"):
         arguments = [weights, spec]
         if "seed" in described["arguments"]:
             arguments += [_uint32(), _uint32(shape[0])]
         exported = jax.export.export(program, platforms=described["platforms"])(*arguments)
         (directory / program_name(*shape)).write_bytes(exported.serialize())
-    _write_weights(directory, flat)
+    _write_weights(directory, arrays)
     manifest = {
         "programs": {program_name(*shape): shape for shape in specs},
-        "weights": {path: str(leaf.dtype) for path, leaf in flat.items()},
+        "weights": {path: str(array.dtype) for path, array in arrays.items()},
         **described,
         "jax": jax.__version__,
     }
@@ -178,19 +186,19 @@ def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.uint32)
 
 
-def _program(answer: Callable, paths: Sequence[str]) -> Callable:
-    """Takes the weights as a list, so that a loader needs neither Flax nor the tree."""
+def _program(answer: Callable, structure: Any) -> Callable:
+    """Takes the arrays of {path: leaf} as a list: a loader needs neither Flax nor the tree."""
 
     @jax.jit
     def program(weights, inputs, *drawing):
-        params = trees.unflatten(dict(zip(paths, weights, strict=True)))
+        params = trees.unflatten(jax.tree.unflatten(structure, weights))
         return answer(params, inputs, *drawing)
 
     return program
 
 
-def _write_weights(directory: pathlib.Path, flat: Mapping[str, Any]) -> None:
-    """npz knows no bfloat16: every leaf is stored as bytes, its dtype in the manifest."""
-    raw = {path: leaf.reshape(*leaf.shape, 1).view(np.uint8) for path, leaf in flat.items()}
+def _write_weights(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """npz knows no bfloat16: every array is stored as bytes, its dtype in the manifest."""
+    raw = {path: array.reshape(*array.shape, 1).view(np.uint8) for path, array in arrays.items()}
     with open(directory / WEIGHTS_NAME, "wb") as file:
         np.savez(file, **raw)

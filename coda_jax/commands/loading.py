@@ -7,7 +7,6 @@ from typing import Any
 
 from absl import logging
 import jax
-import numpy as np
 
 from coda_jax import checkpoints, checks, hub, methods, trees
 from coda_jax.checkpoints.adapter import read_config, read_lengths, read_manifest
@@ -19,6 +18,7 @@ from coda_jax.data.vocabularies import find_fingerprint
 from coda_jax.inference import Decoding
 from coda_jax.methods import max_segments, with_reduction
 from coda_jax.models import Inputs, ModelConfig, init_params, inputs_of, param_shapes, preset
+from coda_jax.nn.quantized import KIND
 from coda_jax.objectives import model_for
 from coda_jax.optional import needs
 
@@ -165,6 +165,7 @@ def load_model(
     seed: int = 0,
     head: Mapping[str, Any] | None = None,
     encoder_only: bool = False,
+    quantize: str | None = None,
 ) -> LoadedModel:
     """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
 
@@ -182,6 +183,8 @@ def load_model(
         seed: of what is created.
         head: values of the config's `head_fields`, for an encoder alone: how outputs are read.
         encoder_only: whether the encoder is taken alone, as it is for a head or an adapter of one.
+        quantize: "int8" for frozen matrices in a quarter of float32's memory, see
+            `checkpoints.quantize`; None for what `adapter_checkpoint` was trained on.
 
     Raises:
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
@@ -190,6 +193,7 @@ def load_model(
     checks.paths(INITIAL_CHECKPOINT_PATH=checkpoint, INITIAL_ADAPTER_PATH=adapter_checkpoint)
     run = _checked(dtype=dtype, dropout_rate=dropout_rate, remat_policy=remat_policy)
     rng, given = jax.random.key(checks.SEED("SEED", seed)), config
+    KIND("QUANTIZE", quantize)
     directory = None if checkpoint is None else hub.find(checkpoint)
     config, params = _base(directory, given, rng)
     of_encoder = adapter_checkpoint and not read_config(adapter_checkpoint).num_decoder_layers
@@ -209,53 +213,11 @@ def load_model(
         config, params = with_head, add_head(with_head, params, rng)
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
+    if quantize is not None:
+        params = checkpoints.quantize(config, params, quantize)
     adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
     loaded = LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
     return dataclasses.replace(loaded, checkpoint=checkpoint and str(checkpoint))
-
-
-def load_teacher(
-    student: LoadedModel, adapter_checkpoint: str | None
-) -> tuple[ModelConfig, Mapping[str, Any]]:
-    """The student's checkpoint without routing, with an adapter of its own or none.
-
-    Leaves that are equal to the student's are the student's own arrays, so that they are in memory
-    once.
-
-    Args:
-        student: the model that is to follow it.
-        adapter_checkpoint: folder that `save_adapter` wrote for the same checkpoint.
-
-    Returns:
-        (config, params) of the teacher.
-
-    Raises:
-        ValueError: the student starts at random, the adapter is for another base, or nothing has a
-            head for the student's task.
-    """
-    if student.directory is None:
-        raise ValueError("DISTILL: a model that starts at random has no teacher; name a checkpoint")
-    config = student.config
-    teacher = load_model(
-        str(student.directory),
-        adapter_checkpoint=adapter_checkpoint,
-        dtype=config.dtype,
-        encoder_only=not config.num_decoder_layers,
-    )
-    heads = [[getattr(x, name) for name in x.head_fields] for x in (config, teacher.config)]
-    if heads[0] != heads[1]:
-        raise ValueError(
-            f"DISTILL: the student has the head {heads[0]}, the teacher {heads[1]}; "
-            "TEACHER_ADAPTER_PATH must name an adapter of the same task"
-        )
-    ours = trees.flatten(student.params)
-
-    def shared(path, leaf):
-        return ours[path] if path in ours and np.array_equal(ours[path], leaf) else leaf
-
-    params = {path: shared(path, leaf) for path, leaf in trees.flatten(teacher.params).items()}
-    routed = methods.dense_routing(teacher.config.methods)
-    return teacher.config.replace(methods=routed), trees.unflatten(params)
 
 
 def _checked(**run: Any) -> dict[str, Any]:

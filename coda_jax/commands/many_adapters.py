@@ -8,6 +8,7 @@ from typing import Any
 from coda_jax import checks
 from coda_jax.adapters import unknown
 from coda_jax.checkpoints.adapter import MANIFEST, read_config, read_manifest
+from coda_jax.checkpoints.quantization import quantize
 from coda_jax.checkpoints.swap_in import encoder_of
 from coda_jax.commands.loading import LoadedModel
 
@@ -43,7 +44,9 @@ def _manifests(given):
 def with_adapters(
     model: LoadedModel, adapters: Mapping[str, str] | str | None = None
 ) -> LoadedModel:
-    """A base with adapters: the config is that of the first, the parameters stay the base's.
+    """A base with adapters: the config is that of the first, the parameters are the base's.
+
+    They are quantised where all adapters were trained so.
 
     Args:
         model: the base.
@@ -67,6 +70,9 @@ def with_adapters(
     vocabularies = {folder: found.get("vocabulary") for folder, found in manifests.items()}
     lengths = [found.get("lengths") for found in manifests.values()]
     names = lengths[0].keys() if all(lengths) else ()
+    trained_on = {found.get("quantization") for found in manifests.values()}
+    if len(trained_on) == 1 and (kind := trained_on.pop()):
+        params = quantize(config, params, kind)
     return dataclasses.replace(
         model,
         config=adapted.replace(**computed),

@@ -38,6 +38,7 @@ def write_card(
     base: str | None = None,
     task: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    quantization: str | None = None,
 ) -> None:
     """Writes the card of an adapter.
 
@@ -48,13 +49,14 @@ def write_card(
         base: the checkpoint, as it was given.
         task: what it was trained on, as it was given.
         metrics: of the evaluation at the end.
+        quantization: of the frozen weights, None for none.
     """
     names = [method.name for method in config.methods]
     what = f"{' + '.join(names)} of {base or f'a {config.family}'}" + f" for {task}" * bool(task)
     parts = [
         _header(config, names, base, metrics),
         f"# {what}\n",
-        _facts(config, counts, base, task),
+        _facts(config, counts, base, task, quantization),
         "## Methods\n",
         *map(_described, config.methods),
     ]
@@ -82,12 +84,13 @@ def _header(config, names, base, metrics):
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _facts(config, counts, base, task):
+def _facts(config, counts, base, task, quantization):
     saved, whole = counts
     facts = {
         "base": base and f"`{base}`",
         "family": config.family,
         "task": task and f"`{task}`",
+        "frozen weights": quantization,
         "parameters": f"{saved:,} of {whole:,} ({saved / whole:.2%})",
     }
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items() if value)

@@ -199,6 +199,8 @@ def _read_run(folder: Path, base: str | None = None, step: int | None = None) ->
     elif base is not None:
         raise ValueError(f"{folder} holds all leaves and needs no INITIAL_CHECKPOINT_PATH={base!r}")
     trees.check_tree(param_shapes(config), params, what=f"the leaves of {item} do")
+    if run.get("quantization"):
+        params = checkpoints.quantize(config, params, run["quantization"])
     finished = methods_lib.finish(config, params)
     said = {name: run.get(name) for name in ("vocabulary", "lengths")}
     return Source(*finished, step, **said, base=base_read)

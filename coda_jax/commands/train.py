@@ -1,6 +1,6 @@
 """`coda train`: trains a model and exports what came out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import importlib.util
 import json
@@ -8,11 +8,12 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from coda_jax import checkpoints, checks, files, methods, processes, trees
 from coda_jax.checkpoints import own_layout
-from coda_jax.commands.loading import LoadedModel, load_teacher
+from coda_jax.commands.loading import LoadedModel, load_model
 from coda_jax.commands.model_card import write_card
 from coda_jax.data.epoch_steps import EPOCHS, steps_of
 from coda_jax.data.examples import Expected, num_shared
@@ -21,6 +22,7 @@ from coda_jax.data.reports import say
 from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import copy_files, find_files
 from coda_jax.models import ModelConfig, check_divides, family_of, preprocessing
+from coda_jax.nn.quantized import quantization_of
 from coda_jax.objectives import Model, model_for
 from coda_jax.sharding import Placement
 from coda_jax.training import run_directory, schedules, trainer
@@ -66,6 +68,51 @@ class Distill:
         config, params = load_teacher(student, self.adapter)
         temperature = 1.0 if self.temperature is None else self.temperature
         return Distillation(objective(config), params, self.weight, temperature)
+
+
+def load_teacher(
+    student: LoadedModel, adapter_checkpoint: str | None
+) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """The student's checkpoint without routing, with an adapter of its own or none.
+
+    Leaves that are equal to the student's are the student's own arrays, so that they are in memory
+    once; quantised as its are.
+
+    Args:
+        student: the model that is to follow it.
+        adapter_checkpoint: folder that `save_adapter` wrote for the same checkpoint.
+
+    Returns:
+        (config, params) of the teacher.
+
+    Raises:
+        ValueError: the student starts at random, the adapter is for another base, or nothing has a
+            head for the student's task.
+    """
+    if student.directory is None:
+        raise ValueError("DISTILL: a model that starts at random has no teacher; name a checkpoint")
+    config = student.config
+    teacher = load_model(
+        str(student.directory),
+        adapter_checkpoint=adapter_checkpoint,
+        dtype=config.dtype,
+        encoder_only=not config.num_decoder_layers,
+        quantize=quantization_of(student.params),
+    )
+    heads = [[getattr(x, name) for name in x.head_fields] for x in (config, teacher.config)]
+    if heads[0] != heads[1]:
+        raise ValueError(
+            f"DISTILL: the student has the head {heads[0]}, the teacher {heads[1]}; "
+            "TEACHER_ADAPTER_PATH must name an adapter of the same task"
+        )
+    ours = trees.flatten(student.params)
+
+    def shared(path, leaf):
+        return ours[path] if path in ours and np.array_equal(ours[path], leaf) else leaf
+
+    params = {path: shared(path, leaf) for path, leaf in trees.flatten(teacher.params).items()}
+    routed = methods.dense_routing(teacher.config.methods)
+    return teacher.config.replace(methods=routed), trees.unflatten(params)
 
 
 def train(
@@ -323,6 +370,7 @@ def export(
                     "base": base if frozen else None,
                     "task": data.task or data.cache,
                     "metrics": metrics,
+                    "quantization": quantization_of(params),
                 }
                 write_card(new / "adapter", finished, counts, **said)
 

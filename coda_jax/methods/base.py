@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 import optax
 
 from coda_jax import trees
+from coda_jax.nn.quantized import quantization_of
 from coda_jax.nn.tokens import Tokens
 
 # (tokens to work on [B, K, D], tokens to attend to [B, K or N, D]) -> [B, K, D], residual
@@ -63,6 +64,7 @@ class Method:
             masks: what they get for a gradient may be anything.
         starts_as_base: whether fresh leaves leave the base's outputs as they are.
         packs: whether examples that share a row still give what they give alone.
+        on_quantized: whether it is of use beside frozen weights that are quantised.
         profile_scopes: {part of a profile: names of the modules and scopes that belong to it}.
     """
 
@@ -72,6 +74,7 @@ class Method:
     without_gradient: ClassVar[tuple[str, ...]] = ()
     starts_as_base: ClassVar[bool] = True
     packs: ClassVar[bool] = True
+    on_quantized: ClassVar[bool] = True
     profile_scopes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
@@ -301,7 +304,16 @@ def merge(config: Any, params: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any
 
     Returns:
         (config, params) of a model that gives the same outputs.
+
+    Raises:
+        ValueError: a method could be folded, but into weights that are quantised.
     """
+    folding = [m.name for m in config.methods if type(m).merge is not Method.merge]
+    if folding and (kind := quantization_of(params)):
+        raise ValueError(
+            f"{folding} cannot be merged into {kind} weights, whose few steps would round off what "
+            "was learned: keep it beside them"
+        )
     return _fold(config, params, "merge")
 
 

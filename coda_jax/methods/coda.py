@@ -25,7 +25,8 @@ from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
 from coda_jax.methods.selection import capacity, num_selected, pick_and_weigh, select
 from coda_jax.methods.soft_topk import EPSILON, ITERATIONS, SOLVERS
 from coda_jax.nn import one_hot
-from coda_jax.nn.layers import Normalized, Vectors, sum_in_order
+from coda_jax.nn.layers import Normalized, Vectors
+from coda_jax.nn.sums import sum_in_order
 from coda_jax.nn.tokens import Selection, Tokens, take
 
 SOFT = ("soft_topk", "straight_through")  # with the weights, or the gradient, of the soft top-k

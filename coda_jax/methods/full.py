@@ -16,6 +16,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     also_trains: ClassVar[tuple[str, ...]] = (r"",)
+    on_quantized: ClassVar[bool] = False
 
     def finish(self, config: Any, params: Mapping[str, Any]) -> tuple[None, Mapping[str, Any]]:
         """Nothing of the method, and the parameters, which are the new base's."""

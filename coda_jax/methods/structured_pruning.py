@@ -95,6 +95,7 @@ class StructuredPruning(Method):
     name: ClassVar[str] = "structured_pruning"
     creates: ClassVar[tuple[str, ...]] = (r"/pruning_\w+$",)
     without_gradient: ClassVar[tuple[str, ...]] = (rf"/{MASK}$",)
+    on_quantized: ClassVar[bool] = False
     profile_scopes: ClassVar = {}
 
     kind: str = "splora"

@@ -10,6 +10,8 @@
 | `attention` | its projections, the decoder's cache |
 | `position_bias` | T5's relative position bias |
 | `relative_keys` | attention with a learned vector for each distance |
+| `sums` | sums whose order does not depend on the shape |
+| `quantized` | matrices as int8, with a scale for each output |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |
 | `remat` | layers that compute again what their gradient needs |

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coda_jax.nn import processors
+from coda_jax.nn.quantized import Quantized, matrix, product_of_rows
+from coda_jax.nn.sums import inverse_rms
 
 Dtype = Any
 Initializer = Callable[..., Array]
@@ -95,17 +97,14 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Vectors) -> Float[Array, "... f"]:
         """[..., D] -> [..., F]."""
-        kernel = partitioning.param_with_axes(
-            "kernel",
-            self.kernel_init,
-            (x.shape[-1], self.features),
-            jnp.float32,
-            axes=self.kernel_axes,
-        )
-        if self.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16 == x.dtype:
+        shape, heads = (x.shape[-1], self.features), (self.input_heads, self.output_heads)
+        kernel = matrix(self, "kernel", self.kernel_init, shape, self.kernel_axes)
+        if isinstance(kernel, Quantized):
+            y = product_of_quantized(x, kernel, self.dtype, *heads)
+        elif self.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16 == x.dtype:
             y = product_in_float32(x, kernel)
         else:
-            y = product(x, kernel.astype(self.dtype), self.input_heads, self.output_heads)
+            y = product(x, kernel.astype(self.dtype), *heads)
         if self.use_bias:
             y += partitioning.param_with_axes(
                 "bias",
@@ -170,6 +169,31 @@ def product_in_float32(x: Vectors, kernel: Float[Array, "d f"]) -> Array:
     if not x.dtype == kernel.dtype == jnp.bfloat16:
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def product_of_quantized(
+    x: Vectors, kernel: Quantized, dtype: Dtype, input_heads: int = 1, output_heads: int = 1
+) -> Float[Array, "... f"]:
+    """x W in a dtype, with W int8 in memory, also until the gradient of x needs it again.
+
+    Args:
+        x: [..., D].
+        kernel: W, [D, F].
+        dtype: of the result; the product is in that of x where it is smaller, with float32 sums.
+        input_heads: heads that D is made of.
+        output_heads: heads that F is made of.
+    """
+
+    @jax.checkpoint
+    def of_values(x, values):
+        if len(x.shape) == 3 and x.shape[1] == 1:
+            x = x.array() if isinstance(x, Normalized) else x
+            return product_of_rows(x[:, 0], values)[:, None]
+        if dtype == jnp.float32 and x.dtype == jnp.bfloat16:
+            return product_in_float32(x, values.astype(x.dtype))
+        return product(x, values.astype(dtype), input_heads, output_heads)
+
+    return (of_values(x, kernel.values) * kernel.scale[0]).astype(dtype)
 
 
 def _product_of_rows(x, kernel):
@@ -253,54 +277,6 @@ def _scaled_product_bwd(heads, saved, cotangent):
 _scaled_product.defvjp(_scaled_product_fwd, _scaled_product_bwd)
 
 
-def _apart(x: Array) -> Array:
-    """x rounded to one bit less than float32 has: the compiler merges nothing across it."""
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=22)
-
-
-@jax.custom_jvp
-def sum_in_order(x: Float[Array, "... d"]) -> Float[Array, "..."]:
-    """The sum over the last axis; on a CPU equal rows have equal sums, whatever the shape.
-
-    XLA's CPU backend adds up a `reduce`, or a product with a vector, in an order that it picks by
-    the size of the whole array. So here every addition is an operation of its own, in blocks of 64,
-    8 and 1 channels. x is rounded first, to one bit less than float32 has: where x is a product,
-    the compiler would else merge the product into the first addition in one program, with one
-    rounding for both, and not in another.
-
-    Other platforms use `jnp.sum`, which is cheap there.
-
-    Args:
-        x: [..., D] float32.
-
-    Returns:
-        [...] float32.
-    """
-    return lax.platform_dependent(x, cpu=_sum_of_blocks, default=lambda x: jnp.sum(x, axis=-1))
-
-
-@sum_in_order.defjvp
-def _sum_in_order_jvp(primals, tangents):
-    return sum_in_order(*primals), jnp.sum(*tangents, axis=-1)
-
-
-def _sum_of_blocks(x):
-    x = _apart(x)
-    for width in (64, 8, 1):
-        blocks = -(-x.shape[-1] // width)
-        if blocks > 1:
-            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * width - x.shape[-1])])
-            x = functools.reduce(operator.add, jnp.split(x, blocks, axis=-1))
-    return x[..., 0]
-
-
-def inverse_rms(x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... 1"]:
-    """1 / sqrt(mean(x^2) + epsilon) over the last axis, bit by bit as `sum_in_order`."""
-    mean = _apart(sum_in_order(lax.square(x)) / x.shape[-1])
-    # Not rsqrt: on CPUs it refines an estimate that one value and a vector of them get differently.
-    return (1 / _apart(jnp.sqrt(mean + epsilon)))[..., None]
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, T5's layer norm: no mean is subtracted and there is no bias."""
 
@@ -347,23 +323,27 @@ class Embed(nn.Module):
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        self.embedding = partitioning.param_with_axes(
-            "embedding",
-            nn.initializers.normal(1.0),
-            (self.num_embeddings, self.features),
-            jnp.float32,
-            axes=("vocab", "embed"),
+        shape = self.num_embeddings, self.features
+        self.embedding = matrix(
+            self, "embedding", nn.initializers.normal(1.0), shape, ("vocab", "embed")
         )
 
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         """Ids [B, N] -> vectors [B, N, D]."""
         tokens = tokens.astype(jnp.int32)  # T5X makes the parameters with tokens of float32
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        # Of a quantised table values and scales: each row has one.
+        x = jax.tree.map(lambda table: jnp.take(table, tokens, axis=0), self.embedding)
+        x = x.astype(self.dtype)
         return partitioning.with_sharding_constraint(x, ("batch", "length", "embed"))
 
     def attend(self, x: Float[Array, "b n d"]) -> Float[Array, "b n v"]:
         """Logits x E^T in float32."""
-        return product_in_float32(x, self.embedding.T)
+        if not isinstance(self.embedding, Quantized):
+            return product_in_float32(x, self.embedding.T)
+        values, scale = self.embedding.values, self.embedding.scale[:, 0]
+        if x.shape[1] == 1:
+            return (product_of_rows(x[:, 0], values, transposed=True) * scale)[:, None]
+        return product_in_float32(x, values.T.astype(x.dtype)) * scale
 
 
 class MlpBlock(nn.Module):

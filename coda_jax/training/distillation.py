@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from coda_jax import checks, methods, trees
-from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import to_json
+from coda_jax.checkpoints.fingerprints import fingerprints
 from coda_jax.models import param_axes
 from coda_jax.objectives import Model, Sums
 from coda_jax.profiling import flops

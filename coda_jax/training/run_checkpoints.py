@@ -21,7 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from coda_jax import files, processes
-from coda_jax.checkpoints.adapter import json_sha256, leaf_sha256
+from coda_jax.checkpoints.adapter import json_sha256
+from coda_jax.checkpoints.fingerprints import leaf_sha256
 from coda_jax.sharding import divided_as
 from coda_jax.training.run_directory import CHECKPOINTS, RUN_FILE, saved_steps
 

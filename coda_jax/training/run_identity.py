@@ -22,8 +22,9 @@ import numpy as np
 import optax
 
 from coda_jax import files, methods, processes, trees
-from coda_jax.checkpoints.adapter import fingerprints
 from coda_jax.checkpoints.config_json import from_json, to_json
+from coda_jax.checkpoints.fingerprints import fingerprints
+from coda_jax.nn.quantized import quantization_of
 from coda_jax.objectives import Model
 from coda_jax.sharding import Placement
 from coda_jax.training import schedules
@@ -70,6 +71,7 @@ def identify(
     return {
         "config": to_json(model.config),
         "base": fingerprints(base),
+        "quantization": quantization_of(base),
         "start": {path: _size(leaf) for path, leaf in trees.flatten(new).items()},
         "objective": {"name": model.name, **model.options},
         "options": {name: fields[name] for name in fields if name not in how_often},

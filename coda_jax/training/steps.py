@@ -18,6 +18,7 @@ import optax
 
 from coda_jax import checks, methods, trees
 from coda_jax.models import param_axes, placed
+from coda_jax.nn.quantized import quantization_of
 from coda_jax.objectives import Model, Sums
 from coda_jax.sharding import Placement
 from coda_jax.training import schedules
@@ -117,11 +118,15 @@ def partition(model: Model, params: Mapping[str, Any]) -> tuple[dict, dict]:
     """(trained, frozen): what the config's methods train, and the objective's own leaves.
 
     Raises:
-        ValueError: the config has no methods, so that nothing would be trained.
+        ValueError: the config has no methods, so that nothing would be trained; or what is to be
+            trained is quantised.
     """
     if not model.config.methods:
         raise ValueError("nothing is trained: the config has no methods")
-    return trees.split(params, (*methods.trained(model.config), *model.creates))
+    trained, frozen = trees.split(params, (*methods.trained(model.config), *model.creates))
+    if kind := quantization_of(trained):
+        raise ValueError(f"leaves that are trained are {kind}: quantize with the model's methods")
+    return trained, frozen
 
 
 def make_optimizer(

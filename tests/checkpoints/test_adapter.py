@@ -354,7 +354,10 @@ NORM = "encoder/encoder_norm/scale"
             "trained from:\n  token_embedder/emb",
         ),
         (lambda m: m["base"].update(new="0"), "trained from:\n  new"),
-        (lambda m: m.update(quantization="int8"), "quantised as 'int8'"),
+        (
+            lambda m: m.update(quantization="int4"),
+            r"quantization must be one of \('int8',\), got 'int4'",
+        ),
         (lambda m: m.update(lengths={"inputs": 0, "targets": 3}), "senseless lengths: .*0"),
         (lambda m: m.update(lengths={"inputs": 3}), "senseless lengths"),
         (lambda m: m.update(lengths=[3, 3]), "senseless lengths"),

@@ -151,6 +151,7 @@ def without(name):
             {**GIVEN, "REDUCTON": 5},
             "nothing reads REDUCTON; did you mean REDUC",
         ),
+        ("train", TRAIN, {**GIVEN, "QUANTIZE": "int8"}, "nothing reads QUANTIZE"),
         ("train", TRAIN, {**GIVEN, "A B": 5}, "'A B' is no name of a macro"),
         ("train", [*TRAIN, "own.gin"], GIVEN, "there is no gin file 'own.gin'"),
         ("fly", TRAIN, GIVEN, "invalid choice: 'fly' (choose from 'train', 'eval', 'infer')"),

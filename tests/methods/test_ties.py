@@ -11,7 +11,7 @@ import pytest
 
 from coda_jax.methods.coda import token_scores
 from coda_jax.methods.selection import num_selected
-from coda_jax.nn.layers import sum_in_order
+from coda_jax.nn.sums import sum_in_order
 
 REDUCTION = 3
 # Rows whose k-th score is nearer than this to the next are left out, relative to the row's largest.
