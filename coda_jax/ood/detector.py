@@ -20,7 +20,7 @@ import numpy as np
 
 from coda_jax import checks, files
 from coda_jax.checkpoints import config_json
-from coda_jax.checkpoints.adapter import fingerprints
+from coda_jax.checkpoints.fingerprints import fingerprints
 from coda_jax.checkpoints.tensor_files import read_metadata, read_tensors, write_tensors
 from coda_jax.models import ModelConfig
 from coda_jax.ood.confidence import CONFIDENCE
