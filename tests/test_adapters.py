@@ -102,8 +102,13 @@ def test_any_number_of_adapters_shares_a_program(rng):
 @pytest.mark.all
 @pytest.mark.parametrize(
     "methods",
-    [(Lora(rank=2),), (Coda(2.0), Lora(rank=2, targets=(r"attention/\w+$",))), (Norms(),)],
-    ids=["lora", "coda+lora", "norms"],
+    [
+        (Lora(rank=2),),
+        (Coda(2.0), Lora(rank=2, targets=(r"attention/\w+$",))),
+        (Norms(),),
+        (Coda(2.0, cross_attention="selected"), ParallelAdapter(4)),
+    ],
+    ids=["lora", "coda+lora", "norms", "selected"],
 )
 def test_other_methods_answer_so_too(rng, methods):
     cfg = CONFIG.replace(methods=methods)

@@ -7,6 +7,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 |---|---|
 | `base` | the base class `Method`, and what follows from methods: what is trained, `merge` |
 | `coda` | `Coda`: the router sends some tokens through the frozen layer |
+| `cross_attention` | which tokens of the encoding a decoder attends to |
 | `selection` | which tokens a row's scores pick, and their weights |
 | `routing_kernel` | the same for GPUs, in one program |
 | `soft_topk` | the differentiable top-k of the router: two solvers, one gradient |

@@ -100,6 +100,14 @@ class Method:
         """
         return self == saved
 
+    def route(self, tokens: Tokens, place: Place) -> Tokens:
+        """The tokens of an encoder layer with its `selection`; by default as they are.
+
+        Called before the layer, in the scope of `wrap_layer`, which makes use of it.
+        """
+        del place
+        return tokens
+
     def wrap_layer(self, layer: Layer, place: Place) -> Layer:
         """The layer with the method around it; by default as it is.
 
@@ -227,6 +235,13 @@ def conditional_layer(methods: tuple[Method, ...], layer: Layer, place: Place) -
     for method in methods:
         layer = method.wrap_layer(layer, place)
     return layer
+
+
+def routed(methods: tuple[Method, ...], tokens: Tokens, place: Place) -> Tokens:
+    """The tokens of an encoder layer with what the methods select of them."""
+    for method in methods:
+        tokens = method.route(tokens, place)
+    return tokens
 
 
 def acting(methods: tuple[Method, ...]) -> tuple[Method, ...]:

@@ -18,7 +18,7 @@ from flax.linen import partitioning
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax import checks
 from coda_jax.methods.base import NORMS, Layer, LayerFlops, Method, Place
@@ -32,6 +32,7 @@ from coda_jax.nn.tokens import Selection, Tokens, take
 SOFT = ("soft_topk", "straight_through")  # with the weights, or the gradient, of the soft top-k
 ROUTINGS = (*SOFT, "sigmoid", "truncation")
 ATTENTIONS = ("k_to_k", "k_to_all")
+CROSS_ATTENTIONS = ("all", "selected")
 REDUCTION = checks.Number(least=1, most=1_000_000)  # as a ratio it is to fit into int32
 
 
@@ -53,6 +54,8 @@ class Coda(Method):
         solver: of the soft top-k, "exact" or "iterative".
         num_iterations: steps of the iterative solver.
         attention: what selected tokens attend to: "k_to_k" (each other) or "k_to_all".
+        cross_attention: what a decoder attends to: "all" tokens of the encoding, or those that the
+            last encoder layer "selected", which at r = 1 are all; see `cross_attention.py`.
         routing: "soft_topk" (weights from the soft top-k of the scores), "straight_through" (weight
             1, with the gradient of the soft top-k), "sigmoid" (a picked token's weight is the
             sigmoid of its score) or "truncation" (the first k tokens with weight 1, no parameter).
@@ -74,6 +77,7 @@ class Coda(Method):
     solver: str = "exact"
     num_iterations: int = 20
     attention: str = "k_to_k"
+    cross_attention: str = "all"
     routing: str = "soft_topk"
     noise: float = 0.0
     max_segments: int = 16
@@ -98,6 +102,7 @@ class Coda(Method):
             solver=checks.OneOf(SOLVERS),
             num_iterations=ITERATIONS,
             attention=checks.OneOf(ATTENTIONS),
+            cross_attention=checks.OneOf(CROSS_ATTENTIONS),
             routing=checks.OneOf(ROUTINGS),
             noise=checks.Number(least=0),
             max_segments=checks.COUNT,
@@ -119,26 +124,47 @@ class Coda(Method):
             return self.reduction
         return (self.reduction,) * num_layers
 
+    def budget(
+        self, mask: Bool[Array, "b n"], segment_ids: Int[Array, "b n"] | None, reduction: float
+    ) -> tuple[Int[Array, "b s"], int]:
+        """(k of each segment [B, S], K); S = 1 where rows are not packed."""
+        num_segments = 1 if segment_ids is None else self.max_segments
+        segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
+        lengths = jnp.sum(
+            (segments[:, None, :] == jnp.arange(1, num_segments + 1)[:, None]) & mask[:, None, :],
+            axis=-1,
+        )
+        return num_selected(lengths, reduction), capacity(mask.shape[1], reduction, num_segments)
+
     def validate(self, config: Any) -> None:
-        """Raises ValueError where there is not one reduction for each encoder layer."""
+        """Raises ValueError where the model does not have that many layers, or no decoder."""
         given = len(self.reductions(config.num_encoder_layers))
         if given != config.num_encoder_layers:
             raise ValueError(
                 f"Coda.reduction has {given} entries for {config.num_encoder_layers} encoder layers"
             )
+        if self.cross_attention != "all" and not config.num_decoder_layers:
+            raise ValueError(
+                f"Coda.cross_attention={self.cross_attention!r} is for models with a decoder; this "
+                f"{config.family!r} has none: it must be 'all'"
+            )
 
     def continues(self, saved: Method) -> bool:
-        """True: a trained router serves at any reduction, temperature and attention."""
+        """True: a trained router serves at any reduction, temperature and attentions."""
         return isinstance(saved, Coda)
+
+    def route(self, tokens: Tokens, place: Place) -> Tokens:
+        """The tokens with what the router selects of them."""
+        reduction = self.reductions(place.num_layers)[place.index]
+        return tokens.replace(selection=Router(self, reduction, name="router")(tokens))
 
     def wrap_layer(self, layer: Layer, place: Place) -> Layer:
         """An encoder layer on the selected tokens; a decoder layer as it is."""
         if place.stack != "encoder":
             return layer
-        reduction = self.reductions(place.num_layers)[place.index]
 
         def conditional(tokens, context):
-            selection = Router(self, reduction, name="router")(tokens)
+            selection = tokens.selection
             if selection is None:
                 return layer(tokens, context)
             selected = selection.gather(tokens)
@@ -147,10 +173,18 @@ class Coda(Method):
 
         return conditional
 
+    def tokens_read(self, length: int, config: Any) -> int:
+        """How many of the N tokens of a row, or slots for some, a model's decoder attends to."""
+        if self.cross_attention == "all":
+            return length
+        return capacity(length, self.reductions(config.num_encoder_layers)[-1])
+
     def wrap_flops(self, flops: LayerFlops, place: Place, config: Any) -> LayerFlops:
         """Those of a layer on K = ceil(N / r) tokens, and the router's."""
+        if place.stack != "encoder":
+            return lambda tokens, context: flops(tokens, self.tokens_read(context, config))
         reduction = self.reductions(place.num_layers)[place.index]
-        if place.stack != "encoder" or reduction == 1:
+        if reduction == 1:
             return flops
         per_token = 0 if self.routing == "truncation" else 2 * config.emb_dim
 
@@ -184,13 +218,13 @@ def with_epsilon(methods: Sequence[Method], epsilon: float) -> tuple[Method, ...
     Raises:
         ValueError: none of them has a soft top-k.
     """
-    if (routing := _routing(methods)) and routing.routing not in SOFT:
+    if (routing := routing_of(methods)) and routing.routing not in SOFT:
         raise ValueError(f"epsilon={epsilon} has no effect with routing={routing.routing!r}")
     return _rerouted(methods, epsilon=epsilon)
 
 
 def _rerouted(methods, **values):
-    if _routing(methods) is None:
+    if routing_of(methods) is None:
         (name, value) = next(iter(values.items()))
         raise ValueError(f"{name}={value} is given for a model that does not route")
     return _replaced(methods, **values)
@@ -198,13 +232,13 @@ def _rerouted(methods, **values):
 
 def reduction_of(methods: Sequence[Method]) -> float | tuple[float, ...] | None:
     """The reduction of the routing; None for methods that do not route."""
-    routing = _routing(methods)
+    routing = routing_of(methods)
     return routing and routing.reduction
 
 
 def epsilon_of(methods: Sequence[Method]) -> float | None:
     """The temperature of the soft top-k; None for methods that do not route."""
-    routing = _routing(methods)
+    routing = routing_of(methods)
     return routing and routing.epsilon
 
 
@@ -219,11 +253,12 @@ def with_tuning_of(methods: Sequence[Method], others: Sequence[Method]) -> tuple
 
 
 def _adjusted(methods, others, names):
-    given = _routing(others)
+    given = routing_of(others)
     return _replaced(methods, **{name: getattr(given, name) for name in names if given})
 
 
-def _routing(methods: Sequence[Method]) -> Coda | None:
+def routing_of(methods: Sequence[Method]) -> Coda | None:
+    """What routes; None where nothing does."""
     return next((method for method in methods if isinstance(method, Coda)), None)
 
 
@@ -241,7 +276,7 @@ def unrouted(methods: Sequence[Method]) -> tuple[Method, ...]:
 
 def max_segments(methods: Sequence[Method]) -> int | None:
     """The most examples that a packed row may hold; None for no limit."""
-    routing = _routing(methods)
+    routing = routing_of(methods)
     return routing and routing.max_segments
 
 
@@ -308,14 +343,7 @@ class Router(nn.Module):
             rng = self.make_rng("dropout")
             scores += self.config.noise * jax.random.normal(rng, scores.shape)
         mask, segment_ids = tokens.mask, tokens.segment_ids
-        num_segments = 1 if segment_ids is None else self.config.max_segments
-        segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
-        lengths = jnp.sum(
-            (segments[:, None, :] == jnp.arange(1, num_segments + 1)[:, None]) & mask[:, None, :],
-            axis=-1,
-        )
-        k = num_selected(lengths, self.reduction)
-        slots = capacity(scores.shape[1], self.reduction, num_segments)
+        k, slots = self.config.budget(mask, segment_ids, self.reduction)
         indices, valid, weights = self._pick_and_weigh(scores, k, slots, mask, segment_ids)
         if segment_ids is not None:
             # More segments than the slots were counted for cannot be an error inside a compiled

@@ -28,6 +28,7 @@ class Tokens:
         positions: [B or 1, n] int32, each token's place in its row.
         mask: [B, n] bool, False for padding and for empty slots.
         segment_ids: [B, n] int, or None where rows are not packed.
+        selection: which of them the layer works on; None for all.
     """
 
     x: Float[Array, "b n d"]
@@ -35,6 +36,7 @@ class Tokens:
     positions: Int[Array, "_ n"]
     mask: Bool[Array, "b n"]
     segment_ids: Int[Array, "b n"] | None = None
+    selection: "Selection | None" = None
 
     def visible(self, context: "Tokens") -> Bool[Array, "b 1 #n l"]:
         """Which tokens of a context these may attend to: no padding, and only their own segment."""

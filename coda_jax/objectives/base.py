@@ -16,6 +16,7 @@ import numpy as np
 
 from coda_jax.data.examples import Expected
 from coda_jax.methods import Method
+from coda_jax.methods.cross_attention import reads_selected
 from coda_jax.models import ModelConfig, family_of, init_params
 from coda_jax.nn.tokens import Selection, selections
 from coda_jax.objectives.generation import Generation
@@ -298,10 +299,12 @@ class Model:
         )
 
     def encode(self, params, encoder_input_tokens) -> Float[Array, "b n d"]:
-        """The encoder's output, [B, N, D], without dropout."""
-        return self.module.apply(
-            {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
-        )
+        """The encoder's output of every token, [B, N, D], without dropout."""
+        return self._encode(params, encoder_input_tokens)
+
+    def _encode(self, params, encoder_input_tokens, dropout_rng=None):
+        every = {"every_token": True} if reads_selected(self.config) else {}
+        return self._apply(params, [encoder_input_tokens], dropout_rng, method="encode", **every)
 
     def encode_selecting(
         self, params, encoder_input_tokens

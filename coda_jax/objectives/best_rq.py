@@ -197,7 +197,7 @@ class BestRQ(Model):
             (self._eval_rng, None) if rng is None else tuple(jax.random.split(rng))
         )
         frames, there = self.masked(frames, span_rng)
-        encoded = self._apply(params, [frames], dropout_rng, method="encode").astype(jnp.float32)
+        encoded = self._encode(params, frames, dropout_rng).astype(jnp.float32)
         logits = encoded @ params[HEAD]["kernel"] + params[HEAD]["bias"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         right = logits.argmax(-1) == targets

@@ -148,7 +148,7 @@ def begin(
     keys: Key[Array, " r"] | None = None,
     stops: Stops | None = None,
     places: int | None = None,
-) -> tuple[Float[Array, "b n d"], Step, Rows]:
+) -> tuple[Float[Array, "b k d"], Step, Rows]:
     """(the encoding, the step from it, the rows before their first token); see `decode`.
 
     The cache has `places`; None for L.
@@ -179,7 +179,7 @@ def begin(
 
 
 def steps(
-    model: nn.Module, params: Any, encoder_input_tokens: Inputs, encoded: Float[Array, "b n d"]
+    model: nn.Module, params: Any, encoder_input_tokens: Inputs, encoded: Float[Array, "b k d"]
 ) -> tuple[Step, Callable[[Int[Array, "r l"]], Cache]]:
     """The step of a decoder, and what makes its cache.
 

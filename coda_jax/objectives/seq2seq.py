@@ -13,6 +13,7 @@ import optax
 
 from coda_jax import checks
 from coda_jax.data.batches import INCOMPLETE
+from coda_jax.methods.cross_attention import segments_read
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import pool, take
 from coda_jax.objectives import beams, decoding
@@ -34,7 +35,7 @@ class ScoredTargets(NamedTuple):
 
     Attributes:
         log_probs: [B, L] float32, of each whole target.
-        encoder: [B, D] float32, the mean of the encoder's outputs.
+        encoder: [B, D] float32, the mean of the encoder's outputs that the decoder attends to.
         decoder: [B, D] float32, the decoder's state at its first token.
     """
 
@@ -194,11 +195,12 @@ class Seq2Seq(Model):
             params: the parameter tree.
             encoder_input_tokens: [B, N] or [B, N, C].
             tree: of the targets.
-            encoded: the encoder's outputs, where they are known.
+            encoded: what `encode_selecting` gives, where it is known.
         """
         self.check_places(encoder_input_tokens)
         if encoded is None:
-            encoded = self.encode(params, encoder_input_tokens)
+            encoded = self._apply(params, [encoder_input_tokens], None, method="encode")
+        read = segments_read(self.config, self.module.input_mask(encoder_input_tokens)) > 0
         shape = encoded.shape[0], len(tree.tokens)
         logits, sown = self.module.apply(
             {"params": params},
@@ -216,7 +218,7 @@ class Seq2Seq(Model):
         (states,) = sown["intermediates"]["decoder"]["states"]
         return ScoredTargets(
             jnp.where(tree.written, found, 0).sum(-1),
-            pool(encoded, self.module.input_mask(encoder_input_tokens), "mean"),
+            pool(encoded, read, "mean"),
             states[:, 0].astype(jnp.float32),
         )
 

@@ -9,6 +9,7 @@ Axis letters: B batch, N input tokens, T output tokens.
 import numpy as np
 
 from coda_jax.methods.base import LayerFlops, Place
+from coda_jax.methods.cross_attention import tokens_read
 from coda_jax.models import ModelConfig
 
 
@@ -35,12 +36,13 @@ def step_bytes(
 ) -> int:
     """Bytes that a decoding step reads: its frozen weights, and the keys and values of each row.
 
-    Those are of N input tokens, which the M beams of a row share, and of T places of each beam.
+    Those are of the input tokens that it reads, which the M beams of a row share, and of T places
+    of each beam.
     """
     projections = [p for place in config.places("decoder") for p in config.projections(place)]
     weights = sum(p.inputs * p.outputs for p in projections if p.rows == "tokens")
     keys_values = sum(p.outputs for p in projections if p.rows == "context")
-    places = batch * (length + num_beams * target_length)
+    places = batch * (tokens_read(config, length) + num_beams * target_length)
     head = config.output_flops(length, 1) // 2
     numbers = weights + keys_values * places + head
     return int(numbers) * np.dtype(config.dtype).itemsize

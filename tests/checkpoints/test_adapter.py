@@ -32,7 +32,12 @@ from coda_jax.methods import Full, ParallelAdapter
 from coda_jax.models import param_shapes
 
 CONFIG = config(
-    {"reduction": (1, 2.5), "epsilon": 0.1, "attention": "k_to_all"},
+    {
+        "reduction": (1, 2.5),
+        "epsilon": 0.1,
+        "attention": "k_to_all",
+        "cross_attention": "selected",
+    },
     ParallelAdapter(bottleneck=4, activation="gelu"),
 )
 DENSE = CONFIG.dense()

@@ -47,6 +47,7 @@ def test_every_gin_file_is_in_a_folder_that_is_tested():
 RECIPES = {
     "coda": (Coda(), ParallelAdapter()),
     "coda_k_to_all": (Coda(attention="k_to_all"), ParallelAdapter()),
+    "coda_selected": (Coda(cross_attention="selected"), ParallelAdapter()),
     "coda_sigmoid": (Coda(routing="sigmoid"), ParallelAdapter()),
     "coda_truncation": (Coda(routing="truncation"), ParallelAdapter()),
     "coda_iterative": (Coda(solver="iterative"), ParallelAdapter()),

@@ -248,6 +248,7 @@ def test_only_a_learned_routing_has_a_parameter(routing, rng):
         ({"reduction": [2.0, float("nan")]}, r"Coda.reduction\[1\] .* got nan"),
         ({"solver": "newton"}, "Coda.solver .* got 'newton'"),
         ({"attention": "all"}, "Coda.attention .* got 'all'"),
+        ({"cross_attention": "k_to_k"}, "Coda.cross_attention .* got 'k_to_k'"),
         ({"routing": "random"}, "Coda.routing .* got 'random'"),
         ({"epsilon": 0.0}, "Coda.epsilon .* got 0.0"),
         ({"epsilon": float("nan")}, "Coda.epsilon .* got nan"),

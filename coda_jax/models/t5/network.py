@@ -11,12 +11,13 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coda_jax.methods.base import Place, applied_to_modules, conditional_layer
+from coda_jax.methods.base import Place, applied_to_modules, conditional_layer, routed
+from coda_jax.methods.cross_attention import encoding_read, segments_read
 from coda_jax.models.t5.config import T5Config
 from coda_jax.nn import attention as attentions
 from coda_jax.nn import layers, position_bias
 from coda_jax.nn.remat import rematerialised
-from coda_jax.nn.tokens import Tokens
+from coda_jax.nn.tokens import Selection, Tokens
 
 # What a decoder's cache holds for the attention to the encoding.
 _OF_ENCODING = ("encoded_key", "encoded_value", *attentions.MATRICES)
@@ -73,8 +74,8 @@ class EncoderLayer(nn.Module):
         mask: Bool[Array, "b n"],
         segment_ids: Int[Array, "b n"] | None,
         deterministic: bool,
-    ) -> Float[Array, "b n d"]:
-        """[B, N, D] -> [B, N, D]; `mask` is False for padding."""
+    ) -> tuple[Float[Array, "b n d"], Selection | None]:
+        """[B, N, D] -> ([B, N, D], what was selected); `mask` is False for padding."""
         cfg = self.config
         place = Place("encoder", self.layer_index, cfg.num_encoder_layers)
         attention, mlp = _attention(cfg, place, "attention"), _mlp(cfg, place)
@@ -100,8 +101,8 @@ class EncoderLayer(nn.Module):
 
         norm = _norm(cfg, "pre_attention_layer_norm")
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        tokens = Tokens(x, norm(x), positions, mask, segment_ids)
-        return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
+        tokens = routed(cfg.methods, Tokens(x, norm(x), positions, mask, segment_ids), place)
+        return conditional_layer(cfg.methods, layer, place)(tokens, tokens), tokens.selection
 
 
 class DecoderLayer(nn.Module):
@@ -198,8 +199,8 @@ class Encoder(nn.Module):
         mask: Bool[Array, "b n"],
         segment_ids: Int[Array, "b n"] | None = None,
         deterministic: bool = False,
-    ) -> Float[Array, "b n d"]:
-        """Inputs [B, N] or [B, N, C] -> [B, N, D]; `mask` is False for padding."""
+    ) -> tuple[Float[Array, "b n d"], Selection | None]:
+        """Inputs [B, N] or [B, N, C] -> ([B, N, D], what the last layer selected)."""
         cfg = self.config
         dropout = _dropout(cfg, deterministic)
         shared = "attention" in cfg.biased and cfg.shared_relpos_bias
@@ -208,9 +209,9 @@ class Encoder(nn.Module):
         layer = rematerialised(EncoderLayer, cfg.remat_policy, static_argnums=(4,))
         for i in range(cfg.num_encoder_layers):
             made = layer(cfg, shared_bias, i, name=f"layers_{i}")
-            x = made(x, mask, segment_ids, deterministic)
+            x, selection = made(x, mask, segment_ids, deterministic)
         x = _norm(cfg, "encoder_norm")(x).array()
-        return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+        return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic), selection
 
 
 class Decoder(nn.Module):
@@ -286,14 +287,15 @@ class Transformer(nn.Module):
         encoder_input_tokens: Int[Array, "b n"] | Float[Array, "b n c"],
         encoder_segment_ids: Int[Array, "b n"] | None = None,
         enable_dropout: bool = True,
-    ) -> Float[Array, "b n d"]:
-        """The encoder's output, [B, N, D].
+        every_token: bool = False,
+    ) -> Float[Array, "b k d"]:
+        """The encoder's output, [B, N, D], or [B, K, D] where the decoder reads selected tokens.
 
         Args:
-            encoder_input_tokens: as the config's `input_spec` says; [B, N] int32 for T5, 0 for
-                padding.
+            encoder_input_tokens: as `config.input_spec` says; for T5 [B, N] int32, 0 for padding.
             encoder_segment_ids: [B, N], 1..S for packed examples, 0 for padding; None if unpacked.
             enable_dropout: needs the RNG "dropout".
+            every_token: whether it is [B, N, D] whatever the decoder reads.
 
         Raises:
             ValueError: the inputs are another family's.
@@ -305,16 +307,18 @@ class Transformer(nn.Module):
                 f"{encoder_input_tokens.shape}"
             )
         with applied_to_modules(self.config.methods):
-            return self.encoder(
+            encoded, selection = self.encoder(
                 encoder_input_tokens,
                 self.input_mask(encoder_input_tokens),
                 encoder_segment_ids,
                 deterministic=not enable_dropout,
             )
+        read = None if every_token else selection
+        return encoding_read(self.config, encoded, read, encoder_segment_ids)
 
     def decode(
         self,
-        encoded: Float[Array, "r n d"],
+        encoded: Float[Array, "r k d"],
         encoder_input_tokens: Int[Array, "r n"] | Float[Array, "r n c"],
         decoder_input_tokens: Int[Array, "b t"],
         decoder_target_tokens: Int[Array, "b t"],
@@ -331,7 +335,7 @@ class Transformer(nn.Module):
         """Logits, [B, T, V] float32.
 
         Args:
-            encoded: [B, N, D], or in cached decoding [R, N, D] with B = R * beams.
+            encoded: of `encode`, of B rows, or in cached decoding of R rows with B = R * beams.
             encoder_input_tokens: of B or R rows; says what is padding.
             decoder_input_tokens: [B, T], the targets shifted right; one token a step with a cache.
             decoder_target_tokens: [B, T]; says what is padding.
@@ -340,8 +344,7 @@ class Transformer(nn.Module):
             enable_dropout: needs the RNG "dropout".
             decode: makes the cache, a mutable collection, and from then on uses it.
             decoder_positions, max_decode_length: not used; part of T5X's signature.
-            cache_encoded: keep the keys and values of `encoded`, and their matrices, in the cache
-                that this call makes, for all later steps.
+            cache_encoded: keep keys, values and matrices of `encoded` in the cache that is made.
             ancestors: [R, M, L] for the M beams of a row in cached decoding: which of them wrote
                 what each sees at each place of the cache. Without it each sees what it wrote.
             tree: [T, T] where several targets share their beginnings: what each token sees, itself
@@ -350,14 +353,16 @@ class Transformer(nn.Module):
         del decoder_positions, max_decode_length
         if decode and encoder_segment_ids is not None:
             raise ValueError("packed examples cannot be decoded: encoder_segment_ids was given")
-        cross_mask = self.input_mask(encoder_input_tokens)[:, None, None, :]
+        mask = self.input_mask(encoder_input_tokens)
+        read = segments_read(self.config, mask, encoder_segment_ids)[:, None, None, :]
+        cross_mask = read > 0
         self_mask = None if ancestors is None else attentions.beams_mask(ancestors)
         if not decode:
             self_mask = (decoder_target_tokens != self.config.pad_id)[:, None, None, :]
         if encoder_segment_ids is not None:
             segments = decoder_segment_ids[:, None, :, None]
             self_mask = self_mask & (segments == decoder_segment_ids[:, None, None, :])
-            cross_mask = cross_mask & (segments == encoder_segment_ids[:, None, None, :])
+            cross_mask = cross_mask & (segments == read)
         with applied_to_modules(self.config.methods):
             return self.decoder(
                 encoded,

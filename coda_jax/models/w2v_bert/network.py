@@ -22,7 +22,7 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coda_jax.methods.base import Place, conditional_layer
+from coda_jax.methods.base import Place, conditional_layer, routed
 from coda_jax.models.t5.network import Transformer
 from coda_jax.models.w2v_bert.config import W2vBertConfig
 from coda_jax.nn import layers
@@ -30,7 +30,7 @@ from coda_jax.nn.convolution import Convolution
 from coda_jax.nn.layers import LayerNorm
 from coda_jax.nn.relative_keys import RelativeKeyAttention
 from coda_jax.nn.remat import rematerialised
-from coda_jax.nn.tokens import Tokens, join_frames, split_frames, take
+from coda_jax.nn.tokens import Selection, Tokens, join_frames, split_frames, take
 
 
 class FeatureProjection(nn.Module):
@@ -69,8 +69,8 @@ class ConformerLayer(nn.Module):
         mask: Bool[Array, "b n"],
         segment_ids: Int[Array, "b n"] | None,
         deterministic: bool,
-    ) -> Float[Array, "b n d"]:
-        """[B, N, D] -> [B, N, D]; `mask` is False for padding."""
+    ) -> tuple[Float[Array, "b n d"], Selection | None]:
+        """[B, N, D] -> ([B, N, D], what was selected); `mask` is False for padding."""
         cfg = self.config
         place = Place("encoder", self.layer_index, cfg.num_encoder_layers)
         dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=deterministic)
@@ -112,7 +112,8 @@ class ConformerLayer(nn.Module):
 
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         tokens = Tokens(x, first_norm(x), positions, mask, segment_ids)
-        return conditional_layer(cfg.methods, layer, place)(tokens, tokens)
+        tokens = routed(cfg.methods, tokens, place)
+        return conditional_layer(cfg.methods, layer, place)(tokens, tokens), tokens.selection
 
 
 class ConformerEncoder(nn.Module):
@@ -127,8 +128,8 @@ class ConformerEncoder(nn.Module):
         mask: Bool[Array, "b n"],
         segment_ids: Int[Array, "b n"] | None = None,
         deterministic: bool = False,
-    ) -> Float[Array, "b n d"]:
-        """Frames [B, N, C] -> [B, N, D]; `mask` is False for padding."""
+    ) -> tuple[Float[Array, "b n d"], Selection | None]:
+        """Frames [B, N, C] -> ([B, N, D], what the last layer selected)."""
         cfg = self.config
         features, _ = split_frames(frames)
         x = FeatureProjection(cfg, name="feature_projection")(features)
@@ -136,8 +137,9 @@ class ConformerEncoder(nn.Module):
         x = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
         layer = rematerialised(ConformerLayer, cfg.remat_policy, static_argnums=(4,))
         for i in range(cfg.num_encoder_layers):
-            x = layer(cfg, i, name=f"layers_{i}")(x, mask, segment_ids, deterministic)
-        return x
+            made = layer(cfg, i, name=f"layers_{i}")
+            x, selection = made(x, mask, segment_ids, deterministic)
+        return x, selection
 
 
 class SpeechToText(Transformer):
