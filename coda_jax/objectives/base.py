@@ -309,7 +309,7 @@ class Model:
     def encode_selecting(
         self, params, encoder_input_tokens
     ) -> tuple[Float[Array, "b n d"], dict[str, Selection]]:
-        """What `encode` gives, and {layer: what it works on} of the layers that route."""
+        """What a decoder reads of the encoding, and {layer: what it works on} where one routes."""
         encoded, variables = self.module.apply(
             {"params": params},
             encoder_input_tokens,
