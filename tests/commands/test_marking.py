@@ -70,17 +70,17 @@ def between(scores, name):
 
 def test_rows_are_marked_by_the_scores_of_coda_ood(decoder, tmp_path):
     model, detector, report, scores, others = decoder
-    for name in ("decoder_mahalanobis", "router_entropy"):
-        threshold = between(scores, name)
-        marking = Marking(detector, name, threshold)
-        rows = answered(model, others, tmp_path / "x.jsonl", marking=marking, scores=True)
-        for i, row in enumerate(rows):
-            assert row["ood_score"] == pytest.approx(scores[row["inputs"]][name], rel=1e-4)
-            assert row["out_of_distribution"] == (row["ood_score"] < threshold)
-            assert (row["id"], [*row][-2:]) == (i, ["out_of_distribution", "ood_score"])
-            answers = [row["prediction"], row["score"]]
-            assert (answers == [None, None]) == row["out_of_distribution"]
-        assert {row["out_of_distribution"] for row in rows} == {True, False}
+    name = "decoder_mahalanobis"
+    threshold = between(scores, name)
+    marking = Marking(detector, name, threshold)
+    rows = answered(model, others, tmp_path / "x.jsonl", marking=marking, scores=True)
+    for i, row in enumerate(rows):
+        assert row["ood_score"] == pytest.approx(scores[row["inputs"]][name], rel=1e-4)
+        assert row["out_of_distribution"] == (row["ood_score"] < threshold)
+        assert (row["id"], [*row][-2:]) == (i, ["out_of_distribution", "ood_score"])
+        answers = [row["prediction"], row["score"]]
+        assert (answers == [None, None]) == row["out_of_distribution"]
+    assert {row["out_of_distribution"] for row in rows} == {True, False}
     assert report["thresholds"].keys() == scores["000"].keys()
 
 

@@ -24,7 +24,8 @@ def by_hand(weights, length, reduction):
     return -np.mean(found, axis=0)
 
 
-@pytest.mark.parametrize("head", [False, pytest.param(True, marks=pytest.mark.all)])
+@pytest.mark.all
+@pytest.mark.parametrize("head", [False, True])
 def test_they_are_means_over_candidates_and_layers(rng, head):
     cfg = config(coda={"reduction": 2.0, "epsilon": 0.5}, num_encoder_layers=2)
     if head:
