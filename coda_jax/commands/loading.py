@@ -206,11 +206,8 @@ def load_model(
         config = _with_head_of(config, given).replace(methods=chosen)
         params = checkpoints.swap_in(config, params, rng)
     else:
-        config, params = checkpoints.load_adapter(adapter_checkpoint, config, params)
-        with_head = _with_head_of(_continued(config, methods, adapter_checkpoint), given)
-        if given is not None:
-            _check_sizes(given, with_head.dense(), adapter_checkpoint)
-        config, params = with_head, add_head(with_head, params, rng)
+        read = checkpoints.load_adapter(adapter_checkpoint, config, params)
+        config, params = _with_changes(*read, methods, given, rng, adapter_checkpoint)
     if reduction is not None:
         config = config.replace(methods=with_reduction(config.methods, reduction))
     if quantize is not None:
@@ -218,6 +215,14 @@ def load_model(
     adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
     loaded = LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
     return dataclasses.replace(loaded, checkpoint=checkpoint and str(checkpoint))
+
+
+def _with_changes(config, params, methods, given, rng, adapter_checkpoint):
+    """What an adapter file gives, with other methods and a fresh head where these are asked for."""
+    config = _with_head_of(_continued(config, methods, adapter_checkpoint), given)
+    if given is not None:
+        _check_sizes(given, config.dense(), adapter_checkpoint)
+    return config, add_head(config, params, rng)
 
 
 def _checked(**run: Any) -> dict[str, Any]:
