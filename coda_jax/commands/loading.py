@@ -170,21 +170,18 @@ def load_model(
     """A checkpoint with an adapter from a file or a fresh one; or a model that starts at random.
 
     Args:
-        checkpoint: folder in Hugging Face layout, or the name of a model in the cache of the
-            Hugging Face Hub; None to start at random from `config`.
+        checkpoint: folder in Hugging Face layout, or a name in the Hub's cache; None for no file.
         config: the sizes of a model that starts at random; a checkpoint's must be the same, but a
-            model without a head gets a fresh one of this config's, also where its adapter comes
-            from a file that has none.
+            model without a head gets a fresh one of this config's, as where the adapter has none.
         adapter_checkpoint: folder that `save_adapter` wrote for this checkpoint.
-        methods: how to adapt; None or () for those of `adapter_checkpoint`, or for none. Given with
-            it, they may differ in what changes no leaf, and train more.
+        methods: how to adapt; None or () for those of `adapter_checkpoint`, or for none. They may
+            differ from its in what changes no leaf, and train more.
         reduction: replaces that of the routing.
         dtype, dropout_rate, remat_policy: see `ModelConfig`.
         seed: of what is created.
         head: values of the config's `head_fields`, for an encoder alone: how outputs are read.
         encoder_only: whether the encoder is taken alone, as it is for a head or an adapter of one.
-        quantize: "int8" for frozen matrices in a quarter of float32's memory, see
-            `checkpoints.quantize`; None for what `adapter_checkpoint` was trained on.
+        quantize: "int8" for frozen matrices in int8; None for what the adapter was trained on.
 
     Raises:
         ValueError: neither `checkpoint` nor `config` is given, or they differ; the methods
@@ -213,8 +210,8 @@ def load_model(
     if quantize is not None:
         params = checkpoints.quantize(config, params, quantize)
     adapter = adapter_checkpoint and _vocabulary_of(adapter_checkpoint, directory)
-    loaded = LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint))
-    return dataclasses.replace(loaded, checkpoint=checkpoint and str(checkpoint))
+    named = checkpoint and str(checkpoint)
+    return LoadedModel(config, params, directory, adapter, read_lengths(adapter_checkpoint), named)
 
 
 def _with_changes(config, params, methods, given, rng, adapter_checkpoint):
