@@ -96,16 +96,16 @@ def test_adapters_of_one_batch_share_an_int8_base(folder):
 
 
 @pytest.mark.all
-def test_an_exported_folder_answers_with_int8_weights(folder, tmp_path, monkeypatch):
+def test_an_exported_folder_answers_with_int8_weights(folder, tmp_path):
     model = load(folder, "int8")
-    decoding = Decoding(max_input_length=4, max_decode_length=2, batch_size=1)
+    decoding = Decoding(max_input_length=4, max_decode_length=2, batch_size=2)
     export(model, str(tmp_path / "served"), decoding, vocabulary="bytes")
     served = runpy.run_path(str(tmp_path / "served" / "load.py"))["Served"](tmp_path / "served")
     kinds = served.manifest["weights"]
     assert {kind for path, kind in kinds.items() if path.endswith("kernel/values")} == {INT8}
-    rows = [np.array([99, 100, 1], np.int32)]
-    ((_, expected),) = Predictor(model.config, model.params, decoding)(rows)
-    np.testing.assert_array_equal(served(rows)[0][0], expected)
+    rows = [np.array([99, 100, 1], np.int32)] * 2
+    predicted = dict(Predictor(model.config, model.params, decoding)(rows))
+    np.testing.assert_array_equal(served(rows)[0], [predicted[0], predicted[1]])
 
 
 @pytest.mark.all
