@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from command_line import flags
-from helpers import adapted_params, config, random_params
+from helpers import TINY_IMAGES, TINY_SPEECH, adapted_params, config, random_params
 import numpy as np
 import pytest
 from running_server import LONGEST, running
@@ -17,6 +17,7 @@ from running_server import LONGEST, running
 from benchmarks import serve_load
 from coda_jax import bundled
 from coda_jax.commands.serve import serve
+from coda_jax.data.audio import FEATURE_DIM
 from coda_jax.data.vocabularies import ByteVocabulary
 from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.models import FAMILIES, inputs_of
@@ -137,23 +138,23 @@ def fixture_recording():
 @pytest.mark.all
 @pytest.mark.parametrize("start", ["", "data:image/png;base64,"])
 @pytest.mark.parametrize(
-    ("family", "field", "content", "others"),
+    ("cfg", "field", "content", "others"),
     [
-        ("pix2struct", "image", "picture", {"header": "What is it?"}),
-        ("wav2vec2-bert", "audio", "recording", {}),
+        (TINY_IMAGES, "image", "picture", {"header": "What is it?"}),
+        (TINY_SPEECH.replace(feature_dim=FEATURE_DIM), "audio", "recording", {}),
     ],
+    ids=["image", "audio"],
 )
 def test_a_file_in_a_request_is_what_the_file_is_on_a_disk(
-    family, field, content, others, start, request, tmp_path
+    cfg, field, content, others, start, request, tmp_path
 ):
     content = request.getfixturevalue(content)
-    cfg = FAMILIES[family].tiny
     reader = reader_of(cfg, None, LONGEST)
     text = start + base64.b64encode(content).decode()
     asked = reader.asked(json.dumps({field: [text, text], **others}).encode())
     found = reader.inputs(asked.rows)
     (tmp_path / "file").write_bytes(content)
-    encode = FAMILIES[family].inputs.encoder(cfg, VOCABULARY, LONGEST)
+    encode = FAMILIES[cfg.family].inputs.encoder(cfg, VOCABULARY, LONGEST)
     expected = encode({field: str(tmp_path / "file"), **others})
     assert len(found) == 2
     for values in found:
