@@ -175,6 +175,6 @@ def test_the_command_line_draws_the_curves(files, tmp_path):
         coda("ood", ["runs/ood.gin", f"tasks/{kind}.gin"], task | asked)
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
         report = json.loads((tmp_path / f"{kind}.json").read_text())
-        features = {"encoder"} if kind == "labels" else {"encoder", "decoder"}
+        features = {"encoder", "router"} | ({"decoder"} if kind == "jsonl" else set())
         assert {name.split("_")[0] for name in report["thresholds"]} - {"max", "energy"} == features
         assert report["labels"] == [*NAMES]
