@@ -229,6 +229,7 @@ def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
         "demo_vision",
         "demo_speech",
         "ablations",
+        "methods",
         "pruning",
     ],
 )
