@@ -10,7 +10,7 @@ others are marked `all`. Compiling takes nearly all of the time, so the default 
 encoder layer, the others two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 import dataclasses
 import functools
 
@@ -163,10 +163,15 @@ def default_cases() -> dict[str, tuple[Case, ...]]:
 
 def each_case(group: str, where: Callable[[Case], bool] = any_case) -> pytest.MarkDecorator:
     """Parametrizes a test over the cases of a group; those beyond the default are marked `all`."""
-    default = default_cases()[group]
+    default = {str(case) for case in default_cases()[group]}
+    return parametrized(filter(where, filter(GROUPS[group].covers, CASES)), default)
+
+
+def parametrized(cases: Iterable[Case], default: Container[str] = ()) -> pytest.MarkDecorator:
+    """Parametrizes a test over cases; those that are not among the default are marked `all`."""
     params = []
-    for case in filter(where, filter(GROUPS[group].covers, CASES)):
-        if case in default:
+    for case in cases:
+        if str(case) in default:
             shallow = dataclasses.replace(case, num_encoder_layers=1)
             params.append(pytest.param(shallow, id=str(case)))
         else:

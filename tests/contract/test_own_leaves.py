@@ -16,7 +16,7 @@ from contract.programs import (
     padded,
     params,
 )
-from contract.table import CASES, adapted, routed
+from contract.table import CASES, adapted, any_case, parametrized, routed
 from helpers import ADAPTER, GOLDEN, TINY, as_on_tpu, without_loops
 import jax
 import numpy as np
@@ -40,15 +40,9 @@ def shares_leaves(case):
     return adapted(case) and not trees.matches("frozen", methods.trained(case.config))
 
 
-def each_case(where=lambda case: True, default=None):
-    """Parametrizes over the cases that have adapters; all but the default are marked `all`."""
-    found = []
-    for case in filter(where, filter(shares_leaves, CASES)):
-        if str(case) == default:
-            found.append(pytest.param(dataclasses.replace(case, num_encoder_layers=1), id=default))
-        else:
-            found.append(pytest.param(case, id=str(case), marks=pytest.mark.all))
-    return pytest.mark.parametrize("case", found)
+def each_case(where=any_case, default=()):
+    """Parametrizes over the cases that have adapters."""
+    return parametrized(filter(where, filter(shares_leaves, CASES)), default)
 
 
 @functools.cache
@@ -95,7 +89,7 @@ def encoding(config, params, inputs):
     return model_for(config).encode(params, inputs)
 
 
-@each_case(default=DEFAULT)
+@each_case(default=[DEFAULT])
 def test_each_row_gives_what_it_gives_alone_with_its_adapter(case):
     """Invariant 11."""
     config, batch = case.config, batch_of(case.config)

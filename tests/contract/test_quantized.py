@@ -1,6 +1,5 @@
 """The invariants of models whose frozen matrices are int8; 1 and 7 against these as floats."""
 
-import dataclasses
 import functools
 
 from contract import (
@@ -11,7 +10,7 @@ from contract import (
     test_training,
 )
 from contract.programs import base_params, batch_of, coda_of, inputs_of, outputs
-from contract.table import CASES, DENSE, any_case, routed
+from contract.table import CASES, DENSE, any_case, parametrized, routed
 from helpers import GOLDEN, assert_same_tree
 import jax
 import numpy as np
@@ -32,17 +31,10 @@ from coda_jax.objectives import model_for
 DEFAULT = "t5-coda+parallel_adapter"  # in `make test`
 
 
-def each_case(where=any_case, default=None):
-    """Parametrizes over the cases with int8 weights; all but the default are marked `all`."""
-    found = []
-    for case in CASES:
-        if not all(method.on_quantized for method in case.methods) or not where(case):
-            continue
-        if str(case) == default:
-            found.append(pytest.param(dataclasses.replace(case, num_encoder_layers=1), id=default))
-        else:
-            found.append(pytest.param(case, id=str(case), marks=pytest.mark.all))
-    return pytest.mark.parametrize("case", found)
+def each_case(where=any_case, default=()):
+    """Parametrizes over the cases with int8 weights."""
+    quantized = [case for case in CASES if all(method.on_quantized for method in case.methods)]
+    return parametrized(filter(where, quantized), default)
 
 
 @functools.cache
@@ -72,7 +64,7 @@ def int8(monkeypatch):
     monkeypatch.setattr(test_own_leaves, "adapter", test_own_leaves.adapter.__wrapped__)
 
 
-@each_case(default=DEFAULT)
+@each_case(default=[DEFAULT])
 def test_int8_gives_what_its_floats_give(case):
     """Every matrix that stays frozen is int8, and close to what it was."""
     config, quantised = case.config, params(case.config)
@@ -134,7 +126,7 @@ def test_training_leaves_int8_as_it_is(case):
         assert trees.matches(path, masks) or not np.array_equal(after[path], leaf), path
 
 
-@each_case(lambda case: case.method != DENSE, default=DEFAULT)
+@each_case(lambda case: case.method != DENSE, default=[DEFAULT])
 def test_an_adapter_says_that_its_base_was_int8(case, tmp_path):
     """Invariant 6: onto the base as it was, or quantised before; another base is refused."""
     config, quantised = case.config, params(case.config)
