@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coda_jax.nn import processors
-from coda_jax.nn.quantized import Quantized, matrix, product_of_rows
+from coda_jax.nn.quantized import Quantized, matrix, product_by_blocks, product_of_rows
 from coda_jax.nn.sums import inverse_rms
 
 Dtype = Any
@@ -189,9 +189,20 @@ def product_of_quantized(
         if len(x.shape) == 3 and x.shape[1] == 1:
             x = x.array() if isinstance(x, Normalized) else x
             return product_of_rows(x[:, 0], values)[:, None]
+        return lax.platform_dependent(x, values, cpu=by_blocks, default=whole)
+
+    def whole(x, values):
         if dtype == jnp.float32 and x.dtype == jnp.bfloat16:
-            return product_in_float32(x, values.astype(x.dtype))
-        return product(x, values.astype(dtype), input_heads, output_heads)
+            found = product_in_float32(x, values.astype(x.dtype))
+        else:
+            found = product(x, values.astype(dtype), input_heads, output_heads)
+        return found.astype(jnp.float32)
+
+    def by_blocks(x, values):
+        x = x.array() if isinstance(x, Normalized) else x
+        in_dtype = x.dtype == jnp.bfloat16 and processors.multiplies_bfloat16()
+        rows = x.reshape(-1, x.shape[-1]).astype(x.dtype if in_dtype else jnp.float32)
+        return product_by_blocks(rows, values).reshape(*x.shape[:-1], -1)
 
     return (of_values(x, kernel.values) * kernel.scale[0]).astype(dtype)
 

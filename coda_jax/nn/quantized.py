@@ -143,24 +143,39 @@ def product_of_rows(
         transposed: whether W is.
     """
 
-    def whole(x, values):
-        values = values.T if transposed else values
-        return jnp.matmul(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
-
     def by_blocks(x, values):
-        # XLA's CPU backend writes W as float32 before it multiplies: a block stays in the cache.
-        x, rows = x.astype(jnp.float32), _rows_of_block(values.shape)
-        if rows == len(values):
-            return whole(x, values)
-        blocks = values.reshape(-1, rows, values.shape[1])
-        if transposed:
-            parts = lax.map(lambda block: whole(x, block), blocks)
-            return jnp.moveaxis(parts, 0, 1).reshape(len(x), -1)
-        parts = jnp.moveaxis(x.reshape(len(x), -1, rows), 1, 0)
-        start = jnp.zeros((len(x), values.shape[1]), jnp.float32)
-        return lax.scan(lambda y, block: (y + whole(*block), None), start, (parts, blocks))[0]
+        return product_by_blocks(x.astype(jnp.float32), values, transposed)
+
+    def whole(x, values):
+        return _whole(x, values, transposed)
 
     return lax.platform_dependent(x, values, cpu=by_blocks, default=whole)
+
+
+def product_by_blocks(
+    x: Float[Array, "b d"], values: Int[Array, "n m"], transposed: bool = False
+) -> Float[Array, "b f"]:
+    """The same, of any rows in their dtype: for CPUs.
+
+    XLA's backend for them writes W as floats before it multiplies, and that of all layers as soon
+    as a program starts. A block of a loop stays in the cache.
+    """
+    rows = _rows_of_block(values.shape)
+    if rows == len(values):
+        return _whole(x, values, transposed)
+    blocks = values.reshape(-1, rows, values.shape[1])
+    if transposed:
+        parts = lax.map(lambda block: _whole(x, block, transposed), blocks)
+        return jnp.moveaxis(parts, 0, 1).reshape(len(x), -1)
+    parts = jnp.moveaxis(x.reshape(len(x), -1, rows), 1, 0)
+    # Zeros that wait for x: those of all layers would be written as soon as a program starts.
+    start = jnp.broadcast_to(0.0 * x[:, :1].astype(jnp.float32), (len(x), values.shape[1]))
+    return lax.scan(lambda y, block: (y + _whole(*block, False), None), start, (parts, blocks))[0]
+
+
+def _whole(x, values, transposed):
+    values = values.T if transposed else values
+    return jnp.matmul(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _rows_of_block(shape):
