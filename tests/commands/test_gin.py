@@ -230,7 +230,11 @@ def test_runs_make_the_arguments_of_their_command(name, monkeypatch):
         "demo_speech",
         "ablations",
         "methods",
+        "methods_vision",
+        "methods_speech",
         "pruning",
+        "pruning_vision",
+        "ood_methods",
     ],
 )
 def test_what_the_package_compares_is_configured(name, monkeypatch, tmp_path):
