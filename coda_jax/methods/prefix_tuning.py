@@ -19,6 +19,7 @@ from coda_jax.nn.attention import DotProductAttention
 from coda_jax.nn.dot_product_attention import split_heads
 from coda_jax.nn.layers import Dense
 from coda_jax.nn.position_bias import PositionBias
+from coda_jax.nn.visibility import Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,7 @@ class PrefixTuning(Method):
                 jnp.concatenate([split_heads(_repeated(new, rows, old.dtype), heads), old], axis=2)
                 for new, old in zip(made, (key, value), strict=True)
             )
-            before = ((0, 0), (0, 0), (0, 0), (self.length, 0))
-            if bias is not None:
-                bias = jnp.pad(bias.array() if isinstance(bias, PositionBias) else bias, before)
-            if mask is not None:
-                mask = jnp.pad(mask, before, constant_values=True)
+            bias, mask = _after(self.length, bias, 0), _after(self.length, mask, True)
             return call(query, key, value, bias, mask, **options)
 
         return prefixed
@@ -109,6 +106,14 @@ class PrefixTuning(Method):
 def _widths(config, place):
     """Of the keys of each attention of a layer."""
     return [p.outputs for p in config.projections(place) if p.path.endswith("/key")]
+
+
+def _after(length, x, value):
+    """A bias or a mask with so many keys before the others, for which it has one value."""
+    if isinstance(x, PositionBias | Visibility):
+        return x.replace(prefix=length)
+    before = ((0, 0), (0, 0), (0, 0), (length, 0))
+    return x if x is None else jnp.pad(x, before, constant_values=value)
 
 
 def _repeated(x, rows, dtype):

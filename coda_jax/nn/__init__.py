@@ -7,8 +7,10 @@
 | `bottleneck` | that of adapters |
 | `dot_product_attention` | softmax(q k^T + bias) v, as each platform does it best |
 | `attention_kernel` | the same for GPUs, without an array of all queries and keys |
+| `long_attention` | the same for long inputs on all platforms, and its gradient |
 | `attention` | its projections, the decoder's cache |
 | `position_bias` | T5's relative position bias |
+| `visibility` | which keys a query may see |
 | `relative_keys` | attention with a learned vector for each distance |
 | `sums` | sums whose order does not depend on the shape |
 | `quantized` | matrices as int8, with a scale for each output |

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from coda_jax.nn.dot_product_attention import Source, attend, join_heads, split_heads
 from coda_jax.nn.layers import Dense, Dtype, Vectors
 from coda_jax.nn.position_bias import PositionBias
+from coda_jax.nn.visibility import Visibility
 
 _fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -38,7 +39,7 @@ class DotProductAttention(nn.Module):
         key: Float[Array, "b h l k"],
         value: Float[Array, "b h l k"],
         bias: Float[Array, "..."] | PositionBias | None,
-        mask: Bool[Array, "..."] | None,
+        mask: Bool[Array, "..."] | Visibility | None,
         *,
         source: Source | None = None,
     ) -> Float[Array, "b h q k"]:
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         self,
         x_q: Vectors,
         keys_values: tuple[Float[Array, "c h l k"], Float[Array, "c h l k"]],
-        mask: Bool[Array, "..."] | None = None,
+        mask: Bool[Array, "..."] | Visibility | None = None,
         bias: Float[Array, "..."] | PositionBias | None = None,
         *,
         source: Source | None = None,
@@ -148,8 +149,11 @@ def beams_mask(ancestors: Int[Array, "r m l"]) -> Bool[Array, "r 1 m j"]:
 
 
 def causal(
-    query_positions: Int[Array, "1 q"], num_keys: int, tree: Bool[Array, "q q"] | None = None
-) -> tuple[tuple[Int[Array, "1 q"], Int[Array, "1 l"]], Bool[Array, "1 1 q l"]]:
+    query_positions: Int[Array, "1 q"],
+    num_keys: int,
+    tree: Bool[Array, "q q"] | None = None,
+    mask: Visibility | Bool[Array, "b 1 m j"] | None = None,
+) -> tuple[tuple[Int[Array, "1 q"], Int[Array, "1 l"]], Bool[Array, "b 1 _ j"] | Visibility]:
     """((positions of the queries, of the keys), which keys each query sees): those up to itself.
 
     Args:
@@ -157,13 +161,21 @@ def causal(
         num_keys: L.
         tree: [Q, Q] which keys each query sees instead, itself included, where queries and keys are
             the nodes of a tree; as many as their depth, which is their position.
+        mask: which of the keys there are; in cached decoding that of `beams_mask`, of the keys of
+            all beams of a row.
     """
     if tree is not None:
         depths = tree.sum(-1, dtype=jnp.int32)[None]
-        return (depths, depths), tree[None, None]
+        seen = tree[None, None]
+        return (depths, depths), seen if mask is None else mask.array() & seen
     key_positions = jnp.arange(num_keys, dtype=jnp.int32)[None]
+    positions = query_positions, key_positions
+    if isinstance(mask, Visibility):
+        return positions, mask.replace(query_positions=query_positions, key_positions=key_positions)
     visible = (key_positions[:, None, :] <= query_positions[:, :, None])[:, None]
-    return (query_positions, key_positions), visible
+    if mask is not None:
+        visible = mask & jnp.tile(visible, mask.shape[-1] // num_keys)
+    return positions, visible
 
 
 _KEY, _VALUE = "cached_key", "cached_value"  # [B, H, L, head_dim] each

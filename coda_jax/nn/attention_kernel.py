@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.nn.position_bias import PositionBias
+from coda_jax.nn.visibility import Visibility
 
 # Queries and keys of a block, warps and stages: the fastest of ten on an H100, from 171 to 4,096
 # keys.
@@ -26,14 +27,20 @@ MASKED_LOGIT = -1e10  # of a key that is not seen
 _LOG2_E = math.log2(math.e)
 
 
-def takes(query: Array, bias: Any, mask: Array | None) -> bool:
+def takes(query: Array, bias: Any, mask: Array | Visibility | None) -> bool:
     """Whether the kernel does what `attend` is asked for; query is [B, H, Q, head_dim]."""
     return (
         query.dtype == jnp.bfloat16
         and query.shape[-1] in (32, 64, 128)
-        and (bias is None or isinstance(bias, PositionBias))
-        and (mask is None or mask.shape[1:3] == (1, 1))
+        and (bias is None or (isinstance(bias, PositionBias) and not bias.prefix))
+        and (mask is None or _of_keys_alone(mask))
     )
+
+
+def _of_keys_alone(mask):
+    if isinstance(mask, Visibility):
+        return mask.same_for_all_queries
+    return mask.shape[1:3] == (1, 1)
 
 
 def attend(

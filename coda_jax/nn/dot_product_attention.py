@@ -12,9 +12,10 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from coda_jax.nn import attention_kernel, processors
+from coda_jax.nn import attention_kernel, long_attention, processors
 from coda_jax.nn.cuda import with_kernel
 from coda_jax.nn.position_bias import PositionBias, look_up
+from coda_jax.nn.visibility import Visibility
 from coda_jax.sharding import num_parts
 
 # From this many keys on XLA has a kernel for softmax and average on TPUs, if they fill its tiles.
@@ -36,7 +37,7 @@ def attend(
     key: Float[Array, "b h l k"],
     value: Float[Array, "b h l k"],
     bias: Float[Array, "..."] | PositionBias | None,
-    mask: Bool[Array, "..."] | None,
+    mask: Bool[Array, "..."] | Visibility | None,
     *,
     float32_logits: bool = False,
     dropout: Callable[[Array], Array] | None = None,
@@ -49,13 +50,17 @@ def attend(
         key: [B, H, L, head_dim].
         value: [B, H, L, head_dim].
         bias: that of a distance, or an array that broadcasts to [B, H, Q, L].
-        mask: broadcasts to [B, H, Q, L]. A query that may see no key gets the mean of the values.
+        mask: that of tokens, or an array that broadcasts to [B, H, Q, L]. A query that may see no
+            key gets the mean of the values.
         float32_logits: whether logits and softmax are float32 where the computation is not. (Where
             that costs nothing, they always are.)
-        dropout: applied to the attention weights, if there is any.
+        dropout: applied to the attention weights, if there is any; the same for all queries.
         source: what keys and values are products of, if it is at hand: x [B, L, D] and the matrices
             of `Attention.matrices`.
     """
+    if long_attention.takes(query, key, bias, mask):
+        return _attend_long(query, key, value, bias, mask, dropout)
+    mask = mask.array() if isinstance(mask, Visibility) else mask
     array = bias.array() if isinstance(bias, PositionBias) else bias
     arguments = query, key, value, array, mask
     options = {"float32_logits": float32_logits}
@@ -73,7 +78,8 @@ def attend(
         elif query.shape[2] * key.shape[2] > _WORTH_A_ROUND:
             cpu = _attend_in_blocks
         if not few and attention_kernel.takes(query, bias, mask):
-            cuda = functools.partial(_attend_by_kernel, float32_logits, bias)
+            plain = functools.partial(_attend_to_arrays, float32_logits)
+            cuda = functools.partial(_attend_by_kernel, plain, bias)
     if few:
         tpu = in_one_product
         if source is not None and _is_worth_reading(source[0], key):
@@ -81,6 +87,19 @@ def attend(
     elif key.shape[2] < _FUSED_LENGTH or key.shape[2] % _TILE:
         tpu = functools.partial(_attend, **options, average=_average_with_sum)
     return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, cuda=cuda, default=default)
+
+
+def _attend_long(query, key, value, bias, mask, dropout):
+    """Without an array of all queries and keys, and on GPUs by the kernel where it takes that."""
+    if dropout is not None:
+        # What drops a key drops it for all queries: as well its value.
+        kept = dropout(jnp.ones((*key.shape[:2], 1, key.shape[2]), value.dtype))
+        value = value * jnp.swapaxes(kept, 2, 3)
+    default = cuda = functools.partial(_attend_to_tokens, bias)
+    undivided = num_parts("heads", query.shape[1]) * num_parts("batch", query.shape[0]) == 1
+    if undivided and attention_kernel.takes(query, bias, mask):
+        cuda = functools.partial(_attend_by_kernel, _attend_to_tokens, bias)
+    return lax.platform_dependent(query, key, value, None, mask, cuda=cuda, default=default)
 
 
 def _is_worth_reading(x, key):
@@ -158,9 +177,10 @@ def _attend_in_blocks_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend_by_kernel(float32_logits, bias, query, key, value, array, mask):
-    """By `attention_kernel`; the derivative is that of `_attend`."""
-    del float32_logits, array
+def _attend_by_kernel(plain, bias, query, key, value, array, mask):
+    """By `attention_kernel`; the derivative is that of a function of the same arguments."""
+    del plain, array
+    mask = mask.array() if isinstance(mask, Visibility) else mask
     seen = jnp.ones((1, 1), bool) if mask is None else mask[:, 0, 0]
     distances = ()
     if bias is not None:
@@ -175,12 +195,18 @@ def _attend_by_kernel(float32_logits, bias, query, key, value, array, mask):
 
 
 @_attend_by_kernel.defjvp
-def _attend_by_kernel_jvp(float32_logits, primals, tangents):
-    def plain(bias, *arguments):
-        del bias  # of which the array was made
-        return _attend(*arguments, float32_logits=float32_logits)
-
+def _attend_by_kernel_jvp(plain, primals, tangents):
     return jax.jvp(plain, primals, tangents)
+
+
+def _attend_to_arrays(float32_logits, bias, *arguments):
+    del bias  # of which the array was made
+    return _attend(*arguments, float32_logits=float32_logits)
+
+
+def _attend_to_tokens(bias, query, key, value, array, mask):
+    del array  # of the bias, which long inputs have none of
+    return long_attention.attend(query, key, value, bias, mask)
 
 
 def _attend_joined(query, key, value, mask, *distances, num_heads):

@@ -48,6 +48,7 @@ class PositionBias:
         key_positions: [B or 1, L] int32.
         bidirectional: whether keys after the query have buckets of their own.
         max_distance: all distances from here on share one bucket.
+        prefix: so many keys stand before those of `key_positions`, and have no bias.
     """
 
     values: Float[Array, "h buckets"]
@@ -55,11 +56,12 @@ class PositionBias:
     key_positions: Int[Array, "#b l"]
     bidirectional: bool = struct.field(pytree_node=False)
     max_distance: int = struct.field(pytree_node=False)
+    prefix: int = struct.field(pytree_node=False, default=0)
 
     def array(self) -> Float[Array, "b h q l"]:
-        """The bias of each query and key, [B, H, Q, L]."""
+        """The bias of each query and key, [B, H, Q, prefix + L]."""
         selected = functools.partial(_bias_selected, buckets=self._buckets())
-        return lax.platform_dependent(
+        bias = lax.platform_dependent(
             self.values,
             self.by_distance(),
             self.query_positions,
@@ -67,6 +69,14 @@ class PositionBias:
             tpu=lambda values, _, *positions: selected(values, *positions),
             default=lambda _, *arguments: look_up(*arguments),
         )
+        if self.prefix:
+            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (self.prefix, 0)))
+        return bias
+
+    def of_far_keys(self) -> tuple[Float[Array, "h"], Float[Array, "h"]]:
+        """The bias of keys that lie `max_distance` or more before the query, and behind it."""
+        buckets = self._buckets()
+        return self.values[:, buckets[0]], self.values[:, buckets[-1]]
 
     def tile(self, times: int) -> "PositionBias":
         """That of so many copies of the keys, one behind the other."""

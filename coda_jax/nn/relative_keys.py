@@ -16,6 +16,7 @@ from coda_jax.nn import layers
 from coda_jax.nn.attention import DotProductAttention
 from coda_jax.nn.dot_product_attention import join_heads, split_heads
 from coda_jax.nn.layers import Dense, Dtype
+from coda_jax.nn.visibility import Visibility
 
 
 class RelativeKeyAttention(nn.Module):
@@ -46,7 +47,7 @@ class RelativeKeyAttention(nn.Module):
         self,
         x_q: Float[Array, "b q d"],
         x_kv: Float[Array, "b l d"],
-        mask: Bool[Array, "b 1 #q l"],
+        mask: Visibility | Bool[Array, "b 1 #q l"],
         query_positions: Int[Array, "_ q"],
         key_positions: Int[Array, "_ l"],
         *,

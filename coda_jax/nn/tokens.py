@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coda_jax.nn import one_hot
 from coda_jax.nn.layers import Normalized, Vectors
+from coda_jax.nn.visibility import Visibility
 
 POOLINGS = ("mean", "first")
 
@@ -38,13 +39,11 @@ class Tokens:
     segment_ids: Int[Array, "b n"] | None = None
     selection: "Selection | None" = None
 
-    def visible(self, context: "Tokens") -> Bool[Array, "b 1 #n l"]:
+    def visible(self, context: "Tokens") -> Visibility:
         """Which tokens of a context these may attend to: no padding, and only their own segment."""
-        visible = context.mask[:, None, None, :]
-        if context.segment_ids is not None:
-            same = self.segment_ids[:, :, None] == context.segment_ids[:, None, :]
-            visible = visible & same[:, None]
-        return visible
+        if context.segment_ids is None:
+            return Visibility(context.mask)
+        return Visibility(context.mask, self.segment_ids, context.segment_ids)
 
 
 def take(values: Array, indices: Int[Array, "b k"]) -> Array:

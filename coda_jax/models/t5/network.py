@@ -18,6 +18,7 @@ from coda_jax.nn import attention as attentions
 from coda_jax.nn import layers, position_bias
 from coda_jax.nn.remat import rematerialised
 from coda_jax.nn.tokens import Selection, Tokens
+from coda_jax.nn.visibility import Visibility
 
 # What a decoder's cache holds for the attention to the encoding.
 _OF_ENCODING = ("encoded_key", "encoded_value", *attentions.MATRICES)
@@ -123,8 +124,8 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "b t d"],
         encoded: Float[Array, "r n d"],
-        self_mask: Bool[Array, "r 1 #m l"] | None,
-        cross_mask: Bool[Array, "r 1 #t n"] | None,
+        self_mask: Visibility | Bool[Array, "r 1 m l"] | None,
+        cross_mask: Visibility | None,
         deterministic: bool,
         decode: bool,
         cache_encoded: bool,
@@ -144,12 +145,12 @@ class DecoderLayer(nn.Module):
             query_positions = jnp.arange(u.shape[1], dtype=jnp.int32)[None]
             if decode:
                 key, value, query_positions = attentions.KeyValueCache(name="cache")(key, value)
-            positions, visible = attentions.causal(query_positions, key.shape[2], tree)
+            positions, visible = attentions.causal(query_positions, key.shape[2], tree, self_mask)
             bias = relpos_bias(*positions)
-            if self_mask is not None:
+            if decode and self_mask is not None:  # of beams
                 num_beams = self_mask.shape[-1] // key.shape[2]
                 key, value = (attentions.join_beams(x, num_beams) for x in (key, value))
-                visible, bias = self_mask & jnp.tile(visible, num_beams), bias.tile(num_beams)
+                bias = bias.tile(num_beams)
             return attention(u, (key, value), visible, bias, deterministic=deterministic)
 
         def cross_attention(q):
@@ -230,8 +231,8 @@ class Decoder(nn.Module):
         self,
         encoded: Float[Array, "r n d"],
         decoder_input_tokens: Int[Array, "b t"],
-        self_mask: Bool[Array, "r 1 #m l"] | None = None,
-        cross_mask: Bool[Array, "r 1 #t n"] | None = None,
+        self_mask: Visibility | Bool[Array, "r 1 m l"] | None = None,
+        cross_mask: Visibility | None = None,
         deterministic: bool = False,
         decode: bool = False,
         cache_encoded: bool = False,
@@ -354,15 +355,14 @@ class Transformer(nn.Module):
         if decode and encoder_segment_ids is not None:
             raise ValueError("packed examples cannot be decoded: encoder_segment_ids was given")
         mask = self.input_mask(encoder_input_tokens)
-        read = segments_read(self.config, mask, encoder_segment_ids)[:, None, None, :]
-        cross_mask = read > 0
+        read = segments_read(self.config, mask, encoder_segment_ids)
+        packed = encoder_segment_ids is not None
+        of_targets, of_inputs = (decoder_segment_ids, read) if packed else (None, None)
+        cross_mask = Visibility(read > 0, of_targets, of_inputs)
         self_mask = None if ancestors is None else attentions.beams_mask(ancestors)
         if not decode:
-            self_mask = (decoder_target_tokens != self.config.pad_id)[:, None, None, :]
-        if encoder_segment_ids is not None:
-            segments = decoder_segment_ids[:, None, :, None]
-            self_mask = self_mask & (segments == decoder_segment_ids[:, None, None, :])
-            cross_mask = cross_mask & (segments == read)
+            written = decoder_target_tokens != self.config.pad_id
+            self_mask = Visibility(written, of_targets, of_targets)
         with applied_to_modules(self.config.methods):
             return self.decoder(
                 encoded,
