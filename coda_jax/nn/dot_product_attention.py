@@ -5,6 +5,7 @@ Axis letters: B batch, N tokens (Q queries, L keys), D embedding, H heads.
 
 from collections.abc import Callable
 import functools
+import math
 
 from flax.linen import partitioning
 import jax
@@ -23,6 +24,8 @@ _FUSED_LENGTH = 512
 _TILE = 128
 # Queries of all heads up to which a TPU's matrix unit is not full.
 _FEW_QUERIES = 128
+# Logits of all heads and rows that a TPU keeps near its units, in float32.
+_LOGITS_ON_CHIP = 2**24
 # Logits of a head that a CPU keeps in its caches, about, and those that are worth a loop's round.
 _CACHED_LOGITS = 2**20
 _WORTH_A_ROUND = 2**14
@@ -86,6 +89,8 @@ def attend(
             tpu = functools.partial(_attend_to_source, source)
     elif key.shape[2] < _FUSED_LENGTH or key.shape[2] % _TILE:
         tpu = functools.partial(_attend, **options, average=_average_with_sum)
+    elif math.prod(query.shape[:3]) * key.shape[2] <= _LOGITS_ON_CHIP:
+        tpu = _attend_in_float32
     return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, cuda=cuda, default=default)
 
 

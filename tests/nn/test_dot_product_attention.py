@@ -110,19 +110,22 @@ CPU, CPU_WITH_BFLOAT16 = (functools.partial(as_with_bfloat16, has) for has in (F
 
 
 @pytest.mark.parametrize(
-    ("processor", "num_queries", "always"),
+    ("processor", "num_queries", "num_keys", "always"),
     [
-        pytest.param(CPU, 96, False, id="cpu-few"),
-        pytest.param(CPU, 192, False, id="cpu-many"),
-        pytest.param(CPU_WITH_BFLOAT16, 96, True, id="cpu_with_bfloat16-few"),
-        pytest.param(CPU_WITH_BFLOAT16, 192, True, id="cpu_with_bfloat16-many"),
-        pytest.param(as_on_tpu, 96, True, id="tpu-few"),
-        pytest.param(as_on_tpu, 192, False, id="tpu-many"),
+        pytest.param(CPU, 96, 192, False, id="cpu-few"),
+        pytest.param(CPU, 192, 192, False, id="cpu-many"),
+        pytest.param(CPU_WITH_BFLOAT16, 96, 192, True, id="cpu_with_bfloat16-few"),
+        pytest.param(CPU_WITH_BFLOAT16, 192, 192, True, id="cpu_with_bfloat16-many"),
+        pytest.param(as_on_tpu, 96, 192, True, id="tpu-few"),
+        pytest.param(as_on_tpu, 192, 192, False, id="tpu-many"),
+        pytest.param(as_on_tpu, 192, 512, True, id="tpu-whole-tiles"),
     ],
 )
-def test_float32_logits_keep_what_bfloat16_would_lose(processor, num_queries, always, rng):
+def test_float32_logits_keep_what_bfloat16_would_lose(
+    processor, num_queries, num_keys, always, rng
+):
     """And where they cost nothing, they are there without being asked for."""
-    query, key, value = jnp.asarray(rng.normal(size=(3, 1, 1, 192, 64)), jnp.bfloat16)
+    query, key, value = jnp.asarray(rng.normal(size=(3, 1, 1, num_keys, 64)), jnp.bfloat16)
     query = query[:, :, :num_queries]
     exact = dot_product_attention.attend(
         *(x.astype(jnp.float32) for x in (query, key, value)), None, None
