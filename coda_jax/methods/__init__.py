@@ -11,6 +11,7 @@ first, and in which a config keeps them. A new method is a file, and an import a
 | `selection` | which tokens a row's scores pick, and their weights |
 | `routing_kernel` | the same for GPUs, in one program |
 | `soft_topk` | the differentiable top-k of the router: two solvers, one gradient |
+| `kth_largest` | the k-th largest score, without sorting |
 | `parallel_adapter` | `ParallelAdapter`: a bottleneck beside each layer |
 | `lora` | `Lora`: thin matrices beside frozen projections |
 | `prefix_tuning` | `PrefixTuning`: learned keys and values before those of every attention |

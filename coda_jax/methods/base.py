@@ -103,7 +103,8 @@ class Method:
     def route(self, tokens: Tokens, place: Place) -> Tokens:
         """The tokens of an encoder layer with its `selection`; by default as they are.
 
-        Called before the layer, in the scope of `wrap_layer`, which makes use of it.
+        Called before the layer, in the scope of `wrap_layer`, which makes use of it: what it
+        returns is of `Selection.scatter_add`, which also adds what stands beside the layer.
         """
         del place
         return tokens

@@ -169,7 +169,7 @@ class Coda(Method):
                 return layer(tokens, context)
             selected = selection.gather(tokens)
             context = selected if self.attention == "k_to_k" else context
-            return selection.scatter_add(tokens.x, layer(selected, context) - selected.x)
+            return selection.scatter_add(tokens, layer(selected, context) - selected.x)
 
         return conditional
 

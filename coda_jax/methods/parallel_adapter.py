@@ -38,9 +38,12 @@ class ParallelAdapter(Method):
         del place
 
         def adapted(tokens, context):
-            y = layer(tokens, context)
-            beside = Bottleneck(self.bottleneck, self.activation, y.dtype, name="adapter")
-            return y + beside(tokens.u)
+            dtype = tokens.x.dtype
+            adapter = Bottleneck(self.bottleneck, self.activation, dtype, name="adapter")
+            if tokens.selection is None:
+                return layer(tokens, context) + adapter(tokens.u)
+            # The layer's output is itself a sum over all tokens.
+            return layer(tokens.replace(beside=adapter(tokens.u, beside=True)), context)
 
         return adapted
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from coda_jax.methods import routing_kernel
 from coda_jax.methods.soft_topk import hard_topk, one_row_per_constraint, soft_topk
 from coda_jax.nn.cuda import with_kernel
-from coda_jax.nn.tokens import places_of_slots, running_count, take
+from coda_jax.nn.tokens import in_slots, running_count
 from coda_jax.sharding import num_parts
 
 
@@ -54,6 +54,11 @@ def select(
         indices [B, K] int32, strictly ascending; valid [B, K], False in empty slots, whose indices
         are those of tokens that were not picked.
     """
+    return _selected(scores, k, num_slots, mask, segment_ids, jnp.ones_like(scores))[:2]
+
+
+def _selected(scores, k, num_slots, mask, segment_ids, weights):
+    """As of `select`, and the weights, which are not negative."""
     segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
     scores, k, mask = one_row_per_constraint(lax.stop_gradient(scores), k, mask, segments)
     picked = hard_topk(scores, k, mask).any(axis=1)
@@ -62,8 +67,10 @@ def select(
     others = jnp.arange(1, picked.shape[1] + 1) - count
     spare = num_slots - count[:, -1:]
     slots = jnp.where(picked | (others <= spare), count + jnp.minimum(others, spare) - 1, num_slots)
-    indices = places_of_slots(slots, num_slots)
-    return indices, take(picked, indices)
+    # Of tokens that are not picked it is negative, so that one value says both.
+    indices, weights = in_slots(slots, jnp.where(picked, weights, -1.0), num_slots)
+    valid = ~(weights < 0)  # a weight that is NaN must not pass unseen
+    return indices, valid, jnp.where(valid, weights, 0.0)
 
 
 def pick_and_weigh(
@@ -104,10 +111,9 @@ def pick_and_weigh(
 
 
 def _pick_and_weigh(scores, k, mask, *, num_slots, segment_ids=None, epsilon, **solver):
-    indices, valid = select(scores, k, num_slots, mask, segment_ids)
     segments = mask.astype(jnp.int32) if segment_ids is None else segment_ids
     weights = soft_topk(scores, k, epsilon=epsilon, mask=mask, segment_ids=segments, **solver)
-    return indices, valid, jnp.where(valid, take(weights, indices), 0.0)
+    return _selected(scores, k, num_slots, mask, segment_ids, weights)
 
 
 def _shapes(scores, *_, num_slots, **options):

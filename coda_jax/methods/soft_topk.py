@@ -22,13 +22,13 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from coda_jax import checks
+from coda_jax.methods.kth_largest import kth_key, kth_largest
 from coda_jax.nn import one_hot
 
 # Stands for a masked score: far below every real score, and finite, so that no `inf - inf` arises.
 _MASKED = -1e9
 # Up to so many tokens a TPU compares each with each.
 _IN_ORDER = 1024
-_TOP_BIT = np.uint32(1 << 31)  # a float32's sign
 
 SOLVERS = ("exact", "iterative")
 ITERATIONS = checks.Whole(1, 10_000)
@@ -132,12 +132,12 @@ def _exact(scores, k, mask, epsilon):
     if scores.shape[-1] <= _IN_ORDER:
         tpu = partial(_solve_in_order, epsilon=epsilon)
     else:
-        tpu = partial(_solve_by_search, epsilon=epsilon, unroll=True)
-    search = partial(_solve_by_search, epsilon=epsilon, unroll=False)
+        tpu = partial(_solve_by_search, epsilon=epsilon, on_tpu=True)
+    search = partial(_solve_by_search, epsilon=epsilon, on_tpu=False)
     return lax.platform_dependent(scores, k, mask, tpu=tpu, default=search)
 
 
-def _solve_by_search(scores, k, mask, *, epsilon, unroll):
+def _solve_by_search(scores, k, mask, *, epsilon, on_tpu):
     """By Newton's method.
 
     Let z = (s - s_k) / eps, where s_k is the k-th largest score, n the number of scores. The root a
@@ -150,21 +150,36 @@ def _solve_by_search(scores, k, mask, *, epsilon, unroll):
     rises to the root and is exact once S stays the same. Over scores of all kinds of spread that
     took at most 5 steps for n = 64, 7 for 512 and 8 for 4,096.
     """
-    z = (scores - kth_largest(scores, k, mask, unroll)) / epsilon
+    z = (scores - kth_largest(scores, k, mask, by_counts=on_tpu)) / epsilon
     z = jnp.where(mask, z, -jnp.inf)
     exp_z = jnp.exp(z)  # infinite only where saturated from the start
+    sums = _sums_in_one_pass if on_tpu else _sums
 
     def newton(_, a):
         saturated = z + a > 0
-        left = k - saturated.sum(-1, keepdims=True)
-        free = jnp.where(saturated, 0.0, exp_z).sum(-1, keepdims=True)
-        # Only where nothing is asked for (k = 0) is `left` not positive.
-        return jnp.minimum(jnp.log(jnp.maximum(left, 1) / free), 0.0)
+        taken, free = sums(saturated, jnp.where(saturated, 0.0, exp_z))
+        # Only where nothing is asked for (k = 0) is what is left not positive.
+        return jnp.minimum(jnp.log(jnp.maximum(k - taken, 1) / free), 0.0)
 
     start = -jnp.log((mask.sum(-1, keepdims=True) - k + 1).astype(jnp.float32))
     rounds = 4 + scores.shape[-1].bit_length() // 2
-    a = lax.fori_loop(0, rounds, newton, start, unroll=rounds if unroll else 1)
+    a = lax.fori_loop(0, rounds, newton, start, unroll=rounds if on_tpu else 1)
     return _weights(z, a, k, mask)
+
+
+def _sums(saturated, free):
+    return saturated.sum(-1, keepdims=True), free.sum(-1, keepdims=True)
+
+
+def _sums_in_one_pass(saturated, free):
+    """Both at once: for so little a TPU takes as long to begin a pass as for the pass."""
+
+    def add(one, other):
+        return one[0] + other[0], one[1] + other[1]
+
+    zeros = np.float32(0), np.float32(0)
+    found = lax.reduce((saturated.astype(jnp.float32), free), zeros, add, (free.ndim - 1,))
+    return tuple(x[..., None] for x in found)
 
 
 def _weights(z, a, k, mask):
@@ -247,25 +262,6 @@ class _Order(NamedTuple):
         return jnp.where(self.mask, values[..., None, :], largest).min(-1, keepdims=True)
 
 
-def kth_largest(
-    scores: Float[Array, "*batch n"],
-    k: Int[Array, "*batch 1"],
-    mask: Bool[Array, "*batch n"],
-    unroll: bool = False,
-) -> Float[Array, "*batch 1"]:
-    """The k-th largest of the unmasked scores, without sorting.
-
-    Args:
-        scores: [..., N] float32.
-        k: [..., 1]; 0 counts as 1.
-        mask: [..., N]. Where fewer than k are unmasked, the result is meaningless.
-        unroll: whether to unroll the search's rounds.
-    """
-    found, _ = _kth_key(scores, k, mask, unroll)
-    bits = jnp.where(found < _TOP_BIT, ~found, found ^ _TOP_BIT)
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def hard_topk(
     scores: Float[Array, "*batch s n"], k: Int[Array, "*batch s 1"], mask: Bool[Array, "*batch s n"]
 ) -> Bool[Array, "*batch s n"]:
@@ -279,8 +275,8 @@ def hard_topk(
     if scores.shape[-1] <= _IN_ORDER:
         tpu = _largest_in_order
     else:
-        tpu = partial(_largest_by_search, unroll=True)
-    search = partial(_largest_by_search, unroll=False)
+        tpu = partial(_largest_by_search, on_tpu=True)
+    search = partial(_largest_by_search, on_tpu=False)
     return lax.platform_dependent(scores, k, mask, tpu=tpu, default=search)
 
 
@@ -289,38 +285,14 @@ def _largest_in_order(scores, k, mask):
     return mask & (order.rank < order.to_tokens(k))[..., None, :]
 
 
-def _largest_by_search(scores, k, mask, *, unroll):
+def _largest_by_search(scores, k, mask, *, on_tpu):
     # To compare the scores with `kth_largest` would not do: the compiler may compute a score twice,
     # with another rounding, and then none is equal. So these are the keys that were searched.
-    found, keys = _kth_key(scores, k, mask, unroll)
+    found, keys = kth_key(scores, k, mask, by_counts=on_tpu)
     above, ties = mask & (keys > found), mask & (keys == found)
     wanted = k - above.sum(-1, keepdims=True)
-    count = one_hot.running_count if unroll else partial(jnp.cumsum, axis=-1)
+    count = one_hot.running_count if on_tpu else partial(jnp.cumsum, axis=-1)
     return above | (ties & (count(ties) <= wanted))
-
-
-def _kth_key(scores, k, mask, unroll):
-    """The key of the k-th largest score, and all keys, as they came out of the search.
-
-    A key is a float32 as a whole number that is ordered like it. Digit by digit: the largest such
-    that at least k of the scores' keys reach it.
-    """
-    bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
-    keys = jnp.where(mask, jnp.where(bits < _TOP_BIT, bits | _TOP_BIT, ~bits), 0)
-    k = jnp.maximum(k, 1)
-    width = 4 if unroll else 2  # bits of a digit
-    rounds = 32 // width
-    digits = jnp.arange(1, 1 << width, dtype=jnp.uint32)
-
-    def add_digit(i, carry):
-        found, keys = carry
-        shift = jnp.uint32(32 - width) - jnp.uint32(width) * jnp.asarray(i, jnp.uint32)
-        candidates = found | (digits << shift)
-        reached = (keys[..., None, :] >= candidates[..., :, None]).sum(-1)
-        return found | ((reached >= k).sum(-1, keepdims=True, dtype=jnp.uint32) << shift), keys
-
-    start = jnp.zeros(k.shape, jnp.uint32), keys
-    return lax.fori_loop(0, rounds, add_digit, start, unroll=rounds if unroll else 1)
 
 
 def _exact_fwd(scores, k, mask, epsilon):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from coda_jax.nn.layers import Dense, Dtype, Vectors, activation_function
+from coda_jax.nn.tokens import Beside
+from coda_jax.sharding import num_parts
 
 
 class Bottleneck(nn.Module):
@@ -28,9 +30,16 @@ class Bottleneck(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, u: Vectors) -> Float[Array, "... d"]:
-        """[..., D] -> [..., D]."""
+    def __call__(self, u: Vectors, beside: bool = False) -> Float[Array, "... d"] | Beside:
+        """[..., D] -> [..., D], or that with its factors, for a sum with what it is `beside`."""
         dense = functools.partial(Dense, dtype=self.dtype, use_bias=self.use_bias)
         down = dense(self.width, ("embed", "mlp"), name="wi")
         up = dense(u.shape[-1], ("mlp", "embed"), nn.initializers.zeros, name="wo")
-        return up(activation_function(self.activation)(down(u)))
+        hidden = activation_function(self.activation)(down(u))
+        y = up(hidden)
+        if not beside:
+            return y
+        if self.dtype != jnp.bfloat16 or self.use_bias or num_parts("mlp", self.width) > 1:
+            return Beside(y)
+        # W_up with whatever methods make of it.
+        return Beside(y, hidden, up(jnp.eye(self.width, dtype=self.dtype)))

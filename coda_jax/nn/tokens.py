@@ -4,6 +4,7 @@ Axis letters: B batch, N tokens, K slots (the static capacity), n either, L keys
 """
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 from flax import struct
@@ -20,6 +21,22 @@ POOLINGS = ("mean", "first")
 
 
 @struct.dataclass
+class Beside:
+    """What stands beside a layer and sees every token: a product, to be added to what it returns.
+
+    Attributes:
+        array: [B, N, D] the product.
+        left: [B, N, A], its factors, for platforms that multiply them together with others; None
+            where that is of no use.
+        right: [A, D] likewise.
+    """
+
+    array: Float[Array, "b n d"]
+    left: Float[Array, "b n a"] | None = None
+    right: Float[Array, "a d"] | None = None
+
+
+@struct.dataclass
 class Tokens:
     """What a layer knows of the tokens it works on (n is N for all of them, K for a selection).
 
@@ -30,6 +47,7 @@ class Tokens:
         mask: [B, n] bool, False for padding and for empty slots.
         segment_ids: [B, n] int, or None where rows are not packed.
         selection: which of them the layer works on; None for all.
+        beside: what `Selection.scatter_add` adds to all of them; None for nothing.
     """
 
     x: Float[Array, "b n d"]
@@ -38,6 +56,7 @@ class Tokens:
     mask: Bool[Array, "b n"]
     segment_ids: Int[Array, "b n"] | None = None
     selection: "Selection | None" = None
+    beside: Beside | None = None
 
     def visible(self, context: "Tokens") -> Visibility:
         """Which tokens of a context these may attend to: no padding, and only their own segment."""
@@ -126,14 +145,45 @@ class Selection:
         return Tokens(x, u, self.indices, self.valid, segment_ids)
 
     @jax.named_scope("scatter")
-    def scatter_add(
-        self, x: Float[Array, "b n d"], delta: Float[Array, "b k d"]
-    ) -> Float[Array, "b n d"]:
-        """x + scatter(weights * delta): each slot's weighted update goes to its token."""
+    def scatter_add(self, tokens: Tokens, delta: Float[Array, "b k d"]) -> Float[Array, "b n d"]:
+        """x + scatter(weights * delta) + beside: each slot's weighted update goes to its token."""
         update = self.weights[..., None].astype(delta.dtype) * delta
-        return lax.platform_dependent(
-            x, self.indices, update, tpu=one_hot.add_rows, default=_scattered
-        )
+        if tokens.beside is None or tokens.beside.left is None:
+            y = _updated(tokens.x, self.indices, update)
+            return y if tokens.beside is None else y + tokens.beside.array
+        return _updated_beside(tokens.x, self.indices, update, tokens.beside)
+
+
+def _updated(x, indices, update):
+    return lax.platform_dependent(x, indices, update, tpu=one_hot.add_rows, default=_scattered)
+
+
+@jax.custom_vjp
+def _updated_beside(x, indices, update, beside):
+    """In one product on TPUs, which write all tokens once. Differentiated as two sums."""
+
+    def by_product(x, indices, update, beside):
+        return one_hot.add_rows(x, indices, update, (beside.left, beside.right))
+
+    def one_by_one(x, indices, update, beside):
+        return _scattered(x, indices, update) + beside.array
+
+    return lax.platform_dependent(x, indices, update, beside, tpu=by_product, default=one_by_one)
+
+
+def _updated_beside_fwd(x, indices, update, beside):
+    return _updated_beside(x, indices, update, beside), (indices, update[..., :0])
+
+
+def _updated_beside_bwd(saved, cotangent):
+    indices, of_type = saved
+    zeros = jnp.zeros((*indices.shape, cotangent.shape[-1]), of_type.dtype)
+    updated = functools.partial(_updated, jnp.zeros_like(cotangent), indices)
+    (of_update,) = jax.vjp(updated, zeros)[1](cotangent)
+    return cotangent, None, of_update, Beside(cotangent)
+
+
+_updated_beside.defvjp(_updated_beside_fwd, _updated_beside_bwd)
 
 
 def _scattered(x, indices, update):
@@ -154,21 +204,44 @@ def running_count(keep: Bool[Array, "b n"]) -> Int[Array, "b n"]:
 
 def kept_first(keep: Bool[Array, "b n"], num_slots: int) -> Int[Array, "b k"]:
     """The places of what is kept, [B, K] int32, in ascending order; 0 in the slots left over."""
-    return places_of_slots(jnp.where(keep, running_count(keep) - 1, num_slots), num_slots)
-
-
-def places_of_slots(slots: Int[Array, "b n"], num_slots: int) -> Int[Array, "b k"]:
-    """The place whose slot is k, [B, K] int32; 0 in slots without one. No slot has two."""
+    slots = jnp.where(keep, running_count(keep) - 1, num_slots)
     places = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
 
+    def chosen(slots, places):
+        hit = one_hot.slots_hit(slots, num_slots)
+        return one_hot.chosen_sums(hit, places.astype(jnp.float32)).astype(jnp.int32)
+
+    put = functools.partial(_put, num_slots)
+    return lax.platform_dependent(slots, places, tpu=chosen, default=put)
+
+
+def in_slots(
+    slots: Int[Array, "b n"], values: Float[Array, "b n"], num_slots: int
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
+    """(the place whose slot is k, its value), [B, K] each. Each slot has one place.
+
+    Args:
+        slots: [B, N], K for places without one.
+        values: [B, N] float32, as of `one_hot.chosen_sums`.
+        num_slots: K.
+    """
+
+    def chosen(slots, values):
+        return one_hot.places_and_values(slots, values, num_slots)
+
+    def taken(slots, values):
+        places = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
+        indices = _put(num_slots, slots, places)
+        return indices, _gathered(values, indices)
+
+    return lax.platform_dependent(slots, values, tpu=chosen, default=taken)
+
+
+def _put(num_slots, slots, places):
     def put(slots, places):
         return jnp.zeros(num_slots, jnp.int32).at[slots].set(places, mode="drop")
 
-    def chosen(slots, places):
-        hit = slots[:, None, :] == jnp.arange(num_slots, dtype=jnp.int32)[:, None]
-        return one_hot.chosen_sums(hit, places.astype(jnp.float32)).astype(jnp.int32)
-
-    return lax.platform_dependent(slots, places, tpu=chosen, default=jax.vmap(put))
+    return jax.vmap(put)(slots, places)
 
 
 def join_frames(

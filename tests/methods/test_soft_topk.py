@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
 
-from coda_jax.methods.soft_topk import (
-    hard_topk,
-    kth_largest,
-    one_row_per_constraint,
-    soft_topk,
-)
+from coda_jax.methods.kth_largest import kth_largest
+from coda_jax.methods.soft_topk import hard_topk, one_row_per_constraint, soft_topk
 
 few_examples = settings(max_examples=25)
 EPSILONS = (0.02, 0.1, 0.5, 1.0, 4.0)
@@ -132,8 +128,9 @@ def test_kth_largest_is_that_of_sorting(scores, k, masked):
     k = min(k, 8 - masked)
     scores = np.array(scores, np.float32)
     mask = np.arange(8) >= masked
-    found = kth_largest(jnp.asarray(scores), jnp.array([k]), jnp.asarray(mask))
-    assert found == np.sort(scores[mask])[-k]
+    for by_counts in (False, True):
+        found = kth_largest(jnp.asarray(scores), jnp.array([k]), jnp.asarray(mask), by_counts)
+        assert found == np.sort(scores[mask])[-k]
 
 
 @pytest.mark.parametrize("length", [30, 1500])  # which TPUs compare each with each, and do not

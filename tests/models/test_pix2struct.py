@@ -5,6 +5,7 @@ import functools
 import helpers
 from helpers import (
     TINY_IMAGES,
+    as_on_tpu,
     encode,
     logits,
     random_params,
@@ -14,12 +15,14 @@ from helpers import (
     shift_right,
 )
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from coda_jax import methods, trees
 from coda_jax.data import batches
 from coda_jax.models.pix2struct.config import Pix2StructConfig
+from coda_jax.models.pix2struct.network import PixelProjection
 from coda_jax.objectives import Seq2Seq
 
 config = functools.partial(helpers.config, base=TINY_IMAGES)
@@ -134,3 +137,27 @@ def test_routing_has_the_weights_of_the_patches_that_a_layer_takes(rng):
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"Pix2StructConfig.{name} must be .* at least 1, got 0"):
         Pix2StructConfig(vocab_size=4, **{name: 0})
+
+
+def test_the_projection_of_pixels_on_a_tpu_is_that_of_the_slice(rng):
+    """Row and column, which are large numbers, are multiplied by zeros; the gradient too."""
+    patches = random_patches(rng, [(3, 4), (1, 2)], 12)
+    patches[..., :2] *= 1000
+    project = PixelProjection(8, jnp.bfloat16)
+    params = project.init(jax.random.key(0), patches)
+
+    def gradient():
+        def total(params):
+            y = project.apply(params, patches)
+            return jnp.sum(y.astype(jnp.float32) ** 2), y
+
+        (_, y), found = jax.value_and_grad(total, has_aux=True)(params)
+        return np.float32(y), found["params"]["kernel"]
+
+    expected = patches[..., 2:] @ np.float32(params["params"]["kernel"])
+    y, usual = gradient()
+    with as_on_tpu():
+        on_tpu, found = gradient()
+    for outputs in (y, on_tpu):
+        np.testing.assert_allclose(outputs, expected, rtol=0.03, atol=0.03)
+    np.testing.assert_allclose(found, usual, rtol=0.05, atol=0.05 * np.abs(usual).max())

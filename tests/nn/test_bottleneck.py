@@ -29,3 +29,16 @@ def test_new_bottleneck_adds_nothing_but_can_learn(rng):
     assert (np.asarray(module.apply({"params": params}, x)) == 0).all()
     gradient = jax.grad(lambda p: module.apply({"params": p}, x).sum())(params)
     assert np.asarray(gradient["wo"]["kernel"]).any()
+
+
+def test_its_factors_are_there_where_a_sum_may_multiply_them(rng):
+    """In bfloat16, of which the matrix comes out exactly."""
+    x = jnp.asarray(rng.normal(size=(2, 3, 6)), jnp.bfloat16)
+    kernels = {"wi": rng.normal(size=(6, 4)), "wo": rng.normal(size=(4, 6))}
+    params = {"params": {name: {"kernel": jnp.asarray(x)} for name, x in kernels.items()}}
+    found = Bottleneck(4, dtype=jnp.bfloat16).apply(params, x, beside=True)
+    np.testing.assert_array_equal(found.right, jnp.asarray(kernels["wo"], jnp.bfloat16))
+    np.testing.assert_array_equal(found.array, Bottleneck(4, dtype=jnp.bfloat16).apply(params, x))
+    product = np.float32(found.left) @ np.float32(found.right)
+    np.testing.assert_allclose(np.float32(found.array), product, rtol=0.01, atol=0.01)
+    assert Bottleneck(4).apply(params, x.astype(jnp.float32), beside=True).left is None

@@ -37,6 +37,27 @@ def test_sums_are_those_of_float64_and_so_are_their_gradients(rng):
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 256, 700])
+def test_the_place_of_a_slot_and_its_value_are_exact_and_so_is_the_gradient(length, rng):
+    """The last slot has no place."""
+    values = np.float32(np.exp(rng.normal(size=(2, length)) * 8))
+    places = np.stack([rng.permutation(length)[:9] for _ in range(2)])
+    num_slots = places.shape[1] + 1
+    slots = np.full((2, length), num_slots)
+    np.put_along_axis(slots, places, np.arange(places.shape[1])[None], axis=1)
+    (found, at_them), pull = jax.vjp(
+        lambda x: one_hot.places_and_values(jnp.asarray(slots), x, num_slots), values
+    )
+    np.testing.assert_array_equal(found, np.pad(places, ((0, 0), (0, 1))))
+    expected = np.pad(np.take_along_axis(values, places, axis=1), ((0, 0), (0, 1)))
+    np.testing.assert_array_equal(at_them, expected)
+    cotangent = rng.normal(size=at_them.shape).astype(np.float32)
+    (gradient,) = pull((np.zeros(found.shape, jax.dtypes.float0), cotangent))
+    expected = np.zeros_like(values)
+    np.put_along_axis(expected, places, cotangent[:, :-1], axis=1)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 1000])
 def test_the_running_count_is_cumsum(length, rng):
     keep = rng.random((2, 3, length)) < 0.7
@@ -54,3 +75,13 @@ def test_rows_are_added_where_they_belong(dtype, rng):
     assert found.dtype == dtype
     rounding = 0.01 if dtype == jnp.bfloat16 else 1e-6
     np.testing.assert_allclose(np.float32(found), expected, rtol=rounding)
+
+
+def test_a_product_is_added_to_all_rows(rng):
+    x, rows, left, right = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in [(2, 9, 4), (2, 3, 4), (2, 9, 5), (5, 4)]
+    )
+    indices = jnp.array([[0, 4, 8], [1, 2, 3]])
+    found = one_hot.add_rows(x, indices, rows, (left, right))
+    np.testing.assert_allclose(found, one_hot.add_rows(x, indices, rows) + left @ right, atol=1e-5)
