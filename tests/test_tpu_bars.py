@@ -34,7 +34,7 @@ def measured(name, measures, reductions, **sizes):
     [
         ("t5_1_1_base", 32, 512, {3: 0.75, 4: 0.75}),
         ("t5_1_1_base", 8, 512, {3: 0.55, 4: 0.5}),
-        ("pix2struct_base", 2, 4096, {8: 0.65}),
+        ("pix2struct_base", 4, 4096, {8: 0.65}),
         ("w2v_bert_large", 8, 1500, {2: 0.8, 4: 0.8}),
     ],
 )
