@@ -6,8 +6,8 @@ family or method is in all of these tests by its registration alone.
 Contracts that need the same compiled programs make a group, and run on the same cases. By default
 these are few: each group has each family, each method and routing in each family at least once, and
 all groups together each family with each method, each method within `Coda`, and each example. The
-others are marked `all`. Compiling takes nearly all of the time, so the default cases have one
-encoder layer, the others two.
+others are marked `all`. Compiling takes nearly all of the time, so two encoder layers are for a
+method's usual example in `make test-all`; the default cases and other examples have one.
 """
 
 from collections.abc import Callable, Container, Iterable
@@ -46,6 +46,11 @@ class Case:
         return self.adaptation.removeprefix(f"{Coda.name}+")
 
     @property
+    def is_usual(self) -> bool:
+        """Whether it is the method's first example."""
+        return self.example == self.method
+
+    @property
     def config(self) -> ModelConfig:
         """The tiny model, which draws no random numbers."""
         return FAMILIES[self.family].tiny.replace(
@@ -76,8 +81,14 @@ def adaptations() -> dict[str, tuple[str, tuple[Method, ...]]]:
     return found
 
 
+def _case(family: str, adaptation: str, method: str, methods: tuple[Method, ...]) -> Case:
+    """With two layers, or one if its example is not the method's usual one."""
+    case = Case(family, method, adaptation, methods)
+    return case if case.is_usual else dataclasses.replace(case, num_encoder_layers=1)
+
+
 CASES = tuple(
-    Case(family, method, adaptation, methods)
+    _case(family, adaptation, method, methods)
     for adaptation, (method, methods) in adaptations().items()
     for family in FAMILIES
 )
@@ -91,6 +102,18 @@ def adapted(case: Case) -> bool:
 def routed(case: Case) -> bool:
     """Whether some tokens do not go through the layers."""
     return any(isinstance(method, Coda) for method in case.methods)
+
+
+def with_one_family(cases: Iterable[Case]) -> list[Case]:
+    """Usual examples with each family, and each other example with one, in turns."""
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case.adaptation, []).append(case)
+    return [
+        case
+        for number, row in enumerate(found.values())
+        for case in (row if row[0].is_usual else [row[number % len(row)]])
+    ]
 
 
 def any_case(case: Case) -> bool:

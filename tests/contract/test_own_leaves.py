@@ -16,7 +16,7 @@ from contract.programs import (
     padded,
     params,
 )
-from contract.table import CASES, adapted, any_case, parametrized, routed
+from contract.table import CASES, adapted, any_case, parametrized, routed, with_one_family
 from helpers import ADAPTER, GOLDEN, TINY, as_on_tpu, without_loops
 import jax
 import numpy as np
@@ -42,7 +42,8 @@ def shares_leaves(case):
 
 def each_case(where=any_case, default=()):
     """Parametrizes over the cases that have adapters."""
-    return parametrized(filter(where, filter(shares_leaves, CASES)), default)
+    cases = with_one_family(filter(shares_leaves, CASES))
+    return parametrized(filter(where, cases), default)
 
 
 @functools.cache
