@@ -14,6 +14,7 @@
 | `relative_keys` | attention with a learned vector for each distance |
 | `sums` | sums whose order does not depend on the shape |
 | `quantized` | matrices as int8, with a scale for each output |
+| `one_row` | a product of one row, for TPUs |
 | `one_hot` | gather, scatter and counts as products, for TPUs |
 | `convolution` | a Conformer's convolution |
 | `remat` | layers that compute again what their gradient needs |

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coda_jax.nn import processors
+from coda_jax.nn.one_row import of_two_rows
 from coda_jax.nn.quantized import Quantized, matrix, product_by_blocks, product_of_rows
 from coda_jax.nn.sums import inverse_rms
 
@@ -168,7 +169,9 @@ def product_in_float32(x: Vectors, kernel: Float[Array, "d f"]) -> Array:
     x = x.array() if isinstance(x, Normalized) else x
     if not x.dtype == kernel.dtype == jnp.bfloat16:
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    tpu = of_two_rows(multiply) if math.prod(x.shape[:-1]) == 1 else multiply
+    return lax.platform_dependent(x, kernel, tpu=tpu, default=multiply)
 
 
 def product_of_quantized(
@@ -213,7 +216,8 @@ def _product_of_rows(x, kernel):
     blocked &= kernel.dtype != jnp.float32 or not processors.reads_matrices_fast()
     whole = jnp.matmul if _is_faster_rounded(kernel.dtype) else _whole_product
     cpu = _blocked_product if blocked else whole
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=_whole_product)
+    tpu = of_two_rows(_whole_product) if len(x) == 1 else _whole_product
+    return lax.platform_dependent(x, kernel, cpu=cpu, tpu=tpu, default=_whole_product)
 
 
 def _whole_product(x, kernel):
@@ -342,9 +346,12 @@ class Embed(nn.Module):
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         """Ids [B, N] -> vectors [B, N, D]."""
         tokens = tokens.astype(jnp.int32)  # T5X makes the parameters with tokens of float32
+        # A TPU copies a table of int8 to take one row of it; two it takes from where they are.
+        alone = tokens.size == 1 and isinstance(self.embedding, Quantized)
+        rows = jnp.pad(tokens, ((0, 1), (0, 0))) if alone else tokens
         # Of a quantised table values and scales: each row has one.
-        x = jax.tree.map(lambda table: jnp.take(table, tokens, axis=0), self.embedding)
-        x = x.astype(self.dtype)
+        x = jax.tree.map(lambda table: jnp.take(table, rows, axis=0), self.embedding)
+        x = x.astype(self.dtype)[: len(tokens)]
         return partitioning.with_sharding_constraint(x, ("batch", "length", "embed"))
 
     def attend(self, x: Float[Array, "b n d"]) -> Float[Array, "b n v"]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from coda_jax import checks, trees
+from coda_jax.nn.one_row import of_two_rows
 
 INT8 = "int8"
 KIND = checks.Maybe(checks.OneOf((INT8,)))  # of quantisation, None for none
@@ -149,7 +150,8 @@ def product_of_rows(
     def whole(x, values):
         return _whole(x, values, transposed)
 
-    return lax.platform_dependent(x, values, cpu=by_blocks, default=whole)
+    tpu = of_two_rows(whole) if len(x) == 1 else whole
+    return lax.platform_dependent(x, values, cpu=by_blocks, tpu=tpu, default=whole)
 
 
 def product_by_blocks(

@@ -107,15 +107,15 @@ def test_a_projection_of_bfloat16_may_have_float32_outputs(rng):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_a_table_is_looked_up_and_is_the_output_layer(rng, length):
+@pytest.mark.parametrize(("rows", "length"), [(2, 1), (2, 3), (1, 1)])
+def test_a_table_is_looked_up_and_is_the_output_layer(rng, rows, length):
     _, table = made(rng, (10, 8), axis=1)
     module = layers.Embed(10, 8)
-    tokens = rng.integers(0, 10, (2, length))
+    tokens = rng.integers(0, 10, (rows, length))
     w = np.asarray(table)
     found = module.apply({"params": {"embedding": table}}, tokens)
     np.testing.assert_array_equal(found, w[tokens])
-    x = rng.normal(size=(2, length, 8)).astype(np.float32)
+    x = rng.normal(size=(rows, length, 8)).astype(np.float32)
     logits = module.apply({"params": {"embedding": table}}, x, method="attend")
     np.testing.assert_allclose(logits, x.astype(np.float64) @ w.T, rtol=1e-4, atol=1e-5)
     beyond = module.apply({"params": {"embedding": table}}, np.array([[10]]))
