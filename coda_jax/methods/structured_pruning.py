@@ -55,12 +55,12 @@ class PruningState(NamedTuple):
 
     Attributes:
         step: steps so far.
-        scores: of each group, by the path of its mask.
+        scores: of each group, where its mask is in the tree of parameters.
         inner: the optimizer's.
     """
 
     step: Array
-    scores: dict[str, Array]
+    scores: dict[str, Any]
     inner: optax.OptState
 
 
@@ -261,13 +261,14 @@ class StructuredPruning(Method):
                 raise ValueError(
                     "StructuredPruning.rank=0 trains masks alone, for METHODS with 'full'"
                 )
-            scores = {path: jnp.zeros_like(mask) for path, mask in masks.items()}
+            scores = trees.unflatten({path: jnp.zeros_like(mask) for path, mask in masks.items()})
             return PruningState(jnp.zeros((), jnp.int32), scores, optimizer.init(params))
 
         def update(updates, state, params=None):
             flat, leaves = trees.flatten(updates), trees.flatten(params)
             masks, step = masks_of(leaves), state.step + 1
-            scores = {path: self._added(state.scores[path], flat[path]) for path in masks}
+            before = trees.flatten(state.scores)
+            scores = {path: self._added(before[path], flat[path]) for path in masks}
             silent = {path: jnp.zeros_like(x) if path in masks else x for path, x in flat.items()}
             inner_updates, inner = optimizer.update(trees.unflatten(silent), state.inner, params)
             due, density = self.schedule.due(step), self.schedule.density_after(step)
@@ -278,7 +279,7 @@ class StructuredPruning(Method):
             if self.kind != "splopa":  # movement adds up over the whole run
                 scores = {path: jnp.where(due, 0, score) for path, score in scores.items()}
             flat = trees.flatten(inner_updates) | changes
-            return trees.unflatten(flat), PruningState(step, scores, inner)
+            return trees.unflatten(flat), PruningState(step, trees.unflatten(scores), inner)
 
         return optax.GradientTransformation(init, update)
 

@@ -4,6 +4,8 @@ import functools
 
 from contract.programs import batch_of, coda_of, fresh_params, params, without_gradient
 from contract.table import each_case
+from flax import traverse_util
+from flax.serialization import from_state_dict, to_state_dict
 from helpers import assert_same_tree, encode
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,10 @@ def test_t5x_trains_the_same_leaves(case):
     for _ in range(2):
         after, state = step(after, state)
     assert_only_trained_leaves_changed(config, before, jax.device_get(after))
+    # T5X knows the leaves of the state by their paths.
+    flat = traverse_util.flatten_dict(to_state_dict(state), keep_empty_nodes=True, sep="/")
+    restored = from_state_dict(state, traverse_util.unflatten_dict(flat, sep="/"))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def assert_only_trained_leaves_changed(config, before, after):

@@ -35,7 +35,10 @@ METHODS = {
     "LoRA": ("lora", {}),
     "DoRA": ("dora", {}),
     "Houlsby adapters": ("houlsby_adapter", {}),
-    "prefix tuning": ("prefix_tuning", {}),
+    "prefix tuning": (
+        "prefix_tuning",
+        {"train/utils.DatasetConfig.pack": False, "train_eval/utils.DatasetConfig.pack": False},
+    ),
     "norms alone": ("norms", {}),
     "SPLoRA at half the density": (
         "structured_pruning",
