@@ -35,10 +35,7 @@ METHODS = {
     "LoRA": ("lora", {}),
     "DoRA": ("dora", {}),
     "Houlsby adapters": ("houlsby_adapter", {}),
-    "prefix tuning": (
-        "prefix_tuning",
-        {"train/utils.DatasetConfig.pack": False, "train_eval/utils.DatasetConfig.pack": False},
-    ),
+    "prefix tuning": ("prefix_tuning", {}),
     "norms alone": ("norms", {}),
     "SPLoRA at half the density": (
         "structured_pruning",
@@ -109,6 +106,7 @@ class Programs:
 
     def training(self, name):
         """What a training in a folder of this name is given."""
+        packs = self._recipe != "prefix_tuning"  # which refuses packed rows
         return {
             "MODEL_DIR": self.place / name,
             "INITIAL_CHECKPOINT_PATH": self.folder / "dense" / "checkpoint_0",
@@ -120,6 +118,8 @@ class Programs:
             "EVAL_PERIOD": PERIOD,
             "EVALUATOR_NUM_EXAMPLES": 4,
             "SaveCheckpointConfig.period": PERIOD,
+            "train/utils.DatasetConfig.pack": packs,
+            "train_eval/utils.DatasetConfig.pack": packs,
         }
 
     def killed(self, name):
