@@ -170,8 +170,7 @@ def product_in_float32(x: Vectors, kernel: Float[Array, "d f"]) -> Array:
     if not x.dtype == kernel.dtype == jnp.bfloat16:
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    tpu = of_two_rows(multiply) if math.prod(x.shape[:-1]) == 1 else multiply
-    return lax.platform_dependent(x, kernel, tpu=tpu, default=multiply)
+    return of_two_rows(multiply)(x, kernel)
 
 
 def product_of_quantized(
@@ -216,8 +215,7 @@ def _product_of_rows(x, kernel):
     blocked &= kernel.dtype != jnp.float32 or not processors.reads_matrices_fast()
     whole = jnp.matmul if _is_faster_rounded(kernel.dtype) else _whole_product
     cpu = _blocked_product if blocked else whole
-    tpu = of_two_rows(_whole_product) if len(x) == 1 else _whole_product
-    return lax.platform_dependent(x, kernel, cpu=cpu, tpu=tpu, default=_whole_product)
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=of_two_rows(_whole_product))
 
 
 def _whole_product(x, kernel):

@@ -4,7 +4,9 @@ Axis letters: D inputs, F outputs.
 """
 
 from collections.abc import Callable
+import math
 
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,17 +14,22 @@ Product = Callable[[Float[Array, "... d"], Array], Float[Array, "... f"]]
 
 
 def of_two_rows(product: Product) -> Product:
-    """The product of one row, of whatever rank, with a second row of zeros.
+    """The same product, where a TPU gets a second row, of zeros, if there is one.
 
-    A TPU's compiler does not give one row to the matrix unit: x W in bfloat16 then takes seven
-    times the cycles (docs/performance.md).
+    Its compiler does not give one row to the matrix unit: x W in bfloat16 then takes seven times
+    the cycles (docs/performance.md).
 
     Args:
-        product: x [B, D] and W to x W [B, F].
+        product: x [B, D] and W to x W [B, F]; x may have any other rank if it has more rows.
     """
 
     def with_zeros(x, kernel):
         rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
         return product(rows, kernel)[:1].reshape(*x.shape[:-1], -1)
 
-    return with_zeros
+    def of_rows(x, kernel):
+        if math.prod(x.shape[:-1]) != 1:
+            return product(x, kernel)
+        return lax.platform_dependent(x, kernel, tpu=with_zeros, default=product)
+
+    return of_rows

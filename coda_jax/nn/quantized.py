@@ -150,8 +150,7 @@ def product_of_rows(
     def whole(x, values):
         return _whole(x, values, transposed)
 
-    tpu = of_two_rows(whole) if len(x) == 1 else whole
-    return lax.platform_dependent(x, values, cpu=by_blocks, tpu=tpu, default=whole)
+    return lax.platform_dependent(x, values, cpu=by_blocks, default=of_two_rows(whole))
 
 
 def product_by_blocks(
