@@ -77,10 +77,13 @@ def peak_memory(compiled: jax.stages.Compiled) -> int:
     return total - sizes.alias_size_in_bytes
 
 
-def versions(packages: Sequence[str] = ("jax", "jaxlib", "flax", "numpy")) -> dict[str, str]:
-    """Versions of packages, and the device that programs run on."""
+def versions(
+    packages: Sequence[str] = ("jax", "jaxlib", "flax", "numpy", "libtpu"),
+) -> dict[str, str]:
+    """Versions of the packages that are installed, and the device that programs run on."""
     from importlib import metadata
 
     device = jax.devices()[0]
-    found = {name: metadata.version(name) for name in packages}
+    installed = {found.name for found in metadata.distributions()}
+    found = {name: metadata.version(name) for name in packages if name in installed}
     return found | {"device": device.device_kind, "platform": device.platform}

@@ -48,6 +48,7 @@ METHODS = {
     ),
     "CoDA, r = 3": ("coda", {"REDUCTION": 3}),
     "CoDA, r = 5": ("coda", {"REDUCTION": 5}),
+    "CoDA, r = 3, cross-attention to selected tokens": ("coda_selected", {"REDUCTION": 3}),
     "CoDA, r = 3, and LoRA": (
         "coda",
         {"REDUCTION": 3, "METHODS": ("lora", "coda", "parallel_adapter")},
