@@ -32,3 +32,8 @@ def test_flops_of_a_matrix_product():
 def test_no_rounds_are_refused():
     with pytest.raises(ValueError, match="rounds must be a whole number of at least 1, got 0"):
         timing.time_interleaved({}, rounds=0)
+
+
+def test_versions_are_those_of_what_is_installed():
+    found = timing.versions(("jax", "no_such_package"))
+    assert found == {"jax": jax.__version__, "device": "cpu", "platform": "cpu"}
