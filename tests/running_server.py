@@ -1,4 +1,8 @@
-"""A server of answers that need no model, and requests to one."""
+"""A server of answers that need no model, and requests to one.
+
+As a program: a server in the main thread, which says when it answers and when it is asked to stop,
+and holds a batch for ten seconds.
+"""
 
 import asyncio
 import contextlib
@@ -62,7 +66,9 @@ def encode(row):
 class Running:
     """A server in a thread of this process, and a client of it."""
 
-    def __init__(self, answers, names=None, places=16, max_body=10_000, wait=0.0, reader=None):
+    def __init__(
+        self, answers, names=None, places=16, max_body=10_000, wait=0.0, reader=None, start=True
+    ):
         metrics, expected = Metrics(), Expected(vocab_size=1000)
         inputs = FAMILIES["t5"].inputs
         reader = reader or Reader(inputs, encode, expected, LONGEST, names, max_rows=8)
@@ -72,10 +78,12 @@ class Running:
         self._listener = listen("127.0.0.1", 0)
         self.port = self._listener.getsockname()[1]
         self.error = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        if start:
+            self.thread.start()
 
-    def _run(self):
+    def run(self):
+        """Until it is stopped."""
         try:
             asyncio.run(self.server.answer(self._listener))
         except Exception as error:
@@ -136,3 +144,28 @@ def running(answers, **options):
         made.stop()
         made.thread.join(20)
         assert not made.thread.is_alive()
+
+
+def _main():
+    answers = Echo()
+    server = Running(answers, start=False)
+    answers.gate = threading.Event()  # closed
+    stop = server.server.stop
+
+    def told():
+        stop()
+        print("asked to stop", flush=True)
+
+    def ask():
+        server.until(lambda: server.batcher.ready)
+        server.ask_later({"inputs": "x"})
+        answers.begun.wait()
+        print("a batch has begun", flush=True)
+
+    server.server.stop = told
+    threading.Thread(target=ask, daemon=True).start()
+    server.run()
+
+
+if __name__ == "__main__":
+    _main()

@@ -23,6 +23,7 @@ from coda_jax.data.source import Data
 from coda_jax.data.vocabularies import Vocabulary
 from coda_jax.inference import Decoding, Encodings, Predictor
 from coda_jax.objectives import model_for
+from coda_jax.serving.answers import texts_of
 from coda_jax.sharding import Placement
 
 Lines = Iterable[Mapping[str, Any]]
@@ -184,27 +185,38 @@ def _of_texts(
         placement,
     )
     held = held_at_once(model, predictor.decoding)
+    text = texts_of(predictor.decoding, data.vocabulary)
     found, lines = {}, []
     for task in tasks:
         outputs = _in_order(predictor.candidates, task.name, task.examples, held)
-        best = [(candidates[0].tolist(), float(scores[0])) for candidates, scores in outputs]
-        found[task.name] = task.score([tokens for tokens, _ in best])
+        best = [candidates[0].tolist() for candidates, _ in outputs]
+        said = [text(tokens) for tokens in best]
+        found[task.name] = task.score(
+            [_up_to_stop(*output, data.vocabulary) for output in zip(best, said, strict=True)]
+        )
+        scored = [(line, float(scores[0])) for line, (_, scores) in zip(said, outputs, strict=True)]
         named = {"task": task.name} if len(tasks) > 1 else {}
-        lines.append(_lines(named, task.rows, best, data.vocabulary))
+        lines.append(_lines(named, task.rows, scored))
     for line in predictor.cuts():
         say(line)
     return found, itertools.chain.from_iterable(lines)
 
 
+def _up_to_stop(tokens: Sequence[int], text: str, vocabulary: Vocabulary) -> Sequence[int]:
+    """The tokens of an output up to its first stop text, which may end within one of them."""
+    if text == vocabulary.decode(tokens):
+        return tokens
+    return [*vocabulary.encode(text), vocabulary.eos_id]
+
+
 def _lines(
     named: Mapping[str, str],
     rows: Lines,
-    best: Sequence[tuple[Sequence[int], float]],
-    vocabulary: Vocabulary,
+    scored: Iterable[tuple[str, float]],
 ) -> Iterator[dict[str, Any]]:
     """A line for each example, made when it is asked for."""
-    for row, (tokens, score) in zip(rows, best, strict=True):
-        yield {**named, **row, "prediction": vocabulary.decode(tokens), "score": score}
+    for row, (text, score) in zip(rows, scored, strict=True):
+        yield {**named, **row, "prediction": text, "score": score}
 
 
 def _tasks(data: Data) -> list[_Scored]:

@@ -85,14 +85,15 @@ def with_adapters(
 
 def problem_of(model: LoadedModel) -> Callable[[Mapping[str, Any]], str | None]:
     """(request) -> why it is none of the model, or names none of its ADAPTERS; None where it is."""
-    if not model.adapters:
-        return model.inputs.problem
-    names = [*model.adapters]
+    names = [*(model.adapters or ())]
 
     def problem(request):
-        if FIELD not in request:
+        if names and FIELD not in request:
             return f"the field {FIELD!r} is missing: with ADAPTERS each line names one"
-        return unknown(request[FIELD], names) or model.inputs.problem(request)
+        if not names and FIELD in request:
+            return f"the field {FIELD!r} chooses from ADAPTERS, and there are none"
+        why = unknown(request[FIELD], names) if names else None
+        return why or model.inputs.problem(request)
 
     return problem
 

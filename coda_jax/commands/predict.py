@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 import functools
 import os
+import re
 import sys
 from typing import Any, TextIO
 
@@ -25,7 +26,9 @@ from coda_jax.objectives import model_for
 from coda_jax.serving.answers import outputs_of, texts_of
 from coda_jax.sharding import Placement
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which not all bytes have come
+# What later tokens may change of a text's end: a character of which not all bytes have come, and a
+# space that a tokenizer takes away before a full stop or the end of "isn't" and "it's".
+_UNSETTLED = re.compile(r"(\s+('\w{0,2}|n'?)?)?\N{REPLACEMENT CHARACTER}*$")
 
 
 def predict(
@@ -183,7 +186,7 @@ def _print_growing(predictor, vocabulary, encode, records, names) -> None:
         (adapter,) = names([record]) or [None]
         for token in predictor.stream(encode(record), number, adapter):
             found.append(token)
-            grown = text(found).rstrip(_UNFINISHED)
+            grown = _UNSETTLED.sub("", text(found))
             if grown.startswith(shown):
                 print(grown[len(shown) :], end="", flush=True)
                 shown = grown

@@ -86,7 +86,7 @@ def _check_limits(max_rows: int, max_queue: int, max_body: int, max_wait_ms: flo
     limits = {"MAX_ROWS": max_rows, "MAX_QUEUE": max_queue, "MAX_BODY": max_body}
     for name, value in limits.items():
         checks.COUNT(name, value)
-    checks.Number(least=0)("MAX_WAIT_MS", max_wait_ms)
+    checks.Number(least=0, most=60_000)("MAX_WAIT_MS", max_wait_ms)
     if max_queue < max_rows:
         raise ValueError(f"MAX_QUEUE={max_queue} has no places for MAX_ROWS={max_rows} rows")
 

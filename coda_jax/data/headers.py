@@ -68,6 +68,11 @@ def draw_text(text: str, font: str | None = None) -> Image.Image:
     return image
 
 
+def check_font(font: str) -> None:
+    """Raises ValueError where a file is no font."""
+    _load(font)
+
+
 def _load(font: str) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(font, HEADER_FONT_SIZE)

@@ -249,11 +249,13 @@ def metrics_of(
     Args:
         task: of seqio.
         examples: of the task, whole; "inputs" are not read.
-        outputs: the tokens of each one's output, all of one length.
+        outputs: the tokens of each one's output.
     """
+    longest = max(map(len, outputs))
+    padded = np.array([[*tokens, *[0] * (longest - len(tokens))] for tokens in outputs])
     values: dict = {}
     for metric in task.metric_objs:
-        found = metric.from_model_output(examples, np.array(outputs), task.output_features)
+        found = metric.from_model_output(examples, padded, task.output_features)
         if isinstance(found, seqio.metrics.CollectingMetric):
             computed, _ = found.actual_compute(examples, task.output_features)
         else:

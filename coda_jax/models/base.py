@@ -251,6 +251,12 @@ class Inputs:
     of_checkpoint: Callable[["Inputs", pathlib.Path, Any], "Inputs"] = lambda inputs, *_: inputs
 
 
+def refuse_font(font: str | None) -> None:
+    """Raises ValueError where there is a font, for inputs that have no headers."""
+    if font is not None:
+        raise ValueError(f"HEADER_FONT={font!r} has no effect: only images have headers")
+
+
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
     """The checkpoints of a family in Hugging Face's layout.

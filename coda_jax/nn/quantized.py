@@ -93,7 +93,8 @@ def quantized(leaf: Any, axis: int, origin: str) -> Quantized:
     """
     w = np.asarray(leaf, np.float32)
     largest = np.abs(w).max(axis=axis, keepdims=True)
-    scale = np.where(largest > 0, largest / np.float32(_LARGEST), 1).astype(np.float32)
+    scale = (largest / np.float32(_LARGEST)).astype(np.float32)
+    scale = np.where(scale > 0, scale, np.float32(1))  # for zeros, and what is nearly zero
     # The quotient of a tiny scale may be rounded beyond the largest value.
     values = np.clip(np.rint(w / scale), -_LARGEST, _LARGEST).astype(np.int8)
     return Quantized(values, scale, origin)

@@ -51,7 +51,7 @@ class Batcher:
     Attributes:
         ready: whether all programs are compiled.
         closing: whether it ends as soon as nothing waits.
-        failure: what has ended it before it was ready; None for nothing.
+        failure: what has ended it; None for nothing.
     """
 
     def __init__(
@@ -67,13 +67,23 @@ class Batcher:
         self._answers, self._names, self._wait, self._metrics = answers, names, wait, metrics
         self._places, self._reserved = places, 0
         self._waiting: list[Row] = []  # the oldest first
+        self._begun: list[Row] = []
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="coda_batcher", daemon=True)
 
     def start(self, then: Callable[[], None]) -> None:
-        """Starts the thread, which compiles all programs first, and then calls `then`."""
+        """Starts the thread, which compiles all programs first.
+
+        It calls `then` when it is ready, and when it fails.
+        """
         self._then = then
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a row has its place, waits or is being answered."""
+        with self._changed:
+            return bool(self._reserved or self._waiting or self._begun)
 
     def reserve(self, count: int) -> None:
         """Takes places for rows that are put or released later; raises QueueFull."""
@@ -96,6 +106,8 @@ class Batcher:
                 row.arrived = time.monotonic()
                 self._waiting.append(row)
                 self._reserved -= 1
+            if self.failure is not None:
+                self._refuse()
             self._changed.notify()
 
     def withdraw(self, rows: Sequence[Row]) -> None:
@@ -124,18 +136,33 @@ class Batcher:
                 if self.closing:
                     return
                 self._answers.warm_up(count, length, self._names)
-        except Exception as error:  # the server ends with it
-            self.failure = error
-        else:
             self.ready = True
-        self._then()
-        while self.ready and (batch := self._next()):
-            started = time.monotonic()
-            for row in batch:
-                self._metrics.waited.observe(started - row.arrived)
-            self._answer(batch)
-            self._metrics.batch_rows.observe(len(batch))
-            self._metrics.batch_seconds.observe(time.monotonic() - started)
+            self._then()
+            while batch := self._next():
+                self._measured(batch)
+        except Exception as error:  # the server ends with it
+            with self._changed:
+                self.ready, self.failure = False, error
+                self._refuse()
+            self._then()
+
+    def _measured(self, batch: Sequence[Row]) -> None:
+        started = time.monotonic()
+        for row in batch:
+            self._metrics.waited.observe(started - row.arrived)
+        self._answer(batch)
+        with self._changed:
+            self._begun = []
+        self._metrics.batch_rows.observe(len(batch))
+        self._metrics.batch_seconds.observe(time.monotonic() - started)
+
+    def _refuse(self) -> None:
+        """Tells the rows that nobody will answer what has ended the thread."""
+        unanswered = [*self._begun, *self._waiting]
+        self._begun, self._waiting = [], []
+        self._tell()
+        for row in unanswered:
+            row.done(self.failure)
 
     def _next(self) -> list[Row]:
         """The rows of the next batch; none where it is closing and nothing waits."""
@@ -146,6 +173,7 @@ class Batcher:
                     if len(batch) == self._answers.batch_size or left <= 0 or self.closing:
                         begun = set(batch)
                         self._waiting = [row for row in self._waiting if row not in begun]
+                        self._begun = batch
                         self._tell()
                         return batch
                 elif self.closing:

@@ -10,7 +10,7 @@ import time
 
 from coda_jax.data.reports import say
 from coda_jax.optional import needs
-from coda_jax.serving.app import Service
+from coda_jax.serving.app import BODY_SECONDS, Service
 from coda_jax.serving.batcher import Batcher
 
 with needs("serve"):
@@ -18,6 +18,8 @@ with needs("serve"):
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _KEEP_ALIVE = 75  # seconds: longer than proxies keep a connection, so that it is they who close it
+_STEP = 0.5  # seconds from one look at what is left to the next
+_PATIENCE = BODY_SECONDS + 5  # seconds, for clients that take their last answers
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -36,7 +38,8 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Accepts requests until it is asked to stop, and ends when those are answered.
 
-    SIGTERM and SIGINT ask it to stop; a second one ends the process at once.
+    SIGTERM and SIGINT ask it to stop; a second one ends the process at once. Clients that do not
+    take their answers are left when there has been nothing else to do for a while.
     """
 
     def __init__(self, service: Service, batcher: Batcher):
@@ -68,20 +71,31 @@ class Server(uvicorn.Server):
         """
         loop, started = asyncio.get_running_loop(), time.monotonic()
 
-        def ready():
+        def changed():
             if self._batcher.failure is not None:
-                loop.call_soon_threadsafe(self.stop)
+                self.stop()
             else:
                 say(f"ready after {time.monotonic() - started:.1f} seconds")
 
-        self._batcher.start(ready)
+        self._batcher.start(lambda: loop.call_soon_threadsafe(changed))
+        leaving = asyncio.create_task(self._leave())
         try:
             await self.serve([listener])
         finally:
+            leaving.cancel()
             await asyncio.to_thread(self._batcher.close)
             self._service.close()
         if self._batcher.failure is not None:
             raise self._batcher.failure
+
+    async def _leave(self) -> None:
+        """Ends the connections of clients that do not take their answers, once it is to stop."""
+        idle = 0.0
+        while idle < _PATIENCE:
+            await asyncio.sleep(_STEP)
+            idle = idle + _STEP if self.should_exit and not self._batcher.busy else 0.0
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -94,6 +108,7 @@ class Server(uvicorn.Server):
         def stop():
             for number in signals:
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)  # Python's own raises, and then waits
             self.stop()
 
         for number in signals:

@@ -47,7 +47,9 @@ def answers(folder, adapters, adapter=None, lines="in.jsonl"):
 def test_each_line_is_answered_with_its_adapter(folder):
     found = answers(folder, str(folder / "adapters"))
     assert [(line["inputs"], line["adapter"]) for line in found] == LINES
-    alone = answers(folder, None, folder / "adapters/a")
+    lines = [json.dumps({"inputs": text}) for text, _ in LINES]
+    (folder / "alone.jsonl").write_text("\n".join(lines))
+    alone = answers(folder, None, folder / "adapters/a", "alone.jsonl")
     for line, expected in zip(found, alone, strict=True):
         same = line["prediction"] == expected["prediction"]
         assert same == (line["adapter"] == "a")
@@ -75,6 +77,11 @@ def test_a_line_with_no_adapter_or_an_unknown_one_is_named(folder, line, named):
     (folder / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ValueError, match=named):
         answers(folder, str(folder / "adapters"), lines="bad.jsonl")
+
+
+def test_a_line_that_names_an_adapter_where_there_are_none_is_refused(folder):
+    with pytest.raises(ValueError, match=r"in\.jsonl:1: the field 'adapter' chooses from ADAPTERS"):
+        answers(folder, None)
 
 
 def test_adapters_that_are_none_or_do_not_fit_are_refused(folder):

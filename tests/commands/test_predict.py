@@ -14,6 +14,7 @@ from command_line import flags
 from helpers import config, random_params
 import numpy as np
 import pytest
+from tokenizer_folders import cleaning_tokenizer
 
 from coda_jax.checkpoints import save_hf
 from coda_jax.commands.loading import LoadedModel
@@ -205,6 +206,24 @@ def test_a_character_is_printed_when_all_its_bytes_have_come(model, inputs, monk
     pieces = [piece for piece in sys.stdout if piece]
     monkeypatch.undo()
     assert pieces[:5] == ["a", "é", "日", "!", "\n"]
+
+
+def test_spaces_that_a_tokenizer_takes_away_are_not_printed(model, inputs, monkeypatch):
+    folder = cleaning_tokenizer(model.directory / "tokenizer")
+    ids = [*range(2, 10), 1]
+    monkeypatch.setattr(Predictor, "stream", lambda self, tokens, number, adapter: iter(ids))
+    monkeypatch.setattr(sys, "stdout", Written())
+    predict(model, inputs, "-", Decoding(), str(folder), stream=True)
+    pieces = [*sys.stdout]
+    monkeypatch.undo()
+    assert "".join(pieces) == "hello. It's isn't.\n" * len(TEXTS)
+    assert [piece for piece in pieces if piece][:2] == ["hello", "."]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_font_for_texts_is_refused(model, inputs, stream):
+    with pytest.raises(ValueError, match=r"HEADER_FONT=.* has no effect"):
+        predict(model, inputs, "-", Decoding(), "bytes", font="a.ttf", stream=stream)
 
 
 def test_the_output_is_the_older_one_until_the_new_one_is_complete(model, inputs, monkeypatch):

@@ -26,6 +26,9 @@ def test_each_output_has_the_largest_scale_that_loses_nothing(rng, axis):
     assert found.values.dtype == np.int8 and found.scale.dtype == np.float32
     largest = np.abs(w.astype(np.float64)).max(axis=axis, keepdims=True)
     np.testing.assert_allclose(found.scale, np.where(largest > 0, largest / 127, 1), rtol=1e-6)
+    with np.errstate(divide="raise", invalid="raise"):
+        nothing = quantized.quantized(np.full((2, 2), 1e-45, np.float32), axis, "origin")
+    assert not nothing.values.any()
     exact = np.rint(w / found.scale.astype(np.float64))
     assert np.abs(found.values - exact).max() <= 1 and np.abs(found.values).max() == 127
     error = np.abs(found.values * found.scale.astype(np.float64) - w)

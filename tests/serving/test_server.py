@@ -1,13 +1,18 @@
 """Requests over a socket: what is refused, queued, left, and answered before the end."""
 
 import json
+import pathlib
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 from running_server import JSON, LONGEST, Echo, Running, running
 
 from coda_jax.serving import app
+from coda_jax.serving import server as serving
 from coda_jax.serving.server import listen
 
 NAMES = ["a", "b"]
@@ -222,6 +227,63 @@ def test_a_program_that_does_not_compile_ends_the_server():
     server = Running(Broken(shapes=[(1, 32)]))
     server.thread.join(20)
     assert not server.thread.is_alive() and str(server.error) == "no such program"
+
+
+def test_a_thread_that_fails_refuses_what_waits_and_ends_the_server():
+    answers = Echo()
+    server = Running(answers)
+    server.until(lambda: server.batcher.ready)
+    answers.gate.clear()
+    begun = server.ask_later({"inputs": "x"})
+    server.until(answers.begun.is_set)
+    waiting = server.ask_later({"inputs": ["y", "z"]})
+    server.until(lambda: server.waiting == 2)
+    server.batcher._metrics.batch_rows = None
+    answers.gate.set()
+    server.thread.join(20)
+    assert not server.thread.is_alive() and isinstance(server.error, AttributeError)
+    server.until(lambda: begun and waiting)
+    assert begun[0][0] == 200
+    assert waiting[0][:2] == (
+        500,
+        {"error": "no answer to row 0 (the first is 0): the server's log says why"},
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_does_not_take_its_answer_is_left_in_the_end(stream, monkeypatch):
+    class Large(Echo):
+        def __call__(self, inputs, names):
+            for index, answer in super().__call__(inputs, names):
+                yield index, answer | {"prediction": "x" * 30_000_000}
+
+    monkeypatch.setattr(serving, "_PATIENCE", 1.0)
+    answers = Large()
+    with running(answers) as server:
+        content = json.dumps({"inputs": "x", "stream": stream}).encode()
+        head = (
+            f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(head.encode() + content)
+            server.until(lambda: answers.batches and not server.batcher.busy)
+            server.stop()
+            server.thread.join(20)
+            assert not server.thread.is_alive() and server.error is None
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(number):
+    tests = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, tests / "running_server.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "a batch has begun\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "asked to stop\n"
+        process.send_signal(number)
+        assert process.wait(timeout=5) == -number
 
 
 def test_an_address_that_is_taken_is_said(server):

@@ -181,7 +181,8 @@ def test_a_method_is_trained_resumed_evaluated_inferred_and_converted(name, fold
     programs.finish("eval", **served, EVAL_OUTPUT_DIR=programs.place / "eval")
     programs.finish("infer", **served, INFER_OUTPUT_DIR=programs.place / "infer")
     metrics = read_lines(programs.place, "eval/inference_eval/*-metrics.jsonl")[-1]
-    answers = [x["prediction"] for x in read_lines(programs.place, "infer/*.jsonl-00000-of-00001")]
+    inferred = read_lines(programs.place, "infer/*.jsonl-00000-of-00001")
+    answers = [line["prediction"].strip() for line in inferred]
 
     ours = converted(programs, checkpoint, not frozen)
     given = {"Decoding.max_decode_length": 32, "Decoding.max_input_length": 128}

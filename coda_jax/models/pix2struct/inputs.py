@@ -12,6 +12,7 @@ from coda_jax import checks, files, hub
 from coda_jax.models import preprocessing
 from coda_jax.models.base import Inputs
 from coda_jax.models.pix2struct.config import Pix2StructConfig
+from coda_jax.optional import needs
 
 
 def random_patches(
@@ -34,9 +35,13 @@ def encoder(
     config: Pix2StructConfig, vocabulary: Any, max_length: int, font: str | None = None
 ) -> Callable[[Mapping[str, str]], np.ndarray]:
     """{"image", "header"} -> patches [n, C] of the image, scaled to at most `max_length`."""
-    from coda_jax.data import images  # which needs more than other families have
+    from coda_jax.data import headers, images  # which need more than other families have
 
     del vocabulary
+    with needs():  # now, and not when the first image is read
+        import tensorflow  # noqa: F401
+    if font is not None:
+        headers.check_font(font)
 
     def encode(record):
         image = images.read_image(record["image"], record.get("header", ""), font)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coda_jax.models.base import Inputs
+from coda_jax.models.base import Inputs, refuse_font
 from coda_jax.models.t5.config import T5Config
 
 
@@ -23,7 +23,8 @@ def encoder(
     config: T5Config, vocabulary: Any, max_length: int, font: str | None = None
 ) -> Callable[[Mapping[str, str]], np.ndarray]:
     """{"inputs"} -> ids [n] with the end marker; what is too long is left for the model to cut."""
-    del config, max_length, font
+    del config, max_length
+    refuse_font(font)
     return lambda record: np.array([*vocabulary.encode(record["inputs"]), vocabulary.eos_id])
 
 

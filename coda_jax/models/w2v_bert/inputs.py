@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from coda_jax.models import preprocessing
-from coda_jax.models.base import Inputs
+from coda_jax.models.base import Inputs, refuse_font
 from coda_jax.models.w2v_bert.config import W2vBertConfig
+from coda_jax.optional import needs
 
 
 def random_frames(
@@ -26,7 +27,11 @@ def encoder(
     """{"audio"} -> frames [n, 1 + F]; what is too long is left for the model to cut."""
     from coda_jax.data import audio  # which needs more than other families have
 
-    del config, vocabulary, max_length, font
+    del config, vocabulary, max_length
+    refuse_font(font)
+    with needs("speech"):  # now, and not when the first file is read
+        import scipy.signal  # noqa: F401
+        import soundfile  # noqa: F401
     return lambda record: np.asarray(audio.frames(audio.read_audio(record["audio"])))
 
 
