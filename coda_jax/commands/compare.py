@@ -67,6 +67,8 @@ def compare(
     """
     start, directory = time.monotonic(), checked(directory)
     better, timed = checks.Maybe(checks.OneOf(_BETTER))("BETTER", better), timed or Timed()
+    checks.Maybe(checks.text)("METRIC", metric)
+    baselines = _baselines(baselines)
     cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {}, detection)
     anew = not any(cell.is_finished for cell in cells)
     found = [(cell, _found(cell)) for cell in cells]
@@ -81,7 +83,7 @@ def compare(
         "seeds": [*dict.fromkeys(cell.seed for cell in cells)],
         "timed": [[*sizes] for sizes in timed.batches],
         "dense": {},
-        "baselines": dict(baselines or {}),
+        "baselines": baselines,
     }
     report["recipes"] = _rows(directory, found, report["metric"])
     _measure(directory, report, [cell for cell in cells if cell.seed == cells[0].seed], timed)
@@ -89,6 +91,15 @@ def compare(
     report["seconds"] = time.monotonic() - start if anew else None
     _write(directory, report)
     return report
+
+
+def _baselines(given: Any) -> dict[str, float]:
+    """{name: its metric}."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise checks.wrong("BASELINES", "{name: a metric}", given)
+    number = checks.Number()
+    return {str(name): number(f"BASELINES[{name!r}]", x) for name, x in given.items()}
 
 
 def _found(cell: Cell) -> Mapping[str, Any]:

@@ -43,6 +43,8 @@ def plan(
             a folder holds.
     """
     recipes = _recipes(recipes)
+    for name, flags in {"TRAIN": training, "EVALUATE": evaluation, **recipes}.items():
+        _check_flags(name, flags)
     seeds = checks.Each(checks.SEED, 1)("SEEDS", seeds)
     folders = {name: re.sub(r"[^\w.-]+", "_", name).strip("._") for name in recipes}
     if len({x.casefold() for x in folders.values()} - {""}) < len(folders):
@@ -87,6 +89,17 @@ def _recipes(recipes: Mapping[str, Any] | Sequence[str]) -> dict[str, Mapping[st
         shown = "a tuple of recipes such as ('full', 'coda'), or {name: {flag: value}}"
         raise checks.wrong("RECIPES", shown, recipes)
     return found
+
+
+def _check_flags(name: str, flags: Any) -> None:
+    """Raises ValueError for what is no dictionary of flags with names of files."""
+    if not isinstance(flags, Mapping) or not all(isinstance(x, str) for x in flags):
+        raise checks.wrong(name, "flags such as {'TRAIN_STEPS': 1000}", flags)
+    files = flags.get(FILES, ())
+    if not isinstance(files, str) and not (
+        isinstance(files, list | tuple) and all(isinstance(x, str) for x in files)
+    ):
+        raise checks.wrong(f"{FILES!r} of {name}", "a name of a file, or several", files)
 
 
 def _check_names(

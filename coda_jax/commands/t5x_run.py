@@ -19,7 +19,7 @@ from coda_jax.checkpoints.t5x_record import has_checkpoints, run_folder
 from coda_jax.commands.check import NEW_LEAVES, check_leaves, compare_leaves, start
 from coda_jax.commands.configuration import check_flags_of_t5x
 from coda_jax.commands.t5x_identity import check_restored, check_resumed, recorded
-from coda_jax.methods import Method, check_start, reduction_of
+from coda_jax.methods import Method, check_start, check_steps, reduction_of
 from coda_jax.models import FAMILIES, ModelConfig, param_shapes
 from coda_jax.optional import needs
 
@@ -108,12 +108,15 @@ def network(
     if trains and has_checkpoints(run_folder(model_dir)):
         _check_resumed(config, model_dir, last)
         return config.network()
+    done = 0
     for path in [checkpoint] if isinstance(checkpoint, str) else checkpoint or ():
         _check_place("INITIAL_CHECKPOINT_PATH" if trains else "CHECKPOINT_PATH", path)
         found = new_leaves if is_remote(path) else check_leaves(config, path, new_leaves)
         if found == "restored":
             check_restored(path, config, "trained on" if trains else "evaluated", change_methods)
-        _check_start_step(path, last)
+        done = _check_start_step(path, last)
+    if last is not None:
+        check_steps(config.methods, last - done)
     return config.network()
 
 
@@ -221,10 +224,10 @@ def _restore_mode() -> Any:
     return mode.scoped_configurable_fn() if hasattr(mode, "scoped_configurable_fn") else mode
 
 
-def _check_start_step(path: str, total_steps: int | None) -> None:
-    """Raises ValueError where a training ends before the step of the checkpoint it starts from."""
+def _check_start_step(path: str, total_steps: int | None) -> int:
+    """The step of the checkpoint that a training starts from; ValueError where it ends before."""
     if total_steps is None:
-        return
+        return 0
     if is_remote(path):
         named = re.search(rf"/{PREFIX}_(\d+)/?$", path)
         step = int(named[1]) if named else 0
@@ -235,3 +238,4 @@ def _check_start_step(path: str, total_steps: int | None) -> None:
             f"TRAIN_STEPS={total_steps} counts the checkpoint's steps, too, which are {step}: "
             f"for 1000 more give {step + 1000}"
         )
+    return step

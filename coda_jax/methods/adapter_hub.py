@@ -230,7 +230,7 @@ def from_library(
         source: the file's name, for errors.
 
     Raises:
-        ValueError: the factor s is neither a number nor learned, or lost.
+        ValueError: the factor s is neither a number nor learned, lost, or of another width.
     """
     scale = fields.get("scaling", 1.0)
     if scale in ("learned", "channel"):
@@ -244,7 +244,11 @@ def from_library(
         for end, tensor in tensors.items()
         if end != SCALING
     }
-    return {path: x * scale if "/wo/" in path else x for path, x in leaves.items()}
+    written = {path: x for path, x in leaves.items() if "/wo/" in path}
+    for path, x in written.items():
+        if np.ndim(scale) and np.shape(scale)[-1] not in (1, x.shape[-1]):
+            raise ValueError(f"{source} has {np.shape(scale)[-1]} factors for {path} {x.shape}")
+    return leaves | {path: x * scale for path, x in written.items()}
 
 
 def to_library(leaves: Mapping[str, Float[Array, "..."]]) -> dict[str, Array]:

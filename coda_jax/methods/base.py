@@ -82,6 +82,14 @@ class Method:
         """Whether it draws random numbers in training; by default not."""
         return False
 
+    @property
+    def least_steps(self) -> int:
+        """Steps of training after which the model is what was asked for; by default none.
+
+        A shorter training is refused, and no evaluation before them is the best.
+        """
+        return 0
+
     @classmethod
     def examples(cls) -> tuple["Method", ...]:
         """Instances for tests, the usual one first; together they cover every variant.
@@ -121,12 +129,12 @@ class Method:
     def wrap_module(self, call: Call, module: nn.Module) -> Call:
         """A module's `__call__` with the method around it; by default as it is.
 
-        Asked at every call of every module of the network. What is returned runs in the module's
-        own scope: parameters that it makes lie beside the module's. A `Dense` may be called with
-        `nn.layers.Normalized`: `nn.layers.product` takes it, and `.array()` multiplies it out.
-        The keys and values of a decoder's `encoder_decoder_attention` must stay linear in the
-        encoding, and the same for all rows: TPUs decode with their matrices, see
-        `nn.attention.Attention.matrices`.
+        Asked at every call of every module of the network, methods' own left out. What is returned
+        runs in the module's scope: parameters that it makes lie beside the module's. A
+        `Dense` may be called with `nn.layers.Normalized`: `nn.layers.product` takes it, and
+        `.array()` multiplies it out. The keys and values of a decoder's
+        `encoder_decoder_attention` must stay linear in the encoding, and the same for all rows:
+        TPUs decode with their matrices, see `nn.attention.Attention.matrices`.
         """
         del module
         return call
@@ -203,12 +211,14 @@ class Method:
 def applied_to_modules(methods: tuple[Method, ...]) -> Iterator[None]:
     """While open, the calls of modules go through `wrap_module` of the methods, in their order."""
     wrapping = [m for m in methods if type(m).wrap_module is not Method.wrap_module]
+    own = tuple(pattern for method in methods for pattern in method.creates)
     if not wrapping:
         yield
         return
 
     def intercept(call, arguments, keywords, context):
-        if context.method_name == "__call__":
+        path = "/".join(context.module.path) + "/"
+        if context.method_name == "__call__" and not trees.matches(path, own):
             for method in wrapping:
                 call = method.wrap_module(call, context.module)
         return call(*arguments, **keywords)
@@ -253,6 +263,21 @@ def acting(methods: tuple[Method, ...]) -> tuple[Method, ...]:
         for method in methods
         if method.creates or any(getattr(type(method), x) is not getattr(Method, x) for x in hooks)
     )
+
+
+def least_steps(methods: Iterable[Method]) -> int:
+    """Steps of training after which all methods are done with the model."""
+    return max((method.least_steps for method in methods), default=0)
+
+
+def check_steps(methods: Iterable[Method], steps: int) -> None:
+    """Raises ValueError where a training has too few steps for a method."""
+    for method in methods:
+        if steps < method.least_steps:
+            raise ValueError(
+                f"{method.name!r} changes the model until step {method.least_steps:,}, and the "
+                f"training has {steps:,} steps: give it more, or the method fewer"
+            )
 
 
 def check_packs(methods: Iterable[Method]) -> None:

@@ -8,6 +8,7 @@ Weight-Decomposed Low-Rank Adaptation.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 from flax import linen as nn
@@ -19,6 +20,7 @@ from coda_jax import checks, trees
 from coda_jax.methods.base import Call, LayerFlops, Method, Place, new_leaf
 from coda_jax.nn.layers import Dense, Vectors, product
 
+_LAYER = re.compile(r"(^|/)layers_\d+/")  # in the paths of `ModelConfig.projections`
 _ZEROS = nn.initializers.zeros
 # The start of A, as in the authors' library: uniform within 1 / sqrt(D).
 _START = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -96,7 +98,8 @@ class Lora(Method):
     def wrap_module(self, call: Call, module: nn.Module) -> Call:
         """A target's product, plus the update's."""
         path = "/".join(module.path)
-        if not isinstance(module, Dense) or not trees.matches(path, self.targets):
+        of_layer = isinstance(module, Dense) and _LAYER.search(path)
+        if not of_layer or not trees.matches(path, self.targets):
             return call
 
         def updated(x: Vectors) -> Float[Array, "... f"]:

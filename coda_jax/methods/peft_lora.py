@@ -83,9 +83,13 @@ def to_peft(name: str, leaf: Array, kernel: Float[Array, "d f"]) -> Array:
 
 
 def from_peft(name: str, tensor: Array, kernel: Float[Array, "d f"]) -> Array:
-    """The inverse of `to_peft`."""
+    """The inverse of `to_peft`; ValueError for magnitudes of another number of columns."""
     leaf = jnp.asarray(tensor, jnp.float32).T
-    return leaf - _column_norms(kernel) if name == "lora_magnitude" else leaf
+    if name != "lora_magnitude":
+        return leaf
+    if leaf.shape != (norms := _column_norms(kernel)).shape:
+        raise ValueError(f"{name} has the shape {leaf.shape}, and the base's columns {norms.shape}")
+    return leaf - norms
 
 
 def _column_norms(kernel):

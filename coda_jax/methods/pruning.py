@@ -83,6 +83,11 @@ class Schedule:
     steps: int
     every: int
 
+    @property
+    def last(self) -> int:
+        """The step of the last pruning."""
+        return self.start + self.steps // self.every * self.every
+
     def due(self, step: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether groups go after a step, counted from 1."""
         later = step - self.start

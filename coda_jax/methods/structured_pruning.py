@@ -103,7 +103,7 @@ class StructuredPruning(Method):
     criterion: str = "taylor"
     density: float = 0.5
     start: int = 100
-    steps: int = 1000
+    steps: int = 500
     every: int = 50
     scope: str = "global"
     block: int = 32
@@ -116,7 +116,7 @@ class StructuredPruning(Method):
             rank=checks.Whole(int(self.kind != "splora")),
             criterion=checks.OneOf(CRITERIA),
             density=checks.Number(above=0, most=1),
-            start=checks.Whole(0),
+            start=checks.COUNT,
             steps=checks.Whole(0),
             every=checks.COUNT,
             scope=checks.OneOf(SCOPES),
@@ -142,24 +142,23 @@ class StructuredPruning(Method):
         """When groups go."""
         return Schedule(self.density, self.start, self.steps, self.every)
 
+    @property
+    def least_steps(self) -> int:
+        """The step of the last pruning."""
+        return self.schedule.last if self.density < 1 else 0
+
     def validate(self, config: Any) -> None:
         """Raises ValueError where a model has matrices too small for it, or no convolution."""
         places = [*config.places("encoder"), *config.places("decoder")]
         projections = [p for place in places for p in config.projections(place)]
-        if self.kind == "sppara" and not any(
-            p.path.startswith("convolution/") for p in projections
-        ):
-            raise ValueError(
-                "StructuredPruning.kind='sppara' is of convolutions, and the model has none: "
-                "'splora' or 'splopa'"
-            )
+        convolves = any(p.path.startswith("convolution/") for p in projections)
+        if self.kind == "sppara" and not convolves:
+            raise ValueError("StructuredPruning.kind='sppara' is of convolutions: there are none")
         if self.scope == "uniform" and config.layer_sizes:
             raise ValueError("StructuredPruning.scope='uniform' is of layers of one size: 'global'")
         others = [m.name for m in config.methods if isinstance(m, Lora)]
         if self.kind == "splopa" and others:
-            raise ValueError(
-                f"StructuredPruning.kind='splopa' replaces matrices that {others} would update"
-            )
+            raise ValueError(f"StructuredPruning.kind='splopa' replaces what {others} would update")
         for p in (p for place in places for p in targets_of(config, place)):
             if self.kind == "splopa" and (p.inputs % self.block or p.outputs % self.block):
                 raise ValueError(

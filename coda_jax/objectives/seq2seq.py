@@ -13,6 +13,7 @@ import optax
 
 from coda_jax import checks
 from coda_jax.data.batches import INCOMPLETE
+from coda_jax.methods import check_packs
 from coda_jax.methods.cross_attention import segments_read
 from coda_jax.models import ModelConfig
 from coda_jax.nn.tokens import pool, take
@@ -67,6 +68,8 @@ class Seq2Seq(Model):
         """Logits of the targets, [B, T, V] float32; with dropout where an RNG is given."""
         names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
         packing = {name: batch[name] for name in _PACKING if name in batch}
+        if packing:
+            check_packs(self.config.methods)
         return self._apply(params, [batch[name] for name in names], dropout_rng, **packing)
 
     def logit_weights(self, batch: Batch) -> Float[Array, "b t"]:

@@ -13,11 +13,12 @@ class Best:
         metric: its name; None: nothing is followed.
         mode: "max" where more is better, or "min".
         patience: evaluations in a row without a better one after which `is_over`; None for never.
+        first: the step before which no evaluation counts.
     """
 
-    def __init__(self, metric: str | None, mode: str, patience: int | None):
+    def __init__(self, metric: str | None, mode: str, patience: int | None, first: int = 0):
         self._metric, self._sign = metric, 1 if mode == "max" else -1
-        self._patience = patience
+        self._patience, self._first = patience, first
         self._step, self._value, self._waited = 0, None, 0
 
     def go_on(
@@ -37,7 +38,7 @@ class Best:
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes notice of an evaluation; one that is as good as the best is not better."""
-        if self._metric is None:
+        if self._metric is None or step < self._first:
             return
         value = metrics[self._metric]
         if self._value is None or self._sign * value > self._sign * self._value:

@@ -143,6 +143,7 @@ class RunCheckpoints:
         keep: checkpoints kept.
         best_metric: name of the metric that chooses them; None: the newest.
         best_mode: "max" or "min".
+        best_from: the step before which none is chosen for its metric.
         evaluated_on: what identifies the evaluation's data; metrics of others are not read.
     """
 
@@ -153,12 +154,14 @@ class RunCheckpoints:
         keep: int,
         best_metric: str | None = None,
         best_mode: str = "max",
+        best_from: int = 0,
         evaluated_on: Any = None,
     ):
         self._directory, self._run, self._keep = directory.absolute(), run, keep
         self._folder = self._directory / CHECKPOINTS
         self._evaluated_on = json_sha256({"data": evaluated_on}, "sha256")
         self._metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self._best_from = best_from
         handlers = {STATE: ocp.StandardCheckpointHandler(), CONTENTS: ocp.JsonCheckpointHandler()}
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
 
@@ -249,7 +252,8 @@ class RunCheckpoints:
         if self._metric is None:
             return 0.0
         # Without the metric, it was saved before it was evaluated.
-        return self._sign * evaluation.get(self._metric, -self._sign * math.inf)
+        counts = step >= self._best_from and self._metric in evaluation
+        return self._sign * evaluation[self._metric] if counts else -math.inf
 
     def _ranked(self) -> list[tuple[float, int]]:
         """(rank, step): those that are damaged first, so that they are named; then from the best.

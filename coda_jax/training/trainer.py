@@ -129,6 +129,7 @@ def train(
     learning_rate = schedules.of_run(learning_rate, options.total_steps)
     rate = schedules.checked(learning_rate, options.total_steps)
     options.check_routing(model)
+    methods.check_steps(model.config.methods, options.total_steps)
     first, batches = _peek(batches, options)
     _announce(model, params, distillation, first)
     of_run = model, params, options, optimizer, learning_rate, first, distillation
@@ -137,7 +138,7 @@ def train(
     with (
         owned(directory := checked(directory).absolute()),
         interruption() as requests,
-        _checkpoints(directory, run, options, mode) as kept,
+        _checkpoints(directory, run, options, mode, model) as kept,
     ):
         transform = make_optimizer(model, optimizer, learning_rate, options.max_grad_norm)
         state, frozen, step = _start(model, params, transform, options, placement, distillation)
@@ -191,7 +192,7 @@ def _peek(batches: Iterator[Batch], options: TrainOptions) -> tuple[Batch, Itera
 
 
 def _checkpoints(
-    directory: pathlib.Path, run: Mapping, options: TrainOptions, best_mode: str
+    directory: pathlib.Path, run: Mapping, options: TrainOptions, best_mode: str, model: Model
 ) -> RunCheckpoints:
     """Those of a folder, which must be of this run or of none."""
     evaluated_on = run.get("eval_data")
@@ -201,7 +202,8 @@ def _checkpoints(
     run_identity.check_run(directory, run)
     if saved_steps(directory):
         run_identity.say_other_machine(directory, run)
-    chosen = {"best_metric": options.best_metric, "best_mode": best_mode}
+    first = methods.least_steps(model.config.methods)
+    chosen = {"best_metric": options.best_metric, "best_mode": best_mode, "best_from": first}
     return RunCheckpoints(directory, run, options.keep, **chosen, evaluated_on=evaluated_on)
 
 
@@ -224,7 +226,8 @@ class _Loop:
     def best(self) -> Best:
         """The best evaluation so far."""
         mode = self.options.best_mode(self.model, self.eval_batches is not None)
-        return Best(self.options.best_metric, mode, self.options.patience)
+        first = methods.least_steps(self.model.config.methods)
+        return Best(self.options.best_metric, mode, self.options.patience, first)
 
     def _saves_at(self, number: int) -> bool:
         """Whether a checkpoint, with an evaluation, is due after a step."""

@@ -155,6 +155,16 @@ def test_what_ours_do_not_compute_is_refused(fields, message, base, tmp_path):
         checkpoints.load_adapter_hub(changed(tmp_path, **fields), *base)
 
 
+def test_factors_of_another_width_are_refused(base, tmp_path):
+    folder = changed(tmp_path, scaling="channel")
+    tensors = {name: np.array(x) for name, x in read_tensors(folder / TENSORS).items()}
+    starts = {name.rpartition(".adapter_")[0] for name in tensors}
+    tensors |= {f"{start}.scaling": np.ones(3, np.float32) for start in starts}
+    write_tensors(folder / TENSORS, tensors)
+    with pytest.raises(ValueError, match="has 3 factors for"):
+        checkpoints.load_adapter_hub(folder, *base)
+
+
 def test_files_of_old_versions_have_other_words_and_fewer_options(base, tmp_path):
     """Where no version is said, "gelu" is the tanh form; what is not said has its default."""
     folder = changed(

@@ -5,13 +5,14 @@ import json
 import shutil
 
 from helpers import ADAPTER, GOLDEN, TINY, golden_logits, random_params
+import jax
 import numpy as np
 import pytest
 
 from coda_jax import checkpoints, trees
 from coda_jax.checkpoints.peft import CONFIG, TENSORS
 from coda_jax.checkpoints.tensor_files import read_tensors, write_tensors
-from coda_jax.methods import Coda, Lora
+from coda_jax.methods import Coda, Lora, partition
 
 CASES = ("usual", "dora", "one_layer")
 TARGETS = {
@@ -140,6 +141,22 @@ def test_tensors_of_another_model_and_lost_ones_are_refused(base, tmp_path):
     (folder / TENSORS).unlink()
     with pytest.raises(FileNotFoundError, match=TENSORS):
         checkpoints.load_peft(folder, *base)
+
+
+def test_what_all_projections_have_is_read_again(base, tmp_path):
+    config = base[0].replace(methods=(Lora(rank=2, targets=(".*",)),))
+    params = trees.merge(partition(config, random_params(config))[0], base[1])
+    checkpoints.save_peft(tmp_path / "new", config, params)
+    _, found = checkpoints.load_peft(tmp_path / "new", *base)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_magnitudes_of_another_width_are_refused(base, tmp_path):
+    wider = base[0].replace(emb_dim=2 * base[0].emb_dim)
+    config = wider.replace(methods=(Lora(rank=2, targets=("out$",), weight_decomposed=True),))
+    checkpoints.save_peft(tmp_path / "new", config, random_params(config))
+    with pytest.raises(ValueError, match="lora_magnitude has the shape"):
+        checkpoints.load_peft(tmp_path / "new", *base)
 
 
 @pytest.mark.parametrize("methods", [(ADAPTER,), (Lora(), Coda()), ()])

@@ -180,6 +180,12 @@ def test_a_folder_of_another_comparison_is_refused(compared, detecting, capsys):
         ({"TIMED": ((4,),)}, "(TIMED)[0] must be (rows, inputs)"),
         ({"BETTER": "most"}, "BETTER must be one of ('max', 'min')"),
         ({"TRAIN": {"MODEL_DIR": "x"}}, "TRAIN: ['MODEL_DIR']: give SEEDS, and MODEL_DIR of all"),
+        ({"TRAIN": 3}, "TRAIN must be flags such as"),
+        ({"EVALUATE": "SPLIT"}, "EVALUATE must be flags such as"),
+        ({"RECIPES": {"a": {"gin_file": 3}}}, "'gin_file' of a must be a name of a file"),
+        ({"BASELINES": 3}, "BASELINES must be {name: a metric}"),
+        ({"BASELINES": {"a": "x"}}, "BASELINES['a'] must be a number"),
+        ({"METRIC": 3}, "METRIC must be"),
         ({"SEED": 5}, "the command: ['SEED']: give SEEDS"),
         ({"EVALUATE": {"INITIAL_ADAPTER_PATH": "x"}}, "each cell evaluates what it has trained"),
         (

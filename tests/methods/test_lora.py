@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from coda_jax import checkpoints, methods, trees
-from coda_jax.methods import Coda, Lora, ParallelAdapter
+from coda_jax.methods import Coda, Lora, ParallelAdapter, PrefixTuning
 from coda_jax.methods.base import applied_to_modules
 from coda_jax.methods.lora import resizing
-from coda_jax.models import init_params
+from coda_jax.models import init_params, param_shapes
 from coda_jax.nn.layers import Dense
 from coda_jax.objectives import model_for
 
@@ -28,12 +28,22 @@ class Projections(nn.Module):
         return query(x), key(x)
 
 
+class Stack(nn.Module):
+    """A layer with the projections."""
+
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return Projections(self.use_bias, name="layers_0")(x)
+
+
 def test_target_is_the_product_plus_a_scaled_thin_one(rng):
     """Equation 5, in float64 by hand; what is no target stays as it is."""
     lora = Lora(rank=2, alpha=3.0, targets=("query$",))
     x = rng.normal(size=(2, 4, 7)).astype(np.float32)
     with applied_to_modules((lora,)):
-        params = Projections().init(jax.random.key(0), x)["params"]
+        params = Stack().init(jax.random.key(0), x)["params"]["layers_0"]
         assert {path: leaf.shape for path, leaf in trees.flatten(params).items()} == {
             "key/kernel": (7, 5),
             "query/kernel": (7, 5),
@@ -44,7 +54,7 @@ def test_target_is_the_product_plus_a_scaled_thin_one(rng):
         a = params["query"]["lora_a"]
         assert (np.abs(a) <= 7**-0.5).all() and np.unique(a).size == a.size
         params["query"]["lora_b"] = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
-        query, key = Projections().apply({"params": params}, x)
+        query, key = Stack().apply({"params": {"layers_0": params}}, x)
     w, a, b = (np.asarray(params["query"][n], np.float64) for n in ("kernel", "lora_a", "lora_b"))
     np.testing.assert_allclose(query, x @ w + 3.0 / 2 * (x @ a @ b), atol=1e-5)
     np.testing.assert_allclose(key, x @ np.asarray(params["key"]["kernel"]), atol=1e-5)
@@ -54,15 +64,15 @@ def test_target_is_the_product_plus_a_scaled_thin_one(rng):
 def test_dora_resizes_the_columns(rng, use_bias):
     """V (|W| + m) / |V|, V = W + s A B, s = alpha / sqrt(rank), in float64; and its start."""
     dora = Lora(4, alpha=3.0, targets=("query$",), rank_stabilized=True, weight_decomposed=True)
-    module = Projections(use_bias)
+    module = Stack(use_bias)
     x = rng.normal(size=(2, 4, 7)).astype(np.float32)
     with applied_to_modules((dora,)):
         params = module.init(jax.random.key(0), x)["params"]
         start, _ = module.apply({"params": params}, x)
-        np.testing.assert_allclose(start, x @ params["query"]["kernel"], atol=1e-5)
+        np.testing.assert_allclose(start, x @ params["layers_0"]["query"]["kernel"], atol=1e-5)
         params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
         found, _ = module.apply({"params": params}, x)
-    params = params["query"]
+    params = params["layers_0"]["query"]
     names = ("kernel", "lora_a", "lora_b", "lora_magnitude")
     w, a, b, m = (np.asarray(params[name], np.float64) for name in names)
     v = w + 3.0 / 2 * (a @ b)
@@ -115,6 +125,16 @@ def test_merge_keeps_the_dtype_of_the_base_and_the_other_methods(rng):
     path = "encoder/layers_0/attention/query/kernel"
     before, after = trees.flatten(params)[path], trees.flatten(merged)[path]
     assert not np.array_equal(before, after)
+
+
+def test_neither_other_methods_nor_what_is_outside_the_layers_is_updated():
+    every = Lora(rank=2, targets=(".*",))
+    config = TINY.replace(methods=(every, Coda(2.0), ParallelAdapter(4), PrefixTuning(3, hidden=4)))
+    updated = {path for path in trees.flatten(param_shapes(config)) if path.endswith("/lora_a")}
+    places = [place for stack in ("encoder", "decoder") for place in config.places(stack)]
+    assert updated == {f"{x.path}/{p.path}/lora_a" for x in places for p in config.projections(x)}
+    with pytest.raises(ValueError, match=r"\['prefix/wo\$'\] match no projection"):
+        config.replace(methods=(Lora(rank=2, targets=("prefix/wo$",)), PrefixTuning(3, hidden=4)))
 
 
 @pytest.mark.parametrize(

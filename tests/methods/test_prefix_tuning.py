@@ -9,6 +9,7 @@ from coda_jax import methods, trees
 from coda_jax.methods import PrefixTuning
 from coda_jax.methods.base import applied_to_modules
 from coda_jax.nn.attention import DotProductAttention
+from coda_jax.objectives import Seq2Seq
 
 B, H, Q, L, K, P = 2, 3, 4, 6, 5, 7
 
@@ -78,3 +79,8 @@ def test_what_cannot_be_is_refused():
             PrefixTuning(**options)
     with pytest.raises(ValueError, match=r"\['prefix_tuning'\] cannot keep packed examples apart"):
         methods.check_packs((PrefixTuning(),))
+    config = TINY.replace(methods=(PrefixTuning(3),))
+    names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    batch = dict.fromkeys((*names, "encoder_segment_ids"), np.ones((1, 4), np.int32))
+    with pytest.raises(ValueError, match="cannot keep packed examples apart"):
+        Seq2Seq(config).logits(random_params(config), batch)

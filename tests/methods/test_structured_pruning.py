@@ -272,9 +272,9 @@ def test_finish_clears_what_is_gone_and_changes_no_output():
         (TINY, {"kind": "splopa", "rank": 5, "block": 4}, "rank=5 is above the width 4 of atten"),
         (TINY, {"kind": "prune"}, "kind must be one of"),
         (TINY, {"scope": "layer"}, "scope must be one of"),
-        (TINY, {"start": -1}, "start must be a whole number of at least 0, got -1"),
+        (TINY, {"start": 0}, "start must be a whole number of at least 1, got 0"),
         (TINY, {"every": 0}, "every must be a whole number of at least 1, got 0"),
-        (TINY, {"kind": "sppara"}, "is of convolutions, and the model has none"),
+        (TINY, {"kind": "sppara"}, "is of convolutions: there are none"),
         (TINY, {"kind": "splopa", "rank": 1}, "block=32 does not divide attention/query"),
         (TINY_SPEECH, {"kind": "splopa", "scope": "uniform"}, "is of heads and channels, not"),
         (TINY, {"criterion": "movement"}, "criterion must be one of"),
@@ -306,5 +306,5 @@ def test_masks_alone_are_for_a_base_that_is_trained():
 def test_blocks_beside_lora_are_refused():
     """LoRA's update would be lost: blocks multiply a matrix of their own."""
     pruning = StructuredPruning("splopa", rank=1, block=4)
-    with pytest.raises(ValueError, match=r"'splopa' replaces matrices that \['lora'\] would"):
+    with pytest.raises(ValueError, match=r"'splopa' replaces what \['lora'\] would"):
         TINY.replace(methods=(pruning, Lora(rank=2)))

@@ -150,6 +150,19 @@ def test_as_good_is_not_better(mode, values, waited):
         assert best.is_over == (expected == 2)
 
 
+def test_what_is_evaluated_before_the_model_is_what_was_asked_for_does_not_count(tmp_path):
+    values = {1: 0.1, 2: 0.2, 3: 0.9, 4: 0.8, 5: 0.85}  # less is better
+    best = Best("loss", "min", patience=2, first=3)
+    with RunCheckpoints(tmp_path, {"name": "x"}, 3, "loss", "min", 3) as checkpoints:
+        for step, value in values.items():
+            best.note(step, {"loss": value})
+            state = TrainState(jnp.int32(step), {"x": jnp.full(2, float(step))}, ())
+            checkpoints.save(state, {"loss": value}, {})
+        assert checkpoints.best(state).state.step == 4
+    assert best.carried == {"step": 4, "value": 0.8, "waited": 1}
+    assert saved_steps(tmp_path) == [3, 4, 5]
+
+
 def test_a_checkpoint_of_an_older_version_counts_as_an_evaluation():
     best = Best("x", "min", patience=1)
     best.go_on(4, {"x": 2.0}, None)

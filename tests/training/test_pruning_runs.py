@@ -1,5 +1,7 @@
 """Runs that prune: one that is cut off between two prunings ends with the same bits."""
 
+import dataclasses
+
 from contract.programs import fresh_params
 from helpers import TINY
 import jax
@@ -39,6 +41,16 @@ def run(directory, methods, batches=None):
         run={"name": "test"},
     )
     return trees.flatten(before), trees.flatten(after)
+
+
+def test_a_run_that_ends_before_the_last_pruning_is_refused(tmp_path):
+    late = StructuredPruning(rank=2, density=0.5, start=2, steps=5, every=2)
+    run(tmp_path / "at the last", (late,))  # after step 6
+    late = dataclasses.replace(late, steps=6)
+    said = r"'structured_pruning' changes the model until step 8, and the training has 6 steps"
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "late", (late,))
+    run(tmp_path / "all stays", (dataclasses.replace(late, density=1.0),))
 
 
 @pytest.mark.all
