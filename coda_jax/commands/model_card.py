@@ -103,7 +103,7 @@ def _described(method):
 
 
 def _loading(base):
-    named = json.dumps(base or "the base", ensure_ascii=False)
+    named = json.dumps(base or "the folder above", ensure_ascii=False)
     return f"""\
 ```python
 import coda_jax

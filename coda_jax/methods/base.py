@@ -276,7 +276,7 @@ def check_steps(methods: Iterable[Method], steps: int) -> None:
         if steps < method.least_steps:
             raise ValueError(
                 f"{method.name!r} changes the model until step {method.least_steps:,}, and the "
-                f"training has {steps:,} steps: give it more, or the method fewer"
+                f"training ends after step {steps:,}: give it more steps, or the method fewer"
             )
 
 

@@ -17,7 +17,7 @@ import pytest
 from coda_jax import checkpoints, trees
 from coda_jax.checkpoints.t5x_record import run_folder, write_record
 from coda_jax.commands import t5x_run
-from coda_jax.methods import Coda, Full, Lora, ParallelAdapter
+from coda_jax.methods import Coda, Full, Lora, ParallelAdapter, StructuredPruning
 
 CONFIG = config(coda={"reduction": 2.0, "max_segments": 2})
 
@@ -205,6 +205,10 @@ def test_steps_are_counted_from_those_of_the_checkpoint(dense, tmp_path):
             message = f"TRAIN_STEPS={steps} counts the checkpoint's .* 10: for 1000 more give 1010"
             with pytest.raises(ValueError, match=message):
                 t5x_run.network(ADAPTED, checkpoint, total_steps=steps, **given)
+        pruned = ADAPTED.replace(methods=(StructuredPruning(rank=1, start=2, steps=0),))
+        t5x_run.network(pruned, checkpoint, total_steps=12, **given)
+        with pytest.raises(ValueError, match="until step 2, and the training ends after step 1"):
+            t5x_run.network(pruned, checkpoint, total_steps=11, **given)
 
 
 def test_a_run_goes_on_in_its_folder_though_the_checkpoint_before_is_gone(run):

@@ -47,7 +47,9 @@ def test_a_run_that_ends_before_the_last_pruning_is_refused(tmp_path):
     late = StructuredPruning(rank=2, density=0.5, start=2, steps=5, every=2)
     run(tmp_path / "at the last", (late,))  # after step 6
     late = dataclasses.replace(late, steps=6)
-    said = r"'structured_pruning' changes the model until step 8, and the training has 6 steps"
+    said = (
+        r"'structured_pruning' changes the model until step 8, and the training ends after step 6"
+    )
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "late", (late,))
     run(tmp_path / "all stays", (dataclasses.replace(late, density=1.0),))
