@@ -149,15 +149,15 @@ def configs():
 
 
 def trace(cfg):
-    """Traces the loss, with packed rows where there is a decoder, and beam search."""
+    """Traces the loss, with packed rows where there can be such, and beam search."""
     model, params = model_for(cfg), param_shapes(cfg)
     batch = random_batch(cfg, 3, 11, 5)
     inputs, segments = batch["encoder_input_tokens"], np.ones((3, 11), np.int32)
-    if cfg.num_decoder_layers:
+    if cfg.num_decoder_layers and all(method.packs for method in cfg.methods):
         for name, size in (("encoder", 11), ("decoder", 5)):
             for kind in ("segment_ids", "positions"):
                 batch[f"{name}_{kind}"] = np.ones((3, size), np.int32)
-    else:
+    elif not cfg.num_decoder_layers:
         encode = functools.partial(model.module.apply, enable_dropout=False, method="encode")
         jax.eval_shape(encode, {"params": params}, inputs, segments)
     jax.eval_shape(model.loss, params, batch, jax.random.key(0))

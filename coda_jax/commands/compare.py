@@ -65,10 +65,8 @@ def compare(
         ValueError: there is nothing to compare, a value is out of its range, or a cell of the
             folder is of another command; and what `coda train` and `coda evaluate` raise.
     """
-    start, directory = time.monotonic(), checked(directory)
-    better, timed = checks.Maybe(checks.OneOf(_BETTER))("BETTER", better), timed or Timed()
-    checks.Maybe(checks.text)("METRIC", metric)
-    baselines = _baselines(baselines)
+    start, directory, timed = time.monotonic(), checked(directory), timed or Timed()
+    better, levels = checks.Maybe(checks.OneOf(_BETTER))("BETTER", better), _baselines(baselines)
     cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {}, detection)
     anew = not any(cell.is_finished for cell in cells)
     found = [(cell, _found(cell)) for cell in cells]
@@ -83,7 +81,7 @@ def compare(
         "seeds": [*dict.fromkeys(cell.seed for cell in cells)],
         "timed": [[*sizes] for sizes in timed.batches],
         "dense": {},
-        "baselines": baselines,
+        "baselines": levels,
     }
     report["recipes"] = _rows(directory, found, report["metric"])
     _measure(directory, report, [cell for cell in cells if cell.seed == cells[0].seed], timed)

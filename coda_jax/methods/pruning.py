@@ -109,7 +109,9 @@ def keep_best(
 ) -> dict[str, Float[Array, "..."]]:
     """The masks after the groups with the lowest scores are gone, over all sets of groups.
 
-    Scores are compared as shares of their set's root of the sum of squares. What is gone stays so.
+    Every set counts the same, with the sum of its scores' squares, and a group goes the sooner the
+    less of it a weight of the group has: a head has as many as tens of channels. What is gone stays
+    so.
 
     Args:
         scores: of each group, by the path of its set.
@@ -123,7 +125,8 @@ def keep_best(
         kept = mask.reshape(-1) > 0
         score = jnp.where(kept, scores[path].reshape(-1).astype(jnp.float32), 0)
         norm = jnp.sqrt(jnp.sum(jnp.square(score)))
-        score = jnp.where(kept, score / jnp.maximum(norm, 1e-30), -jnp.inf)
+        share = jnp.square(score / jnp.maximum(norm, 1e-30))
+        score = jnp.where(kept, share / costs[path], -jnp.inf)
         place = jnp.argsort(jnp.argsort(-score))  # 0 for the best; ties go to the earlier
         ranked.append(jnp.where(place < least[path], jnp.inf, score))
         prices.append(jnp.full(score.shape, costs[path], jnp.float32))

@@ -73,8 +73,9 @@ class TrainOptions:
         values = {name: getattr(self, name) for name in names}
         return routing_schedule.routed(model.config.methods, step, **values)
 
-    def check_routing(self, model: Model) -> None:
-        """Raises ValueError where the model cannot route as the options say."""
+    def check_model(self, model: Model) -> None:
+        """Raises ValueError where the model cannot be trained as the options say."""
+        methods.check_steps(model.config.methods, self.total_steps)
         for r in self.reductions or (None,):
             options = dataclasses.replace(self, reductions=r and (r,))
             for step in (0, self.total_steps - 1):

@@ -128,8 +128,7 @@ def train(
     mode = options.best_mode(model, eval_batches is not None)
     learning_rate = schedules.of_run(learning_rate, options.total_steps)
     rate = schedules.checked(learning_rate, options.total_steps)
-    options.check_routing(model)
-    methods.check_steps(model.config.methods, options.total_steps)
+    options.check_model(model)
     first, batches = _peek(batches, options)
     _announce(model, params, distillation, first)
     of_run = model, params, options, optimizer, learning_rate, first, distillation
