@@ -86,16 +86,18 @@ def with_adapters(
 def problem_of(model: LoadedModel) -> Callable[[Mapping[str, Any]], str | None]:
     """(request) -> why it is none of the model, or names none of its ADAPTERS; None where it is."""
     names = [*(model.adapters or ())]
+    return lambda request: _misnamed(request, names) or model.inputs.problem(request)
 
-    def problem(request):
-        if names and FIELD not in request:
-            return f"the field {FIELD!r} is missing: with ADAPTERS each line names one"
-        if not names and FIELD in request:
-            return f"the field {FIELD!r} chooses from ADAPTERS, and there are none"
-        why = unknown(request[FIELD], names) if names else None
-        return why or model.inputs.problem(request)
 
-    return problem
+def _misnamed(request: Mapping[str, Any], names: list[str]) -> str | None:
+    """Why a request names none of the adapters; None where it does, or there are none to name."""
+    if FIELD not in request:
+        return (
+            f"the field {FIELD!r} is missing: with ADAPTERS each line names one" if names else None
+        )
+    if not names:
+        return f"the field {FIELD!r} chooses from ADAPTERS, and there are none"
+    return unknown(request[FIELD], names)
 
 
 def names_in(model: LoadedModel, records: Iterable[Mapping[str, str]]) -> list[str] | None:
