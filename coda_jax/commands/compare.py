@@ -69,7 +69,7 @@ def compare(
     better, levels = checks.Maybe(checks.OneOf(_BETTER))("BETTER", better), _baselines(baselines)
     cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {}, detection)
     anew = not any(cell.is_finished for cell in cells)
-    found = [(cell, _found(cell)) for cell in cells]
+    found = [(cell, _found(cell, metric)) for cell in cells]
     metric = _metric((first := found[0][1])["metrics"], metric)
     report: dict[str, Any] = {
         "task": first["task"],
@@ -100,13 +100,15 @@ def _baselines(given: Any) -> dict[str, float]:
     return {str(name): number(f"BASELINES[{name!r}]", x) for name, x in given.items()}
 
 
-def _found(cell: Cell) -> Mapping[str, Any]:
-    """What is known of a cell that is finished, or what its run finds."""
+def _found(cell: Cell, metric: str | None) -> Mapping[str, Any]:
+    """What is known of a cell that is finished, or what its run finds; it has the metric."""
     print(f"\n== {cell.recipe}, seed {cell.seed} ==", flush=True)
-    if not cell.is_finished:
-        return cell.run()
-    found = cell.kept()
-    print(f"{cell.directory} is finished: {found['metrics']}", flush=True)
+    if cell.is_finished:
+        found = cell.kept()
+        print(f"{cell.directory} is finished: {found['metrics']}", flush=True)
+    else:
+        found = cell.run()
+    _metric(found["metrics"], metric)
     return found
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from coda_jax import checkpoints, cli, methods, trees
 from coda_jax.commands.command_lines import CommandLine, divided
+from coda_jax.commands.compare_cells import Cell
 from coda_jax.commands.compare_plan import plan
 from coda_jax.commands.compare_speed import Timed
 from coda_jax.commands.gin_files import UsageError
@@ -200,6 +201,18 @@ def test_mistakes_are_told_before_anything_is_trained(given, tmp_path, capsys, c
     assert cli.main(["compare", *flags(FILES, given | {"MODEL_DIR": target} | changes)]) in (1, 2)
     assert message in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_a_metric_that_the_task_lacks_is_told_by_the_first_cell(
+    given, tmp_path, capsys, monkeypatch
+):
+    ran = []
+    found = {"metrics": {"accuracy": 50.0}}
+    monkeypatch.setattr(Cell, "run", lambda cell: ran.append(cell.recipe) or found)
+    asked = given | {"MODEL_DIR": tmp_path / "asked", "METRIC": "acuracy"}
+    assert cli.main(["compare", *flags(FILES, asked)]) == 1
+    assert "METRIC must be one of" in capsys.readouterr().err
+    assert ran == ["all of it"]
 
 
 def test_flags_are_divided_by_who_reads_them():
