@@ -165,7 +165,7 @@ class Adapters:
             raise ValueError(
                 f"adapter {name!r} is of a {config.family!r}, the base a {self.config.family!r}"
             )
-        if different := self.config.differences(config, self.config.run_fields):
+        if different := config.differences(self.config, config.run_fields):
             raise ValueError(f"adapter {name!r} differs from the others: {'; '.join(different)}")
 
     def _reserve(self, places):

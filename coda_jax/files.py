@@ -230,7 +230,7 @@ def parse_json(content: bytes, path: str | os.PathLike) -> Mapping[str, Any]:
         problem = str(error).removeprefix(_NOT_JSON)
         raise ValueError(f"{path} is not valid JSON: {problem}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise ValueError(f"{path} must hold a JSON object, not {json.dumps(value):.40}")
     return value
 
 
@@ -238,11 +238,12 @@ def json_value(text: str) -> Any:
     """The value that JSON stands for.
 
     Raises:
-        ValueError: it is not JSON, is nested too deep to be walked through, or has half of a pair
-            of escapes, which is no character; it is not said where it was found.
+        ValueError: it is not JSON, is nested too deep to be walked through, gives a key of an
+            object twice, or has half of a pair of escapes, which is no character; it is not said
+            where it was found.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_with_keys_once)
         deep = _is_deep(value)
     except RecursionError:
         deep = True
@@ -260,6 +261,15 @@ def json_value(text: str) -> Any:
             half = error.object[error.start : error.end]
             raise ValueError(f"half of a pair of \\u escapes: {half!a}") from error
     return value
+
+
+def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.80} is given twice")
+    return found
 
 
 def _is_deep(value: Any) -> bool:

@@ -69,7 +69,7 @@ def compare(
     better, levels = checks.Maybe(checks.OneOf(_BETTER))("BETTER", better), _baselines(baselines)
     cells = plan(directory, recipes, seeds, given, training or {}, evaluation or {}, detection)
     anew = not any(cell.is_finished for cell in cells)
-    found = [(cell, _found(cell, metric)) for cell in cells]
+    found = _found(cells, metric)
     metric = _metric((first := found[0][1])["metrics"], metric)
     report: dict[str, Any] = {
         "task": first["task"],
@@ -100,7 +100,18 @@ def _baselines(given: Any) -> dict[str, float]:
     return {str(name): number(f"BASELINES[{name!r}]", x) for name, x in given.items()}
 
 
-def _found(cell: Cell, metric: str | None) -> Mapping[str, Any]:
+def _found(cells: Sequence[Cell], metric: str | None) -> list[tuple[Cell, Mapping[str, Any]]]:
+    """Each cell with what is found of it; mistakes in recipes are told before any is trained."""
+    for cell in cells:
+        if cell.seed == cells[0].seed and not cell.is_finished:
+            try:
+                cell.rehearse()
+            except ValueError as error:
+                raise ValueError(f"{cell.recipe}: {error}") from error
+    return [(cell, _found_of(cell, metric)) for cell in cells]
+
+
+def _found_of(cell: Cell, metric: str | None) -> Mapping[str, Any]:
     """What is known of a cell that is finished, or what its run finds; it has the metric."""
     print(f"\n== {cell.recipe}, seed {cell.seed} ==", flush=True)
     if cell.is_finished:

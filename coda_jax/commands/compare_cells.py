@@ -1,6 +1,7 @@
 """The cells of `coda compare`: a recipe with a seed, trained and judged once, then kept."""
 
 from collections.abc import Mapping
+import copy
 import dataclasses
 import pathlib
 import time
@@ -19,10 +20,12 @@ from coda_jax.data.source import Data
 from coda_jax.objectives import model_for
 from coda_jax.training.metrics_file import read_metrics
 from coda_jax.training.run_directory import EXPORT
+from coda_jax.training.trainer import TrainOptions
 
 SCORE = "score.json"  # in the folder of a cell that is finished
 DETECTION = "ood.json"  # beside it, where `coda ood` is asked for
 CHECKPOINT, ADAPTER = "INITIAL_CHECKPOINT_PATH", "INITIAL_ADAPTER_PATH"
+_MODEL = (CHECKPOINT, ADAPTER)
 OUTPUT = "OUTPUT"
 WRITTEN = {OUTPUT, "PREDICTIONS", "CURVES", "DETECTOR"}  # by `coda ood`
 
@@ -99,6 +102,21 @@ class Cell:
         if self.detection is not None:
             self.detection.plus({CHECKPOINT: "x"}).configure("ood")
 
+    def rehearse(self) -> None:
+        """Loads the model and looks the evaluation's task up, for mistakes that these tell.
+
+        Raises:
+            ValueError: see `run`; or the steps are too few for the recipe's methods.
+        """
+        made_here = str(self.directory.parent.parent)  # by a cell before this one
+        if any(self.training.bindings.get(x, "").startswith(made_here) for x in _MODEL):
+            return
+        model, options = self._start(), _configured(TrainOptions)()
+        if options.total_steps is not None:
+            options.check_model(model_for(model.config))
+        self.evaluation.plus({CHECKPOINT: "x"}).configure("evaluate")
+        self._split(_bound(evaluate, "task"))
+
     def run(self) -> dict[str, Any]:
         """Trains and evaluates; a run that was cut off goes on.
 
@@ -113,9 +131,7 @@ class Cell:
                 was trained on.
         """
         began, start = self.directory.exists(), time.monotonic()
-        model = self.fresh()
-        if model_for(model.config).describes:
-            raise ValueError("`coda compare` judges texts, and this model has a head for others")
+        model = self._start()
         trained, frozen = methods.partition(model.config, model.params)
         with made_by(*self.training.words("train")):
             exported, _ = _configured(train)(model=model)
@@ -139,6 +155,13 @@ class Cell:
         }
         files.write_json(self.directory / SCORE, score)
         return score
+
+    def _start(self) -> LoadedModel:
+        """The model before its training, which has no head."""
+        model = self.fresh()
+        if model_for(model.config).describes:
+            raise ValueError("`coda compare` judges texts, and this model has a head for others")
+        return model
 
     def _detected(self) -> dict[str, Any]:
         """{"detection": {"accuracy": value, "sets": {set: {score: {metric: value}}}}}, if asked."""
@@ -183,6 +206,14 @@ def _configured(function):
     import gin
 
     return gin.get_configurable(function)
+
+
+def _bound(function, name: str) -> Any:
+    """The value that gin files give an argument of a function."""
+    import gin
+
+    given = gin.get_bindings(function, resolve_references=False)[name]
+    return copy.deepcopy(given)  # which is how gin looks references up
 
 
 def _stored(model: LoadedModel, whole: bool) -> int:

@@ -83,6 +83,8 @@ def _recipes(recipes: Mapping[str, Any] | Sequence[str]) -> dict[str, Mapping[st
         found = {str(name): flags for name, flags in recipes.items()}
     elif isinstance(recipes, list | tuple) and all(isinstance(x, str) for x in recipes):
         found = {name: {FILES: f"methods/{name}.gin"} for name in recipes}
+        if len(found) < len(recipes):
+            raise ValueError(f"RECIPES={tuple(recipes)} names one twice")
     else:
         found = {}
     if not found or not all(isinstance(flags, Mapping) for flags in found.values()):

@@ -21,6 +21,7 @@ from coda_jax.commands.bench_programs import (
 )
 from coda_jax.commands.loading import LoadedModel
 from coda_jax.methods import comparisons
+from coda_jax.nn.quantized import quantization_of
 from coda_jax.profiling import flops, timing
 
 DENSE = "dense model"  # the name of the first reference
@@ -61,7 +62,7 @@ class Timed:
 
     def add_answering(self, report: dict[str, Any], models: Mapping[str, LoadedModel]) -> None:
         """Adds what each model's answers cost to a report's "recipes" and to its "dense"."""
-        everything = {DENSE: dense_of(next(iter(models.values()))), **models}
+        everything = {DENSE: dense_of([*models.values()]), **models}
         rows = {DENSE: report["dense"], **report["recipes"]}
         for sizes in self.batches:
             operations = {x: flops.encoder_flops(m.config, *sizes) for x, m in everything.items()}
@@ -123,8 +124,14 @@ class Timed:
         }
 
 
-def dense_of(model: LoadedModel) -> LoadedModel:
-    """The dense model under a model's methods."""
+def dense_of(models: Sequence[LoadedModel]) -> LoadedModel:
+    """The dense model under the first that is in float32 without int8, or else under the first."""
+    exact = (
+        model
+        for model in models
+        if model.config.dtype == jnp.float32 and quantization_of(model.params) is None
+    )
+    model = next(exact, models[0])
     _, base = trees.split(model.params, methods.created(model.config))
     return LoadedModel(model.config.dense(), base, model.directory)
 

@@ -84,7 +84,8 @@ def convert(
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
         note = write(Path(new), read)
         copy_files(beside, Path(new))
-    said = f"{' + '.join(sources)}, step {read.step}, {trees.count(read.params):,} parameters"
+    step = f", step {read.step}" * bool(read.step)
+    said = f"{' + '.join(sources)}{step}, {trees.count(read.params):,} parameters"
     print(f"{said}, is now in {output} ({layout}{note})")
 
 

@@ -142,7 +142,8 @@ def ordered(methods: Iterable[Method]) -> tuple[Method, ...]:
     Raises:
         ValueError: something is not a method, or there are two of one kind.
     """
-    methods = tuple(methods) if isinstance(methods, Iterable) else (methods,)
+    several = isinstance(methods, Iterable) and not isinstance(methods, str)
+    methods = tuple(methods) if several else (methods,)
     for method in methods:
         if not isinstance(method, Method):
             raise checks.wrong("methods", "methods such as those of METHODS", method)

@@ -238,7 +238,7 @@ def from_library(
             raise ValueError(f"{source} has scaling={scale!r}, but an adapter has no tensor of it")
         scale = jnp.asarray(tensors[SCALING], jnp.float32)
     elif type(scale) is not float or not np.isfinite(scale) or SCALING in tensors:
-        raise ValueError(f"{source} has scaling={scale!r}: it must be 'learned', 'channel' or 1.0")
+        raise ValueError(f"{source} has scaling={scale!r}: 'learned', 'channel' or a float")
     leaves = {
         LEAVES[end]: jnp.asarray(tensor, jnp.float32).T
         for end, tensor in tensors.items()

@@ -353,7 +353,7 @@ def merge(config: Any, params: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any
     if folding and (kind := quantization_of(params)):
         raise ValueError(
             f"{folding} cannot be merged into {kind} weights, whose few steps would round off what "
-            "was learned: keep it beside them"
+            "was learned: keep it beside them, as LAYOUT='adapter' does"
         )
     return _fold(config, params, "merge")
 

@@ -32,15 +32,18 @@ def combine_adapters(
 
     Raises:
         ValueError: there are none; a weight is not finite, or there are more or fewer; the adapters
-            have other bases, heads or methods, or methods that cannot be added.
+            have another base, or heads or methods of their own, or methods that cannot be added.
         FloatingPointError: a leaf is not finite.
     """
-    weights = checks.Each(checks.Number())("weights", weights)
+    weights = checks.Each(checks.Number())("WEIGHTS", weights)
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"there are {len(adapters)} adapters and the weights {weights}")
     adapters = [finish(*adapter) for adapter in adapters]
     config = adapters[0][0]
     parts = [[trees.flatten(part) for part in partition(*adapter)] for adapter in adapters]
+    base = trees.flatten(params)
+    shared = base.keys() & parts[0][1].keys()
+    check_same_base({p: parts[0][1][p] for p in shared}, {p: base[p] for p in shared})
     for (other, _), (_, frozen) in zip(adapters[1:], parts[1:], strict=True):
         _check_alike(config, other)
         check_same_base(parts[0][1], frozen)
@@ -56,7 +59,7 @@ def combine_adapters(
         found |= leaves
     new = created(config)
     others = [{p: x for p, x in flat.items() if not trees.matches(p, new)} for flat in trained]
-    found |= _moved(trees.flatten(params), others, weights)
+    found |= _moved(base, others, weights)
     return config.replace(methods=tuple(combined)), trees.unflatten(dict(sorted(found.items())))
 
 

@@ -175,7 +175,8 @@ class Lora(Method):
         The rank is the sum of the ranks, and s = 1. The library peft calls it "cat".
 
         Raises:
-            ValueError: other projections are targets; an update is DoRA's, which is no sum.
+            ValueError: other projections are targets; an update is DoRA's, which is no sum; the
+                sum of the ranks is above a width.
         """
         if any(method.weight_decomposed for method in methods):
             raise ValueError("updates of DoRA (weight_decomposed) are not linear: merge each alone")
@@ -193,6 +194,9 @@ class Lora(Method):
                 np.asarray(weight * method.scale * np.asarray(flat[f"{path}/lora_b"], np.float64))
                 for method, flat, weight in zip(methods, leaves, weights, strict=True)
             ]
+            if rank > (width := min(a[0].shape[0], b[0].shape[1])):
+                ranks = " + ".join(str(method.rank) for method in methods)
+                raise ValueError(f"the ranks {ranks} = {rank} are above {path}'s width {width}")
             joined[f"{path}/lora_a"] = np.concatenate(a, axis=1)
             joined[f"{path}/lora_b"] = np.concatenate(b, axis=0).astype(np.float32)
         fields = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}

@@ -54,6 +54,11 @@ def groups_of(path: str, names: Mapping[str, Any]) -> tuple[list[str], str]:
     return sorted(makers), f"{block}/wo"
 
 
+def has_kernels(leaves: Mapping[str, Any]) -> bool:
+    """Whether the matrices that the groups of all masks lie in are among the leaves."""
+    return all(f"{groups_of(path, leaves)[1]}/kernel" in leaves for path in masks_of(leaves))
+
+
 def cost_of(path: str, number: int, leaves: Mapping[str, Any]) -> int:
     """Weights of a group of the sets of a mask; 1 where the groups are blocks."""
     if leaves[path].ndim > 1:

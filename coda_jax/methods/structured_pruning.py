@@ -32,6 +32,7 @@ from coda_jax.methods.pruning_groups import (
     MASK,
     cost_of,
     group_norms,
+    has_kernels,
     is_of_heads,
     is_prunable,
     masks_of,
@@ -78,7 +79,7 @@ class StructuredPruning(Method):
 
     Attributes:
         kind: see above.
-        rank: R; of prototypes, that of each. 0 for masks alone, beside `Full`: fine-pruning.
+        rank: R; of prototypes, that of each. 0 in SPLoRA: masks alone, with `Full` (fine-pruning).
         criterion: which groups go first: those with the least norm of their weights ("weight"), the
             least gradient of what they give ("gradient"), or that times what they give ("taylor").
             Blocks go by movement, the sum of -W x its gradient, whatever is said here.
@@ -157,8 +158,10 @@ class StructuredPruning(Method):
         if self.scope == "uniform" and config.layer_sizes:
             raise ValueError("StructuredPruning.scope='uniform' is of layers of one size: 'global'")
         others = [m.name for m in config.methods if isinstance(m, Lora)]
-        if self.kind == "splopa" and others:
+        if others and self.kind == "splopa":
             raise ValueError(f"StructuredPruning.kind='splopa' replaces what {others} would update")
+        if others and self.criterion == "weight":
+            raise ValueError(f"StructuredPruning.criterion='weight' ignores {others}: 'taylor'")
         for p in (p for place in places for p in targets_of(config, place)):
             if self.kind == "splopa" and (p.inputs % self.block or p.outputs % self.block):
                 raise ValueError(
@@ -255,11 +258,9 @@ class StructuredPruning(Method):
 
         def init(params):
             leaves = trees.flatten(params)
+            if not self.rank and not has_kernels(leaves):
+                raise ValueError("StructuredPruning.rank=0 is for METHODS that train all: 'full'")
             masks = masks_of(leaves)
-            if not self.rank and not any(path.endswith("/kernel") for path in leaves):
-                raise ValueError(
-                    "StructuredPruning.rank=0 trains masks alone, for METHODS with 'full'"
-                )
             scores = trees.unflatten({path: jnp.zeros_like(mask) for path, mask in masks.items()})
             return PruningState(jnp.zeros((), jnp.int32), scores, optimizer.init(params))
 

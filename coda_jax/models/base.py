@@ -7,7 +7,7 @@ Axis letters: B batch, N input tokens, C channels, D embedding, V vocabulary.
 """
 
 import collections
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 import dataclasses
 import functools
 import pathlib
@@ -167,11 +167,25 @@ class ModelConfig:
             other: what it is compared with.
             skipped: fields that may differ.
         """
-        names = (field.name for field in dataclasses.fields(self) if field.name not in skipped)
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        ours, theirs = (dict(config._values(skipped)) for config in (self, other))
         return [
-            f"{name}={ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs
+            f"{name}={value!r}, not {theirs[name]!r}"
+            for name, value in ours.items()
+            if name in theirs and value != theirs[name]
         ]
+
+    def _values(self, skipped: Container[str]) -> Iterator[tuple[str, Any]]:
+        """(name, value) of each field, and of those of each method."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in skipped:
+                continue
+            if field.name == "methods":
+                for method in value:
+                    for own in dataclasses.fields(method):
+                        yield f"{type(method).__name__}.{own.name}", getattr(method, own.name)
+                value = [method.name for method in value]
+            yield field.name, value
 
     def misplaced(self, inputs: np.ndarray) -> str | None:
         """Why the network has no places for inputs [n, ...]; None where it has."""

@@ -109,7 +109,10 @@ def quantization_of(params: Mapping[str, Any]) -> str | None:
 def check_float(params: Mapping[str, Any], layout: str) -> None:
     """Raises ValueError where leaves are quantised, for which a layout has no place."""
     if kind := quantization_of(params):
-        raise ValueError(f"{layout} holds float weights, and these are {kind}")
+        raise ValueError(
+            f"{layout} holds float weights, and these are {kind}: LAYOUT='adapter' writes what was "
+            "trained beside them"
+        )
 
 
 def matrix(

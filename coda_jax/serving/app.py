@@ -72,6 +72,7 @@ class Service:
             ],
             exception_handlers={HTTPException: _refused_by_starlette, Exception: _failed},
         )
+        self.app.router.redirect_slashes = False
 
     def close(self) -> None:
         """Ends the thread that reads rows."""
@@ -230,8 +231,8 @@ def _check_headers(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != _JSON:
         raise Refused(415, f"send JSON, with the header 'Content-Type: {_JSON}', not {kind!r}")
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
+    encoding = request.headers.get("content-encoding", "")
+    if encoding.strip().lower() not in ("", "identity"):
         raise Refused(415, f"the body is {encoding!r}; send it as it is")
 
 

@@ -10,6 +10,7 @@ An image or a recording is not a file's name but the file itself, in base64.
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
+import json
 import os
 import re
 import tempfile
@@ -141,7 +142,7 @@ class Reader:
             given = values if isinstance(values, list) else [values] * count
             for number, (row, value) in enumerate(zip(rows, given, strict=True)):
                 if not isinstance(value, str):
-                    why = f"{name!r} must be a text, got {value!r:.80}"
+                    why = f"{name!r} must be a text, got {json.dumps(value):.80}"
                     raise Refused(400, _of(number, rows, why))
                 row[name] = value
         return rows

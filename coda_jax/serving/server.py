@@ -10,7 +10,8 @@ import time
 
 from coda_jax.data.reports import say
 from coda_jax.optional import needs
-from coda_jax.serving.app import BODY_SECONDS, Service
+from coda_jax.serving import app
+from coda_jax.serving.app import Service
 from coda_jax.serving.batcher import Batcher
 
 with needs("serve"):
@@ -19,7 +20,7 @@ with needs("serve"):
 _BACKLOG = 2048  # connections that wait to be accepted
 _KEEP_ALIVE = 75  # seconds: longer than proxies keep a connection, so that it is they who close it
 _STEP = 0.5  # seconds from one look at what is left to the next
-_PATIENCE = BODY_SECONDS + 5  # seconds, for clients that take their last answers
+_PATIENCE = app.BODY_SECONDS + 5  # seconds, for clients that take their last answers
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -38,8 +39,9 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Accepts requests until it is asked to stop, and ends when those are answered.
 
-    SIGTERM and SIGINT ask it to stop; a second one ends the process at once. Clients that do not
-    take their answers are left when there has been nothing else to do for a while.
+    SIGTERM and SIGINT ask it to stop; a second one ends the process at once. Clients whose requests
+    do not come are left after a while, and those that do not take their answers when there has been
+    nothing else to do for a while.
     """
 
     def __init__(self, service: Service, batcher: Batcher):
@@ -78,17 +80,29 @@ class Server(uvicorn.Server):
                 say(f"ready after {time.monotonic() - started:.1f} seconds")
 
         self._batcher.start(lambda: loop.call_soon_threadsafe(changed))
-        leaving = asyncio.create_task(self._leave())
+        tasks = [asyncio.create_task(x) for x in (self._leave_the_silent(), self._leave_the_last())]
         try:
             await self.serve([listener])
         finally:
-            leaving.cancel()
+            for task in tasks:
+                task.cancel()
             await asyncio.to_thread(self._batcher.close)
             self._service.close()
         if self._batcher.failure is not None:
             raise self._batcher.failure
 
-    async def _leave(self) -> None:
+    async def _leave_the_silent(self) -> None:
+        """Ends connections on which no whole head of a request has come."""
+        seconds: dict[asyncio.Protocol, float] = {}
+        while True:
+            await asyncio.sleep(_STEP)
+            silent = [x for x in self.server_state.connections if _waits_for_a_head(x)]
+            seconds = {x: seconds.get(x, 0.0) + _STEP for x in silent}
+            for connection, passed in seconds.items():
+                if passed > app.BODY_SECONDS:
+                    connection.transport.abort()
+
+    async def _leave_the_last(self) -> None:
         """Ends the connections of clients that do not take their answers, once it is to stop."""
         idle = 0.0
         while idle < _PATIENCE:
@@ -114,3 +128,9 @@ class Server(uvicorn.Server):
         for number in signals:
             loop.add_signal_handler(number, stop)
         yield
+
+
+def _waits_for_a_head(connection: asyncio.Protocol) -> bool:
+    """Whether no request is under way, and uvicorn's own timer between two does not run."""
+    answered = connection.cycle is None or connection.cycle.response_complete
+    return answered and connection.timeout_keep_alive_task is None

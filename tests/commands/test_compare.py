@@ -7,6 +7,7 @@ import shutil
 
 from command_line import coda, flags, letters_task
 from helpers import config, random_params
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,9 +15,10 @@ from coda_jax import checkpoints, cli, methods, trees
 from coda_jax.commands.command_lines import CommandLine, divided
 from coda_jax.commands.compare_cells import Cell
 from coda_jax.commands.compare_plan import plan
-from coda_jax.commands.compare_speed import Timed
+from coda_jax.commands.compare_speed import Timed, dense_of
 from coda_jax.commands.gin_files import UsageError
 from coda_jax.commands.loading import load_model
+from coda_jax.nn.quantized import quantization_of
 
 CONFIG = config(vocab_size=384, num_encoder_layers=1)
 FILES = ["runs/compare.gin", "tasks/jsonl.gin"]
@@ -174,6 +176,7 @@ def test_a_folder_of_another_comparison_is_refused(compared, detecting, capsys):
         ({"RECIPES": ()}, "RECIPES must be a tuple of recipes"),
         ({"RECIPES": ("no_such",)}, "there is no gin file 'methods/no_such.gin'"),
         ({"RECIPES": {"a b": {}, "a_b": {}}}, "would share folders"),
+        ({"RECIPES": ("lora", "coda", "lora")}, "('lora', 'coda', 'lora') names one twice"),
         ({"RECIPES": {"x": {"gin_file": "methods/full.gin", "STEPS": 3}}}, "nothing reads STEPS"),
         ({"SEEDS": ()}, "SEEDS must be a tuple that is not empty"),
         ({"SEEDS": (0, -1)}, "SEEDS[1] must be a whole number"),
@@ -194,6 +197,16 @@ def test_a_folder_of_another_comparison_is_refused(compared, detecting, capsys):
         ),
         ({"OOD": {"OOD": "x.txt", "OUTPUT": "y"}}, "OOD: ['OUTPUT']: each cell has its own model"),
         ({"OOD": {"OOD": "x.txt", "NEIGHBORS": 3}}, "nothing reads NEIGHBORS"),
+        ({"EVALUATE": {"SPLIT": "tset"}}, "all of it: jsonl_train_validation has no split 'tset'"),
+        ({"VALIDATION_FILE": None}, "all of it: jsonl_train has no split but 'train'"),
+        (
+            {"RECIPES": ("lora", "structured_pruning")},
+            "structured_pruning: 'structured_pruning' changes the model until step",
+        ),
+        (
+            {"RECIPES": {"a": {"gin_file": "methods/lora.gin", "RANK": 1000}}},
+            "a: Lora.rank (RANK)=1000 is above the width",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(given, tmp_path, capsys, changes, message):
@@ -238,6 +251,17 @@ def test_timed_batches_are_pairs_of_counts():
     assert Timed(((2, 8), [4, 16])).batches == ((2, 8), (4, 16))
     with pytest.raises(ValueError, match=r"Timed.batches\[0\]\[1\] must be a whole number"):
         Timed(((2, 0),))
+
+
+def test_speeds_are_over_a_dense_model_in_float32_where_a_recipe_is(given):
+    def model(**options):
+        folder = str(given["INITIAL_CHECKPOINT_PATH"])
+        return load_model(folder, methods=(methods.Lora(2),), **options)
+
+    int8, half, exact = model(quantize="int8"), model(dtype="bfloat16"), model()
+    dense = dense_of([int8, half, exact])
+    assert dense.config.dtype == np.float32 and quantization_of(dense.params) is None
+    assert dense_of([half, int8]).config.dtype == jnp.bfloat16
 
 
 def plan_of(tmp_path, given, recipes=("full",), training=None, evaluation=None, files=()):

@@ -66,7 +66,7 @@ def test_several_that_are_no_adapters_of_one_base_are_refused(base, tmp_path):
         ((one, two), None, "WEIGHTS=None must be one for each of several in INPUT"),
         (one, (1,), r"WEIGHTS=\(1,\) must be one for each of several"),
         ((one, two), (1,), "2 adapters and the weights"),
-        ((one, two), (1, "x"), r"weights\[1\] must be a number"),
+        ((one, two), (1, "x"), r"WEIGHTS\[1\] must be a number"),
         ((one, two), (1, 1), "trained with other vocabularies"),
         ((), (1,), "INPUT must be the name of a file or folder"),
     ):

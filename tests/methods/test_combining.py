@@ -130,7 +130,7 @@ def test_what_does_not_belong_together_is_refused(base):
     for parts, weights, message in (
         ([], [], "there are 0 adapters"),
         ([lora], [1, 1], r"there are 1 adapters and the weights \(1, 1\)"),
-        ([lora, lora], [1, float("nan")], r"weights\[1\] must be a finite number, got nan"),
+        ([lora, lora], [1, float("nan")], r"WEIGHTS\[1\] must be a finite number, got nan"),
         (
             [lora, elsewhere],
             [1, 1],
@@ -148,12 +148,18 @@ def test_what_does_not_belong_together_is_refused(base):
         (
             [adapter(base, Lora(6, targets=EVERYTHING))] * 3,
             [1, 1, 1],
-            r"rank=18 is above the width",
+            r"the ranks 6 \+ 6 \+ 6 = 18 are above .*'s width",
         ),
         ([lora, adapter(base, Lora(2), eos_id=2)], [1, 1], "models differ: eos_id=1, not 2"),
     ):
         with pytest.raises(ValueError, match=message):
             combine_adapters(base, parts, weights)
+
+
+def test_another_base_than_that_of_the_adapters_is_refused(base):
+    part = adapter(base, ParallelAdapter(4))
+    with pytest.raises(ValueError, match="have other bases; frozen leaves differ"):
+        combine_adapters(random_params(BASE, seed=9), [part, part], (0.5, 0.5))
 
 
 def test_values_that_are_not_finite_are_refused(base):

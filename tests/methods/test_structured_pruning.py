@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from coda_jax import methods, trees
-from coda_jax.methods import Full, Lora, StructuredPruning
+from coda_jax.methods import Full, Lora, ParallelAdapter, StructuredPruning
 from coda_jax.methods.base import applied_to_modules
 from coda_jax.methods.pruning_groups import MASK, masks_of
 from coda_jax.nn.convolution import DepthwiseConvolution
@@ -285,12 +285,18 @@ def test_what_cannot_be_is_refused(base, options, message):
         base.replace(methods=(StructuredPruning(**options),))
 
 
+def test_weights_of_groups_do_not_count_what_lora_adds():
+    with pytest.raises(ValueError, match=r"criterion='weight' ignores \['lora'\]: 'taylor'"):
+        BASE.replace(methods=(StructuredPruning(criterion="weight"), Lora(2)))
+
+
 @pytest.mark.all
 def test_masks_alone_are_for_a_base_that_is_trained():
     """Fine-pruning: the weights of groups count as they do beside thin matrices."""
     method = StructuredPruning(rank=0, density=0.5, start=1, steps=0, every=1)
-    with pytest.raises(ValueError, match="rank=0 trains masks alone, for METHODS with 'full'"):
-        run(method, 1)
+    for others in ((), (ParallelAdapter(4),)):
+        with pytest.raises(ValueError, match="rank=0 is for METHODS that train all: 'full'"):
+            run(method, 1, BASE.replace(methods=others))
     config, params, seen = run(method, 1, BASE.replace(methods=(Full(),)))
     assert 0.5 <= density_of(config, params, masks_of(seen[-1])) < 0.57
     assert not any("pruning_rows" in path for path in params)

@@ -36,21 +36,25 @@ BAD = [
     (400, "nested too deep", b"[" * 5000, {}),
     (400, "not UTF-8", b'{"inputs": "\xff"}', {}),
     (400, "half of a pair", b'{"inputs": "\\ud800", "adapter": "a"}', {}),
-    (400, "must hold a JSON object, not a list", [], {}),
+    (400, "must hold a JSON object, not []", [], {}),
+    (400, "must hold a JSON object, not null", b"null", {}),
+    (400, "the key 'adapter' is given twice",
+     b'{"inputs": "x", "adapter": "a", "adapter": "b"}', {}),
     (400, "'prompt' is no field of a request; there are 'inputs', 'adapter', 'stream'",
      {"prompt": "x"}, {}),
     (400, "the field 'inputs' is missing", {"adapter": "a"}, {}),
     (400, "the field 'adapter' is missing", {"inputs": "a"}, {}),
     (400, "'inputs' must be a text, got 3", row(3), {}),
-    (400, "row 1 (the first is 0): 'inputs' must be a text, got None", row(["x", None]), {}),
+    (400, "row 1 (the first is 0): 'inputs' must be a text, got null", row(["x", None]), {}),
     (400, "'inputs' is empty", row([]), {}),
     (400, "different numbers of entries", row(["x", "y"], adapter=["a"]), {}),
-    (400, "'adapter' must be a text, got True", row(adapter=True), {}),
+    (400, "'adapter' must be a text, got true", row(adapter=True), {}),
     (400, "'stream' must be true or false, got 'yes'", row(stream="yes"), {}),
     (404, "no adapter is called 'c'; there are a, b", row(adapter="c"), {}),
     (404, "row 1 (the first is 0): no adapter is called ''",
      row(["x", "y"], adapter=["a", ""]), {}),
     (404, "there is no such path", row(), {"path": "/v1/completions"}),
+    (404, "there is no such path", row(), {"path": "/predict/"}),
     (405, "this method is not for this path", None, {}),
     (405, "this method is not for this path", row(), {"path": "/health"}),
     (413, "9 rows in a request; MAX_ROWS is 8", row(["x"] * 9), {}),
@@ -93,6 +97,21 @@ def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
         head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 9\r\n\r\n{{".encode())
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /predict HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_request_that_does_not_come_is_not_waited_for(server, monkeypatch, sent, before):
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        if before:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            sent = sent or b"G"  # a connection that has had its answer may be silent for longer
+        connection.sendall(sent)
+        with pytest.raises(ConnectionResetError):
+            if connection.recv(1000) == b"":
+                raise ConnectionResetError
 
 
 def test_large_bodies_that_come_at_once_are_refused(server, monkeypatch):
