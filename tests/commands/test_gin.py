@@ -17,7 +17,7 @@ from coda_jax.commands import COMMANDS, load, loading
 from coda_jax.commands.command_lines import CommandLine
 from coda_jax.commands.compare_plan import plan
 from coda_jax.commands.gin_files import package_folder
-from coda_jax.methods import METHODS, Coda, Full, Lora, ParallelAdapter
+from coda_jax.methods import METHODS, Coda, Full, Lora, Norms, ParallelAdapter, StructuredPruning
 from coda_jax.models import param_shapes, preset, presets
 from coda_jax.objectives import BestRQ, model_for
 from coda_jax.training import schedules
@@ -54,6 +54,7 @@ RECIPES = {
     "coda_pretrain": (Coda(), ParallelAdapter(), Full()),
     "coda_lora": (Lora(), Coda()),
     "dora": (Lora(weight_decomposed=True),),
+    "structured_pruning": (StructuredPruning(), Norms()),
 }
 
 

@@ -14,7 +14,7 @@ from coda_jax.commands.convert import convert
 from coda_jax.commands.loading import load_model
 from coda_jax.commands.prune import prune
 from coda_jax.commands.sources import read_source
-from coda_jax.methods import Coda, ParallelAdapter, StructuredPruning
+from coda_jax.methods import Coda, Norms, ParallelAdapter, StructuredPruning
 from coda_jax.methods.pruning_groups import is_of_heads, masks_of
 
 BASE = GOLDEN / "v1_1"
@@ -24,7 +24,7 @@ METHOD = StructuredPruning(rank=2, scope="uniform")
 def saved(folder, masks, method=METHOD):
     """(config, params) of a pruned model whose adapter file is saved; {end of a path: its mask}."""
     base_config, base = checkpoints.load_hf(BASE)
-    config = base_config.replace(methods=(method,))
+    config = base_config.replace(methods=(method, Norms()))
     flat = trees.flatten(adapted_params(config, base))
     for path in flat:
         if path.endswith(("pruning_rows", "pruning_columns")):
