@@ -1,5 +1,6 @@
 """Files and folders that are the old or the new one, also if a process is killed while writing."""
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import fcntl
@@ -266,8 +267,8 @@ def json_value(text: str) -> Any:
 def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name in found if counts[name] > 1)
         raise ValueError(f"the key {twice!r:.80} is given twice")
     return found
 

@@ -84,7 +84,7 @@ def convert(
     with (contextlib.nullcontext if layout == "t5x" else files.atomic_folder)(output) as new:
         note = write(Path(new), read)
         copy_files(beside, Path(new))
-    step = f", step {read.step}" * bool(read.step)
+    step = f", step {read.step}" if read.step else ""
     said = f"{' + '.join(sources)}{step}, {trees.count(read.params):,} parameters"
     print(f"{said}, is now in {output} ({layout}{note})")
 
