@@ -102,6 +102,7 @@ def _baselines(given: Any) -> dict[str, float]:
 
 def _found(cells: Sequence[Cell], metric: str | None) -> list[tuple[Cell, Mapping[str, Any]]]:
     """Each cell with what is found of it; mistakes in recipes are told before any is trained."""
+    checks.Maybe(checks.text)("METRIC", metric)
     for cell in cells:
         if cell.seed == cells[0].seed and not cell.is_finished:
             try:

@@ -181,6 +181,7 @@ def test_a_folder_of_another_comparison_is_refused(compared, detecting, capsys):
         ({"SEEDS": ()}, "SEEDS must be a tuple that is not empty"),
         ({"SEEDS": (0, -1)}, "SEEDS[1] must be a whole number"),
         ({"METRICK": "x"}, "nothing reads METRICK"),
+        ({"METRIC": 3}, "METRIC must be a text"),
         ({"TIMED": ((4,),)}, "(TIMED)[0] must be (rows, inputs)"),
         ({"BETTER": "most"}, "BETTER must be one of ('max', 'min')"),
         ({"TRAIN": {"MODEL_DIR": "x"}}, "TRAIN: ['MODEL_DIR']: give SEEDS, and MODEL_DIR of all"),

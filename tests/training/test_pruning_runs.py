@@ -44,18 +44,15 @@ def run(directory, methods, batches=None):
 
 
 def test_a_run_that_ends_before_the_last_pruning_is_refused(tmp_path):
-    def check(**changes):
-        methods = (dataclasses.replace(late, **changes),)
-        OPTIONS.check_model(Seq2Seq(TINY.replace(methods=methods)))
-
-    late = StructuredPruning(rank=2, density=0.5, start=2, steps=6, every=2)
-    check(steps=5)  # after step 6
-    check(density=1.0)
+    late = StructuredPruning(rank=2, density=0.5, start=2, steps=5, every=2)
+    run(tmp_path / "at the last", (late,))  # after step 6
+    late = dataclasses.replace(late, steps=6)
     said = (
         r"'structured_pruning' changes the model until step 8, and the training ends after step 6"
     )
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "late", (late,))
+    run(tmp_path / "all stays", (dataclasses.replace(late, density=1.0),))
 
 
 @pytest.mark.all
