@@ -217,7 +217,16 @@ def test_processes_with_other_settings_are_refused(shared, tmp_path):
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.fixture(name="interruptible")
+def fixture_interruptible():
+    """SIGINT is heeded; a background job of a shell, as these tests may be, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.all
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("told", [0, 1])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_saves_and_stops_all(told, signum, shared, tmp_path):

@@ -114,7 +114,8 @@ class Cell:
         model, options = self._start(), _configured(TrainOptions)()
         if options.total_steps is not None:
             options.check_model(model_for(model.config))
-        self.evaluation.plus({CHECKPOINT: "x"}).configure("evaluate")
+        base = {CHECKPOINT: self.training.bindings[CHECKPOINT]}  # whose vocabulary a task can have
+        self.evaluation.plus(base).configure("evaluate")
         self._split(_bound(evaluate, "task"))
 
     def run(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coda_jax import checkpoints, cli, methods, trees
+from coda_jax import bundled, checkpoints, cli, methods, trees
 from coda_jax.commands.command_lines import CommandLine, divided
 from coda_jax.commands.compare_cells import Cell
 from coda_jax.commands.compare_plan import plan
@@ -227,6 +227,12 @@ def test_a_metric_that_the_task_lacks_is_told_by_the_first_cell(
     assert cli.main(["compare", *flags(FILES, asked)]) == 1
     assert "METRIC must be one of" in capsys.readouterr().err
     assert ran == ["all of it"]
+
+
+def test_before_training_the_task_is_looked_up_with_the_checkpoints_own_vocabulary(given, tmp_path):
+    own = {name: str(given[name]) for name in ("TRAIN_FILE", "VALIDATION_FILE")}
+    cell, _ = plan_of(tmp_path, own | {"INITIAL_CHECKPOINT_PATH": str(bundled.DENSE)})
+    cell.rehearse()
 
 
 def test_flags_are_divided_by_who_reads_them():
