@@ -73,7 +73,7 @@ def test_the_script_runs_from_training_to_a_served_folder(tmp_path):
     (tmp_path / "questions.txt").write_text("def f(): return 1\n")
     small = ["--gin.BATCH_SIZE=4"]
     more = {
-        "compare": ["--gin.SEEDS=(0,)", "--gin.TIMED=()", *small],
+        "compare": ["--gin.SEEDS=(0,)", "--gin.TIMED=()", "--gin.TRAIN_STEPS=4", *small],
         "export": ["--gin.Decoding.max_input_length=32", *small],
         "train": small,
     }
