@@ -114,8 +114,7 @@ class Cell:
         model, options = self._start(), _configured(TrainOptions)()
         if options.total_steps is not None:
             options.check_model(model_for(model.config))
-        base = {CHECKPOINT: self.training.bindings[CHECKPOINT]}  # whose vocabulary a task can have
-        self.evaluation.plus(base).configure("evaluate")
+        self._answering().configure("evaluate")  # a task can have the checkpoint's vocabulary
         self._split(_bound(evaluate, "task"))
 
     def run(self) -> dict[str, Any]:
