@@ -203,7 +203,7 @@ def test_each_row_has_its_own_adapter(case):
 
 @each_case()
 def test_bfloat16_is_close_to_float32(case):
-    """As near as the floats that int8 stands for; the two are rounded independently."""
+    """As near as the floats that int8 stands for."""
     config, quantised = programs.in_bfloat16(case.config), params(case.config)
     if routed(case):
         config = config.replace(methods=with_reduction(config.methods, 1))
@@ -211,7 +211,7 @@ def test_bfloat16_is_close_to_float32(case):
     exact = outputs(config.replace(dtype="float32"), quantised, batch_of(config))
     floats = outputs(config, as_floats(quantised), batch_of(config))
     error = programs.relative_error(found, exact)
-    assert error < max(2 * programs.relative_error(floats, exact), 0.02)
+    assert error < max(1.5 * programs.relative_error(floats, exact), 0.02)
 
 
 @each_case(lambda case: case.method != DENSE)
